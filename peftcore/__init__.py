@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     )
     from peftcore.conversion import (
         add_as_lora,
+        convert_adapters_directory,
         convert_directory_to_lora,
         convert_to_lora,
         save_as_lora,
@@ -189,6 +190,9 @@ if TYPE_CHECKING:
     from peftcore.methods.boft import (
         BOFTConfig,
     )
+    from peftcore.methods.bottleneck import (
+        BottleneckConfig,
+    )
     from peftcore.methods.c3a import (
         C3AConfig,
     )
@@ -308,6 +312,9 @@ if TYPE_CHECKING:
     from peftcore.prompts.cpt import (
         CPTConfig,
     )
+    from peftcore.prompts.loreft import (
+        LoReftConfig,
+    )
     from peftcore.prompts.multitask_prompt_tuning import (
         MultitaskPromptTuningConfig,
     )
@@ -366,6 +373,7 @@ _MODULES = {
     "BdLoraConfig": "peftcore.methods.lora.variants.bdlora",
     "BeftConfig": "peftcore.methods.beft",
     "BeftModel": "peftcore.hf_peft.tuner_models",
+    "BottleneckConfig": "peftcore.methods.bottleneck",
     "C3AConfig": "peftcore.methods.c3a",
     "C3AModel": "peftcore.hf_peft.tuner_models",
     "CPTConfig": "peftcore.prompts.cpt",
@@ -404,6 +412,7 @@ _MODULES = {
     "LoHaModel": "peftcore.hf_peft.tuner_models",
     "LoKrConfig": "peftcore.methods.lokr",
     "LoKrModel": "peftcore.hf_peft.tuner_models",
+    "LoReftConfig": "peftcore.prompts.loreft",
     "LoftQConfig": "peftcore.hf_peft.options",
     "LoraConfig": "peftcore.methods.lora",
     "LoraGAConfig": "peftcore.hf_peft.options",
@@ -489,6 +498,7 @@ _MODULES = {
     "check_mergeable": "peftcore.injection.merge",
     "check_vllm": "peftcore.export",
     "compose_cartridge_adapters": "peftcore.hf_peft.cartridge",
+    "convert_adapters_directory": "peftcore.conversion",
     "convert_directory_to_lora": "peftcore.conversion",
     "add_as_lora": "peftcore.conversion",
     "convert_to_lora": "peftcore.conversion",
@@ -572,6 +582,7 @@ __all__ = [
     "BdLoraConfig",
     "BeftConfig",
     "BeftModel",
+    "BottleneckConfig",
     "C3AConfig",
     "C3AModel",
     "CPTConfig",
@@ -610,6 +621,7 @@ __all__ = [
     "LoHaModel",
     "LoKrConfig",
     "LoKrModel",
+    "LoReftConfig",
     "LoftQConfig",
     "LoraConfig",
     "LoraGAConfig",
@@ -691,6 +703,7 @@ __all__ = [
     "check_mergeable",
     "check_vllm",
     "compose_cartridge_adapters",
+    "convert_adapters_directory",
     "convert_directory_to_lora",
     "convert_to_lora",
     "create_arrow_model",

@@ -1145,7 +1145,7 @@ def _forward_of(plain: Any) -> Any:
 
 def _generate(self: Any, *args: Any, adapter_names: Spec | Sequence[Spec] = None, **kwargs: Any) -> Any:
     route = contextlib.nullcontext() if adapter_names is None else self.route(adapter_names)
-    with route, unchanging_weights(), forward_hooks.generation(self, kwargs) as arguments:
+    with route, unchanging_weights(), forward_hooks.generation(self, kwargs, *args[:1]) as arguments:
         return _plain_class(type(self)).generate(self, *args, **arguments)
 
 

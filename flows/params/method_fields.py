@@ -42,6 +42,11 @@ FIELDS: Mapping[str, Mapping[str, str]] = {
 ALTERNATIVES: Mapping[str, Mapping[str, str]] = {
     "adalora": {"r": "options.init_r and options.target_r"},
     "boft": {"lora_dropout": "options.boft_dropout, a share of blocks"},
+    "bottleneck": {
+        "r": "options.bottleneck_size",
+        "lora_alpha": "options.scaling",
+        "lora_dropout": "options.dropout, of the adapter's output",
+    },
     "deft": {"lora_alpha": "options.alpha, which scales the refill alone"},
     "delora": {"lora_alpha": "options.delora_lambda"},
     "fourierft": {"r": "options.n_frequency", "lora_alpha": "options.scaling"},

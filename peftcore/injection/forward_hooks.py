@@ -147,8 +147,12 @@ def _prepare_call(
     if route is not None:
         _begin(route, args, inputs)
     values = _prepare_methods(model, adapters, list(adapters.forward_arguments), inputs)
-    for learner in _prompts(adapters, is_encoder_decoder(model)):  # last, because methods may search the text
+    learners = _prompts(adapters, is_encoder_decoder(model))
+    _check_positions(learners)
+    for learner in learners:  # last, because methods may search the text
         learner.before_forward(model, inputs)
+        if not (learner.exclusive or torch.compiler.is_compiling()):
+            values[learner] = values_of(learner)
     if route is not None:
         route.flattened = _flattened(args, inputs)
     return (args, {key: value for key, value in inputs.items() if key not in names}), values
@@ -254,13 +258,30 @@ def _after_forward(model: nn.Module, _args: Any, outputs: Any) -> Any:
 
 
 def _prompts(adapters: AdapterSet, has_encoder: bool) -> list[PromptLearner]:
-    """Return the prompts in effect; of a mixed batch, learners that give each row its own prompt."""
+    """Return the prompts in effect; of a mixed batch, learners that give each row its own prompt.
+
+    Learners whose prompt is no part of the input come first, because they read the text without virtual tokens.
+    """
     route = adapters.selection.route
     if route is None or route.chain is not None:
-        return adapters.prompts_in_effect()
+        prompts = adapters.prompts_in_effect()
+        return sorted(prompts, key=lambda learner: learner.exclusive) if len(prompts) > 1 else prompts
     if route.prompts is None:
-        route.prompts = _mixed_prompts(adapters, route, has_encoder)
+        added = [adapters.prompts[name] for name in route.names if name in adapters.prompts]
+        mixed = _mixed_prompts(adapters, route, has_encoder)
+        route.prompts = [*(learner for learner in added if not learner.exclusive), *mixed]
     return route.prompts
+
+
+def _check_positions(learners: list[PromptLearner]) -> None:
+    """Raise RoutingError if a call has virtual tokens and a method that acts at positions of the text."""
+    acting = next((one for one in learners if one.acts_at_positions), None)
+    adding = next((one for one in learners if one.exclusive and not one.adapts_blocks), None)
+    if acting is not None and adding is not None:
+        raise RoutingError(
+            f"{type(acting).__name__} acts at positions of the text, which {type(adding).__name__} shifts; give the "
+            "rows of one call only one of the two"
+        )
 
 
 def _mixed_prompts(adapters: AdapterSet, route: Route, has_encoder: bool) -> list[PromptLearner]:
@@ -292,12 +313,13 @@ def _for_each_row(value: Any, inputs: dict[str, Any]) -> Any:
 
 
 @contextlib.contextmanager
-def generation(model: nn.Module, arguments: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def generation(model: nn.Module, arguments: dict[str, Any], inputs: Any = None) -> Iterator[dict[str, Any]]:
     """Pass the adapter arguments of `generate` on to every call of the model inside of the context.
 
     Args:
         model: the model with adapters.
         arguments: keyword arguments of `generate`.
+        inputs: its first positional argument; None if it has only keyword arguments.
 
     Yields:
         The arguments for the model's own `generate`.
@@ -315,11 +337,17 @@ def generation(model: nn.Module, arguments: dict[str, Any]) -> Iterator[dict[str
     adapters.generate_arguments = {key: value for key, value in arguments.items() if key in names}
     kinds = (adapters.kinds[name] for name in adapters.selection.in_effect)
     fixed = {key: value for kind in kinds for key, value in kind.generate_arguments.items()}
+    learners = [adapters.prompts[name] for name in adapters.selection.in_effect if name in adapters.prompts]
+    text = {key: value for key, value in {"input_ids": inputs, **arguments}.items() if value is not None}
+    for learner in learners:
+        learner.begin_generation(text)
     try:  # an encoder runs by itself, before the first forward of the model
         prepared = [name for name, own in adapters.forward_arguments.items() if own & arguments.keys()]
         _prepare_methods(model, adapters, prepared, dict(adapters.generate_arguments))
         yield {**{key: value for key, value in arguments.items() if key not in names}, **fixed}
     finally:
+        for learner in learners:
+            learner.end_generation()
         adapters.generate_arguments = before
         if route is not None:
             route.repeats = False

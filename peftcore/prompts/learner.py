@@ -36,9 +36,13 @@ class PromptLearner(nn.Module):
     adapts_blocks: ClassVar[bool] = False
     """True if the method changes the model's blocks and adds no tokens; keys on disk begin with `base_model.model.`."""
     defines_loss: ClassVar[bool] = False
-    """True if the loss with the prompt is not the next-token cross entropy of the text's tokens alone. The model's
-    forward then computes the loss, without the faster code for next-token cross entropy.
+    """True if the loss with the prompt is not the next-token cross entropy of the text's tokens alone, or the prompt
+    depends on the labels. The model's forward then gets the labels and computes the loss, without the faster code for
+    next-token cross entropy.
     """
+
+    acts_at_positions: ClassVar[bool] = False
+    """True if the method acts at positions of the text. The rows of its calls can then have no virtual tokens."""
 
     generate_arguments: ClassVar[dict[str, Any]] = {}
     """Arguments that `generate` receives while the prompt is active."""
@@ -100,6 +104,16 @@ class PromptLearner(nn.Module):
             model: The model.
             inputs: The call's arguments by name; changed in place.
         """
+
+    def begin_generation(self, arguments: Mapping[str, Any]) -> None:
+        """Note the text that `generate` continues; called before the model's first call.
+
+        Args:
+            arguments: The arguments of `generate` that are not None; a positional text is in `input_ids`.
+        """
+
+    def end_generation(self) -> None:
+        """Forget what `begin_generation` has noted; called when `generate` returns or fails."""
 
     def for_rows(self, model: nn.Module, rows: int, inputs: dict[str, Any]) -> Any:
         """Return the prompt for one call: virtual tokens, or a cache that holds the prefix.

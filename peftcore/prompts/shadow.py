@@ -25,12 +25,12 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, StaticCache, StaticLayer
 
-from peftcore._util.patterns import is_suffix, matched
 from peftcore._util.per_thread import PerThread
 from peftcore.config import TaskType, TunerConfig
 from peftcore.detection import detect
-from peftcore.errors import ConfigError, TargetError, TrainingError
+from peftcore.errors import ConfigError, TrainingError
 from peftcore.kernels.start_values import kaiming_uniform_, module_, without_values
+from peftcore.prompts.blocks import chosen_blocks
 from peftcore.prompts.cache import cache_name, cache_of, decoder_config, new_cache, wants_cache
 from peftcore.prompts.learner import PromptLearner, is_encoder_decoder
 from peftcore.registry import register
@@ -341,28 +341,10 @@ def _targets(config: ShadowConfig, model: nn.Module) -> list[str]:
     """Return the paths of the blocks to adapt, in order."""
     _decoder(model)
     paths = detect(model).blocks[0].paths
-    chosen = config.layers_to_transform
-    numbers = range(len(paths)) if chosen is None else [chosen] if isinstance(chosen, int) else chosen
-    found = [
-        number
-        for number, path in enumerate(paths)
-        if number in numbers
-        and (config.target_modules is None or _is_named(path, config.target_modules))
-        and not (config.exclude_modules and _is_named(path, config.exclude_modules))
-        and (config.layers_pattern is None or path.split(".")[-2] in config.layers_pattern)
-    ]
-    if not found:
-        raise TargetError(
-            f"SHADOW adapts whole blocks, and the options name none of {paths[0]} to {paths[-1]}; leave out "
-            "target_modules for all of them"
-        )
+    found = chosen_blocks(config, paths)
     if found != list(range(found[0], found[-1] + 1)):
         raise ConfigError(f"SHADOW: the blocks must follow each other; got {found}; add those between")
     return [paths[number] for number in found]
-
-
-def _is_named(path: str, names: Any) -> bool:
-    return matched(names, path) is not None if isinstance(names, str) else any(is_suffix(name, path) for name in names)
 
 
 def _mirror(config: ShadowConfig, decoder: PreTrainedModel) -> PreTrainedModel:

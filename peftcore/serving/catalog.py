@@ -146,7 +146,7 @@ def check_servable(model: Any, adapter: str, loaded: str) -> None:
             "not hold; use `generate` instead",
             "model",
         )
-    if prompt is None and loaded in adapters.forward_arguments:
+    if loaded in adapters.forward_arguments and (prompt is None or adapters.forward_arguments[loaded]):
         raise BadRequestError(
             f"{adapter!r} cannot be served: {kind} needs the whole text in each forward, and this server decodes one "
             "token at a time; use `generate` instead",

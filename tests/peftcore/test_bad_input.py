@@ -226,6 +226,10 @@ IMPOSSIBLE: dict[str, list[tuple[dict[str, Any], str]]] = {
         ({"rank_pattern": {"2": 0}}, "must be a positive integer; got 0"),
         ({"decompose_factor": 0}, "decompose_factor must be a positive integer; got 0"),
     ],
+    "BOTTLENECK": [
+        ({"bottleneck_size": 0}, "bottleneck_size must be a positive integer; got 0"),
+        ({"bottleneck_size": None, "reduction_factor": 0.5}, "reduction_factor must be at least 1; got 0.5"),
+    ],
     "LORA": [
         ({"r": 0}, POSITIVE),
         ({"rank_pattern": {"2": 0}}, "must be a positive integer; got 0"),

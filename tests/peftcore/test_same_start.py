@@ -391,6 +391,8 @@ PROMPTS: list[tuple[str, str, dict[str, Any]]] = [
     ("AdaptionPromptConfig", "llama", {"task_type": "CAUSAL_LM", "adapter_len": 3, "adapter_layers": 2}),
 ]
 NOT_POSSIBLE = {
+    "BOTTLENECK": "PEFT has no such method",
+    "LOREFT": "PEFT has no such method",
     "XLORA": "PEFT draws start values of every expert before it reads the expert from disk",
 }
 """{method: why its start is another}. Starts of options that differ: docs/methods.md, "The same start as HF PEFT"."""

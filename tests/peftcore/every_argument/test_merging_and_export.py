@@ -15,6 +15,7 @@ from torch import Tensor
 
 import peftcore
 from peftcore import (
+    CheckpointError,
     ConfigError,
     MergeError,
     PeftConfig,
@@ -194,6 +195,18 @@ def test_conversion_of_a_directory(tmp_path: Path) -> None:
     adalora().save_pretrained(tmp_path / "ada")
     peftcore.convert_directory_to_lora(tmp_path / "ada", tmp_path / "out")
     assert PeftConfig.from_pretrained(tmp_path / "out").peft_type == "LORA"
+
+
+@checks("convert_adapters_directory", "source directory model")
+def test_conversion_of_a_directory_of_adapters(tmp_path: Path) -> None:
+    from adapters_folders import houlsby_folder
+    from prompt_models import build
+
+    houlsby_folder(tmp_path / "houlsby", build("llama"))
+    peftcore.convert_adapters_directory(tmp_path / "houlsby", tmp_path / "out", build("llama"))
+    assert PeftConfig.from_pretrained(tmp_path / "out").peft_type == "BOTTLENECK"
+    with pytest.raises(CheckpointError, match="belongs to no block of this GPT2LMHeadModel"):
+        peftcore.convert_adapters_directory(tmp_path / "houlsby", tmp_path / "out", build("gpt2"))
 
 
 @checks("export_vllm", "model adapter_name folder")

@@ -16,8 +16,8 @@ from peftcore.registry import methods
 
 def test_each_method_has_its_classes_under_pefts_names() -> None:
     assert {str(name) for name in PEFT_TYPE_TO_CONFIG_MAPPING} == set(methods())
-    for name in PEFT_TYPE_TO_CONFIG_MAPPING:
-        theirs = peft.PeftType(str(name))
+    for theirs in peft.PeftType:
+        name = theirs.value
         assert PEFT_TYPE_TO_CONFIG_MAPPING[name].__name__ == peft.PEFT_TYPE_TO_CONFIG_MAPPING[theirs].__name__
         assert PEFT_TYPE_TO_TUNER_MAPPING[name].__name__ == peft.PEFT_TYPE_TO_TUNER_MAPPING[theirs].__name__
 
@@ -25,8 +25,8 @@ def test_each_method_has_its_classes_under_pefts_names() -> None:
 def test_each_method_has_pefts_prefix() -> None:
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING as THEIRS
 
-    assert {str(name): PEFT_TYPE_TO_PREFIX_MAPPING[name] for name in PEFT_TYPE_TO_PREFIX_MAPPING} == {
-        str(name.value): prefix for name, prefix in THEIRS.items() if name.value in methods()
+    assert {name.value: PEFT_TYPE_TO_PREFIX_MAPPING[name.value] for name in THEIRS} == {
+        name.value: prefix for name, prefix in THEIRS.items()
     }
 
 

@@ -72,6 +72,21 @@ def test_calling_forward_directly_is_a_call_of_the_model_where_adapters_need_it(
         torch.testing.assert_close(model.forward(TOKENS).logits, model(TOKENS).logits)
 
 
+def test_a_prompt_hears_of_the_text_that_generate_continues_and_of_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = get_peft_model(llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)).eval()
+    learner, heard = model.prompt_encoder["default"], []
+    monkeypatch.setattr(learner, "begin_generation", lambda arguments: heard.append(sorted(arguments)))
+    monkeypatch.setattr(learner, "end_generation", lambda: heard.append([]))
+    model.generate(TOKENS, max_new_tokens=1, attention_mask=torch.ones_like(TOKENS), stopping_criteria=None)
+    assert heard == [["attention_mask", "input_ids", "max_new_tokens"], []]
+    with pytest.raises(ValueError, match="nonsense"):
+        model.generate(input_ids=TOKENS, nonsense=1)
+    assert heard[2:] == [["input_ids", "nonsense"], []]
+    with model.disable_adapter():
+        model.generate(TOKENS, max_new_tokens=1)
+    assert len(heard) == 4
+
+
 def test_forward_called_directly_equals_a_call_of_the_model() -> None:
     """PyTorch runs no hooks for a direct call of `forward`, and adapters learn of a call by hooks."""
     tokens = routed_models.TOKENS

@@ -49,7 +49,7 @@ GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
 
 def test_every_registered_prompt_is_tested_here() -> None:
     prompts = {name for name, method in methods().items() if "model" in method.adapter.layer_kinds}
-    assert prompts == set(METHODS) | {"SHADOW"}, "SHADOW has no prompt: test_shadow.py"
+    assert prompts == set(METHODS) | {"LOREFT", "SHADOW"}, "they have no prompt: test_loreft.py, test_shadow.py"
 
 
 def prompted(method: str, family: str, spread: float = 1.0) -> Any:

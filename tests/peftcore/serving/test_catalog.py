@@ -6,6 +6,7 @@ from typing import Any
 import openai
 import pytest
 
+from peftcore import LoraConfig, LoReftConfig
 from peftcore import ArrowConfig, LoraConfig
 from peftcore.errors import ConfigError
 from peftcore.prompts.prompt_tuning import PromptTuningConfig
@@ -36,6 +37,7 @@ def test_what_cannot_be_served_is_refused_with_the_reason(serving: Callable[...,
     world.add("prompt", PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), 0)
     world.add("alora", LoraConfig(alora_invocation_tokens=[9, 9], **{**LORA, "target_modules": ["q_proj"]}), 0)
     world.add("router", LoraConfig(arrow_config=ArrowConfig(), r=2, target_modules=["q_proj"]), 0)
+    world.add("reft", LoReftConfig(r=2), 0)
     (world.folder / "damaged").mkdir()
     (world.folder / "damaged" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2}')
     served = serving()
@@ -44,6 +46,7 @@ def test_what_cannot_be_served_is_refused_with_the_reason(serving: Callable[...,
         ("prompt", BadRequestError, "virtual tokens before the text"),
         ("alora", BadRequestError, "needs the whole text"),
         ("router", BadRequestError, "computes with the other adapters"),
+        ("reft", BadRequestError, "needs the whole text"),
         ("damaged", AdapterFailedError, "could not be loaded"),
         ("missing", UnknownModelError, "no adapter 'missing'"),
     ):

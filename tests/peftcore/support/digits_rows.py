@@ -89,6 +89,8 @@ ROWS = [
     Row("C3A", "C3A", SPARSE, 2e-1, 1.6, EVERY_LINEAR | {"block_size": 24}),
     Row("SHiRA", "SHIRA", SPARSE, 3e-2, 1.3, EVERY_LINEAR | {"r": 4, "random_seed": 0}),
     Row("Super-Tuning", "SUPERTUNING", SPARSE, 3e-2, 1.4, EVERY_LINEAR | {"sparsity": 0.9}),
+    Row("bottleneck", "BOTTLENECK", SHARED, 1e-2, 1.7, {"bottleneck_size": 16}),
+    Row("parallel bottleneck", "BOTTLENECK", SHARED, 1e-2, 1.65, {"style": "parallel", "bottleneck_size": 16}),
     Row("IA3", "IA3", FEW, 1e-1, 1.5, SCALED, 120),
     Row("BEFT", "BEFT", FEW, 1e-1, 2.0, EVERY_LINEAR, 120),
     Row("LN tuning", "LN_TUNING", FEW, 1e-1, 1.7, {}, 120),
@@ -104,6 +106,7 @@ ROWS = [
     }, 250),
     Row("CPT", "CPT", PROMPT, 2e-1, 1.85, CAUSAL | examples(2) | {"opt_projection_epsilon": 20.0}, 150),
     Row("Shadow", "SHADOW", SHARED, 1e-2, 1.65, CAUSAL | {"r": 8, "shadow_alpha": 1.0}),
+    Row("LoReFT", "LOREFT", SHARED, 3e-2, 1.5, CAUSAL | {"r": 8, "positions": "f8+l8"}, 120),
     Row("adaption prompt", "ADAPTION_PROMPT", PROMPT, 2e-1, 1.9, {"adapter_len": 16, "adapter_layers": 3}, 120),
 ]
 # fmt: on
