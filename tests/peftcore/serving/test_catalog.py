@@ -6,8 +6,7 @@ from typing import Any
 import openai
 import pytest
 
-from peftcore import LoraConfig, LoReftConfig
-from peftcore import ArrowConfig, LoraConfig
+from peftcore import ArrowConfig, LoraConfig, LoReftConfig
 from peftcore.errors import ConfigError
 from peftcore.prompts.prompt_tuning import PromptTuningConfig
 from peftcore.serving import make_service
