@@ -1,0 +1,248 @@
+"""`load_gguf_base`: the model of a GGUF file, with the quantised linear layers in the file's own blocks.
+
+An adapter that is trained on it is trained on exactly the weights that llama.cpp serves. The file is mapped, and one
+tensor after another is brought to the model's names and order of rows. Packed rows are reordered as rows of blocks, so
+they are never unpacked, and the model is never in memory in 16 bits as a whole.
+
+As transformers does for bitsandbytes, embeddings, output head, norms and biases are dense, in the dtype of the model.
+"""
+
+from collections.abc import Iterator
+from math import prod
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
+
+from peftcore.bases.gguf import GgufLinear
+from peftcore.bases.gguf_blocks import FORMATS, BlockFormat
+from peftcore.errors import ExportError, GgufError
+from peftcore.export.gguf_layout import HEAD, GgufLayout, layout_of_metadata
+from peftcore.files.gguf import GgufHeader, GgufTensor, read_gguf_header
+
+_PLAIN = {0: ("F32", torch.float32), 1: ("F16", torch.float16), 30: ("BF16", torch.bfloat16)}
+"""{number of a type that is not quantised: (name, dtype)}"""
+_PACKED = {one.number: one for one in FORMATS.values()}
+
+
+def load_gguf_base(
+    path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    model_class: Any = AutoModelForCausalLM,
+    device: torch.device | str = "cpu",
+    **config_options: Any,
+) -> PreTrainedModel:
+    """Load the model of a GGUF file, keeping the quantised weights of its linear layers packed.
+
+    Load the tokenizer by `AutoTokenizer.from_pretrained(folder, gguf_file=name)`. `model.dequantize(dtype)` gives plain
+    layers. The parameters of a new head (`model_class=AutoModelForSequenceClassification`) are initialised at random.
+
+    Args:
+        path: The file, of a Llama, Mistral, Qwen2, Qwen3, Phi-3, Gemma, Gemma 2 or GPT-2 model.
+        dtype: Dtype of the activations, and of all weights that are not packed.
+        model_class: An Auto class of transformers.
+        device: Where the model is put.
+        config_options: Changes of the configuration, such as `num_labels`.
+
+    Returns:
+        The model, in evaluation mode. It cannot be saved before it is dequantised.
+
+    Raises:
+        GgufError: The file is no GGUF file, damaged, or of an architecture or a type that is not supported.
+    """
+    header = read_gguf_header(path)
+    for name, tensor in header.tensors.items():
+        _check_tensor(header, name, tensor)
+    try:
+        layout = layout_of_metadata(header.metadata.get, header.tensors)
+    except ExportError as error:
+        raise GgufError(f"{path}: {error}") from error
+    config = _config(header, config_options)
+    with torch.device("meta"):
+        model = model_class.from_config(config, dtype=dtype)
+    _make_buffers(model, torch.device(device))
+    _Loader(header, layout, model, dtype, torch.device(device)).load()
+    if any(isinstance(module, GgufLinear) for module in model.modules()):
+        model.hf_quantizer = _GgufStorage(SimpleNamespace(quant_method="gguf"))
+    return model.eval()
+
+
+def _check_tensor(header: GgufHeader, name: str, tensor: GgufTensor) -> None:
+    """Raise GgufError if a tensor's type is unknown, or its values are not wholly in the file."""
+    if tensor.kind not in _PACKED and tensor.kind not in _PLAIN:
+        known = ", ".join([plain for plain, _ in _PLAIN.values()] + list(FORMATS))
+        raise GgufError(
+            f"{header.path}: {name} is of type {_type_name(tensor.kind)}; supported: {known}. Quantise the model to "
+            "one of these with llama-quantize"
+        )
+    if not tensor.shape or min(tensor.shape) < 1:
+        raise GgufError(f"{header.path} is damaged: {name} has the shape {list(tensor.shape)}; get the file again")
+    if tensor.kind in _PACKED and tensor.shape[-1] % _PACKED[tensor.kind].weights:
+        block = _PACKED[tensor.kind]
+        raise GgufError(
+            f"{header.path} is damaged: rows of {name} have {tensor.shape[-1]:,} weights, and a block of {block.name} "
+            f"has {block.weights}; get the file again"
+        )
+    if tensor.offset + _size(tensor) > header.size:
+        raise GgufError(
+            f"{header.path} is truncated or damaged: {name} ends at byte {tensor.offset + _size(tensor):,}, and the "
+            f"file has {header.size:,}; get the file again"
+        )
+
+
+def _type_name(kind: int) -> str:
+    import gguf
+
+    known = {one.value: one.name for one in gguf.GGMLQuantizationType}
+    return known.get(kind, f"number {kind}")
+
+
+def _size(tensor: GgufTensor) -> int:
+    """Return the bytes of a tensor's values."""
+    block = _PACKED.get(tensor.kind)
+    if block is None:
+        return prod(tensor.shape) * _PLAIN[tensor.kind][1].itemsize
+    return prod(tensor.shape) // block.weights * block.size
+
+
+def _config(header: GgufHeader, options: dict[str, Any]) -> Any:
+    try:
+        return AutoConfig.from_pretrained(
+            header.path.parent, gguf_file=header.path.name, local_files_only=True, trust_remote_code=False, **options
+        )
+    except (KeyError, ValueError, TypeError, OSError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise GgufError(f"{header.path}: its metadata describes no model that transformers knows ({reason})") from error
+
+
+@torch.no_grad()
+def _make_buffers(model: Any, device: torch.device) -> None:
+    """Give the model's buffers, such as rotary frequencies, memory and values; parameters stay on the meta device."""
+    for module in model.modules():
+        on_meta = [name for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
+        for name in on_meta:
+            module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
+        if on_meta:
+            model._init_weights(module)
+
+
+class _Loader:
+    """Puts the tensors of one file into a model on the meta device."""
+
+    def __init__(
+        self, header: GgufHeader, layout: GgufLayout, model: Any, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.header, self.layout, self.model, self.dtype, self.device = header, layout, model, dtype, device
+        self.bytes = np.memmap(header.path, dtype=np.uint8, mode="r")
+        self.dense = {f"{path}.weight" for path in get_keys_to_not_convert(model)}
+        self.adds_one = header.metadata["general.architecture"].startswith("gemma")
+        """True if the file's norms hold w + 1."""
+
+    @torch.no_grad()
+    def load(self) -> None:
+        used, missing = set[str](), []
+        for path, parameter in list(self.model.named_parameters(remove_duplicate=False)):
+            name = self.layout.names.get_name(path, (".weight", ".bias"))
+            if name in self.header.tensors:
+                self._put(path, parameter, str(name))
+                used.add(str(name))
+            elif path not in self.model.all_tied_weights_keys:
+                missing.append(path)
+        self._check_unused(used)
+        self.model.tie_weights()
+        self._start_new_head(missing)
+
+    def _check_unused(self, used: set[str]) -> None:
+        headless = self.model.get_output_embeddings() is None
+        unused = [n for n in self.header.tensors if n not in used and not (headless and n == f"{HEAD}.weight")]
+        if unused:
+            raise GgufError(
+                f"{self.header.path} holds {', '.join(unused[:5])}, which {type(self.model).__name__} does not have; "
+                "its model is not supported"
+            )
+
+    def _start_new_head(self, missing: list[str]) -> None:
+        """Initialise the head of another task; any other parameter that the file lacks is an error."""
+        body = f"{self.model.base_model_prefix}."
+        lacks = [path for path in missing if path.startswith(body) or self.model.get_output_embeddings() is not None]
+        if lacks:
+            raise GgufError(f"{self.header.path} lacks {', '.join(lacks[:5])}; get the file again")
+        for owner in {path.rpartition(".")[0] for path in missing}:
+            module = self.model.get_submodule(owner)
+            module.to_empty(device=self.device)
+            self.model._init_weights(module)
+
+    def _put(self, path: str, parameter: Tensor, name: str) -> None:
+        """Give the model the parameter at a path."""
+        owner, _, leaf = path.rpartition(".")
+        module, tensor = self.model.get_submodule(owner), self.header.tensors[name]
+        transposed = isinstance(module, Conv1D) and leaf == "weight"
+        expected = tuple(reversed(parameter.shape)) if transposed else tuple(parameter.shape)
+        if tensor.shape != expected:
+            raise GgufError(
+                f"{self.header.path} is damaged: {name} is {list(tensor.shape)}, and its metadata need "
+                f"{list(expected)}; get the file again"
+            )
+        rows = self.layout.from_file(name.rpartition(".")[0], self._rows(tensor))
+        block = _PACKED.get(tensor.kind)
+        if block is not None and leaf == "weight" and type(module) is nn.Linear and path not in self.dense:
+            self.model.set_submodule(owner, self._packed(module, block, rows), strict=True)
+            return
+        values = rows.float() if block is None else block.dequantize(block.pack(rows))
+        if self.adds_one and "norm" in name:
+            values = values - 1
+        values = (values.T if transposed else values).to(self.device, parameter.dtype).contiguous()
+        module._parameters[leaf] = nn.Parameter(values, requires_grad=True)
+
+    def _rows(self, tensor: GgufTensor) -> Tensor:
+        """Return a copy of a tensor's values; of a packed one the bytes of its rows."""
+        values = torch.from_numpy(np.array(self.bytes[tensor.offset : tensor.offset + _size(tensor)]))
+        if tensor.kind in _PLAIN:
+            return values.view(_PLAIN[tensor.kind][1]).view(tensor.shape)
+        return values.view(*tensor.shape[:-1], -1)
+
+    def _packed(self, module: nn.Linear, block: BlockFormat, rows: Tensor) -> GgufLinear:
+        layer = GgufLinear(module.in_features, module.out_features, block.name, False, self.dtype, "meta")
+        layer.weight = nn.Parameter(block.pack(rows).to(self.device), requires_grad=False)
+        layer.bias = module.bias  # of the same object: it may be loaded already, or is loaded later
+        return layer
+
+
+class _GgufStorage(HfQuantizer):
+    """Tells transformers that the model is quantised: it can be trained with adapters and dequantised, not saved."""
+
+    def is_serializable(self) -> bool:
+        return False
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        assert dtype is not None
+        for path, layer in list(_gguf_layers(model)):
+            model.set_submodule(path, _plain(layer, dtype), strict=True)
+        for parameter in model.parameters():
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
+        return model
+
+
+def _gguf_layers(model: nn.Module) -> Iterator[tuple[str, GgufLinear]]:
+    for path, module in model.named_modules():
+        if isinstance(module, GgufLinear):
+            yield path, module
+
+
+def _plain(layer: GgufLinear, dtype: torch.dtype) -> nn.Linear:
+    with torch.device("meta"):
+        plain = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, dtype=dtype)
+    plain.weight = nn.Parameter(layer.dequantized(dtype).contiguous(), requires_grad=False)
+    plain.bias = layer.bias
+    return plain.train(layer.training)
