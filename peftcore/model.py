@@ -875,7 +875,9 @@ class PeftModel:
         unused = {id(p) for name in idle for p in adapters.parameters(name)}
         gguf = [module for module in self._module.modules() if isinstance(module, GgufLinear)]
         packed = {id(layer.weight): layer.in_features * layer.out_features for layer in gguf}
-        counts = [(p.requires_grad and id(p) not in unused, packed.get(id(p), _count(p))) for p in self._module.parameters()]
+        counts = [
+            (p.requires_grad and id(p) not in unused, packed.get(id(p), _count(p))) for p in self._module.parameters()
+        ]
         return sum(count for trains, count in counts if trains), sum(count for _, count in counts)
 
     def print_trainable_parameters(self) -> None:

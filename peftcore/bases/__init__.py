@@ -93,6 +93,6 @@ def base_weight(layer: nn.Module, path: str = "") -> BaseWeight:
     if view is None:
         raise TargetError(
             f"{path or 'layer'} is a {type(layer).__name__}, which cannot be adapted; "
-            "adapters support Linear, Conv1D, Conv1d/2d/3d, Embedding, norms, and the linears of bitsandbytes and of GGUF"
+            "adapters support Linear, Conv1D, Conv1d/2d/3d, Embedding, norms, and linears of bitsandbytes and GGUF"
         )
     return view(layer)

@@ -38,8 +38,8 @@ class BlockFormat(NamedTuple):
     size: int
     """b: bytes of a block."""
     unpack: Callable[[Tensor], tuple[Tensor, int, Tensor, Tensor | None]]
-    """From planes (n, b, o) to codes (n, s, k/s, o), their zero, scales (n, s, 1, o), and what is added, like scales
-    or None; s is the number of weights' groups with a scale of their own."""
+    """From planes (n, b, o) to codes (n, s, k/s, o), the code of zero, scales (n, s, 1, o), and the offset to add in
+    the scales' shape, or None. A block has s groups with a scale of their own."""
 
     @property
     def bits(self) -> float:
@@ -72,12 +72,12 @@ class BlockFormat(NamedTuple):
         return weight.view(-1, outputs).T
 
     def _values(self, planes: Tensor) -> Tensor:
-        codes, zero, scales, added = self.unpack(planes)
+        codes, zero, scales, offset = self.unpack(planes)
         values = codes.float()
         if zero:
             values.sub_(zero)
         values.mul_(scales)
-        return values if added is None else values.add_(added)
+        return values if offset is None else values.add_(offset)
 
 
 def _halves(planes: Tensor, first: int) -> Tensor:
@@ -114,7 +114,7 @@ def _q4_1(planes: Tensor) -> tuple[Tensor, int, Tensor, Tensor]:
 
 
 def _five_bits(planes: Tensor, first: int) -> Tensor:
-    """Return the codes (n, 1, 32, o) of a block whose fifth bits begin at byte `first`: bit t of byte c is code 8c+t's."""
+    """Return the codes (n, 1, 32, o) of a block with fifth bits from byte `first` on; code 8c+t has bit t of byte c."""
     codes, fifth = _nibbles(planes, first + 4, 16, 1).flatten(1, 3), planes[:, first : first + 4]
     for bit in range(8):
         _add_high_bits(codes.unflatten(1, (4, 8))[:, :, bit], fifth, bit, 1)
@@ -134,12 +134,12 @@ def _q8_0(planes: Tensor) -> tuple[Tensor, int, Tensor, None]:
 
 
 def _k_scales(planes: Tensor) -> tuple[Tensor, Tensor]:
-    """Return scales and what is added (n, 8, 1, o), from the 6-bit numbers at bytes 4 to 16 of Q4_K and Q5_K."""
+    """Return scales and offsets (n, 8, 1, o), from the 6-bit numbers at bytes 4 to 16 of Q4_K and Q5_K."""
     scale, minimum, high = planes[:, 4:16].unflatten(1, (3, 4)).unbind(1)
     scales = torch.cat((scale & 63, (high & 15) | (scale >> 2 & 48)), 1)
     minima = torch.cat((minimum & 63, (high >> 4) | (minimum >> 2 & 48)), 1)
-    added = _halves(planes, 2) * minima.float().unsqueeze(2)
-    return _halves(planes, 0) * scales.float().unsqueeze(2), added.neg_()
+    offsets = _halves(planes, 2) * minima.float().unsqueeze(2)
+    return _halves(planes, 0) * scales.float().unsqueeze(2), offsets.neg_()
 
 
 def _q4_k(planes: Tensor) -> tuple[Tensor, int, Tensor, Tensor]:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from peftcore.errors import ExportError
-from peftcore.export.gguf_layout import HEAD, layout_of
 from peftcore.export.gguf_tokenizer import Tokenizer
 from peftcore.export.safetensors_stream import mapped_tensors
+from peftcore.gguf_files.layout import HEAD, layout_of
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Values of `model_type` whose folders can be exported as a GGUF model."""

@@ -23,8 +23,8 @@ from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from peftcore.bases.gguf import GgufLinear
 from peftcore.bases.gguf_blocks import FORMATS, BlockFormat
 from peftcore.errors import ExportError, GgufError
-from peftcore.export.gguf_layout import HEAD, GgufLayout, layout_of_metadata
-from peftcore.files.gguf import GgufHeader, GgufTensor, read_gguf_header
+from peftcore.gguf_files.header import GgufHeader, GgufTensor, read_gguf_header
+from peftcore.gguf_files.layout import HEAD, GgufLayout, layout_of_metadata
 
 _PLAIN = {0: ("F32", torch.float32), 1: ("F16", torch.float16), 30: ("BF16", torch.bfloat16)}
 """{number of a type that is not quantised: (name, dtype)}"""
@@ -35,8 +35,8 @@ def load_gguf_base(
     path: str | Path,
     dtype: torch.dtype = torch.float32,
     model_class: Any = AutoModelForCausalLM,
+    config: Any = None,
     device: torch.device | str = "cpu",
-    **config_options: Any,
 ) -> PreTrainedModel:
     """Load the model of a GGUF file, keeping the quantised weights of its linear layers packed.
 
@@ -47,8 +47,8 @@ def load_gguf_base(
         path: The file, of a Llama, Mistral, Qwen2, Qwen3, Phi-3, Gemma, Gemma 2 or GPT-2 model.
         dtype: Dtype of the activations, and of all weights that are not packed.
         model_class: An Auto class of transformers.
+        config: The model's configuration, in place of the one that the file's metadata describe.
         device: Where the model is put.
-        config_options: Changes of the configuration, such as `num_labels`.
 
     Returns:
         The model, in evaluation mode. It cannot be saved before it is dequantised.
@@ -63,7 +63,7 @@ def load_gguf_base(
         layout = layout_of_metadata(header.metadata.get, header.tensors)
     except ExportError as error:
         raise GgufError(f"{path}: {error}") from error
-    config = _config(header, config_options)
+    config = _config(header) if config is None else config
     with torch.device("meta"):
         model = model_class.from_config(config, dtype=dtype)
     _make_buffers(model, torch.device(device))
@@ -111,10 +111,10 @@ def _size(tensor: GgufTensor) -> int:
     return prod(tensor.shape) // block.weights * block.size
 
 
-def _config(header: GgufHeader, options: dict[str, Any]) -> Any:
+def _config(header: GgufHeader) -> Any:
     try:
         return AutoConfig.from_pretrained(
-            header.path.parent, gguf_file=header.path.name, local_files_only=True, trust_remote_code=False, **options
+            header.path.parent, gguf_file=header.path.name, local_files_only=True, trust_remote_code=False
         )
     except (KeyError, ValueError, TypeError, OSError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
