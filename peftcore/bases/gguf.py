@@ -117,12 +117,14 @@ class GgufWeight(LinearWeight):
         """Return the planes of a dense weight, by the quantiser of the `gguf` package."""
         require_extra("export", "merging into GGUF blocks", "gguf")
         import gguf
+        import numpy as np
         from gguf.quants import quantize
 
         block: BlockFormat = self.layer.format
         values = weight.detach().float().cpu().contiguous().numpy()
         try:
-            rows = torch.from_numpy(quantize(values, gguf.GGMLQuantizationType(block.number)))
+            with np.errstate(over="ignore", invalid="ignore"):  # what does not fit is refused below
+                rows = torch.from_numpy(quantize(values, gguf.GGMLQuantizationType(block.number)))
         except NotImplementedError as error:
             raise MergeError(
                 f"{block.name}: the gguf package has no quantiser for this type, so no merged weight can be stored in "

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 
 from peftcore.bases.gguf import GgufLinear
@@ -26,6 +25,8 @@ from peftcore.errors import ExportError, GgufError
 from peftcore.gguf_files.header import GgufHeader, GgufTensor, read_gguf_header
 from peftcore.gguf_files.layout import HEAD, GgufLayout, layout_of_metadata
 
+ARCHITECTURES = ("llama", "phi3", "qwen2", "qwen3")
+"""Values of `general.architecture` that can be loaded; "llama" includes Mistral and SmolLM."""
 _PLAIN = {0: ("F32", torch.float32), 1: ("F16", torch.float16), 30: ("BF16", torch.bfloat16)}
 """{number of a type that is not quantised: (name, dtype)}"""
 _PACKED = {one.number: one for one in FORMATS.values()}
@@ -44,7 +45,7 @@ def load_gguf_base(
     layers. The parameters of a new head (`model_class=AutoModelForSequenceClassification`) are initialised at random.
 
     Args:
-        path: The file, of a Llama, Mistral, Qwen2, Qwen3, Phi-3, Gemma, Gemma 2 or GPT-2 model.
+        path: The file, of one of `ARCHITECTURES`.
         dtype: Dtype of the activations, and of all weights that are not packed.
         model_class: An Auto class of transformers.
         config: The model's configuration, in place of the one that the file's metadata describe.
@@ -112,13 +113,25 @@ def _size(tensor: GgufTensor) -> int:
 
 
 def _config(header: GgufHeader) -> Any:
+    """Return the configuration that the metadata describe."""
+    architecture = header.metadata["general.architecture"]
+    if architecture not in ARCHITECTURES:
+        raise GgufError(
+            f"{header.path}: a {architecture!r} file cannot be loaded with packed weights; supported: "
+            f"{', '.join(ARCHITECTURES)}. AutoModelForCausalLM.from_pretrained(folder, gguf_file=...) dequantises others"
+        )
     try:
-        return AutoConfig.from_pretrained(
+        config: Any = AutoConfig.from_pretrained(
             header.path.parent, gguf_file=header.path.name, local_files_only=True, trust_remote_code=False
         )
     except (KeyError, ValueError, TypeError, OSError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise GgufError(f"{header.path}: its metadata describes no model that transformers knows ({reason})") from error
+    # transformers takes these from the defaults of the configuration's class
+    config.pad_token_id = header.metadata.get("tokenizer.ggml.padding_token_id")
+    if (head := header.metadata.get(f"{architecture}.attention.key_length")) and hasattr(config, "head_dim"):
+        config.head_dim = head
+    return config
 
 
 @torch.no_grad()
@@ -141,8 +154,6 @@ class _Loader:
         self.header, self.layout, self.model, self.dtype, self.device = header, layout, model, dtype, device
         self.bytes = np.memmap(header.path, dtype=np.uint8, mode="r")
         self.dense = {f"{path}.weight" for path in get_keys_to_not_convert(model)}
-        self.adds_one = header.metadata["general.architecture"].startswith("gemma")
-        """True if the file's norms hold w + 1."""
 
     @torch.no_grad()
     def load(self) -> None:
@@ -182,12 +193,10 @@ class _Loader:
         """Give the model the parameter at a path."""
         owner, _, leaf = path.rpartition(".")
         module, tensor = self.model.get_submodule(owner), self.header.tensors[name]
-        transposed = isinstance(module, Conv1D) and leaf == "weight"
-        expected = tuple(reversed(parameter.shape)) if transposed else tuple(parameter.shape)
-        if tensor.shape != expected:
+        if tensor.shape != tuple(parameter.shape):
             raise GgufError(
                 f"{self.header.path} is damaged: {name} is {list(tensor.shape)}, and its metadata need "
-                f"{list(expected)}; get the file again"
+                f"{list(parameter.shape)}; get the file again"
             )
         rows = self.layout.from_file(name.rpartition(".")[0], self._rows(tensor))
         block = _PACKED.get(tensor.kind)
@@ -195,10 +204,8 @@ class _Loader:
             self.model.set_submodule(owner, self._packed(module, block, rows), strict=True)
             return
         values = rows.float() if block is None else block.dequantize(block.pack(rows))
-        if self.adds_one and "norm" in name:
-            values = values - 1
-        values = (values.T if transposed else values).to(self.device, parameter.dtype).contiguous()
-        module._parameters[leaf] = nn.Parameter(values, requires_grad=True)
+        values = values.to(self.device, parameter.dtype).contiguous()
+        module._parameters[leaf] = nn.Parameter(values)
 
     def _rows(self, tensor: GgufTensor) -> Tensor:
         """Return a copy of a tensor's values; of a packed one the bytes of its rows."""
