@@ -114,9 +114,14 @@ def load_packed(source: str, checkpoint: Checkpoint) -> tuple[PreTrainedModel, P
     transformers_logging.disable_progress_bar()
     try:
         model = load_gguf_base(checkpoint.folder / checkpoint.gguf, torch.bfloat16)
-        tokenizer = _tokenizer(checkpoint)
     except GgufError as error:
         raise BaseModelError(f"base.source {source}: {error}") from error
+    try:
+        tokenizer = _tokenizer(checkpoint)
+    except Exception as error:  # of the tokenizer's builder, which raises any
+        raise BaseModelError(
+            f"base.source {source}: transformers cannot read the file's tokenizer ({type(error).__name__}: {error})"
+        ) from error
     for name, module in model.named_modules():
         weights = [module.dequantized()] if isinstance(module, GgufLinear) else list(module.parameters(recurse=False))
         if not all(torch.isfinite(weight).all() for weight in weights):

@@ -118,7 +118,7 @@ def _config(header: GgufHeader) -> Any:
     if architecture not in ARCHITECTURES:
         raise GgufError(
             f"{header.path}: a {architecture!r} file cannot be loaded with packed weights; supported: "
-            f"{', '.join(ARCHITECTURES)}. AutoModelForCausalLM.from_pretrained(folder, gguf_file=...) dequantises others"
+            f"{', '.join(ARCHITECTURES)}; AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=FILE) dequantises it"
         )
     try:
         config: Any = AutoConfig.from_pretrained(

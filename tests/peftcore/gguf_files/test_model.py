@@ -9,7 +9,7 @@ import gguf
 import pytest
 import torch
 from gguf.quants import dequantize
-from gguf_models import FAMILIES, LlamaCpp, furthest, log_probs, tiny, write_gguf
+from gguf_models import FAMILIES, PROMPTS, LlamaCpp, furthest, log_probs, tiny, write_gguf
 from transformers import AutoModelForSequenceClassification
 
 from peftcore import GgufError, LoraConfig, get_peft_model, load_gguf_base
@@ -163,21 +163,30 @@ def test_other_architectures_are_refused(family: str, tmp_path: Path) -> None:
 
 # -- llama.cpp -------------------------------------------------------------------------------------------------------
 
-CLOSE = {"Q4_0": 0.05, "Q4_1": 0.05, "Q5_0": 0.05, "Q5_1": 0.05, "Q8_0": 0.05}
-"""Log-probabilities. llama.cpp rounds the inputs of these products to 8 bits, and the models are tiny and sharp."""
+ROUNDED = {"furthest": 0.2, "mean": 0.03}
+"""Differences of log-probabilities. llama.cpp rounds the inputs of quantised products to 8 bits, and computes exactly
+with others. The models are random, so that small differences of an input become large ones of the output."""
+EXACT = {"furthest": 1e-4, "mean": 1e-5}
+
+
+def mean(one: Any, other: Any) -> float:
+    return sum(float((one(prompt) - other(prompt)).abs().mean()) for prompt in PROMPTS) / len(PROMPTS)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", CLOSE)
+@pytest.mark.parametrize("kind", ["F32", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])
 def test_an_adapter_says_in_llama_cpp_what_it_says_on_the_packed_base(kind: str, tmp_path: Path) -> None:
     _, path = file_of(tmp_path, kind=kind)
     config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     model: Any = get_peft_model(load_gguf_base(path), config).eval()
+    torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     there, here = LlamaCpp(path, export_gguf_lora(model, "default", tmp_path / "lora.gguf")), partial(log_probs, model)
-    assert furthest(there.log_probs, here) < CLOSE[kind]
+    close = EXACT if kind == "F32" else ROUNDED
+    assert furthest(there.log_probs, here) < close["furthest"] and mean(there.log_probs, here) < close["mean"]
     with model.disable_adapter():
-        assert furthest(partial(there.log_probs, scale=0), here) < CLOSE[kind]
-        assert furthest(there.log_probs, here) > 2 * CLOSE[kind]
+        base = partial(there.log_probs, scale=0)
+        assert furthest(base, here) < close["furthest"] and mean(base, here) < close["mean"]
+        assert furthest(there.log_probs, here) > 1 and mean(there.log_probs, here) > 0.3  # the adapter has an effect

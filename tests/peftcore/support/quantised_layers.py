@@ -14,7 +14,7 @@ from peftcore.bases.gguf_blocks import FORMATS
 
 
 def quantised(kind: str) -> Any:
-    """64 inputs, 32 outputs, random weights; kind: "nf4", "nf4+double", "fp4", "int8" or a GGUF type with a quantiser."""
+    """64 inputs, 32 outputs, random weights; kind: "nf4", "nf4+double", "fp4", "int8", or a GGUF type like "Q4_1"."""
     layer = nn.Linear(64, 32)
     if kind in FORMATS:
         rows = quantize(layer.weight.detach().numpy(), gguf.GGMLQuantizationType[kind])
