@@ -46,7 +46,7 @@ if TYPE_CHECKING:
         export_vllm,
         merge_streaming,
     )
-    from peftcore.gguf_files.model import (
+    from peftcore.gguf_files import (
         load_gguf_base,
     )
     from peftcore.hf_peft.auto import (
@@ -516,7 +516,7 @@ _MODULES = {
     "initialize_kv_prefix_from_text": "peftcore.hf_peft.cartridge",
     "initialize_lora_eva_weights": "peftcore.hf_peft.data_start",
     "inject_adapter_in_model": "peftcore.injection.inject",
-    "load_gguf_base": "peftcore.gguf_files.model",
+    "load_gguf_base": "peftcore.gguf_files",
     "load_peft_weights": "peftcore.storage.reading",
     "merge_streaming": "peftcore.export",
     "prepare_model_for_kbit_training": "peftcore.model",

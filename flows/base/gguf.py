@@ -19,7 +19,7 @@ from transformers import (
 
 from flows.errors import BaseModelError
 from peftcore import GgufError
-from peftcore.gguf_files.model import load_gguf_base
+from peftcore.gguf_files import load_gguf_base
 
 FILE = "model.gguf"
 """Name of the file in the base's folder."""

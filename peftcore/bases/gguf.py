@@ -58,10 +58,10 @@ class GgufLinear(nn.Linear):
         """Return the dense weight (o, i), rounded from float32 to `dtype`."""
         return self.format.dequantize(self.weight, dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Return x Wᵀ + b (..., o)."""
-        dtype = _product_dtype(x)
-        y = _Product.apply(x.to(dtype), self.weight, self.format_name)
+        dtype = _product_dtype(input)
+        y = _Product.apply(input.to(dtype), self.weight, self.format_name)
         return y if self.bias is None else y + self.bias.to(dtype)
 
     def extra_repr(self) -> str:
@@ -90,12 +90,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         (planes,), (g,) = ctx.saved_tensors, gradients
-        return _Product.gradient(g, planes, ctx.format_name), None, None
-
-    @staticmethod
-    def gradient(g: Tensor, planes: Tensor, format_name: str) -> Tensor:
-        """Return g W."""
-        return g @ FORMATS[format_name].dequantize(planes, g.dtype)
+        return g @ FORMATS[ctx.format_name].dequantize(planes, g.dtype), None, None
 
 
 class GgufWeight(LinearWeight):

@@ -24,6 +24,7 @@ from peftcore.bases.gguf_blocks import FORMATS, BlockFormat
 from peftcore.errors import ExportError, GgufError
 from peftcore.gguf_files.header import GgufHeader, GgufTensor, read_gguf_header
 from peftcore.gguf_files.layout import HEAD, GgufLayout, layout_of_metadata
+from peftcore.gguf_files.rope import FREQUENCIES, rope_parameters
 
 ARCHITECTURES = ("llama", "phi3", "qwen2", "qwen3")
 """Values of `general.architecture` that can be loaded; "llama" includes Mistral and SmolLM."""
@@ -70,7 +71,8 @@ def load_gguf_base(
     _make_buffers(model, torch.device(device))
     _Loader(header, layout, model, dtype, torch.device(device)).load()
     if any(isinstance(module, GgufLinear) for module in model.modules()):
-        model.hf_quantizer = _GgufStorage(SimpleNamespace(quant_method="gguf"))
+        storage: Any = SimpleNamespace(quant_method="gguf")
+        model.hf_quantizer = _GgufStorage(storage)
     return model.eval()
 
 
@@ -131,7 +133,22 @@ def _config(header: GgufHeader) -> Any:
     config.pad_token_id = header.metadata.get("tokenizer.ggml.padding_token_id")
     if (head := header.metadata.get(f"{architecture}.attention.key_length")) and hasattr(config, "head_dim"):
         config.head_dim = head
+    if architecture == "phi3":
+        config.sliding_window = header.metadata.get("phi3.attention.sliding_window")
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    frequencies = header.tensors.get(FREQUENCIES)
+    factors = None if frequencies is None else _read(header, frequencies).float()
+    config.rope_parameters = rope_parameters(header.metadata, config.rope_parameters, size, factors, str(header.path))
     return config
+
+
+def _read(header: GgufHeader, tensor: GgufTensor) -> Tensor:
+    """Return a copy of a tensor's values; of a packed one the bytes of its rows."""
+    data = np.memmap(header.path, dtype=np.uint8, mode="r")
+    values = torch.from_numpy(np.array(data[tensor.offset : tensor.offset + _size(tensor)]))
+    if tensor.kind in _PLAIN:
+        return values.view(_PLAIN[tensor.kind][1]).view(tensor.shape)
+    return values.view(*tensor.shape[:-1], -1)
 
 
 @torch.no_grad()
@@ -152,7 +169,6 @@ class _Loader:
         self, header: GgufHeader, layout: GgufLayout, model: Any, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.header, self.layout, self.model, self.dtype, self.device = header, layout, model, dtype, device
-        self.bytes = np.memmap(header.path, dtype=np.uint8, mode="r")
         self.dense = {f"{path}.weight" for path in get_keys_to_not_convert(model)}
 
     @torch.no_grad()
@@ -171,7 +187,8 @@ class _Loader:
 
     def _check_unused(self, used: set[str]) -> None:
         headless = self.model.get_output_embeddings() is None
-        unused = [n for n in self.header.tensors if n not in used and not (headless and n == f"{HEAD}.weight")]
+        elsewhere = {FREQUENCIES, *([f"{HEAD}.weight"] if headless else [])}
+        unused = [name for name in self.header.tensors if name not in used | elsewhere]
         if unused:
             raise GgufError(
                 f"{self.header.path} holds {', '.join(unused[:5])}, which {type(self.model).__name__} does not have; "
@@ -198,7 +215,7 @@ class _Loader:
                 f"{self.header.path} is damaged: {name} is {list(tensor.shape)}, and its metadata need "
                 f"{list(parameter.shape)}; get the file again"
             )
-        rows = self.layout.from_file(name.rpartition(".")[0], self._rows(tensor))
+        rows = self.layout.from_file(name.rpartition(".")[0], _read(self.header, tensor))
         block = _PACKED.get(tensor.kind)
         if block is not None and leaf == "weight" and type(module) is nn.Linear and path not in self.dense:
             self.model.set_submodule(owner, self._packed(module, block, rows), strict=True)
@@ -206,13 +223,6 @@ class _Loader:
         values = rows.float() if block is None else block.dequantize(block.pack(rows))
         values = values.to(self.device, parameter.dtype).contiguous()
         module._parameters[leaf] = nn.Parameter(values)
-
-    def _rows(self, tensor: GgufTensor) -> Tensor:
-        """Return a copy of a tensor's values; of a packed one the bytes of its rows."""
-        values = torch.from_numpy(np.array(self.bytes[tensor.offset : tensor.offset + _size(tensor)]))
-        if tensor.kind in _PLAIN:
-            return values.view(_PLAIN[tensor.kind][1]).view(tensor.shape)
-        return values.view(*tensor.shape[:-1], -1)
 
     def _packed(self, module: nn.Linear, block: BlockFormat, rows: Tensor) -> GgufLinear:
         layer = GgufLinear(module.in_features, module.out_features, block.name, False, self.dtype, "meta")
@@ -224,11 +234,11 @@ class _Loader:
 class _GgufStorage(HfQuantizer):
     """Tells transformers that the model is quantised: it can be trained with adapters and dequantised, not saved."""
 
-    def is_serializable(self) -> bool:
+    def is_serializable(self) -> Any:
         return False
 
     @property
-    def is_trainable(self) -> bool:
+    def is_trainable(self) -> Any:
         return True
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -88,13 +89,13 @@ def test_a_gguf_source_is_unpacked_for_another_storage(paths: Paths, tiny_params
 
 def test_training_sees_the_blocks_and_everything_else_their_values(paths: Paths, params: Params) -> None:
     fetch.run(params, paths)
-    packed, dense = load_for_training(paths.base, PACKED, 100), load_dequantized(paths.base, PACKED)
-    layer, plain = (model.model.layers[0].self_attn.q_proj for model in (packed, dense))
+    models: list[Any] = [load_for_training(paths.base, PACKED, 100), load_dequantized(paths.base, PACKED)]
+    layer, plain = (model.model.layers[0].self_attn.q_proj for model in models)
     assert isinstance(layer, GgufLinear) and type(plain) is torch.nn.Linear
     assert torch.equal(plain.weight, layer.dequantized(torch.bfloat16))
-    original = load_original(paths.base, torch.float32).model.layers[0].self_attn.q_proj
-    assert torch.equal(original.weight, layer.dequantized())
-    classes = load_for_training(paths.base, PACKED, 100, ["a", "b", "c"])
+    original: Any = load_original(paths.base, torch.float32)
+    assert torch.equal(original.model.layers[0].self_attn.q_proj.weight, layer.dequantized())
+    classes: Any = load_for_training(paths.base, PACKED, 100, ["a", "b", "c"])
     assert classes.config.id2label == {0: "a", 1: "b", 2: "c"} and classes.score.weight.shape[0] == 3
 
 
