@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
@@ -61,19 +62,29 @@ def load_gguf_base(
     header = read_gguf_header(path)
     for name, tensor in header.tensors.items():
         _check_tensor(header, name, tensor)
-    try:
-        layout = layout_of_metadata(header.metadata.get, header.tensors)
-    except ExportError as error:
-        raise GgufError(f"{path}: {error}") from error
+    layout = _layout(header)
     config = _config(header) if config is None else config
     with torch.device("meta"):
         model = model_class.from_config(config, dtype=dtype)
-    _make_buffers(model, torch.device(device))
     _Loader(header, layout, model, dtype, torch.device(device)).load()
     if any(isinstance(module, GgufLinear) for module in model.modules()):
         storage: Any = SimpleNamespace(quant_method="gguf")
         model.hf_quantizer = _GgufStorage(storage)
     return model.eval()
+
+
+def _layout(header: GgufHeader) -> GgufLayout:
+    architecture = header.metadata.get("general.architecture")
+    blocks = header.metadata.get(f"{architecture}.block_count")
+    if isinstance(blocks, int) and blocks > len(header.tensors):
+        raise GgufError(
+            f"{header.path} is damaged: it claims {blocks:,} blocks, and has {len(header.tensors):,} tensors; get the "
+            "file again"
+        )
+    try:
+        return layout_of_metadata(header.metadata.get, header.tensors)
+    except ExportError as error:
+        raise GgufError(f"{header.path}: {error}") from error
 
 
 def _check_tensor(header: GgufHeader, name: str, tensor: GgufTensor) -> None:
@@ -126,7 +137,7 @@ def _config(header: GgufHeader) -> Any:
         config: Any = AutoConfig.from_pretrained(
             header.path.parent, gguf_file=header.path.name, local_files_only=True, trust_remote_code=False
         )
-    except (KeyError, ValueError, TypeError, OSError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, OSError, AttributeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise GgufError(f"{header.path}: its metadata describes no model that transformers knows ({reason})") from error
     # transformers takes these from the defaults of the configuration's class
@@ -151,77 +162,74 @@ def _read(header: GgufHeader, tensor: GgufTensor) -> Tensor:
     return values.view(*tensor.shape[:-1], -1)
 
 
-@torch.no_grad()
-def _make_buffers(model: Any, device: torch.device) -> None:
-    """Give the model's buffers, such as rotary frequencies, memory and values; parameters stay on the meta device."""
-    for module in model.modules():
-        on_meta = [name for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
-        for name in on_meta:
-            module._buffers[name] = torch.empty_like(module._buffers[name], device=device)
-        if on_meta:
-            model._init_weights(module)
-
-
 class _Loader:
-    """Puts the tensors of one file into a model on the meta device."""
+    """Puts the tensors of one file into a model on the meta device.
+
+    Raises:
+        GgufError: The file's tensors are not those that its metadata need; nothing has been allocated.
+    """
 
     def __init__(
         self, header: GgufHeader, layout: GgufLayout, model: Any, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.header, self.layout, self.model, self.dtype, self.device = header, layout, model, dtype, device
+        self.header, self.model, self.dtype, self.device = header, model, dtype, device
+        self.layout = layout
         self.dense = {f"{path}.weight" for path in get_keys_to_not_convert(model)}
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        names = {path: str(layout.names.get_name(path, (".weight", ".bias"))) for path in parameters}
+        self.names = {path: name for path, name in names.items() if name in header.tensors}
+        """{path of a parameter: name of its tensor}"""
+        self.missing = [path for path in names if path not in self.names and path not in model.all_tied_weights_keys]
+        self._check_complete()
+        for path, name in self.names.items():
+            shape, expected = header.tensors[name].shape, tuple(parameters[path].shape)
+            if shape != expected:
+                raise GgufError(
+                    f"{header.path} is damaged: {name} is {list(shape)}, and its metadata need {list(expected)}; get "
+                    "the file again"
+                )
 
-    @torch.no_grad()
-    def load(self) -> None:
-        used, missing = set[str](), []
-        for path, parameter in list(self.model.named_parameters(remove_duplicate=False)):
-            name = self.layout.names.get_name(path, (".weight", ".bias"))
-            if name in self.header.tensors:
-                self._put(path, parameter, str(name))
-                used.add(str(name))
-            elif path not in self.model.all_tied_weights_keys:
-                missing.append(path)
-        self._check_unused(used)
-        self.model.tie_weights()
-        self._start_new_head(missing)
-
-    def _check_unused(self, used: set[str]) -> None:
-        headless = self.model.get_output_embeddings() is None
-        elsewhere = {FREQUENCIES, *([f"{HEAD}.weight"] if headless else [])}
-        unused = [name for name in self.header.tensors if name not in used | elsewhere]
-        if unused:
+    def _check_complete(self) -> None:
+        has_head = self.model.get_output_embeddings() is not None
+        body = f"{self.model.base_model_prefix}."
+        lacks = [path for path in self.missing if has_head or path.startswith(body)]
+        if lacks:
+            raise GgufError(f"{self.header.path} lacks {', '.join(lacks[:5])}; get the file again")
+        known = {*self.names.values(), FREQUENCIES, *([] if has_head else [f"{HEAD}.weight"])}
+        if unused := [name for name in self.header.tensors if name not in known]:
             raise GgufError(
                 f"{self.header.path} holds {', '.join(unused[:5])}, which {type(self.model).__name__} does not have; "
                 "its model is not supported"
             )
 
-    def _start_new_head(self, missing: list[str]) -> None:
-        """Initialise the head of another task; any other parameter that the file lacks is an error."""
-        body = f"{self.model.base_model_prefix}."
-        lacks = [path for path in missing if path.startswith(body) or self.model.get_output_embeddings() is not None]
-        if lacks:
-            raise GgufError(f"{self.header.path} lacks {', '.join(lacks[:5])}; get the file again")
-        for owner in {path.rpartition(".")[0] for path in missing}:
+    @torch.no_grad()
+    def load(self) -> None:
+        """Give the model its buffers, such as rotary frequencies, and its parameters."""
+        for module in self.model.modules():
+            on_meta = [name for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
+            for name in on_meta:
+                module._buffers[name] = torch.empty_like(module._buffers[name], device=self.device)
+            if on_meta:
+                self.model._init_weights(module)  # its parameters are still on the meta device, where this has no cost
+        for path, name in self.names.items():
+            self._put(path, name)
+        self.model.tie_weights()
+        for owner in {path.rpartition(".")[0] for path in self.missing}:  # the head of another task
             module = self.model.get_submodule(owner)
             module.to_empty(device=self.device)
             self.model._init_weights(module)
 
-    def _put(self, path: str, parameter: Tensor, name: str) -> None:
+    def _put(self, path: str, name: str) -> None:
         """Give the model the parameter at a path."""
         owner, _, leaf = path.rpartition(".")
         module, tensor = self.model.get_submodule(owner), self.header.tensors[name]
-        if tensor.shape != tuple(parameter.shape):
-            raise GgufError(
-                f"{self.header.path} is damaged: {name} is {list(tensor.shape)}, and its metadata need "
-                f"{list(parameter.shape)}; get the file again"
-            )
         rows = self.layout.from_file(name.rpartition(".")[0], _read(self.header, tensor))
         block = _PACKED.get(tensor.kind)
         if block is not None and leaf == "weight" and type(module) is nn.Linear and path not in self.dense:
             self.model.set_submodule(owner, self._packed(module, block, rows), strict=True)
             return
         values = rows.float() if block is None else block.dequantize(block.pack(rows))
-        values = values.to(self.device, parameter.dtype).contiguous()
+        values = values.to(self.device, module._parameters[leaf].dtype).contiguous()
         module._parameters[leaf] = nn.Parameter(values)
 
     def _packed(self, module: nn.Linear, block: BlockFormat, rows: Tensor) -> GgufLinear:
