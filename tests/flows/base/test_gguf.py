@@ -15,16 +15,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from flows.base.gguf import FILE, holds_gguf
 from flows.base.model import load_dequantized, load_for_training, load_original
 from flows.commands.exporting import Format, export
-from flows.errors import BaseModelError
+from flows.errors import BaseModelError, StageError
 from flows.params import Params, Quantization
 from flows.paths import Paths
-from flows.stages import evaluate, fetch, merge, prepare, train
+from flows.stages import detect, evaluate, fetch, merge, prepare, train
 from peftcore import PeftModel
 from peftcore.bases import GgufLinear
 from peftcore.export.gguf_base import gguf_base
 from peftcore.files import damaged_files
 
 TinyParams = Callable[..., Params]
+LOFTQ = {"init_lora_weights": "loftq"}
 PACKED = Quantization(storage="gguf")
 
 
@@ -139,7 +140,13 @@ def test_a_run_trains_evaluates_and_writes_a_dequantised_merged_model(
         for number in range(100)
     ]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for stage in (fetch, prepare, train, evaluate, merge):
+    for stage in (fetch, prepare, detect):
+        stage.run(params, paths)
+    assert json.loads(paths.architecture.read_text())["class_name"] == "LlamaForCausalLM"
+    loftq = params.model_copy(update={"method": params.method.model_copy(update={"options": LOFTQ})})
+    with pytest.raises(StageError, match="loftq, which needs the weights before quantisation"):
+        train.run(loftq, paths)
+    for stage in (train, evaluate, merge):
         stage.run(params, paths)
     report = json.loads(paths.merge_report.read_text())
     assert report["into"] == "dequantized" and report["candidates"].keys() == {"dequantized"}

@@ -100,6 +100,8 @@ def test_a_full_disk_is_foreseen(paths: Paths, monkeypatch: pytest.MonkeyPatch) 
 def test_what_cannot_be_planned_is_refused(paths: Paths) -> None:
     with pytest.raises(EstimateError, match="objective is dpo; only sft"):
         estimate(params(data={"kind": "preference", "source": "rows.jsonl"}, train={"objective": "dpo"}), paths)
+    with pytest.raises(EstimateError, match=r"storage is gguf.*estimate with storage int8"):
+        estimate(params(quantization={"storage": "gguf"}), paths, probe=False)
     with pytest.raises(EstimateError, match=r"method: .*no_such"):
         estimate(params(method={"target_modules": ["no_such"]}), paths, probe=False)
     with pytest.raises(BaseModelError, match="run the fetch stage, or give --config"):
