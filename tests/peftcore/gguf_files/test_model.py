@@ -14,7 +14,7 @@ from gguf.quants import dequantize
 from gguf_models import FAMILIES, PROMPTS, LlamaCpp, furthest, log_probs, tiny, write_gguf
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from peftcore import GgufError, LoraConfig, get_peft_model, load_gguf_base
 from peftcore.bases import GgufLinear
@@ -88,6 +88,19 @@ def test_dequantised_it_is_an_ordinary_model(tmp_path: Path) -> None:
     read = type(model).from_pretrained(tmp_path / "plain")
     assert type(read.model.layers[0].mlp.up_proj) is torch.nn.Linear
     torch.testing.assert_close(read(IDS).logits, dequantised(model, path)(IDS).logits)
+
+
+def test_a_model_with_adapters_is_dequantised_under_them(tmp_path: Path) -> None:
+    _, path = file_of(tmp_path)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    model: Any = get_peft_model(load_gguf_base(path), config).eval()
+    before = model(IDS).logits
+    model.dequantize(torch.float32)
+    assert not [module for module in model.modules() if isinstance(module, GgufLinear)]
+    torch.testing.assert_close(model(IDS).logits, before, rtol=1e-4, atol=1e-4)
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(merged(IDS).logits, before, rtol=1e-4, atol=1e-4)
 
 
 def test_a_head_for_classes_is_new_and_the_body_is_the_files(tmp_path: Path) -> None:
