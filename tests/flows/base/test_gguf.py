@@ -132,6 +132,7 @@ def test_sources_that_cannot_be_used_are_refused(paths: Paths, params: Params, t
     assert not paths.base.exists()
 
 
+@pytest.mark.slow
 def test_a_run_trains_evaluates_and_writes_a_dequantised_merged_model(
     paths: Paths, params: Params, tmp_path: Path
 ) -> None:

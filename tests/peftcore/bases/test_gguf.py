@@ -148,3 +148,28 @@ def test_a_trained_bias_is_left_to_the_layer() -> None:
     assert base_weight(layer).compute_dtype(x) == torch.float32
     layer.bias.requires_grad_()
     assert base_weight(layer).compute_dtype(x) is None
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # dynamo's own
+def test_it_compiles_into_one_graph() -> None:
+    torch._dynamo.reset()
+    model = adapted(k_layer())
+    x = torch.randn(3, 256)
+    expected = model(x)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), expected, rtol=1e-4, atol=1e-3)
+    compiled(x.requires_grad_()).sum().backward()
+    assert x.grad is not None and model[0].lora_A["default"].weight.grad is not None
+
+
+def test_inference_mode_and_recomputation_give_the_same_output() -> None:
+    model, x = adapted(k_layer()), torch.randn(3, 256)
+    expected = model(x)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-3)
+    x.requires_grad_()
+    y = torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
+    y.sum().backward()
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-3)
+    assert x.grad is not None

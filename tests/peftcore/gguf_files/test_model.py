@@ -23,7 +23,7 @@ from peftcore.gguf_files import model as gguf_model
 from peftcore.gguf_files.header import GgufTensor, read_gguf_header
 
 LOADED = ("llama", "mistral", "qwen2", "qwen3", "phi3")
-FLIPS = 30
+FLIPS = 20
 SIZES = {"intermediate_size": 64}
 IDS = torch.tensor([[5, 9, 33, 2, 60, 17]])
 
