@@ -28,8 +28,6 @@ class GgufLinear(nn.Linear):
         device: Device of the weight.
     """
 
-    weight: nn.Parameter
-
     def __init__(
         self,
         in_features: int,

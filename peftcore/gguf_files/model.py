@@ -229,8 +229,8 @@ class _Loader:
             self.model.set_submodule(owner, self._packed(module, block, rows), strict=True)
             return
         values = rows.float() if block is None else block.dequantize(block.pack(rows))
-        values = values.to(self.device, module._parameters[leaf].dtype).contiguous()
-        module._parameters[leaf] = nn.Parameter(values)
+        on_meta: Any = module._parameters[leaf]
+        module._parameters[leaf] = nn.Parameter(values.to(self.device, on_meta.dtype).contiguous())
 
     def _packed(self, module: nn.Linear, block: BlockFormat, rows: Tensor) -> GgufLinear:
         layer = GgufLinear(module.in_features, module.out_features, block.name, False, self.dtype, "meta")
