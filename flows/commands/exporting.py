@@ -44,8 +44,11 @@ def export(
         PeftError: the adapter cannot be exported.
         PipelineError: an option does not fit the format.
     """
+    from flows.base.gguf import FILE, holds_gguf
     from peftcore.export import check_gguf_base, export_gguf_lora, export_gguf_merged, export_vllm
 
+    if form == Format.GGUF_MERGED and gguf is None and holds_gguf(base):
+        gguf = base / FILE
     if form == Format.GGUF_MERGED and gguf is None:
         check_gguf_base(base)  # before the model is loaded
     if form != Format.GGUF_MERGED and gguf is not None:
@@ -61,10 +64,14 @@ def export(
 
 
 def _adapted(adapter: Path, base: Path) -> Any:
+    import torch
     from transformers import AutoModelForCausalLM
 
+    from flows.base.gguf import holds_gguf, load_packed
     from peftcore import PeftModel
 
+    if holds_gguf(base):
+        return PeftModel.from_pretrained(load_packed(base, torch.float32, torch.device("cpu")), adapter)
     model = AutoModelForCausalLM.from_pretrained(base, local_files_only=True, dtype="auto")
     return PeftModel.from_pretrained(model, adapter)
 

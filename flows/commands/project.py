@@ -21,7 +21,9 @@ def init(
     ] = None,
     base: Annotated[
         str | None,
-        typer.Option(help=f"Base model: hub:NAME, path:FOLDER or wheel:NAME==VERSION; default: {DEFAULT_BASE}."),
+        typer.Option(
+            help=f"Base model: hub:NAME, path:FOLDER, path:FILE.gguf or wheel:NAME==VERSION; default: {DEFAULT_BASE}."
+        ),
     ] = None,
     task: Annotated[str | None, typer.Option(help="chat, preference or classification; default: chat.")] = None,
     hardware: Annotated[str | None, typer.Option(help="cpu or gpu; default: what this machine has.")] = None,

@@ -37,7 +37,8 @@ class Base(Section):
     def _check_source(cls, source: str) -> str:
         if not re.fullmatch(_BASE, source):
             raise invalid_value(
-                "give wheel:NAME==VERSION (and #sha256=HEX, if it is known), hub:NAME, hub:NAME@REVISION or path:FOLDER"
+                "give wheel:NAME==VERSION (and #sha256=HEX, if it is known), hub:NAME, hub:NAME@REVISION, path:FOLDER "
+                "or path:FILE.gguf"
             )
         return source
 
@@ -87,6 +88,22 @@ with warnings.catch_warnings():
             objective, kind = self.train.objective, KINDS[self.train.objective]
             if self.data.kind != kind:
                 raise invalid_value(f"train.objective {objective} needs {kind}", "data.kind", self.data.kind)
+            return self
+
+        @model_validator(mode="after")
+        def _check_gguf(self) -> Self:
+            if self.quantization.storage != "gguf":
+                return self
+            source = self.base.source
+            if not (source.startswith("wheel:") or (source.startswith("path:") and source.endswith(".gguf"))):
+                expected = "quantization.storage gguf needs wheel:NAME==VERSION or path:FILE.gguf"
+                raise invalid_value(expected, "base.source", source)
+            if self.merge.into == "requantized":
+                expected = (
+                    "quantization.storage is gguf, and the merged model is written dequantised; give best, and use "
+                    "`peftcore export gguf-merged` for a GGUF file"
+                )
+                raise invalid_value(expected, "merge.into", self.merge.into)
             return self
 
         @model_validator(mode="after")

@@ -114,6 +114,11 @@ def estimate(
     """
     if params.train.objective != "sft":
         raise EstimateError(f"train.objective is {params.train.objective}; only sft can be estimated")
+    if params.quantization.storage == "gguf":
+        raise EstimateError(
+            "quantization.storage is gguf, whose formats differ by tensor and cannot be estimated; for an upper bound, "
+            "estimate with storage int8"
+        )
     config = _config(config_file or _base_folder(params, paths))
     work = workload(params, paths)
     counted = StaticMemory(config, params, work)

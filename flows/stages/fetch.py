@@ -1,4 +1,7 @@
-"""fetch: the base model, converted once to a bfloat16 transformers folder whose generation ends turns."""
+"""fetch: the base model, converted once to a bfloat16 transformers folder whose generation ends turns.
+
+With `quantization.storage: gguf` the folder holds the base's GGUF file in place of bfloat16 weights.
+"""
 
 import logging
 import tempfile
@@ -7,7 +10,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from flows.base.source import load, obtain
+from flows.base.gguf import save_packed
+from flows.base.source import load, load_packed, obtain
 from flows.data.chat import end_of_turn, render
 from flows.errors import BaseModelError
 from flows.params import Params
@@ -22,7 +26,8 @@ def run(params: Params, paths: Paths) -> None:
     """Write `paths.base`. Raises BaseModelError; the folder of an earlier run then stays."""
     source, begin = params.base.source, time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
-        model, tokenizer = load(source, obtain(source, paths.root, Path(scratch)))
+        checkpoint, packed = obtain(source, paths.root, Path(scratch)), params.quantization.storage == "gguf"
+        model, tokenizer = load_packed(source, checkpoint) if packed else load(source, checkpoint)
         if not tokenizer.chat_template:
             raise BaseModelError(
                 f"base.source {source}: its tokenizer has no chat template; use "
@@ -30,12 +35,15 @@ def run(params: Params, paths: Paths) -> None:
             )
         settle_special_tokens(model, tokenizer)
         with directory_written_atomically(paths.base) as folder:
-            model.save_pretrained(folder)
+            if packed:
+                save_packed(model, checkpoint.folder / str(checkpoint.gguf), folder)
+            else:
+                model.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             for file in folder.iterdir():
                 file.chmod(0o644)  # safetensors makes files that only their owner can read
             write_manifest(folder)
-    count = sum(parameter.numel() for parameter in model.parameters())
+    count = model.num_parameters()
     logger.info("%s: %.1f M parameters in %.0f s", source, count / 1e6, time.monotonic() - begin)
 
 

@@ -4,7 +4,7 @@ An adapter trained on a quantised base compensates for its rounding, so there ar
 that training saw, in 16 bits (dequantized); the 16-bit weights as fetched (original); and the 4- or 8-bit weights,
 whose sum is rounded again (requantized). All are compared with the unmerged model on held-out rows. So is the model
 read back from disk, unless its tensors and configuration are exactly those that were compared. For a base that is not
-quantised the three are the same.
+quantised the three are the same. A GGUF base is its own original, and is merged into dequantised.
 """
 
 import json
@@ -38,6 +38,8 @@ log = logging.getLogger("flows.stages.merge")  # as a program this module is cal
 SIXTEEN_BIT = ("dequantized", "original")
 """Candidates of `merge.into: best`; a model in 4 or 8 bits has to be requested by name."""
 REQUANTIZED = "requantized"
+ONLY_CANDIDATE = {"none": ("original",), "gguf": ("dequantized",)}
+"""{storage: candidate}, for storages whose base exists in one precision only."""
 BATCH_SIZE = 16
 """Rows per batch; their predictions are in memory twice."""
 
@@ -50,7 +52,7 @@ def run(params: Params, paths: Paths) -> None:
     compare = fidelity if labels is None else class_fidelity
     adapted = PeftModel.from_pretrained(load_dequantized(paths.base, params.quantization, labels), paths.adapter)
     reference = Reference(adapted, rows, padding_id(tokenizer), BATCH_SIZE)
-    names = ("original",) if params.quantization.storage == "none" else (*SIXTEEN_BIT, REQUANTIZED)
+    names = ONLY_CANDIDATE.get(params.quantization.storage, (*SIXTEEN_BIT, REQUANTIZED))
 
     with progress(len(names) * len(rows), "merge", "row") as bar:
 

@@ -30,6 +30,11 @@ def attach_adapter(params: Params, model: Any, config: PeftConfig, original: Pat
     storage = params.quantization.storage
     if storage == "none":
         return get_peft_model(model, config)
+    if storage == "gguf":
+        raise StageError(
+            "method.options.init_lora_weights is loftq, which needs the weights before quantisation, and "
+            "quantization.storage gguf has none; give another init_lora_weights, or storage nf4"
+        )
     expected = {"loftq_bits": 8 if storage == "int8" else 4, "loftq_iter": 1}
     if wrong := {name: value for name, value in (config.loftq_config or {}).items() if value != expected[name]}:
         raise StageError(

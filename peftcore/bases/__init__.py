@@ -4,6 +4,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peftcore.bases.base import BaseWeight
+from peftcore.bases.gguf import GgufLinear, GgufWeight
 from peftcore.bases.norm import NormWeight, is_norm
 from peftcore.bases.parameter import BiasParameter, ParameterWeight
 from peftcore.bases.plain import Conv1DWeight, ConvWeight, EmbeddingWeight, LinearWeight
@@ -13,6 +14,7 @@ from peftcore.errors import TargetError
 __all__ = [
     "BaseWeight",
     "BiasParameter",
+    "GgufLinear",
     "ParameterWeight",
     "base_weight",
     "calls_its_layers",
@@ -23,6 +25,7 @@ __all__ = [
 
 _QUANTIZED = {"Params4bit": FourBitWeight, "Int8Params": EightBitWeight}
 _PLAIN = {
+    GgufLinear: GgufWeight,
     Conv1D: Conv1DWeight,
     nn.Linear: LinearWeight,
     nn.Conv1d: ConvWeight,
@@ -90,6 +93,6 @@ def base_weight(layer: nn.Module, path: str = "") -> BaseWeight:
     if view is None:
         raise TargetError(
             f"{path or 'layer'} is a {type(layer).__name__}, which cannot be adapted; "
-            "adapters support Linear, Conv1D, Conv1d/2d/3d, Embedding, norms and bitsandbytes' 4- and 8-bit linears"
+            "adapters support Linear, Conv1D, Conv1d/2d/3d, Embedding, norms, and linears of bitsandbytes and GGUF"
         )
     return view(layer)

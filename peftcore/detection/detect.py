@@ -11,6 +11,7 @@ from dataclasses import replace
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from peftcore.bases import GgufLinear
 from peftcore.detection.architecture import Architecture, LinearInfo, NormInfo
 from peftcore.detection.attention import attention_roles
 from peftcore.detection.experts import find_experts
@@ -152,10 +153,10 @@ def _linear_info(layers: list[AdaptableLayer], roles: Roles, tied_layers: set[st
 
 
 def _is_plain_linear(layer: AdaptableLayer) -> bool:
-    # transformers replaces exactly these classes by bitsandbytes' linears; a subclass may have another forward
+    # transformers replaces exactly these classes by bitsandbytes' linears; another subclass may have another forward
     return layer.kind == "linear" and (
         type(layer.module) is nn.Linear
-        or isinstance(layer.module, Conv1D)
+        or isinstance(layer.module, Conv1D | GgufLinear)
         or type(layer.module).__module__.startswith("bitsandbytes")
     )
 

@@ -11,8 +11,8 @@ All but `merge_streaming` start from `canonicalise` (`canonical`), a LoRA with Î
 `check_vllm` (`vllm_rules`) and `check_gguf_base` (`gguf_base`) tell in advance what an export would refuse.
 
 Streaming uses `mapped_model` (a model whose weights stay on disk), `merged_tensors` (the tensors to write) and
-`safetensors_stream` (the file format). GGUF uses `gguf_layout` (names and order of rows), `gguf_base` (the base model),
-`gguf_folder` and `gguf_tokenizer` (a transformers folder as GGUF).
+`safetensors_stream` (the file format). GGUF uses `peftcore.gguf_files.layout` (names and order of rows), `gguf_base`
+(the base model), `gguf_folder` and `gguf_tokenizer` (a transformers folder as GGUF).
 """
 
 # ruff: noqa: E402 (the check has to come before the imports that need the packages)

@@ -11,7 +11,7 @@ from gguf.quants import dequantize
 
 from peftcore.errors import ExportError
 from peftcore.export.gguf_folder import ModelFolder
-from peftcore.export.gguf_layout import GgufLayout, layout_of_file
+from peftcore.gguf_files.layout import GgufLayout, layout_of_file
 
 _NOT_COPIED = ("general.architecture", "general.file_type", "general.quantization_version")
 """Metadata keys that are not copied from the base's file: the exporter writes other values, or leaves the key out."""
@@ -25,7 +25,7 @@ class BaseTensor:
     shape: tuple[int, ...]
     """Shape in the order of torch and NumPy; GGUF stores it reversed."""
     values: Callable[[], np.ndarray]
-    """Reads the values in float32, with the rows in the order of a GGUF file (see `gguf_layout`)."""
+    """Reads the values in float32, with the rows in the order of a GGUF file (see `gguf_files.layout`)."""
 
 
 class GgufBase(Protocol):

@@ -5,18 +5,17 @@ refused before any weight is read: other activations, partial or YaRN rotary emb
 tokenizers.
 """
 
-import math
 from pathlib import Path
 from typing import Any
 
 import gguf
-import torch
 from torch import Tensor
 
 from peftcore.errors import ExportError
-from peftcore.export.gguf_layout import HEAD, layout_of
 from peftcore.export.gguf_tokenizer import Tokenizer
 from peftcore.export.safetensors_stream import mapped_tensors
+from peftcore.gguf_files.layout import HEAD, layout_of
+from peftcore.gguf_files.rope import FREQUENCIES, llama3_factors
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 """Values of `model_type` whose folders can be exported as a GGUF model."""
@@ -109,14 +108,5 @@ class ModelFolder:
             if not (self.layout.tied and name == f"{HEAD}.weight"):
                 tensors[name] = tensor
         if self._rope.get("rope_type") == "llama3":
-            tensors["rope_freqs.weight"] = self._rope_factors()
+            tensors[FREQUENCIES] = llama3_factors(self._rope, self._head_size)
         return tensors
-
-    def _rope_factors(self) -> Tensor:
-        """Return the divisor of each rotary frequency in llama.cpp: Llama 3's smooth step from 1 to `factor`."""
-        rope, size = self._rope, self._head_size
-        frequencies = 1 / rope["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float64) / size)
-        turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)
-        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-        smooth = ((turns - low) / (high - low)).clamp(0, 1)
-        return (1 / ((1 - smooth) / rope["factor"] + smooth)).float()

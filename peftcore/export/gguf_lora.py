@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from peftcore.errors import ExportError
 from peftcore.export.canonical import CanonicalLora, canonicalise
-from peftcore.export.gguf_layout import EMBEDDINGS, HEAD, GgufLayout, layout_of
 from peftcore.files import file_written_atomically
+from peftcore.gguf_files.layout import EMBEDDINGS, HEAD, GgufLayout, layout_of
 
 DTYPES = {"float32": np.float32, "float16": np.float16}
 

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from peftcore.errors import ExportError
 from peftcore.export.canonical import canonicalise
 from peftcore.export.gguf_base import BaseTensor, GgufBase, gguf_base
-from peftcore.export.gguf_layout import EMBEDDINGS, HEAD, GgufLayout, layout_of
 from peftcore.files import file_written_atomically
+from peftcore.gguf_files.layout import EMBEDDINGS, HEAD, GgufLayout, layout_of
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.injection.merge import check_mergeable
 

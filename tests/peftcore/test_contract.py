@@ -289,7 +289,7 @@ def test_safe_merge_changes_nothing_when_a_layer_is_not_finite(method: str) -> N
 
 
 @pytest.mark.parametrize("method", LINEAR)
-@pytest.mark.parametrize("storage", ["nf4", "nf4+double", "fp4", "int8"])
+@pytest.mark.parametrize("storage", ["nf4", "nf4+double", "fp4", "int8", "Q4_1"])
 def test_quantised_base(method: str, storage: str, tmp_path: Any) -> None:
     torch.manual_seed(0)
     net, x = Net(quantised(storage)), torch.randn(6, 64)

@@ -9,7 +9,6 @@ from digits_rows import ROWS, Row, learn
 
 from peftcore.registry import methods
 
-    *("SUPERTUNING", "TINYLORA", "UNILORA", "BOTTLENECK", "LOREFT"),
 IN_SLOW = {"LORA", "ADALORA", "IA3", "OFT", "LOHA", "VERA", "PREFIX_TUNING", "PROMPT_TUNING", "XLORA"}
 """Methods, one or two of each kind, that learn in `make slow`; all others learn in `make proof`."""
 CASES = [

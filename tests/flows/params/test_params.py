@@ -44,6 +44,9 @@ def test_a_key_left_out_has_its_default(tmp_path: Path) -> None:
         ("project: {seed: -1}", "project.seed"),
         ("tracking: {mode: on}", "tracking.mode"),
         ("{merge: {into: requantized}, quantization: {storage: none}}", "merge"),
+        ("{merge: {into: requantized}, quantization: {storage: gguf}}", "merge.into"),
+        ("{quantization: {storage: gguf}, base: {source: 'hub:a/b'}}", "base.source"),
+        ("{quantization: {storage: gguf}, base: {source: 'path:folder'}}", "base.source"),
     ],
 )
 def test_an_impossible_value_is_refused_by_its_key(tmp_path: Path, text: str, key: str) -> None:

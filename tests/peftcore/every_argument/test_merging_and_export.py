@@ -222,6 +222,24 @@ def test_export_to_vllm(tmp_path: Path) -> None:
     assert peftcore.check_vllm(tmp_path / "b") and not peftcore.check_vllm(tmp_path / "a")
 
 
+@checks("load_gguf_base", "path dtype model_class config device")
+def test_load_a_gguf_base(tmp_path: Path) -> None:
+    from gguf_models import tiny, write_gguf
+    from transformers import AutoModelForSequenceClassification
+
+    from peftcore.bases import GgufLinear
+
+    files = [write_gguf(tiny("llama", **sizes), tmp_path / f"{len(sizes)}.gguf") for sizes in ({}, {"head_dim": 4})]
+    one, other = (peftcore.load_gguf_base(file) for file in files)
+    assert one.num_parameters() > other.num_parameters() and one.dtype == torch.float32
+    assert not [module for module in one.modules() if isinstance(module, GgufLinear)]
+    assert peftcore.load_gguf_base(files[0], torch.bfloat16).dtype == torch.bfloat16
+    one.config.num_labels, one.config.pad_token_id = 3, 0
+    options = {"model_class": AutoModelForSequenceClassification, "config": one.config}
+    assert peftcore.load_gguf_base(files[0], **options).score.weight.shape == (3, 32)
+    assert peftcore.load_gguf_base(files[0], device="meta").device.type == "meta"
+
+
 @checks("export_gguf_lora", "source adapter_name file base dtype")
 @checks("export_gguf_merged", "base source file adapter_name dtype")
 def test_export_to_gguf(tmp_path: Path) -> None:

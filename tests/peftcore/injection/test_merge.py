@@ -106,7 +106,7 @@ def test_one_name_need_not_be_a_list() -> None:
     assert net[0].merged == ("default",)
 
 
-@pytest.mark.parametrize("storage", ["nf4", "int8"])
+@pytest.mark.parametrize("storage", ["nf4", "int8", "Q4_1"])
 def test_lora_bias_merges_with_its_scale_into_a_quantised_layer(storage: str) -> None:
     torch.manual_seed(0)
     net = adapt(nn.Sequential(quantised(storage)), r=2, lora_alpha=6, lora_bias=True)

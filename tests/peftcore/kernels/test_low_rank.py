@@ -203,7 +203,7 @@ def test_half_precision_is_within_its_rounding(dtype: torch.dtype, dropout: floa
         assert error < 3 * torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("kind", ["nf4", "nf4+double", "fp4", "int8"])
+@pytest.mark.parametrize("kind", ["nf4", "nf4+double", "fp4", "int8", "Q4_1"])
 def test_quantised_bases_equal_the_layers_own_autograd(kind: str) -> None:
     torch.manual_seed(0)
     layer = quantised(kind)

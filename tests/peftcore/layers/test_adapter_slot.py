@@ -171,7 +171,7 @@ def test_a_merged_model_moves_while_it_is_disabled(depth: int) -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
 
 
-@pytest.mark.parametrize("storage", ["nf4", "int8"])
+@pytest.mark.parametrize("storage", ["nf4", "int8", "Q4_1"])
 def test_quantised_bases_that_are_merged_move_too(storage: str) -> None:
     model: Any = get_peft_model(nn.Sequential(quantised(storage)), LoraConfig(target_modules=["0"]))
     randomise(model, 0.3)
@@ -213,7 +213,7 @@ def test_a_merged_pair_that_is_tied_stays_tied_after_a_move() -> None:
 # -- read ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("storage", ["float", "nf4", "int8"])
+@pytest.mark.parametrize("storage", ["float", "nf4", "int8", "Q4_1"])
 def test_the_unmerged_weight_is_read_without_writing(storage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = two_layers() if storage == "float" else nn.Sequential(quantised(storage))
     model: Any = get_peft_model(plain, LoraConfig(target_modules=["0"]))

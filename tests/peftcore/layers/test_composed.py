@@ -136,7 +136,7 @@ def test_each_adapter_learns_from_its_own_rows(checkpointing: bool) -> None:
         torch.testing.assert_close(gradient, summed[name], atol=1e-9, rtol=1e-9)
 
 
-@pytest.mark.parametrize("storage", ["nf4", "int8"])
+@pytest.mark.parametrize("storage", ["nf4", "int8", "Q4_1"])
 def test_rows_of_quantised_layers_equal_those_rows_alone(storage: str) -> None:
     torch.manual_seed(0)
     model = adapted(

@@ -205,7 +205,7 @@ def test_every_method_that_trains_biases(method: str, mode: str, tmp_path: Path)
         torch.testing.assert_close(model.merge_and_unload()(x), adapted, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("storage", ["nf4", "int8"])
+@pytest.mark.parametrize("storage", ["nf4", "int8", "Q4_1"])
 def test_merging_a_bias_alone_leaves_the_codes_of_a_quantised_layer(storage: str) -> None:
     torch.manual_seed(0)
     layer: Any = quantised(storage)

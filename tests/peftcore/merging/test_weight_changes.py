@@ -141,7 +141,7 @@ def test_biases_of_lora_are_combined_too(linears: Any) -> None:
         model.delete_adapter("m")
 
 
-@pytest.mark.parametrize("storage", ["nf4", "nf4+double", "int8"])
+@pytest.mark.parametrize("storage", ["nf4", "nf4+double", "int8", "Q4_1"])
 def test_a_quantised_base(storage: str) -> None:
     """LoRA's factors do not ask what the base is; DoRA's change is that of the dequantised weight."""
     torch.manual_seed(0)

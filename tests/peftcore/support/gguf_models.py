@@ -12,6 +12,7 @@ from urllib.request import Request, urlopen
 import gguf
 import pytest
 import torch
+from gguf.quants import quantize
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -85,8 +86,11 @@ def _in_gguf(model: Any, name: str, tensor: Tensor) -> Tensor:
     return tensor + 1 if "gemma" in family and "norm" in name else tensor
 
 
-def write_gguf(model: Any, path: Path, tokens: list[str] | None = None) -> Path:
-    """The model in float32 as llama.cpp's converter would write it."""
+def write_gguf(model: Any, path: Path, tokens: list[str] | None = None, kind: str = "F32", ends: bool = True) -> Path:
+    """The model as llama.cpp's converter would write it, its matrices in the type `kind`.
+
+    ends: also embeddings and output head; False: those in float32.
+    """
     config, family = model.config, model.config.model_type
     architecture = {"mistral": "llama"}.get(family, family)
     writer = gguf.GGUFWriter(path, architecture)
@@ -126,7 +130,9 @@ def write_gguf(model: Any, path: Path, tokens: list[str] | None = None) -> Path:
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         values = _in_gguf(model, name, tensor).contiguous().numpy()
-        writer.add_tensor(str(names.get_name(name, (".weight", ".bias"))), values)
+        is_end = "embed" in name or "lm_head" in name
+        stored = gguf.GGMLQuantizationType[kind if values.ndim == 2 and (ends or not is_end) else "F32"]
+        writer.add_tensor(str(names.get_name(name, (".weight", ".bias"))), quantize(values, stored), raw_dtype=stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -8,6 +8,7 @@ Architectures in which llama.cpp pairs the halves keep the order of the model.
 Names: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md#standardized-tensor-names.
 """
 
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -103,21 +104,37 @@ def layout_of(config: Any) -> GgufLayout:
 
 def layout_of_file(reader: gguf.GGUFReader) -> GgufLayout:
     """Return the layout of a GGUF model; ExportError if its architecture is not supported."""
-    architecture = _value(reader, "general.architecture")
+
+    def value(key: str) -> Any:
+        field = reader.get_field(key)
+        return None if field is None else field.contents()
+
+    return layout_of_metadata(value, [tensor.name for tensor in reader.tensors])
+
+
+def layout_of_metadata(value: Callable[[str], Any], tensors: Collection[str]) -> GgufLayout:
+    """Return the layout of a GGUF model.
+
+    Args:
+        value: Returns the value of a metadata key, or None.
+        tensors: The names of the file's tensors.
+
+    Raises:
+        ExportError: The architecture is not supported, or a size is missing.
+    """
+    architecture = value("general.architecture")
     family = _BY_ARCHITECTURE.get(architecture)
     if family is None:
         raise ExportError(
             f"GGUF architecture {architecture!r} is not supported; supported: {', '.join(sorted(_BY_ARCHITECTURE))}"
         )
-    heads = _value(reader, f"{architecture}.attention.head_count")
-    keys = _value(reader, f"{architecture}.attention.head_count_kv") or heads
-    tied = all(tensor.name != f"{HEAD}.weight" for tensor in reader.tensors)
-    return _layout(family, _value(reader, f"{architecture}.block_count"), heads, keys, tied)
-
-
-def _value(reader: gguf.GGUFReader, key: str) -> Any:
-    field = reader.get_field(key)
-    return None if field is None else field.contents()
+    heads = value(f"{architecture}.attention.head_count")
+    keys = value(f"{architecture}.attention.head_count_kv") or heads
+    blocks = value(f"{architecture}.block_count")
+    for name, number in (("head_count", heads), ("head_count_kv", keys), ("block_count", blocks)):
+        if not isinstance(number, int) or number < 1:
+            raise ExportError(f"{name} of this {architecture} file is {number!r}; a positive number is supported")
+    return _layout(family, blocks, heads, keys, f"{HEAD}.weight" not in tensors)
 
 
 def _layout(family: _Family, blocks: int, query_heads: int, key_heads: int, tied: bool) -> GgufLayout:
