@@ -7,7 +7,8 @@ from peftcore.bases.base import BaseWeight
 from peftcore.bases.norm import NormWeight, is_norm
 from peftcore.bases.parameter import BiasParameter, ParameterWeight
 from peftcore.bases.plain import Conv1DWeight, ConvWeight, EmbeddingWeight, LinearWeight
-from peftcore.bases.quantized import EightBitWeight, FourBitWeight, keep_quantized_weights_trainable
+from peftcore.bases.quantized import keep_quantized_weights_trainable
+from peftcore.bases.storages import register_storage, registered_classes, registered_view
 from peftcore.errors import TargetError
 
 __all__ = [
@@ -19,9 +20,9 @@ __all__ = [
     "is_adaptable",
     "keep_quantized_weights_trainable",
     "raw_projections",
+    "register_storage",
 ]
 
-_QUANTIZED = {"Params4bit": FourBitWeight, "Int8Params": EightBitWeight}
 _PLAIN = {
     Conv1D: Conv1DWeight,
     nn.Linear: LinearWeight,
@@ -33,9 +34,8 @@ _PLAIN = {
 
 
 def _class_for(layer: nn.Module) -> type[BaseWeight] | None:
-    weight = getattr(layer, "weight", None)
-    if type(weight).__name__ in _QUANTIZED:
-        return _QUANTIZED[type(weight).__name__]
+    if (registered := registered_view(layer)) is not None:
+        return None if registered.refusal(layer) else registered
     plain = next((view for layer_class, view in _PLAIN.items() if isinstance(layer, layer_class)), None)
     return NormWeight if plain is None and is_norm(layer) else plain
 
@@ -88,8 +88,13 @@ def base_weight(layer: nn.Module, path: str = "") -> BaseWeight:
     """
     view = _class_for(layer)
     if view is None:
+        registered = registered_view(layer)
+        reason = "" if registered is None else registered.refusal(layer)
         raise TargetError(
-            f"{path or 'layer'} is a {type(layer).__name__}, which cannot be adapted; "
-            "adapters support Linear, Conv1D, Conv1d/2d/3d, Embedding, norms and bitsandbytes' 4- and 8-bit linears"
+            f"{path or 'layer'} is a {type(layer).__name__}, which cannot be adapted; {reason}"
+            if reason
+            else f"{path or 'layer'} is a {type(layer).__name__}, which cannot be adapted; "
+            "adapters support Linear, Conv1D, Conv1d/2d/3d, Embedding, norms, and quantised layers or weights of the "
+            f"classes {', '.join(registered_classes())}"
         )
     return view(layer)

@@ -154,8 +154,7 @@ def _status(
 def _backend(base: Any) -> str | None:
     if not base.quantized:
         return None
-    bits = {"Params4bit": "bnb 4bit", "Int8Params": "bnb 8bit"}
-    return bits.get(type(base.layer.weight).__name__, type(base.layer).__name__)
+    return base.backend or type(base.layer).__name__
 
 
 def _same(values: Collection[Any], default: Any) -> Any:

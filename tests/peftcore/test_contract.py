@@ -12,7 +12,7 @@ import pytest
 import torch
 from method_example import examples, randomise
 from net import Net
-from quantised_layers import quantised
+from quantised_layers import STORAGES, quantised
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
@@ -289,7 +289,7 @@ def test_safe_merge_changes_nothing_when_a_layer_is_not_finite(method: str) -> N
 
 
 @pytest.mark.parametrize("method", LINEAR)
-@pytest.mark.parametrize("storage", ["nf4", "nf4+double", "fp4", "int8"])
+@pytest.mark.parametrize("storage", ["nf4", "nf4+double", "fp4", "int8", *STORAGES])
 def test_quantised_base(method: str, storage: str, tmp_path: Any) -> None:
     torch.manual_seed(0)
     net, x = Net(quantised(storage)), torch.randn(6, 64)
