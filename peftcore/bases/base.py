@@ -119,6 +119,11 @@ class BaseWeight(ABC):
         return self.dtype
 
     @property
+    def shared_weight(self) -> Tensor:
+        """The stored tensor by whose identity layers with a tied weight are recognised."""
+        return self.layer.weight
+
+    @property
     def device(self) -> torch.device:
         """Device of the weight."""
         return self.layer.weight.device

@@ -48,7 +48,7 @@ class HqqWeight(QuantizedLinear):
 
     def write_bias(self, bias: Tensor) -> None:
         old = self.layer.bias
-        new = bias.to(old)
+        new = bias.detach().to(old)
         self.layer.bias = nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
 
     def state(self) -> dict[str, Any]:

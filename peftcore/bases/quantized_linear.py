@@ -41,6 +41,10 @@ class QuantizedLinear(LinearWeight):
         return self.weight_dtype
 
     @property
+    def shared_weight(self) -> Tensor:
+        return self.codes(self.state())
+
+    @property
     def device(self) -> torch.device:
         return self.codes(self.state()).device
 

@@ -44,9 +44,36 @@ def _hqq(layer: nn.Linear) -> Any:
     return hqq.HQQLinear(layer, config, compute_dtype=torch.float32, device="cpu")
 
 
+def _gptq(layer: nn.Linear) -> Any:
+    kernels = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch")
+    made = kernels.TorchLinear(4, 32, sym=False, desc_act=False, in_features=64, out_features=32, bias=True)
+    made.qzero_format(format=2)
+    made.pack_original(layer, *_grid(layer), g_idx=torch.arange(64) // 32)
+    return made
+
+
+def _awq(layer: nn.Linear) -> Any:
+    kernels = pytest.importorskip("gptqmodel.nn_modules.qlinear.torch_awq")
+    made = kernels.AwqTorchLinear(4, 32, sym=False, desc_act=False, in_features=64, out_features=32, bias=True)
+    made.pack(layer, *_grid(layer))
+    made.post_init()
+    return made
+
+
+def _grid(layer: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales and zero points (outputs, groups of 32 inputs) that hold all weights of a layer in 4 bits."""
+    layer.requires_grad_(False)
+    groups = layer.weight.view(layer.out_features, -1, 32)
+    lowest, highest = groups.amin(-1), groups.amax(-1)
+    scales = ((highest - lowest) / 15).half().float()
+    return scales, (-lowest / scales).round().clamp(0, 15).to(torch.int32)
+
+
 STORAGES: dict[str, Callable[[nn.Linear], Any]] = {
     "torchao int8": _torchao_int8,
     "torchao int4": _torchao_int4,
     "hqq": _hqq,
+    "gptq": _gptq,
+    "awq": _awq,
 }
 """Storages of other packages than bitsandbytes, by name."""
