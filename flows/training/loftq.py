@@ -30,7 +30,7 @@ def attach_adapter(params: Params, model: Any, config: PeftConfig, original: Pat
     storage = params.quantization.storage
     if storage == "none":
         return get_peft_model(model, config)
-    expected = {"loftq_bits": 8 if storage == "int8" else 4, "loftq_iter": 1}
+    expected = {"loftq_bits": 8 if storage.endswith("int8") else 4, "loftq_iter": 1}
     if wrong := {name: value for name, value in (config.loftq_config or {}).items() if value != expected[name]}:
         raise StageError(
             f"method.options.loftq_config is {wrong}, but the base's storage is {storage}, which needs {expected}; "

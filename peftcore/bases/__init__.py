@@ -8,6 +8,7 @@ from peftcore.bases.norm import NormWeight, is_norm
 from peftcore.bases.parameter import BiasParameter, ParameterWeight
 from peftcore.bases.plain import Conv1DWeight, ConvWeight, EmbeddingWeight, LinearWeight
 from peftcore.bases.quantized import keep_quantized_weights_trainable
+from peftcore.bases.quantized_linear import QuantizedLinear
 from peftcore.bases.storages import register_storage, registered_classes, registered_view
 from peftcore.errors import TargetError
 
@@ -15,6 +16,7 @@ __all__ = [
     "BaseWeight",
     "BiasParameter",
     "ParameterWeight",
+    "QuantizedLinear",
     "base_weight",
     "calls_its_layers",
     "is_adaptable",

@@ -213,6 +213,9 @@ class BaseWeight(ABC):
             return None
         return WeightVersion(weight)
 
+    def check_writable(self) -> None:  # noqa: B027
+        """Raise MergeError if the layer's storage can hold no other weight."""
+
     @abstractmethod
     def write(self, weight: Tensor) -> None:
         """Give the layer a new weight; the previous parameter object is not modified.

@@ -15,14 +15,12 @@ from torch import Tensor
 
 from peftcore.bases.base import WeightVersion
 from peftcore.bases.plain import LinearWeight
-from peftcore.errors import MergeError
 
 
 class QuantizedLinear(LinearWeight):
     """A linear layer whose weight is frozen and quantised, with a forward that computes x Wᵀ + b.
 
-    A subclass defines `read_from`, `codes` and `dtype`. It defines `write` if its package can quantise a weight without
-    data.
+    A subclass defines `codes`, `read_from`, `write` and `dtype`.
     """
 
     quantized = True
@@ -50,12 +48,6 @@ class QuantizedLinear(LinearWeight):
 
     def read(self) -> Tensor:
         return self.read_from(self.state())
-
-    def write(self, weight: Tensor) -> None:
-        raise MergeError(
-            f"{type(self.layer).__name__} has no quantiser that needs no data, so the merged weight cannot be stored "
-            "in it; call peftcore.dequantize_base(model) first, which makes plain layers, or keep the adapter unmerged"
-        )
 
     def unmerged_version(self) -> WeightVersion | None:
         if torch.compiler.is_compiling():

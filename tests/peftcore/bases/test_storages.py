@@ -1,5 +1,9 @@
 """Views register for the classes that they read."""
 
+import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +14,70 @@ from peftcore import ConfigError, LoraConfig, TargetError, get_peft_model, regis
 from peftcore.bases import base_weight, is_adaptable
 from peftcore.bases.plain import LinearWeight
 from peftcore.bases.storages import registered_classes
+
+GUIDE = Path(__file__).parents[3] / "docs" / "library.md"
+
+USE = """\
+import sys, torch
+from torch import nn
+from acme_ternary import TernaryLinear
+from peftcore import IA3Config, LoraConfig, PeftModel, dequantize_base, get_layer_status, get_peft_model
+
+torch.manual_seed(0)
+plain = nn.Sequential(TernaryLinear(nn.Linear(8, 8)), nn.ReLU(), TernaryLinear(nn.Linear(8, 4)))
+x = torch.randn(3, 8)
+base = plain(x)
+weights = {k: v.clone() for k, v in plain.state_dict().items()}
+model = get_peft_model(plain, LoraConfig(r=2, target_modules=["0", "2"]))
+assert torch.equal(model(x), base)
+view = f"{type(model[0].base).__module__}.{type(model[0].base).__name__}"
+assert {layer.quantization_backend for layer in get_layer_status(model)} == {"ternary"}
+optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.1)
+for _ in range(5):
+    optimizer.zero_grad()
+    model(x).square().sum().backward()
+    optimizer.step()
+adapted = model(x)
+assert (adapted - base).abs().max() > 0.1
+before = model[0].base.read()
+wanted = model[0].adapters["default"].merged_weight(before)
+model.merge_adapter()
+scale = wanted.abs().mean()
+assert torch.equal(model[0].base.read(), (wanted / scale).round().clamp(-1, 1) * scale)
+model.unmerge_adapter()
+assert torch.equal(model(x), adapted)
+model.add_adapter("ia3", IA3Config(target_modules=["0"], feedforward_modules=[], init_ia3_weights=False))
+rows = model(x, adapter_names=["default", "__base__", "ia3"])
+torch.testing.assert_close(rows[:2], torch.stack([adapted[0], base[1]]))
+model.delete_adapter("ia3")
+model.save_pretrained(sys.argv[1])
+plain = model.unload()
+assert all(torch.equal(v, weights[k]) for k, v in plain.state_dict().items())
+loaded = PeftModel.from_pretrained(plain, sys.argv[1])
+torch.testing.assert_close(loaded(x), adapted)
+merged = dequantize_base(loaded).merge_and_unload()
+assert type(merged[0]) is nn.Linear
+torch.testing.assert_close(merged(x), adapted)
+print("storage by entry point:", view)
+"""
+
+
+@pytest.mark.slow
+def test_the_guides_storage_works_from_a_package_of_its_own(tmp_path: Path) -> None:
+    guide = re.search(r"```python\n(\"\"\"Linear layers with the weights.*?)```", GUIDE.read_text(), re.DOTALL)
+    assert guide is not None
+    (tmp_path / "acme_ternary.py").write_text(guide.group(1))
+    installed = tmp_path / "acme_ternary-1.0.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-ternary\nVersion: 1.0\n")
+    (installed / "entry_points.txt").write_text("[peftcore.storages]\nternary = acme_ternary\n")
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{USE}", str(tmp_path / "saved")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout == "storage by entry point: acme_ternary.TernaryWeight\n", done.stderr
 
 
 def test_the_storages_of_this_package_are_registered() -> None:
