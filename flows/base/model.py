@@ -10,6 +10,7 @@ weights. They are dequantised once, because a quantised forward in evaluation mo
 import hashlib
 import logging
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
@@ -126,9 +127,8 @@ def _storage(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConf
     if quantization.storage in ("none", "hqq4"):
         return None
     if quantization.storage == "torchao_int8":
-        from torchao.quantization import Int8WeightOnlyConfig
-
-        return TorchAoConfig(Int8WeightOnlyConfig(set_inductor_config=False))
+        torchao: Any = import_module("torchao.quantization")
+        return TorchAoConfig(torchao.Int8WeightOnlyConfig(set_inductor_config=False))
     if quantization.storage == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
@@ -147,13 +147,14 @@ def _load_quantized(folder: Path, quantization: Quantization, labels: Sequence[s
 
 def _in_hqq(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Quantise linear layers by HQQ in place, as transformers 5.24 cannot: 4 bits, 64 inputs to a scale and zero."""
-    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
-
-    config = BaseQuantizeConfig(nbits=4, group_size=64, axis=1)
+    hqq: Any = import_module("hqq.core.quantize")
+    config = hqq.BaseQuantizeConfig(nbits=4, group_size=64, axis=1)
     skipped = get_keys_to_not_convert(model)
     for path, layer in list(model.named_modules()):
         if type(layer) is nn.Linear and should_convert_module(path, skipped):
-            quantised = HQQLinear(layer.requires_grad_(False), config, compute_dtype=dtype, device=str(layer.weight.device))
+            quantised = hqq.HQQLinear(
+                layer.requires_grad_(False), config, compute_dtype=dtype, device=str(layer.weight.device)
+            )
             model.set_submodule(path, quantised)
     return model.eval()
 

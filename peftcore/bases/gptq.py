@@ -19,10 +19,12 @@ from peftcore.errors import MergeError
 
 
 class _GptqmodelWeight(QuantizedLinear):
-    """A layer of gptqmodel's kernel in PyTorch: the only one that computes gradients and keeps its codes as they are."""
+    """A layer of gptqmodel's kernel in PyTorch, which computes gradients and keeps its codes as they are."""
 
     layer_name: ClassVar[str]
     """Class of the layer."""
+    format: ClassVar[str]
+    """Name of the quantisation."""
     advice: ClassVar[str]
     """How the checkpoint is loaded with this kernel."""
 
@@ -49,7 +51,7 @@ class _GptqmodelWeight(QuantizedLinear):
 
     def check_writable(self) -> None:
         raise MergeError(
-            f"a weight cannot be merged into {self.layer_name}, because {self.backend.upper()} needs data to choose "
+            f"a weight cannot be merged into {self.layer_name}, because {self.format} needs data to choose "
             "codes, and without data the change of an adapter is mostly rounded away; call "
             "peftcore.dequantize_base(model) first, which makes plain layers, or keep the adapter unmerged"
         )
@@ -77,7 +79,7 @@ class _GptqmodelWeight(QuantizedLinear):
 class GptqWeight(_GptqmodelWeight):
     """`TorchLinear` of gptqmodel."""
 
-    backend = "gptq"
+    backend, format = "gptq", "GPTQ"
     layer_name = "TorchLinear"
     advice = "quantization_config=GPTQConfig(bits=..., backend='gptq_torch')"
 
@@ -92,7 +94,7 @@ class GptqWeight(_GptqmodelWeight):
 class AwqWeight(_GptqmodelWeight):
     """`AwqTorchLinear` of gptqmodel."""
 
-    backend = "awq"
+    backend, format = "awq", "AWQ"
     layer_name = "AwqTorchLinear"
     advice = "quantization_config=AwqConfig(backend='torch_awq')"
 

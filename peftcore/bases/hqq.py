@@ -1,4 +1,4 @@
-"""Linear layers of HQQ (half-quadratic quantisation) in 1 to 8 bits. https://mobiusml.github.io/hqq_blog/"""
+"""Linear layers of HQQ, half-quadratic quantisation (https://mobiusml.github.io/hqq_blog), in 1 to 8 bits."""
 
 import copy
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Linear layers of torchao with weights in 1 to 8 bits. https://docs.pytorch.org/ao"""
+"""Linear layers of torchao (https://docs.pytorch.org/ao) with weights in 1 to 8 bits."""
 
 from collections.abc import Mapping
 from importlib import import_module
@@ -60,7 +60,9 @@ class TorchaoWeight(QuantizedLinear):
         self.layer._parameters["weight"] = nn.Parameter(_quantized_like(old, dense), requires_grad=False)
 
     def multiplies(self, dtype: torch.dtype) -> bool:
-        return dtype == self.weight_dtype or (type(self.layer.weight).__name__ == "Int8Tensor" and dtype.is_floating_point)
+        return dtype == self.weight_dtype or (
+            type(self.layer.weight).__name__ == "Int8Tensor" and dtype.is_floating_point
+        )
 
 
 def _quantized_like(old: Any, dense: Tensor) -> Tensor:

@@ -61,7 +61,9 @@ def _plain(base: BaseWeight, dtype: torch.dtype | None) -> nn.Linear:
     layer = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
     for name, value in (("weight", base.read()), ("bias", base.bias)):
         if value is not None:
-            layer._parameters[name] = nn.Parameter(value.detach().to(dtype, copy=True).contiguous(), requires_grad=False)
+            layer._parameters[name] = nn.Parameter(
+                value.detach().to(dtype, copy=True).contiguous(), requires_grad=False
+            )
     return layer.train(base.layer.training)
 
 

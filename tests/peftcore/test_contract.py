@@ -325,7 +325,7 @@ def test_quantised_base(storage: str, method: str, tmp_path: Any) -> None:
         base = net.target.base_layer(x)
         dense = net.target.base.read().clone()
         if EXAMPLES[method].merges and storage in NEED_DATA and adapter.changes_weight:
-            with pytest.raises(MergeError, match="needs data.*dequantize_base"):
+            with pytest.raises(MergeError, match=r"needs data.*dequantize_base"):
                 net.merge_adapter()
         elif EXAMPLES[method].merges:
             wanted = adapter.merged_weight(dense)
