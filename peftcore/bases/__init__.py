@@ -22,6 +22,7 @@ __all__ = [
     "is_adaptable",
     "keep_quantized_weights_trainable",
     "raw_projections",
+    "refusal",
     "register_storage",
 ]
 
@@ -45,6 +46,12 @@ def _class_for(layer: nn.Module) -> type[BaseWeight] | None:
 def is_adaptable(layer: nn.Module) -> bool:
     """Return True if `base_weight` has a view for this layer."""
     return _class_for(layer) is not None
+
+
+def refusal(layer: nn.Module) -> str | None:
+    """Return the reason why a layer of a registered storage cannot be adapted; None for every other layer."""
+    view = registered_view(layer)
+    return None if view is None else view.refusal(layer)
 
 
 _READS_WEIGHTS = {"MultiheadAttention", "WavLMAttention"}
@@ -90,13 +97,9 @@ def base_weight(layer: nn.Module, path: str = "") -> BaseWeight:
     """
     view = _class_for(layer)
     if view is None:
-        registered = registered_view(layer)
-        reason = "" if registered is None else registered.refusal(layer)
-        raise TargetError(
-            f"{path or 'layer'} is a {type(layer).__name__}, which cannot be adapted; {reason}"
-            if reason
-            else f"{path or 'layer'} is a {type(layer).__name__}, which cannot be adapted; "
+        fits = refusal(layer) or (
             "adapters support Linear, Conv1D, Conv1d/2d/3d, Embedding, norms, and quantised layers or weights of the "
             f"classes {', '.join(registered_classes())}"
         )
+        raise TargetError(f"{path or 'layer'} is a {type(layer).__name__}, which cannot be adapted; {fits}")
     return view(layer)

@@ -1,5 +1,6 @@
 """Plain layers in place of quantised ones, with the weights that the quantised layers compute with."""
 
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import torch
@@ -50,7 +51,7 @@ def dequantize_base(model: Model, dtype: torch.dtype | None = None) -> Model:
     return model
 
 
-def _bases(modules: dict[str, nn.Module]) -> dict[str, BaseWeight]:
+def _bases(modules: Mapping[str, nn.Module]) -> dict[str, BaseWeight]:
     layers = {path: module for path, module in modules.items() if path and not isinstance(module, LayerWrapper)}
     return {path: base_weight(layer, path) for path, layer in layers.items() if is_adaptable(layer)}
 

@@ -29,10 +29,11 @@ def test_the_weight_is_read_as_the_layer_multiplies_it(bits: int, axis: int) -> 
 
 def test_a_weight_is_written_as_hqq_quantises_it() -> None:
     base = base_weight(quantised())
-    dense: Any = nn.Linear(64, 32)
-    other = library.HQQLinear(dense, base.layer.quant_config | {"offload_meta": False}, True, torch.float32, "cpu")
+    linear = nn.Linear(64, 32)
+    dense = linear.weight.detach().clone()
+    other = library.HQQLinear(linear, base.layer.quant_config | {"offload_meta": False}, True, torch.float32, "cpu")
     before, state = base.read(), base.state()
-    base.write(dense.weight.detach())
+    base.write(dense)
     assert torch.equal(base.read(), base_weight(other).read()) and not torch.equal(base.read(), before)
     assert torch.equal(base.read_from(state), before), "the state from before still has its own scales"
     base.restore(state)

@@ -14,6 +14,7 @@ from peftcore import ConfigError, LoraConfig, TargetError, get_peft_model, regis
 from peftcore.bases import base_weight, is_adaptable
 from peftcore.bases.plain import LinearWeight
 from peftcore.bases.storages import registered_classes
+from peftcore.detection import detect
 
 GUIDE = Path(__file__).parents[3] / "docs" / "library.md"
 
@@ -114,5 +115,7 @@ def test_a_weight_of_another_kind_is_refused_with_those_that_fit(monkeypatch: py
     weight: Any = layer.weight.detach().as_subclass(TorchAOBaseTensor)
     layer._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
     assert not is_adaptable(layer)
+    with pytest.raises(TargetError, match=r"has no layer to adapt.*was left out: its weight is torchao's TorchAOBase"):
+        detect(nn.Sequential(layer))
     with pytest.raises(TargetError, match=r"0 is a Linear.*TorchAOBaseTensor.*Int8Tensor and IntxUnpackedToInt8Tensor"):
         get_peft_model(nn.Sequential(layer), LoraConfig(r=2, target_modules=["0"]))
