@@ -19,6 +19,7 @@ __all__ = [
     "QuantizedLinear",
     "base_weight",
     "calls_its_layers",
+    "has_uncast_inputs",
     "is_adaptable",
     "keep_quantized_weights_trainable",
     "raw_projections",
@@ -46,6 +47,11 @@ def _class_for(layer: nn.Module) -> type[BaseWeight] | None:
 def is_adaptable(layer: nn.Module) -> bool:
     """Return True if `base_weight` has a view for this layer."""
     return _class_for(layer) is not None
+
+
+def has_uncast_inputs(model: nn.Module) -> bool:
+    """Return True if a quantised layer of the model multiplies inputs of its own dtype only."""
+    return any(issubclass(view, QuantizedLinear) for view in map(registered_view, model.modules()) if view is not None)
 
 
 def refusal(layer: nn.Module) -> str | None:

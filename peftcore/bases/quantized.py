@@ -210,8 +210,8 @@ class EightBitWeight(LinearWeight):
         return torch.float32
 
     @property
-    def activation_dtype(self) -> None:
-        return None
+    def activation_dtype(self) -> torch.dtype | None:
+        return getattr(self.layer, "compute_dtype", None)
 
     def compute_dtype(self, x: Tensor) -> torch.dtype | None:
         # the product rounds x to 8 bits, but the gradient is that of x Wᵀ + b

@@ -128,10 +128,11 @@ def _require_something_adaptable(model: nn.Module, tree: ModuleTree, roles: Role
     counts = Counter(type(module).__name__ for path, module in tree.modules.items() if path)
     contents = ", ".join(f"{count} {name}" for name, count in counts.most_common(8)) or "no submodules"
     reason = next((reason for module in tree.modules.values() if (reason := refusal(module))), None)
+    left_out = "" if reason is None else f". A quantised layer was left out: {reason}"
     raise TargetError(
         f"{type(model).__name__} has no layer to adapt: found {contents}. By default adapters target Linear, Conv1D, "
         "Conv1d/2d/3d and quantised linears inside the model; wrap a single layer in a module, or name an "
-        f"embedding or a head in target_modules{'' if reason is None else f'. A quantised layer was left out: {reason}'}"
+        f"embedding or a head in target_modules{left_out}"
     )
 
 

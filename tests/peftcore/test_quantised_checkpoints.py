@@ -104,9 +104,11 @@ def test_an_adapter_on_it_trains_is_saved_and_merged(kind: str, tmp_path: Path) 
     assert (adapted - plain).abs().max() > 0.01
     with model.disable_adapter():
         torch.testing.assert_close(logits(model), plain)
+    close = {"rtol": 1e-2, "atol": 1e-2} if kind == "awq" else {"rtol": 1e-4, "atol": 1e-4}
+    rows = logits(model, adapter_names=["default", "__base__"])
+    torch.testing.assert_close(rows, torch.stack([adapted[0], plain[1]]), **close)
     model.save_pretrained(tmp_path / "adapter")
     loaded: Any = PeftModel.from_pretrained(model.unload(), tmp_path / "adapter")
-    close = {"rtol": 1e-2, "atol": 1e-2} if kind == "awq" else {"rtol": 1e-4, "atol": 1e-4}
     torch.testing.assert_close(logits(loaded), adapted, **close)
     if kind in ("gptq", "awq"):
         with pytest.raises(MergeError, match="dequantize_base"):
@@ -125,5 +127,5 @@ def test_an_adapter_on_it_trains_is_saved_and_merged(kind: str, tmp_path: Path) 
 
 
 @torch.no_grad()
-def logits(model: Any) -> Tensor:
-    return model(TOKENS).logits
+def logits(model: Any, **options: Any) -> Tensor:
+    return model(TOKENS, **options).logits

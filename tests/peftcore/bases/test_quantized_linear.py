@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from peftcore import IA3Config, LoraConfig, get_peft_model
+from peftcore import IA3Config, LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from peftcore.bases.quantized_linear import QuantizedLinear
 from peftcore.bases.storages import register_storage
 
@@ -87,6 +87,16 @@ def test_the_layer_computes_in_the_dtype_of_its_weight() -> None:
         assert base.product(torch.ones(1, 6, requires_grad=True)).dtype == torch.bfloat16
     base.layer.bias.requires_grad_()
     assert base.compute_dtype(torch.ones(1, 6, dtype=torch.bfloat16)) is None, "a product has no gradient of the bias"
+
+
+def test_preparing_for_training_keeps_the_dtype_of_its_inputs() -> None:
+    norm = nn.LayerNorm(6, dtype=torch.bfloat16)
+    model: Any = nn.Sequential(norm, frozen(torch.bfloat16))
+    prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    assert norm.weight.dtype == torch.bfloat16 and not norm.weight.requires_grad
+    assert model(torch.ones(2, 6, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    prepare_model_for_kbit_training(nn.Sequential(norm), use_gradient_checkpointing=False)
+    assert norm.weight.dtype == torch.float32
 
 
 def test_a_changed_weight_is_noticed() -> None:
