@@ -289,15 +289,15 @@ def test_safe_merge_changes_nothing_when_a_layer_is_not_finite(method: str) -> N
 # -- quantised bases: no method has code for them --------------------------------------------------------------------
 
 
+NEED_DATA = ("gptq", "awq")
+"""Storages that hold no merged weight, because only data can choose their codes. Their package is slow to import."""
 QUANTISED = [
     pytest.param(storage, method, marks=pytest.mark.slow)
-    if storage in STORAGES and method not in COMPILED_IN_QUICK_TESTS
+    if storage in NEED_DATA or (storage in STORAGES and method not in COMPILED_IN_QUICK_TESTS)
     else pytest.param(storage, method)
     for storage in ("nf4", "nf4+double", "fp4", "int8", *STORAGES)
     for method in LINEAR
 ]
-NEED_DATA = ("gptq", "awq")
-"""Storages that hold no merged weight, because only data can choose their codes."""
 ROUND_INPUTS = {"int8": 0.05, "awq": 0.01}
 """Storages whose layer rounds an input in float32, and by how much; the others compute with it."""
 
