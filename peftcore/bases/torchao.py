@@ -67,15 +67,15 @@ class TorchaoWeight(QuantizedLinear):
 
 def _quantized_like(old: Any, dense: Tensor) -> Tensor:
     """Return a dense weight in the storage of another weight: the same bits, blocks and kind of zero points."""
-    primitives: Any = import_module("torchao.quantization.quant_primitives").MappingType
-    mapping = primitives.ASYMMETRIC if bool(old.zero_point.any()) else primitives.SYMMETRIC
-    if type(old).__name__ == "Int8Tensor":
-        granularity: Any = import_module("torchao.quantization.granularity")
-        rows, columns = old.block_size
-        if rows != 1:
-            blocks = granularity.PerTensor()
-        else:
-            blocks = granularity.PerRow() if columns == old.shape[1] else granularity.PerGroup(columns)
-        return type(old).from_hp(dense, granularity=blocks, mapping_type=mapping, reduce_range=old.reduce_range)
-    new = type(old).from_hp(dense, old.block_size, old.target_dtype, mapping_type=mapping)
-    return new
+    mappings: Any = import_module("torchao.quantization.quant_primitives").MappingType
+    has_zero_points = old.zero_point is not None and bool(old.zero_point.any())
+    mapping = mappings.ASYMMETRIC if has_zero_points else mappings.SYMMETRIC
+    if type(old).__name__ != "Int8Tensor":
+        return type(old).from_hp(dense, old.block_size, old.target_dtype, mapping_type=mapping)
+    granularity: Any = import_module("torchao.quantization.granularity")
+    rows, columns = old.block_size
+    if rows != 1:
+        blocks = granularity.PerTensor()
+    else:
+        blocks = granularity.PerRow() if columns == old.shape[1] else granularity.PerGroup(columns)
+    return type(old).from_hp(dense, granularity=blocks, mapping_type=mapping, reduce_range=old.reduce_range)
