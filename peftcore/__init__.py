@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING, Any
 from peftcore.hf_peft.alias import SUBMODULES, install_in_peftcore
 
 if TYPE_CHECKING:
+    from peftcore.bases import (
+        register_storage,
+    )
     from peftcore.config import (
         PeftConfig,
         PromptLearningConfig,
@@ -154,6 +157,9 @@ if TYPE_CHECKING:
     )
     from peftcore.injection.activation import (
         refresh_adapters,
+    )
+    from peftcore.injection.dequantize import (
+        dequantize_base,
     )
     from peftcore.injection.inject import (
         inject_adapter_in_model,
@@ -508,6 +514,7 @@ _MODULES = {
     "add_as_lora": "peftcore.conversion",
     "convert_to_lora": "peftcore.conversion",
     "create_arrow_model": "peftcore.hf_peft.tuners.lora.arrow",
+    "dequantize_base": "peftcore.injection.dequantize",
     "export_gguf_lora": "peftcore.export",
     "export_gguf_merged": "peftcore.export",
     "export_vllm": "peftcore.export",
@@ -533,6 +540,7 @@ _MODULES = {
     "preprocess_loraga": "peftcore.hf_peft.preprocess",
     "prompt_embeddings_from_past_key_values": "peftcore.hf_peft.cartridge",
     "refresh_adapters": "peftcore.injection.activation",
+    "register_storage": "peftcore.bases",
     "replace_lora_weights_loftq": "peftcore.injection.loftq",
     "save_as_lora": "peftcore.conversion",
     "set_base_model_state_dict": "peftcore.storage.state_dict",
@@ -714,6 +722,7 @@ __all__ = [
     "convert_directory_to_lora",
     "convert_to_lora",
     "create_arrow_model",
+    "dequantize_base",
     "export_gguf_lora",
     "export_gguf_merged",
     "export_vllm",
@@ -739,6 +748,7 @@ __all__ = [
     "preprocess_loraga",
     "prompt_embeddings_from_past_key_values",
     "refresh_adapters",
+    "register_storage",
     "replace_lora_weights_loftq",
     "save_as_lora",
     "set_base_model_state_dict",

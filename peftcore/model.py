@@ -22,7 +22,7 @@ from torch.compiler import is_compiling
 from peftcore import merging
 from peftcore._util.both_libraries import refuse_hf_peft
 from peftcore._util.fingerprint import unchanging_weights
-from peftcore.bases import GgufLinear
+from peftcore.bases import GgufLinear, has_uncast_inputs
 from peftcore.composition.algebra import Composition, Spec, weights_of
 from peftcore.composition.route import Route
 from peftcore.config import PeftConfig
@@ -1300,7 +1300,8 @@ def prepare_model_for_kbit_training(
     """Prepare a 4- or 8-bit model for training adapters.
 
     All parameters are frozen, 16-bit ones are cast to float32, and gradient checkpointing is enabled. Checkpointing is
-    non-reentrant, and the output of the embeddings requires grad, so that gradients reach the adapters.
+    non-reentrant, and the output of the embeddings requires grad, so that gradients reach the adapters. As in HF PEFT,
+    nothing is cast beside torchao's, HQQ's, GPTQ's and AWQ's layers, because they multiply inputs of their own dtype.
 
     Args:
         model: the quantised model; changed in place.
@@ -1311,9 +1312,10 @@ def prepare_model_for_kbit_training(
     Returns:
         The model.
     """
+    casts = not has_uncast_inputs(model)
     for parameter in model.parameters():
         parameter.requires_grad = False
-        if parameter.dtype in (torch.float16, torch.bfloat16) and type(parameter) is nn.Parameter:
+        if casts and parameter.dtype in (torch.float16, torch.bfloat16) and type(parameter) is nn.Parameter:
             parameter.data = parameter.data.float()
     if auto_clear_cache and torch.accelerator.is_available():
         torch.accelerator.empty_cache()

@@ -11,11 +11,11 @@ import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from peftcore._util.both_libraries import refuse_hf_peft
+from peftcore._util.plugins import import_plugins
 from peftcore.errors import ConfigError, suggestion
 
 if TYPE_CHECKING:
@@ -102,17 +102,6 @@ def register(name: str, config: "type[PeftConfig]") -> Callable[[Class], Class]:
         return adapter
 
     return add
-
-
-@cache
-def import_plugins(packages: tuple[str, ...], group: str) -> None:
-    """Import every module of these packages and every entry point of a group, once; importing registers."""
-    for name in packages:
-        package = importlib.import_module(name)
-        for module in pkgutil.iter_modules(package.__path__, f"{name}."):
-            importlib.import_module(module.name)
-    for entry in importlib.metadata.entry_points(group=group):
-        entry.load()
 
 
 def _discover() -> None:

@@ -10,10 +10,12 @@ weights. They are dequantised once, because a quantised forward in evaluation mo
 import hashlib
 import logging
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -21,15 +23,23 @@ from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    TorchAoConfig,
 )
+from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging as transformers_logging
 
 from flows.base.gguf import holds_gguf, load_packed
 from flows.errors import BaseModelError
 from flows.params import Quantization
+from peftcore.bases.dequantize import dequantize_model
+from peftcore.errors import require_extra
 from peftcore.files import MANIFEST, damaged_files
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+_PACKAGES = {"torchao_int8": "torchao", "hqq4": "hqq"}
+"""Package, and extra of this distribution, of the storages that bitsandbytes does not have."""
 
 EAGER_UP_TO = 512
 """Tokens up to which eager attention trains faster on a CPU than torch's fused kernel.
@@ -101,6 +111,8 @@ def load_dequantized(folder: Path, quantization: Quantization, labels: Sequence[
     model = _load_quantized(folder, quantization, labels)
     if quantization.storage == "none":
         return model
+    if quantization.storage in _PACKAGES:
+        return dequantize_model(model, compute_dtype(quantization)).eval()
     return model.dequantize(compute_dtype(quantization)).eval()
 
 
@@ -109,9 +121,15 @@ def compute_dtype(quantization: Quantization) -> torch.dtype:
     return DTYPES[quantization.compute_dtype]
 
 
-def _storage(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    if quantization.storage == "none":
+def _storage(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig | TorchAoConfig | None:
+    if quantization.storage in _PACKAGES:
+        package = _PACKAGES[quantization.storage]
+        require_extra(package, f"quantization.storage: {quantization.storage}", package)
+    if quantization.storage in ("none", "hqq4"):
         return None
+    if quantization.storage == "torchao_int8":
+        torchao: Any = import_module("torchao.quantization")
+        return TorchAoConfig(torchao.Int8WeightOnlyConfig(set_inductor_config=False))
     if quantization.storage == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
@@ -126,7 +144,22 @@ def _load_quantized(folder: Path, quantization: Quantization, labels: Sequence[s
     dtype = compute_dtype(quantization)
     if quantization.storage == "gguf":
         return _load_gguf(folder, dtype, labels)
-    return _load(folder, dtype, _storage(quantization, dtype), labels)
+    model = _load(folder, dtype, _storage(quantization, dtype), labels)
+    return _in_hqq(model, dtype) if quantization.storage == "hqq4" else model
+
+
+def _in_hqq(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """Quantise linear layers by HQQ in place, as transformers 5.24 cannot: 4 bits, 64 inputs to a scale and zero."""
+    hqq: Any = import_module("hqq.core.quantize")
+    config = hqq.BaseQuantizeConfig(nbits=4, group_size=64, axis=1)
+    skipped = get_keys_to_not_convert(model)
+    for path, layer in list(model.named_modules()):
+        if type(layer) is nn.Linear and should_convert_module(path, skipped):
+            quantised = hqq.HQQLinear(
+                layer.requires_grad_(False), config, compute_dtype=dtype, device=str(layer.weight.device)
+            )
+            model.set_submodule(path, quantised)
+    return model.eval()
 
 
 def _load_gguf(folder: Path, dtype: torch.dtype, labels: Sequence[str] | None) -> PreTrainedModel:
@@ -135,7 +168,7 @@ def _load_gguf(folder: Path, dtype: torch.dtype, labels: Sequence[str] | None) -
 
 
 def _load(
-    folder: Path, dtype: torch.dtype, storage: BitsAndBytesConfig | None, labels: Sequence[str] | None
+    folder: Path, dtype: torch.dtype, storage: BitsAndBytesConfig | TorchAoConfig | None, labels: Sequence[str] | None
 ) -> PreTrainedModel:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()

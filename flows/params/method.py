@@ -122,6 +122,6 @@ class Method(Section):
 class Quantization(Section):
     """Storage of the frozen base's weights."""
 
-    storage: Literal["nf4", "fp4", "int8", "gguf", "none"] = "nf4"
+    storage: Literal["nf4", "fp4", "int8", "gguf", "torchao_int8", "hqq4", "none"] = "nf4"
     double_quant: bool = True
     compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"

@@ -113,6 +113,9 @@ with warnings.catch_warnings():
                     "quantization.storage is none, so there are no 4 or 8 bits to round to; give merge.into: best"
                 )
                 raise invalid_value(expected, "merge", self.merge.into)
+            if self.merge.into == "requantized" and self.quantization.storage == "hqq4":
+                expected = "transformers loads no model that is saved in hqq4; give merge.into: best"
+                raise invalid_value(expected, "merge", self.merge.into)
             return self
 
 

@@ -64,7 +64,7 @@ def _choices(params: Params) -> list[dict[str, Any]]:
             "train.batch_size": train.batch_size // 2,
             "train.gradient_accumulation": 2 * train.gradient_accumulation,
         }
-    stored = {"quantization.storage": "nf4"} if params.quantization.storage in ("none", "int8") else {}
+    stored = {"quantization.storage": "nf4"} if params.quantization.storage in ("none", "int8", "torchao_int8") else {}
     chosen += [one for one in (smaller, stored) if one]
     least = {"train.gradient_checkpointing": "blocks"} if train.gradient_checkpointing != "offload" else {}
     if train.batching != "packed" and train.batch_size > 1:

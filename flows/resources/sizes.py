@@ -2,7 +2,8 @@
 
 4 bits     n/2 bytes of codes; per 64 weights a scale of 4 bytes or, with double quantisation (arXiv:2305.14314,
            section 3), of 1 byte plus 4 bytes per 256 scales
-8 bits     n bytes of codes, and 4 bytes of scale per row. arXiv:2208.07339
+hqq4       n/2 bytes of codes; per 64 weights a scale and a zero point in the dtype of the activations
+8 bits     n bytes of codes, and 4 bytes of scale per row (arXiv:2208.07339); torchao_int8 one more byte per row
 optimiser  two moments per trained weight in its dtype (AdamW); in 8 bits 1 byte each plus 4 bytes per 256
            (arXiv:2110.02861), but tensors below 4,096 elements keep full moments
 """
@@ -17,6 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from flows.base.model import compute_dtype, device
 from flows.errors import EstimateError
@@ -118,7 +120,7 @@ def sizes(config: Any, params: Params, total_steps: int) -> Sizes:
         gradients=_bytes(trained),
         optimizer=sum(_averages(parameter, params) for parameter in trained),
         mapped=0 if device().type == "cuda" else sum(2 * own[key].numel() for key in codes),
-        dequantized=_read_together(model, codes, 4 + width if params.quantization.storage == "int8" else width),
+        dequantized=_read_together(model, codes, 4 + width if params.quantization.storage.endswith("int8") else width),
         unquantized=unquantized,
         base_file=base_file,
         largest=2 * max(parameter.numel() for parameter in own.values()),
@@ -135,6 +137,13 @@ def _codes(model: nn.Module, params: Params) -> dict[int, int]:
     kind = params.quantization.storage
     if kind == "none":
         return {}
+    if kind in ("torchao_int8", "hqq4"):
+        skipped, width = get_keys_to_not_convert(model), compute_dtype(params.quantization).itemsize
+        layers = [m for path, m in model.named_modules() if should_convert_module(path, skipped)]
+        weights: list[Any] = [layer.weight for layer in layers if type(layer) is nn.Linear]
+        if kind == "hqq4":  # a scale and a zero point for 64 weights
+            return {id(w): w.numel() // 2 + 2 * width * (w.numel() // SCALED_TOGETHER) for w in weights}
+        return {id(w): w.numel() + 5 * w.shape[0] for w in weights}  # a scale in float32 and a zero point in int8
     storage = BitsAndBytesConfig(load_in_8bit=kind == "int8", load_in_4bit=kind != "int8")
     # transformers chooses: it replaces the layers of a copy, whose weights are never read
     exchanged: Any = copy.deepcopy(model)

@@ -35,7 +35,7 @@ def attach_adapter(params: Params, model: Any, config: PeftConfig, original: Pat
             "method.options.init_lora_weights is loftq, which needs the weights before quantisation, and "
             "quantization.storage gguf has none; give another init_lora_weights, or storage nf4"
         )
-    expected = {"loftq_bits": 8 if storage == "int8" else 4, "loftq_iter": 1}
+    expected = {"loftq_bits": 8 if storage.endswith("int8") else 4, "loftq_iter": 1}
     if wrong := {name: value for name, value in (config.loftq_config or {}).items() if value != expected[name]}:
         raise StageError(
             f"method.options.loftq_config is {wrong}, but the base's storage is {storage}, which needs {expected}; "

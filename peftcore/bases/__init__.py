@@ -4,11 +4,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peftcore.bases.base import BaseWeight
-from peftcore.bases.gguf import GgufLinear, GgufWeight
+from peftcore.bases.gguf import GgufLinear
 from peftcore.bases.norm import NormWeight, is_norm
 from peftcore.bases.parameter import BiasParameter, ParameterWeight
 from peftcore.bases.plain import Conv1DWeight, ConvWeight, EmbeddingWeight, LinearWeight
-from peftcore.bases.quantized import EightBitWeight, FourBitWeight, keep_quantized_weights_trainable
+from peftcore.bases.quantized import keep_quantized_weights_trainable
+from peftcore.bases.quantized_linear import QuantizedLinear
+from peftcore.bases.storages import register_storage, registered_classes, registered_view
 from peftcore.errors import TargetError
 
 __all__ = [
@@ -16,16 +18,18 @@ __all__ = [
     "BiasParameter",
     "GgufLinear",
     "ParameterWeight",
+    "QuantizedLinear",
     "base_weight",
     "calls_its_layers",
+    "has_uncast_inputs",
     "is_adaptable",
     "keep_quantized_weights_trainable",
     "raw_projections",
+    "refusal",
+    "register_storage",
 ]
 
-_QUANTIZED = {"Params4bit": FourBitWeight, "Int8Params": EightBitWeight}
 _PLAIN = {
-    GgufLinear: GgufWeight,
     Conv1D: Conv1DWeight,
     nn.Linear: LinearWeight,
     nn.Conv1d: ConvWeight,
@@ -36,9 +40,8 @@ _PLAIN = {
 
 
 def _class_for(layer: nn.Module) -> type[BaseWeight] | None:
-    weight = getattr(layer, "weight", None)
-    if type(weight).__name__ in _QUANTIZED:
-        return _QUANTIZED[type(weight).__name__]
+    if (registered := registered_view(layer)) is not None:
+        return None if registered.refusal(layer) else registered
     plain = next((view for layer_class, view in _PLAIN.items() if isinstance(layer, layer_class)), None)
     return NormWeight if plain is None and is_norm(layer) else plain
 
@@ -46,6 +49,17 @@ def _class_for(layer: nn.Module) -> type[BaseWeight] | None:
 def is_adaptable(layer: nn.Module) -> bool:
     """Return True if `base_weight` has a view for this layer."""
     return _class_for(layer) is not None
+
+
+def has_uncast_inputs(model: nn.Module) -> bool:
+    """Return True if a quantised layer of the model multiplies inputs of its own dtype only."""
+    return any(issubclass(view, QuantizedLinear) for view in map(registered_view, model.modules()) if view is not None)
+
+
+def refusal(layer: nn.Module) -> str | None:
+    """Return the reason why a layer of a registered storage cannot be adapted; None for every other layer."""
+    view = registered_view(layer)
+    return None if view is None else view.refusal(layer)
 
 
 _READS_WEIGHTS = {"MultiheadAttention", "WavLMAttention"}
@@ -91,8 +105,9 @@ def base_weight(layer: nn.Module, path: str = "") -> BaseWeight:
     """
     view = _class_for(layer)
     if view is None:
-        raise TargetError(
-            f"{path or 'layer'} is a {type(layer).__name__}, which cannot be adapted; "
-            "adapters support Linear, Conv1D, Conv1d/2d/3d, Embedding, norms, and linears of bitsandbytes and GGUF"
+        fits = refusal(layer) or (
+            "adapters support Linear, Conv1D, Conv1d/2d/3d, Embedding, norms, and quantised layers or weights of the "
+            f"classes {', '.join(registered_classes())}"
         )
+        raise TargetError(f"{path or 'layer'} is a {type(layer).__name__}, which cannot be adapted; {fits}")
     return view(layer)

@@ -99,7 +99,29 @@ class BaseWeight(ABC):
     # -- storage -------------------------------------------------------------------------------------------------
 
     quantized: ClassVar[bool] = False
-    """True if the layer stores its weight in 4 or 8 bits."""
+    """True if the layer stores its weight in few bits, such as 4 or 8."""
+
+    backend: ClassVar[str | None] = None
+    """HF PEFT's name of the package that stores the weight, such as "bnb 4bit"; None for PyTorch."""
+
+    @classmethod
+    def refusal(cls, layer: nn.Module) -> str | None:
+        """Return the reason why this view cannot read a layer of its class, and what can be done; None if it can.
+
+        Args:
+            layer: A layer for whose class, or whose weight's class, the view is registered.
+        """
+        return None
+
+    @property
+    def activation_dtype(self) -> torch.dtype | None:
+        """Dtype in which the layer multiplies; None if a quantised layer has none of its own."""
+        return self.dtype
+
+    @property
+    def shared_weight(self) -> Tensor:
+        """The stored tensor by whose identity layers with a tied weight are recognised."""
+        return self.layer.weight
 
     @property
     def device(self) -> torch.device:
@@ -190,6 +212,9 @@ class BaseWeight(ABC):
         if not isinstance(weight, Tensor) or weight.is_inference():
             return None
         return WeightVersion(weight)
+
+    def check_writable(self) -> None:  # noqa: B027
+        """Raise MergeError if the layer's storage can hold no other weight."""
 
     @abstractmethod
     def write(self, weight: Tensor) -> None:

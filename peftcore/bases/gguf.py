@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from peftcore.bases.gguf_blocks import FORMATS, BlockFormat
 from peftcore.bases.plain import LinearWeight
+from peftcore.bases.storages import register_storage
 from peftcore.errors import MergeError, require_extra
 
 
@@ -91,10 +92,19 @@ class _Product(torch.autograd.Function):
         return g @ FORMATS[ctx.format_name].dequantize(planes, g.dtype), None, None
 
 
+@register_storage("peftcore.GgufLinear")
 class GgufWeight(LinearWeight):
     """`GgufLinear`. Its dense weight is float32, with the values of the `gguf` package."""
 
     quantized = True
+
+    @property
+    def backend(self) -> str | None:  # type: ignore[override]
+        return f"gguf {self.layer.format_name}"
+
+    @property
+    def activation_dtype(self) -> torch.dtype | None:
+        return self.layer.compute_dtype
 
     @property
     def dtype(self) -> torch.dtype:

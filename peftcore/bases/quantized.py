@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore.bases.plain import LinearWeight
+from peftcore.bases.storages import register_storage
 from peftcore.errors import TrainingError
 
 MAX_PACKED_TOKENS = 32
@@ -31,10 +32,12 @@ PACKED_OUTPUTS = 32
 """Number of outputs whose codes are interleaved in the packed order."""
 
 
+@register_storage("bitsandbytes.Params4bit")
 class FourBitWeight(LinearWeight):
     """`bitsandbytes.nn.Linear4bit` (NF4, FP4), with or without double quantisation. QLoRA: arXiv:2305.14314."""
 
     quantized = True
+    backend = "bnb 4bit"
 
     def __init__(self, layer: nn.Module):
         super().__init__(layer)
@@ -50,6 +53,10 @@ class FourBitWeight(LinearWeight):
     @property
     def dtype(self) -> torch.dtype:
         return self.layer.weight.quant_state.dtype
+
+    @property
+    def activation_dtype(self) -> torch.dtype | None:
+        return self.layer.compute_dtype
 
     def compute_dtype(self, x: Tensor) -> torch.dtype | None:
         dtype = self.layer.compute_dtype
@@ -191,14 +198,20 @@ def _unpacked(weight: Any) -> tuple[Tensor, Any]:
     return _convert_weight_packed_for_cpu_inverse(weight.data, copy.copy(weight.quant_state))
 
 
+@register_storage("bitsandbytes.Int8Params")
 class EightBitWeight(LinearWeight):
     """`bitsandbytes.nn.Linear8bitLt`: rows scaled to int8. LLM.int8(): arXiv:2208.07339."""
 
     quantized = True
+    backend = "bnb 8bit"
 
     @property
     def dtype(self) -> torch.dtype:
         return torch.float32
+
+    @property
+    def activation_dtype(self) -> torch.dtype | None:
+        return getattr(self.layer, "compute_dtype", None)
 
     def compute_dtype(self, x: Tensor) -> torch.dtype | None:
         # the product rounds x to 8 bits, but the gradient is that of x Wᵀ + b

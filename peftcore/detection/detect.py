@@ -11,7 +11,7 @@ from dataclasses import replace
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from peftcore.bases import GgufLinear
+from peftcore.bases import GgufLinear, refusal
 from peftcore.detection.architecture import Architecture, LinearInfo, NormInfo
 from peftcore.detection.attention import attention_roles
 from peftcore.detection.experts import find_experts
@@ -127,10 +127,12 @@ def _require_something_adaptable(model: nn.Module, tree: ModuleTree, roles: Role
         return
     counts = Counter(type(module).__name__ for path, module in tree.modules.items() if path)
     contents = ", ".join(f"{count} {name}" for name, count in counts.most_common(8)) or "no submodules"
+    reason = next((reason for module in tree.modules.values() if (reason := refusal(module))), None)
+    left_out = "" if reason is None else f". A quantised layer was left out: {reason}"
     raise TargetError(
         f"{type(model).__name__} has no layer to adapt: found {contents}. By default adapters target Linear, Conv1D, "
-        "Conv1d/2d/3d and bitsandbytes' linears inside the model; wrap a single layer in a module, or name an "
-        "embedding or a head in target_modules"
+        "Conv1d/2d/3d and quantised linears inside the model; wrap a single layer in a module, or name an "
+        f"embedding or a head in target_modules{left_out}"
     )
 
 

@@ -146,6 +146,8 @@ def _check(merge: _LayerMerge) -> None:
                 adapter.check_mergeable_with(before)
                 before.append(adapter)
                 adapter.check_mergeable()
+                if adapter.changes_weight:
+                    merge.base.check_writable()
                 adapter.merged_bias(bias)
             except MergeError as error:
                 raise MergeError(f"{merge.path}: adapter {name!r} cannot be merged: {error}") from error

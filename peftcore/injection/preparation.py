@@ -325,7 +325,7 @@ def _make_adapters(
 @torch.no_grad()
 def _round_start(module: Adapter | Shared, base: BaseWeight) -> None:
     """Round start values to 16 bits if the base computes in 16 bits, as HF PEFT does before it widens them again."""
-    dtype = getattr(base.layer, "compute_dtype", None) if base.quantized else base.dtype
+    dtype = base.activation_dtype
     if dtype not in (torch.float16, torch.bfloat16):
         return
     exact = module._non_persistent_buffers_set | module.unrounded
@@ -346,7 +346,7 @@ def _narrow(adapters: list[Adapter]) -> None:
     """Cast adapters to the dtype of their layers if it has 16 bits; on 4-bit layers, to the layers' compute dtype."""
     for adapter in adapters:
         base = adapter.base
-        dtype = getattr(base.layer, "compute_dtype", None) if base.quantized else base.dtype
+        dtype = base.activation_dtype
         if dtype in (torch.float16, torch.bfloat16):
             adapter.to(dtype)
 

@@ -8,7 +8,6 @@ from typing import Any, Literal
 from torch import nn
 
 from peftcore._util.both_libraries import refuse_layers_of_hf_peft
-from peftcore.bases import GgufLinear
 from peftcore.errors import NoLayersError, TargetError
 from peftcore.injection.adapter_set import ATTRIBUTE, AdapterSet, adapter_set
 from peftcore.injection.module_index import ModuleIndex
@@ -155,10 +154,7 @@ def _status(
 def _backend(base: Any) -> str | None:
     if not base.quantized:
         return None
-    if isinstance(base.layer, GgufLinear):
-        return f"gguf {base.layer.format_name}"
-    bits = {"Params4bit": "bnb 4bit", "Int8Params": "bnb 8bit"}
-    return bits.get(type(base.layer.weight).__name__, type(base.layer).__name__)
+    return base.backend or type(base.layer).__name__
 
 
 def _same(values: Collection[Any], default: Any) -> Any:

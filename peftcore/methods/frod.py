@@ -194,7 +194,7 @@ class Frod(Adapter):
     def _start_type(self) -> torch.dtype:
         """Return the type to which start values are rounded; Λ₀ is rounded as Λ is, so that both cancel."""
         base = self.base
-        return (getattr(base.layer, "compute_dtype", None) if base.quantized else None) or base.dtype
+        return base.activation_dtype or base.dtype
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

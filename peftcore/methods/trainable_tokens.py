@@ -105,7 +105,7 @@ class TrainableTokens(Adapter):
         first: dict[int, TrainableTokens] = {}
         made = list(cast(Mapping[str, TrainableTokens], adapters).values())
         weights = [
-            adapter.base.layer.weight for adapter in made
+            adapter.base.shared_weight for adapter in made
         ]  # held here, because a parametrised weight has no other owner
         for adapter, weight in zip(made, weights, strict=True):
             source = first.setdefault(id(weight), adapter)

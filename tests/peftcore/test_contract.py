@@ -12,7 +12,7 @@ import pytest
 import torch
 from method_example import examples, randomise
 from net import Net
-from quantised_layers import quantised
+from quantised_layers import STORAGES, quantised
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.pytorch_utils import Conv1D
@@ -22,6 +22,7 @@ from peftcore import (
     MergeError,
     PeftConfig,
     PeftModel,
+    dequantize_base,
     get_peft_model,
     inject_adapter_in_model,
 )
@@ -288,9 +289,21 @@ def test_safe_merge_changes_nothing_when_a_layer_is_not_finite(method: str) -> N
 # -- quantised bases: no method has code for them --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", LINEAR)
-@pytest.mark.parametrize("storage", ["nf4", "nf4+double", "fp4", "int8", "Q4_1"])
-def test_quantised_base(method: str, storage: str, tmp_path: Any) -> None:
+NEED_DATA = ("gptq", "awq")
+"""Storages that hold no merged weight, because only data can choose their codes. Their package is slow to import."""
+QUANTISED = [
+    pytest.param(storage, method, marks=pytest.mark.slow)
+    if storage in NEED_DATA or (storage in STORAGES and method not in COMPILED_IN_QUICK_TESTS)
+    else pytest.param(storage, method)
+    for storage in ("nf4", "nf4+double", "fp4", "int8", "Q4_1", *STORAGES)
+    for method in LINEAR
+]
+ROUND_INPUTS = {"int8": 0.05, "awq": 0.01}
+"""Storages whose layer rounds an input in float32, and by how much; the others compute with it."""
+
+
+@pytest.mark.parametrize("storage, method", QUANTISED)
+def test_quantised_base(storage: str, method: str, tmp_path: Any) -> None:
     torch.manual_seed(0)
     net, x = Net(quantised(storage)), torch.randn(6, 64)
     base = net(x).detach()
@@ -302,16 +315,19 @@ def test_quantised_base(method: str, storage: str, tmp_path: Any) -> None:
 
     adapter = adapter_set(net).adapters("default")["target"]
     if EXAMPLES[method].merges:
-        wanted = adapter.merged_weight(net.target.base.read())
-        expected = nn.functional.linear(x, wanted, adapter.merged_bias(net.target.base_layer.bias))
-        close = 1e-4 if storage != "int8" else 0.05  # LLM.int8() rounds its input as well
+        wanted = adapter.merged_weight(net.target.base.read().float())
+        expected = nn.functional.linear(x, wanted, adapter.merged_bias(net.target.base_layer.bias.float()))
+        close = ROUND_INPUTS.get(storage, 1e-4)
         assert (adapted - expected).abs().max() < close * expected.abs().max()
 
     net.eval()  # bitsandbytes repacks 4-bit weights for the CPU in eval mode: reading must survive it
     with torch.no_grad():
         base = net.target.base_layer(x)
         dense = net.target.base.read().clone()
-        if EXAMPLES[method].merges:
+        if EXAMPLES[method].merges and storage in NEED_DATA and adapter.changes_weight:
+            with pytest.raises(MergeError, match=r"needs data.*dequantize_base"):
+                net.merge_adapter()
+        elif EXAMPLES[method].merges:
             wanted = adapter.merged_weight(dense)
             net.merge_adapter()
             # the widest gap between two 4-bit codes is a third of the block's largest weight; rounding loses half of it
@@ -323,6 +339,13 @@ def test_quantised_base(method: str, storage: str, tmp_path: Any) -> None:
     net.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(net.unload(), tmp_path)
     assert (loaded(x) - adapted).abs().max() < 0.05 * adapted.abs().max()
+
+    dequantised = dequantize_base(loaded, torch.float32)(x)
+    assert type(loaded.target.base_layer) is nn.Linear and not loaded.target.base.quantized
+    assert (dequantised - adapted).abs().max() < 0.05 * adapted.abs().max()
+    if EXAMPLES[method].merges:
+        loaded.merge_adapter()
+        assert (loaded(x) - dequantised).abs().max() < 1e-4 * adapted.abs().max()
 
 
 # -- what may not pass -----------------------------------------------------------------------------------------------

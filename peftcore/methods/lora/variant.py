@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from torch import Tensor
 
+from peftcore._util.plugins import import_plugins
 from peftcore.adapter import Shared
 from peftcore.bases import BaseWeight
 from peftcore.config import PeftConfig
 from peftcore.kernels.factors import Factors
 from peftcore.kernels.low_rank import LowRankBranch
-from peftcore.registry import import_plugins
 
 if TYPE_CHECKING:
     from peftcore.methods.lora.adapter import Lora

@@ -16,6 +16,8 @@ from flows.base.model import (
 )
 from flows.errors import BaseModelError
 from flows.params import Quantization
+from peftcore import MissingExtraError
+from peftcore.bases import base_weight
 from peftcore.files import sha256
 
 
@@ -70,6 +72,28 @@ def test_dequantised_int8_weights_are_near_the_original(tiny_base: Path) -> None
     torch.testing.assert_close(
         query(plain).weight.detach(), original.detach(), rtol=0.02, atol=float(original.detach().abs().max()) / 100
     )
+
+
+@pytest.mark.parametrize(("storage", "package"), [("torchao_int8", "torchao"), ("hqq4", "hqq")])
+def test_dequantised_weights_of_other_packages_are_those_of_training(
+    tiny_base: Path, storage: Any, package: str
+) -> None:
+    pytest.importorskip(package)
+    quantization = Quantization(storage=storage, compute_dtype="float32")
+    trained, plain = load_for_training(tiny_base, quantization, 100), load_dequantized(tiny_base, quantization)
+    assert base_weight(query(trained)).backend == package and not base_weight(trained.lm_head).quantized
+    assert type(query(plain)) is torch.nn.Linear and not hasattr(plain.config, "quantization_config")
+    x = torch.randn(5, 32)
+    torch.testing.assert_close(query(plain)(x), query(trained)(x))
+    assert not torch.equal(query(plain).weight, query(load_original(tiny_base, torch.float32)).weight)
+
+
+def test_a_storage_whose_package_is_missing_says_what_to_install(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peftcore.errors.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"quantization\.storage: hqq4 needs hqq; .*'peftcore\[hqq\]'"):
+        load_for_training(tiny_base, Quantization(storage="hqq4"), 100)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU always takes the fused kernel")

@@ -44,12 +44,18 @@ def test_an_8_bit_optimizer_keeps_a_quarter_and_its_scales() -> None:
     assert small / whole == pytest.approx(1 / 4 + 1 / 256, rel=1e-3)
 
 
-@pytest.mark.parametrize("quantization", [{}, {"double_quant": False}, {"storage": "int8"}, {"storage": "none"}])
+@pytest.mark.parametrize(
+    "quantization",
+    [{}, {"double_quant": False}, {"storage": "int8"}, {"storage": "none"}, {"storage": "torchao_int8"},
+     {"storage": "hqq4"}],
+)  # fmt: skip
 def test_bytes_are_those_of_a_loaded_base(paths: Paths, quantization: dict[str, Any]) -> None:
     chosen = params(quantization=quantization)
+    if package := {"torchao_int8": "torchao", "hqq4": "hqq"}.get(chosen.quantization.storage):
+        pytest.importorskip(package)
     size = sizes(without_weights(paths.base).config, chosen, 10)
     model: Any = load_for_training(paths.base, chosen.quantization, 320)
-    tensors: list[Tensor] = [*model.parameters(), *model.buffers()]
+    tensors: list[Tensor] = [getattr(p, "qdata", p) for p in (*model.parameters(), *model.buffers())]  # torchao's codes
     for module in model.modules():
         state = getattr(getattr(module, "weight", None), "quant_state", None)
         if state is not None:
@@ -57,4 +63,8 @@ def test_bytes_are_those_of_a_loaded_base(paths: Paths, quantization: dict[str, 
             tensors += [state.state2.absmax, state.state2.code, state.offset] if state.nested else []
         elif type(module).__name__ == "Linear8bitLt":
             tensors.append(module.weight.SCB)
+        elif type(getattr(module, "weight", None)).__name__ == "Int8Tensor":
+            tensors += [module.weight.scale, module.weight.zero_point]
+        elif type(module).__name__ == "HQQLinear":
+            tensors += [module.meta["scale"], module.meta["zero"]]
     assert size.quantized + size.plain == sum(tensor.nbytes for tensor in tensors)

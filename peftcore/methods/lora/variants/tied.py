@@ -21,7 +21,7 @@ class TiedWeights(Variant):
     def link(self, config: "LoraConfig", adapters: "Mapping[str, Lora]") -> None:
         layers = list(adapters.values())
         # kept in a list, because a parametrised layer creates a new weight at each access and ids could repeat
-        weights = [a.base.layer.weight if a.base.kind in ("embedding", "linear") else None for a in layers]
+        weights = [a.base.shared_weight if a.base.kind in ("embedding", "linear") else None for a in layers]
         embeddings: dict[int, Lora] = {}
         for adapter, weight in zip(layers, weights, strict=True):
             if adapter.base.kind == "embedding":
