@@ -4,6 +4,7 @@ A row's score can fail: the function raises, or returns something that is no fin
 decides what follows. The record has the policy and the number of failures of either side.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -23,7 +24,7 @@ SIDES = ("base", "adapter")
 SHOWN = 200
 """Maximum number of characters of a failure's message in the record."""
 TOKENS = ("input_ids", "labels")
-"""Ends of the names of columns that a scorer does not get."""
+"""Ends of the names of columns that a scorer does not get. It gets the columns of `data.extra_columns` instead."""
 
 
 class ScoredAnswer(NamedTuple):
@@ -114,6 +115,7 @@ def score_answers(scorer: Scorer, score: Score, answers: Sequence[ScoredAnswer],
     failures: list[str] = []
     for row, answer, reference in answers:
         shown = {name: value for name, value in row.items() if not name.endswith(TOKENS)}
+        shown |= json.loads(shown.pop("extra", None) or "{}")
         prompt = row["prompt"] if "prompt" in row else row["text"]
         try:
             values.append(_number(score(prompt, answer, reference, shown)))

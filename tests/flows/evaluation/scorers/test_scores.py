@@ -9,7 +9,7 @@ import pytest
 
 from flows.errors import StageError
 from flows.evaluation.result import EvaluationResult
-from flows.evaluation.scorers.scores import with_scores
+from flows.evaluation.scorers.scores import ScoredAnswer, score_answers, with_scores
 from flows.params import Scorer
 
 ROWS = [
@@ -57,6 +57,15 @@ def test_a_scorer_gets_the_row_without_its_tokens() -> None:
     told: list[Any] = []
     scored(lambda *arguments: told.append(arguments) or 0)
     assert told[1] == ("p1", "x", "2", {"id": "row1", "slice": "odd", "prompt": "p1"})
+
+
+def test_a_scorer_gets_the_extra_columns_by_their_names() -> None:
+    row = {"id": "1", "prompt": "p", "extra": '{"tests": "assert True", "level": 3}'}
+    told: list[Any] = []
+    score_answers(
+        Scorer(scorer="length"), lambda *arguments: told.append(arguments[3]) or 0, [ScoredAnswer(row, "a", "b")], ""
+    )
+    assert told == [{"id": "1", "prompt": "p", "tests": "assert True", "level": 3}]
 
 
 def test_a_failure_stops_with_its_count() -> None:

@@ -262,7 +262,7 @@ BOUND = "token_f1 against the champion"
 
 
 def bounded(candidate: Candidate, champion: Champion | None, **rule: Any) -> Any:
-    return judge(candidate, champion, rules=[Rule(metric="token_f1", **({"bound": 0.05} | rule))])
+    return judge(candidate, champion, rules=[Rule.model_validate({"metric": "token_f1", "bound": 0.05} | rule)])
 
 
 @pytest.mark.parametrize(("change", "passes"), [(-0.1, False), (-0.02, True), (0.1, True)])
