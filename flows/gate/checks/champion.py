@@ -118,10 +118,10 @@ def rule_bound(candidate: Candidate, champion: Champion | None, gate: Gate, rule
         return False, f"no row has {rule.metric} of both versions{how}"
     settings = gate.champion
     regression, upper = paired_bootstrap(weights, ours, theirs, settings.confidence, settings.resamples, seed)
-    worse = "lower" if rule.direction == "higher" else "higher"
+    difference = regression if rule.direction == "lower" else -regression
     return upper < rule.bound, (
-        f"{regression:+.4f} {worse} than {champion.version} on {len(weights)} rows, {settings.confidence:.0%} upper "
-        f"bound {bound_in_words(upper, f'to be below {rule.bound:g}')}{how}"
+        f"{rule.metric} {difference:+.4f} against {champion.version} on {len(weights)} rows, {settings.confidence:.0%} "
+        f"upper bound of the regression {bound_in_words(upper, f'to be below {rule.bound:g}')}{how}"
     )
 
 

@@ -61,7 +61,7 @@ def test_a_rule_on_a_scorer_decides_with_the_champions_registered_scores(project
     assert promote(project.params, project.paths).outcome == "promoted"
     project.register(loss=2.6, weight=2.0, scores={"token_f1": (0.3, 0.45)})
     refused = promote(project.params, project.paths)
-    assert "token_f1 against the champion: +0.1500 lower than v0.1.0 on 10 rows" in refused.sentence
+    assert "token_f1 against the champion: token_f1 -0.1500 against v0.1.0 on 10 rows" in refused.sentence
     project.register(loss=2.6, weight=3.0, scores={"token_f1": (0.3, 0.55)})
     assert promote(project.params, project.paths).outcome == "promoted"
     project.register(loss=2.5, weight=4.0)

@@ -181,7 +181,7 @@ def test_a_rule_lets_the_champion_answer_the_candidates_prompts(weeks: Paths, mo
         answers = generate_answers(model, load_tokenizer(weeks.base), prompts, 4, 4).answers
     assert [lengths[row["id"]] for row in rows] == [len(answer.text) for answer in answers]
     checks = {check.name: check.detail for check in promotion.report.checks} if promotion.report else {}
-    assert "higher than v0.1.0 on" in checks["length against the champion"], promotion.sentence
+    assert "against v0.1.0 on" in checks["length against the champion"], promotion.sentence
     assert "v0.1.0 was re-evaluated on these 10 test rows" in checks["length against the champion"]
     assert "metrics" in tasks["v0.1.0"] and "metrics" not in tasks["v0.2.0"], "compared on the candidate's rows only"
 
