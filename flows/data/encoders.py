@@ -38,6 +38,8 @@ COLUMNS: dict[Kind, Features] = {
     ),
 }
 """{kind: columns of a split}"""
+EXTRA = Features({"extra": _TEXT})
+"""Column of the values of `data.extra_columns` as JSON, if there are any."""
 
 
 class Encoder(Protocol):

@@ -13,13 +13,14 @@ class Origin:
     """Group, slice, location and weight of an example.
 
     group: rows of one group stay in one split. slice: evaluation reports by slice. where: location in the source, for
-    messages. weight: factor of the row's loss.
+    messages. weight: factor of the row's loss. extra: {column: value} as JSON, for scorers; None without such columns.
     """
 
     group: str
     slice: str
     where: str
     weight: float = 1.0
+    extra: str | None = None
 
 
 @dataclass(frozen=True)

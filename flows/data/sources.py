@@ -92,7 +92,16 @@ def _origin(data: Data, where: str, row: dict[str, Any], question: str | list[Me
     """Return the fields of `Origin`. question: the text, or the turns before the last answer."""
     group = _digest(question) if data.group_column is None else _column(row, data.group_column, "group_column")
     slice_ = "all" if data.slice_column is None else _column(row, data.slice_column, "slice_column")
-    return {"group": group, "slice": slice_, "where": where, "weight": formats.weight(row)}
+    extra = _extra(data, row) if data.extra_columns else None
+    return {"group": group, "slice": slice_, "where": where, "weight": formats.weight(row), "extra": extra}
+
+
+def _extra(data: Data, row: dict[str, Any]) -> str:
+    for column in data.extra_columns:
+        if column not in row:
+            hint = spelled_otherwise(row, [column])
+            raise FaultyRow(f"it has no {column} (data.extra_columns); its columns are {', '.join(row)}{hint}")
+    return json.dumps({column: row[column] for column in data.extra_columns}, ensure_ascii=False, default=str)
 
 
 def _digest(question: str | list[Message]) -> str:

@@ -36,6 +36,8 @@ class Row:
     """True for a row to train on; False for an older row that is used for replay only."""
     trusted: bool = True
     """False if the row's file is quarantined, so that the row may not be used for evaluation."""
+    extra: str | None = None
+    """{column: value} as JSON, of the columns that scorers get."""
 
     @property
     def prompt_key(self) -> str:

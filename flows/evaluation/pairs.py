@@ -8,6 +8,7 @@ compare the adapter with the base. The base is DPO's reference, so the base's ow
 from typing import Any
 
 import pyarrow as pa
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from flows.data.rows import Row
@@ -15,8 +16,8 @@ from flows.evaluation.answers import ANSWERS, add_answers, known_lengths, sample
 from flows.evaluation.result import COMMON, EvaluationResult, common_columns, common_metrics
 from flows.evaluation.scoring import RowLosses, pairs_log_probs
 from flows.params import Params
-from flows.training.objectives import preference_objective
-from peftcore.train import Dpo
+from flows.training.objectives import PreferenceObjective, preference_objective
+from peftcore.train import Dpo, PairLogProbs
 
 PAIRS = (
     ("base_margin", pa.float64()),
@@ -42,12 +43,10 @@ def evaluate_pairs(params: Params, model: Any, tokenizer: PreTrainedTokenizerBas
     weights = [row.get("weight", 1.0) for row in rows]
     losses, margins, sides = {}, {}, {}
     rewards: dict[str, Any] = {}
-    sums = isinstance(objective, Dpo) and not (objective.length_normalized or objective.loss == "ipo")
     for name, side in log_probs.items():
         values, rewards = objective.losses(side, log_probs["base"])
         losses[name] = RowLosses(values.tolist(), tokens, weights)
-        compared = side if sums else side.per_token()
-        margins[name] = compared.chosen - compared.rejected
+        margins[name] = pair_margins(objective, side)
         sides[name] = {
             "loss": losses[name].loss,
             "accuracy": (margins[name] > 0).double().mean().item(),
@@ -70,3 +69,15 @@ def evaluate_pairs(params: Params, model: Any, tokenizer: PreTrainedTokenizerBas
         pa.Table.from_pylist(table, schema=pa.schema([*COMMON, *PAIRS, *ANSWERS])),
         samples(rows, prompts, answered, evaluate.samples),
     )
+
+
+def pair_margins(objective: PreferenceObjective, pairs: PairLogProbs) -> Tensor:
+    """Return the log-probability of the chosen minus the rejected answer (nats), by sums or means as in the objective.
+
+    Args:
+        objective: The preference loss.
+        pairs: Log-probabilities of n pairs.
+    """
+    sums = isinstance(objective, Dpo) and not (objective.length_normalized or objective.loss == "ipo")
+    compared = pairs if sums else pairs.per_token()
+    return compared.chosen - compared.rejected

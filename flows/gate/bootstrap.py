@@ -1,7 +1,7 @@
 """Paired bootstrap over test rows: are one model's losses lower than another model's, beyond chance?
 
 A row's weight is its weight in the test loss (its number of supervised tokens, or its own weight), so the weighted mean
-is the difference of the two test losses.
+is the difference of the two test losses. Other metrics are compared in the same way, with rows of equal weight.
 """
 
 from collections.abc import Iterator
@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from scipy.special import stdtrit
 
 from flows.errors import GateError
+from flows.gate.rows import row_values, row_weights
+from flows.params.gate import Direction
 
 if TYPE_CHECKING:
     import pyarrow
@@ -28,7 +30,7 @@ Floats = NDArray[numpy.float64]
 
 
 class Paired(NamedTuple):
-    """Losses of the n rows that two tables share."""
+    """Values of the n rows that two tables share; lower values are better."""
 
     weights: Floats
     ours: Floats
@@ -38,20 +40,34 @@ class Paired(NamedTuple):
 
 def paired_losses(ours: "pyarrow.Table", theirs: "pyarrow.Table") -> Paired:
     """Return weights and losses of the rows that both tables have, matched by id."""
-    left, right = _by_id(ours), _by_id(theirs)
+    return paired_values(ours, theirs, "loss", "lower")
+
+
+def paired_values(ours: "pyarrow.Table", theirs: "pyarrow.Table", metric: str, direction: Direction) -> Paired:
+    """Return weights and values of the rows that have a value in both tables, matched by id.
+
+    Args:
+        ours: the candidate's table.
+        theirs: the champion's table.
+        metric: a figure or the name of a scorer; a table without it shares no row.
+        direction: the better direction; values that are better if they are higher are negated.
+    """
+    left, right = _by_id(ours, metric), _by_id(theirs, metric)
     shared = sorted(name for name in left.keys() & right.keys() if left[name][0] > 0)
     weights = numpy.array([left[name][0] for name in shared], dtype=numpy.float64)
-    losses = [numpy.array([side[name][1] for name in shared], dtype=float) for side in (left, right)]
-    return Paired(weights, losses[0], losses[1], shared)
+    sign = 1.0 if direction == "lower" else -1.0
+    values = [sign * numpy.array([side[name][1] for name in shared], dtype=float) for side in (left, right)]
+    return Paired(weights, values[0], values[1], shared)
 
 
-def _by_id(table: "pyarrow.Table") -> dict[str, tuple[float, float]]:
-    weight = "weight" if "weight" in table.column_names else "tokens"  # of a table without row weights
-    ids, weights, losses = (table.column(name).to_pylist() for name in ("id", weight, "adapter_loss"))
-    rows = dict(zip(ids, zip(weights, losses, strict=True), strict=True))
-    if len(rows) != len(ids):
+def _by_id(table: "pyarrow.Table", metric: str) -> dict[str, tuple[float, float]]:
+    ids, values = table.column("id").to_pylist(), row_values(table, metric)
+    if len(set(ids)) != len(ids):
         raise GateError("test rows share an id, so they cannot be paired; prepare the data again")
-    return rows
+    if values is None:
+        return {}
+    rows = zip(ids, row_weights(table, metric), values, strict=True)
+    return {name: (weight, value) for name, weight, value in rows if value is not None}
 
 
 def paired_bootstrap(

@@ -99,6 +99,10 @@ class Champion:
     """SHA-256 of the base's manifest; None in old records, where `base_model` is that digest."""
     content: str | None = None
     """SHA-256 of the adapter, from the version's tag."""
+    scorers: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """{name: identity of the scorer} of the champion's own evaluation."""
+    max_new_tokens: int | None = None
+    """Maximum tokens of the answers of the champion's own evaluation; None if its record does not say."""
 
     @cached_property
     def candidate_on_own_rows(self) -> Reevaluation | None:

@@ -26,7 +26,7 @@ DECISIVE = frozenset(
 )
 """Checks that later checks depend on. If one fails, no further check is made."""
 COMPARING = frozenset(("against the champion", "the champion's rows", "slices"))
-"""Comparisons with the champion, made only if no earlier check has failed."""
+"""Comparisons with the champion, made only if no earlier check has failed; so are those of `gate.rules`."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,8 @@ def evaluate_gate(candidate: Candidate, champion: Champion | None, gate: Gate, m
         merge: the limits on the merged model's fidelity.
         seed: seed of the bootstrap's resamples, so that two versions always get the same verdict.
     """
+    rules = [rule for rule in gate.rules if rule.limit is not None or rule.gain is not None]
+    bounds = {f"{rule.metric} against the champion": rule for rule in gate.rules if rule.bound is not None}
     checks: list[tuple[str, Callable[[], CheckResult]]] = [
         ("not withdrawn", lambda: people.not_withdrawn(candidate, gate)),
         ("allowed files", lambda: files.allowed_files(candidate)),
@@ -89,8 +91,10 @@ def evaluate_gate(candidate: Candidate, champion: Champion | None, gate: Gate, m
         ("gain in loss", lambda: figures.gain_in_loss(candidate, gate)),
         ("gain in ROUGE-L", lambda: figures.figure(candidate, "gain", "rouge_l", gate.min_rouge_l_gain)),
         ("EOS rate", lambda: figures.eos_rate(candidate, gate)),
+        *((f"rule on {rule.metric}", partial(figures.rule_limits, candidate, rule)) for rule in rules),
         ("against the champion", lambda: against.against_the_champion(candidate, champion, gate, seed)),
         ("the champion's rows", lambda: against.on_the_champions_rows(candidate, champion, gate, seed)),
+        *((name, partial(against.rule_bound, candidate, champion, gate, rule, seed)) for name, rule in bounds.items()),
         ("slices", lambda: against.slices(candidate, champion, gate, seed)),
         ("forgetting", lambda: forgetting(candidate, gate, seed)),
         ("adapter size", lambda: files.adapter_size(candidate, gate)),
@@ -104,7 +108,7 @@ def evaluate_gate(candidate: Candidate, champion: Champion | None, gate: Gate, m
     results: list[Check] = []
     for name, check in checks:
         refused = not all(each.passed for each in results)
-        if refused and name in COMPARING:
+        if refused and (name in COMPARING or name in bounds):
             continue
         results.append(Check(name, *check()))
         if name in DECISIVE and not results[-1].passed:

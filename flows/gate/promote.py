@@ -4,7 +4,7 @@ A decision reads the registry once. All parts of the decision use this snapshot,
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -280,9 +280,9 @@ def _candidate(
         metrics=metrics,
         evidence=dict.fromkeys(sorted(needed)) | registered,
         record=record,
-        unmeasured=tuple(unmeasured(record, metrics, params)),
+        unmeasured=tuple(unmeasured(record, metrics, params, paths.root)),
         merge=read_json(at.merge_report),
-        rows=_read_rows(at.evaluation_rows),
+        rows=_read_rows(at.evaluation_rows, metrics.get("scorers") or ()),
         control=_read_table(control, CONTROL_COLUMNS) if control.exists() else None,
         content=version.content,
         signature=signature_of(state.git, tag, allowed) if allowed else None,
@@ -317,8 +317,9 @@ def _champion(paths: Paths, state: RegistryReader, holder: Assignment | None, ca
         )
     version = state.version(holder.version)
     record = state.record(version)
+    scorers = record["metrics"].get("scorers") or {}
     with files_of(paths, state, version, [paths.evaluation_rows]) as where:
-        rows = _read_rows(where.evaluation_rows)
+        rows = _read_rows(where.evaluation_rows, scorers)
     base, manifest = record["base_model"], record.get("base_manifest")
     if manifest is None and not have_same_base(candidate.metrics, record):
         base, manifest = _base_of(paths, state, version, record)
@@ -330,6 +331,8 @@ def _champion(paths: Paths, state: RegistryReader, holder: Assignment | None, ca
         loss_function=record["metrics"].get("loss_function"),
         base_manifest=manifest,
         content=version.content,
+        scorers=scorers,
+        max_new_tokens=record["params"].get("evaluate", {}).get("max_new_tokens"),
     )
 
 
@@ -350,8 +353,9 @@ def _base_of(paths: Paths, state: RegistryReader, version: Version, record: dict
         return base_identity(where.base), manifest
 
 
-def _read_rows(path: Path) -> pyarrow.Table:
-    return _read_table(path, ("id", "tokens", "adapter_loss"), OPTIONAL_COLUMNS)
+def _read_rows(path: Path, scorers: Iterable[str]) -> pyarrow.Table:
+    scores = [f"{side}_{name}" for name in scorers for side in ("base", "adapter")]
+    return _read_table(path, ("id", "tokens", "adapter_loss"), (*OPTIONAL_COLUMNS, *scores))
 
 
 def _read_table(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> pyarrow.Table:

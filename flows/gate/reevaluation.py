@@ -72,7 +72,8 @@ def reevaluate_champion(
         if not unlearned:
             return Reevaluation(_no_rows(), len(rows))
         base = _base(stack, paths, registry, champion, candidate)
-        losses = _run(_task(params, registry, champion, base, champion_files.adapter, test, len(rows), labels))
+        task = _task(params, registry, champion, base, champion_files.adapter, test, len(rows), labels)
+        losses = _run(task | _metrics(params, paths, candidate))
         return Reevaluation(_selected(losses, unlearned), len(rows) - len(unlearned))
 
 
@@ -100,7 +101,10 @@ def reevaluate_candidate(
         rows = _texts(test)[: parquet.read_metadata(champion_files.evaluation_rows).num_rows]
         unlearned = _not_learned(paths, registry, version, candidate_files, rows)
         base = _base(stack, paths, registry, champion, candidate)
-        losses = _run(_task(params, registry, version, base, candidate_files.adapter, test, len(rows), labels))
+        task = _task(params, registry, version, base, candidate_files.adapter, test, len(rows), labels)
+        if candidate.metrics["evaluation_set"] == registry.record(champion)["evaluation_set"]:
+            task |= _metrics(params, paths, candidate)  # rules compare on the candidate's rows
+        losses = _run(task)
         return Reevaluation(_selected(losses, unlearned), len(rows) - len(unlearned), losses)
 
 
@@ -171,6 +175,22 @@ def _task(
     }
 
 
+def _metrics(params: Params, paths: Paths, candidate: Candidate) -> dict[str, Any]:
+    """Return the keys of a task that ask for the metrics that `gate.rules` compare; empty without such rules."""
+    metrics = [rule.metric for rule in params.gate.rules if rule.compares and rule.metric != "loss"]
+    if not metrics:
+        return {}
+    answers = candidate.rows.column("adapter_ended") if "adapter_ended" in candidate.rows.column_names else None
+    ids = candidate.rows.column("id").to_pylist()
+    limits = candidate.metrics.get("answers") or {}
+    return {
+        "metrics": metrics,
+        "answered": [] if answers is None else [ids[i] for i, one in enumerate(answers.to_pylist()) if one is not None],
+        "max_new_tokens": limits.get("max_new_tokens", params.evaluate.max_new_tokens),
+        "root": str(paths.root.absolute()),
+    }
+
+
 def _selected(losses: pyarrow.Table, ids: set[str]) -> pyarrow.Table:
     return losses.filter(pyarrow.array([name in ids for name in losses["id"].to_pylist()]))
 
@@ -205,7 +225,8 @@ def measured_with(params: Params, registry: RegistryReader, champion: Version) -
     Raises:
         StageError: another release wrote the parameters, and this release cannot read them.
     """
-    recorded = registry.record(champion)["params"] | {"evaluate": params.evaluate.model_dump()}
+    # the gate's rules of the record may name metrics of scorers that it had, and nothing here reads them
+    recorded = registry.record(champion)["params"] | {"evaluate": params.evaluate.model_dump(), "gate": {}}
     try:
         return Params.from_record(recorded).model_dump()
     except ValidationError as error:

@@ -4,11 +4,12 @@ from flows.params.data import DEMONSTRATION, DEMONSTRATION_PROMPT, Data
 from flows.params.demonstration import left_over
 from flows.params.evaluate import Control, Evaluate, Merge
 from flows.params.file import read_params
-from flows.params.gate import Champion, Gate, Register, Slices
+from flows.params.gate import Champion, Gate, Register, Rule, Slices
 from flows.params.method import AutoRank, Method, Quantization
 from flows.params.overrides import apply_overrides, check_overrides, forced, parameter_sets
 from flows.params.params import Base, Params, Project, Tracking, load_params
 from flows.params.retrain import Drift, Retrain
+from flows.params.scorers import Scorer
 from flows.params.section import Section
 from flows.params.train import Classification, OnBadLoss, OnOutOfMemory, Preference, Train
 
@@ -34,6 +35,8 @@ __all__ = [
     "Quantization",
     "Register",
     "Retrain",
+    "Rule",
+    "Scorer",
     "Section",
     "Slices",
     "Tracking",

@@ -34,6 +34,7 @@ class Data(Section):
     quarantined: list[Text] | None = None
     group_column: Text | None = None
     slice_column: Text | None = None
+    extra_columns: list[Text] = Field(default=[])
     near_duplicates: Literal["drop", "keep"] = "drop"
     similarity: Annotated[float, Field(gt=0, le=1)] = 0.8
     max_leakage: Share = 0.01
@@ -62,7 +63,10 @@ class Data(Section):
         return self
 
     @model_validator(mode="after")
-    def _check_demonstration_kind(self) -> Self:
+    def _check_demonstration(self) -> Self:
         if self.source == DEMONSTRATION and self.kind != "chat":
             raise invalid_value("stdlib:docstrings holds chats; give chat, or a source of your own", "kind", self.kind)
+        if self.source == DEMONSTRATION and self.extra_columns:
+            expected = "stdlib:docstrings has no further columns; give [], or a source of your own"
+            raise invalid_value(expected, "extra_columns", self.extra_columns)
         return self

@@ -5,6 +5,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from flows.params.scorers import Scorer
 from flows.params.section import Count, NonNegative, Probability, Section, Text, Whole, invalid_value
 
 
@@ -32,7 +33,16 @@ class Evaluate(Section):
     max_new_tokens: Count = 40
     samples: Count = 12
     latency_rows: Whole = 4
+    scorers: list[Scorer] = Field(default=[])
     control: Control = Control()
+
+    @model_validator(mode="after")
+    def _check_scorer_names(self) -> Self:
+        names = [scorer.name for scorer in self.scorers]
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                raise invalid_value("two scorers have this name; give another one", f"scorers.{index}.name", name)
+        return self
 
     @model_validator(mode="after")
     def _check_row_counts(self) -> Self:

@@ -3,7 +3,7 @@
 import difflib
 import re
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -122,7 +122,8 @@ def _repeated_keys(node: Node, place: Place, lines: dict[Place, int]) -> list[tu
 def _problem(error: ErrorDetails, model: type[BaseModel], lines: dict[Place, int]) -> tuple[int, str]:
     place, value, context = error["loc"], error["input"], error.get("ctx", {})
     if context.get("key"):
-        place, value = (*place, *context["key"].split(".")), context["value"]
+        parts = context["key"].split(".")
+        place, value = (*place, *(int(part) if part.isdecimal() else part for part in parts)), context["value"]
     line = next(lines[place[:end]] for end in range(len(place), -1, -1) if place[:end] in lines)
     section = section_at(model, place[:-1])
     if error["type"] == "extra_forbidden":
@@ -195,14 +196,19 @@ def suggest(word: str, options: list[str], otherwise: str) -> str:
 
 
 def section_at(model: type[BaseModel], place: Place) -> type[BaseModel] | None:
-    """Return the model of the section at `place`; None if there is none."""
+    """Return the model of the section at `place`; None if there is none. A list's index leads to its items' model."""
+    kind: Any = model
     for part in place:
-        field = model.model_fields.get(str(part))
-        kind = field.annotation if field else None
-        if not isinstance(kind, type) or not issubclass(kind, BaseModel):
-            return None
-        model = kind
-    return model
+        if isinstance(part, int):
+            (kind,) = get_args(kind) or (None,)
+        else:
+            field = kind.model_fields.get(part) if _is_section(kind) else None
+            kind = field.annotation if field else None
+    return kind if _is_section(kind) else None
+
+
+def _is_section(kind: Any) -> TypeGuard[type[BaseModel]]:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
 
 
 def _shown(value: Any) -> str:

@@ -1,10 +1,33 @@
 """Sections `register` and `gate` of params.yaml."""
 
-from typing import Annotated, ClassVar
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from flows.params.section import Confidence, Finite, Name, NonNegative, Positive, Probability, Section, Text, Whole
+from flows.params.section import (
+    Confidence,
+    Finite,
+    Name,
+    NonNegative,
+    Positive,
+    Probability,
+    Section,
+    Text,
+    Whole,
+    invalid_value,
+)
+
+Direction = Literal["higher", "lower"]
+_ANSWERS: Mapping[str, Direction] = {"rouge_l": "higher", "ended": "higher"}
+_PAIRS: Mapping[str, Direction] = {"loss": "lower", **_ANSWERS, "accuracy": "higher", "margin": "higher"}
+FIGURES: Mapping[str, Mapping[str, Direction]] = {
+    "sft": {"loss": "lower", **_ANSWERS},
+    "dpo": _PAIRS,
+    "orpo": _PAIRS,
+    "classification": {"loss": "lower", "accuracy": "higher"},
+}
+"""{objective: {figure that its evaluation has for each row: the better direction}}; `ended` is the EOS rate."""
 
 
 class Register(Section):
@@ -35,6 +58,28 @@ class Slices(Section):
     min_rows: Annotated[int, Field(ge=2)] = 10
 
 
+class Rule(Section):
+    """Limits on one metric of the evaluation: a figure of `FIGURES`, or a scorer of evaluate.scorers."""
+
+    metric: Text
+    direction: Direction = "higher"
+    limit: Finite | None = None
+    gain: Finite | None = None
+    bound: Finite | None = None
+    slice_bound: NonNegative | None = None
+
+    @model_validator(mode="after")
+    def _check_some_limit(self) -> Self:
+        if self.limit is None and self.gain is None and self.bound is None and self.slice_bound is None:
+            raise invalid_value("give at least one of limit, gain, bound and slice_bound", "metric", self.metric)
+        return self
+
+    @property
+    def compares(self) -> bool:
+        """True if the rule compares the candidate with the champion."""
+        return self.bound is not None or self.slice_bound is not None
+
+
 class Gate(Section):
     """Limits that a version must meet before promotion; None means no limit."""
 
@@ -55,3 +100,12 @@ class Gate(Section):
     approvals: Whole = 0
     champion: Champion = Champion()
     slices: Slices = Slices()
+    rules: list[Rule] = Field(default=[])
+
+    @model_validator(mode="after")
+    def _check_one_rule_per_metric(self) -> Self:
+        metrics = [rule.metric for rule in self.rules]
+        for index, metric in enumerate(metrics):
+            if metric in metrics[:index]:
+                raise invalid_value("another rule has this metric; put both into one", f"rules.{index}.metric", metric)
+        return self

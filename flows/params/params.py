@@ -10,10 +10,11 @@ from pydantic import Field, field_validator, model_validator
 
 from flows.params.data import Data
 from flows.params.evaluate import Evaluate, Merge
-from flows.params.file import read_params, section_at
-from flows.params.gate import Gate, Register
+from flows.params.file import read_params, section_at, suggest
+from flows.params.gate import FIGURES, Gate, Register
 from flows.params.method import Method, Quantization
 from flows.params.retrain import Retrain
+from flows.params.scorers import BUILT_IN
 from flows.params.section import HUB, Name, Section, Text, invalid_value
 from flows.params.train import KINDS, Train
 
@@ -118,6 +119,26 @@ with warnings.catch_warnings():
                 raise invalid_value(expected, "merge", self.merge.into)
             return self
 
+        @model_validator(mode="after")
+        def _check_rules(self) -> Self:
+            figures = FIGURES[self.train.objective]
+            scorers = {scorer.name: scorer for scorer in self.evaluate.scorers}
+            for index, rule in enumerate(self.gate.rules):
+                key = f"gate.rules.{index}.metric"
+                better = figures.get(rule.metric)
+                if better is None and rule.metric not in scorers:
+                    raise invalid_value(_uncomputed(rule.metric, [*figures, *scorers]), key, rule.metric)
+                if better is not None and rule.direction != better:
+                    key = f"gate.rules.{index}.direction"
+                    raise invalid_value(f"{rule.metric} is better if {better}; give {better}", key, rule.direction)
+                if rule.metric in scorers and scorers[rule.metric].on_error == "skip":
+                    expected = (
+                        "its scorer has on_error: skip, and rows that are left out would flatter a version; give the "
+                        "scorer on_error: stop, or the number that such a row gets"
+                    )
+                    raise invalid_value(expected, key, rule.metric)
+            return self
+
 
 def load_params(path: Path) -> Params:
     """Read and check params.yaml.
@@ -127,6 +148,13 @@ def load_params(path: Path) -> Params:
             values that fit.
     """
     return read_params(path, Params)
+
+
+def _uncomputed(metric: str, computed: list[str]) -> str:
+    """Return what to do about a rule on a metric that the evaluation does not have."""
+    if metric in BUILT_IN and metric != "rouge_l":
+        return f"nothing computes it; add the built-in scorer {metric} to evaluate.scorers"
+    return f"nothing computes it; {suggest(metric, computed, 'give a scorer of evaluate.scorers, or one of ')}"
 
 
 def _with_new_names(values: Mapping[str, Any], place: tuple[str, ...]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.errors import GateError, RepositoryError
+from flows.evaluation.scorers.load import check_scorers
 from flows.gate.promote import Promotion, promote
 from flows.params import left_over, load_params
 from flows.paths import Paths
@@ -97,15 +98,18 @@ def _by_prefect(root: Path, stage_timeout: float, push_to: str | None) -> Pipeli
 
 
 def check_registrable(root: Path) -> None:
-    """Check the requirements of the register stage, which comes last, before the training.
+    """Check the requirements of the evaluate and register stages, which come last, before the training.
 
     Raises:
         RepositoryError: There is no git repository with a commit.
         RegistryError: dvc.yaml declares no adapter of the project's name.
         ParamsError: params.yaml cannot be used.
+        StageError: A scorer of evaluate.scorers is missing.
     """
     Git(root)
-    check_artifact_name(root, load_params(Paths(root).params).project.name)
+    params = load_params(Paths(root).params)
+    check_artifact_name(root, params.project.name)
+    check_scorers(params.evaluate.scorers, root)
 
 
 def run_stages(

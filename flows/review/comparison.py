@@ -1,5 +1,6 @@
 """Comparison of several runs: their ranking, their figures, and the differences of their configurations."""
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -124,7 +125,10 @@ def compare(runs: Sequence[Run]) -> Comparison:
     """Compare runs in the order of their test loss, or validation loss if no run has one; runs without it come last."""
     judged_by = next((one for one in HEADLINES[:2] if any(one.of(run) is not None for run in runs)), None)
     ordered = tuple(sorted(runs, key=lambda run: _rank(judged_by, run)))
-    figures = [Figure(headline, tuple(headline.of(run) for run in ordered)) for headline in HEADLINES]
+    named = (re.fullmatch(r"scorers\.(\w+)\.answers", key) for run in ordered for key in run.summary)
+    scorers = dict.fromkeys(match[1] for match in named if match)
+    headlines = (*HEADLINES, *(Headline(name, (f"adapter.{name}",), "{:.3f}") for name in scorers))
+    figures = [Figure(headline, tuple(headline.of(run) for run in ordered)) for headline in headlines]
     keys = list(dict.fromkeys(key for run in ordered for key in run.config))
     values = {key: tuple(run.config.get(key) for run in ordered) for key in keys}
     differing = {key: each for key, each in values.items() if any(_unlike(value, each[0]) for value in each)}

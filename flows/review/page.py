@@ -60,6 +60,7 @@ def _content(params: Params, paths: Paths) -> dict[str, Any]:
         "record": record,
         "promotion": read_promotion(paths, record["version"]),
         "evaluation": evaluation,
+        "scorers": evaluation.get("scorers") or {},
         "training": training,
         "slices": sorted(slices.items(), key=lambda item: (-item[1]["rows"], item[0])),
         "slices_in_chart": len(largest(slices)),

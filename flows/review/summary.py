@@ -54,6 +54,8 @@ def _figures(metrics: Mapping[str, Any], promotion: Promotion) -> Table:
         if not any(key in metrics[side] for side in ("base", "adapter")):
             continue
         table.add_row(label, *(figure(metrics[side].get(key), form) for side in ("base", "adapter")))
+    for name in metrics.get("scorers") or ():
+        table.add_row(f"{name} (scorer)", *(figure(metrics[side].get(name), "{:.3f}") for side in ("base", "adapter")))
     return table
 
 

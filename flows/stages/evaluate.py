@@ -2,7 +2,7 @@
 
 Both are computed on the weights that training saw, dequantised once, with the adapter enabled and disabled. All kinds
 of rows share one layout of results; metrics that do not apply are left out. A generative model is also measured for
-forgetting on the control set and for latency.
+forgetting on the control set and for latency. The scorers of `evaluate.scorers` add columns and figures.
 """
 
 import json
@@ -21,6 +21,8 @@ from flows.evaluation.control import evaluate_control
 from flows.evaluation.latency import measure_latency
 from flows.evaluation.pairs import evaluate_pairs
 from flows.evaluation.result import EvaluationResult
+from flows.evaluation.scorers.load import load_scorer
+from flows.evaluation.scorers.scores import with_scores
 from flows.params import Params
 from flows.paths import Paths
 from flows.runtime.stage import start
@@ -34,7 +36,9 @@ def run(params: Params, paths: Paths) -> None:
     manifest = check_base(paths.base)
     check_split(params, paths.split("test"))
     rows = read_rows(paths.split("test"), limit=params.evaluate.rows)
+    scorers = {scorer.name: (scorer, load_scorer(scorer, paths.root)) for scorer in params.evaluate.scorers}
     result, control = _evaluate(params, paths, rows)
+    result = with_scores(result, scorers, rows, paths.root)
     context: dict[str, Any] = {"objective": params.train.objective, "loss_function": loss_function(params)}
     context |= {
         "evaluation_set": sha256(paths.split("test")),

@@ -10,7 +10,7 @@ import pyarrow.parquet as parquet
 from datasets import Dataset, Features, disable_progress_bars
 
 from flows.base.model import check_base, load_tokenizer
-from flows.data.encoders import COLUMNS, Encoder, encoder_of, label_names
+from flows.data.encoders import COLUMNS, EXTRA, Encoder, encoder_of, label_names
 from flows.data.examples import AnyExample
 from flows.data.report import data_report
 from flows.data.sources import comes_from, read_examples, refuse_faulty
@@ -72,7 +72,8 @@ def run(params: Params, paths: Paths) -> None:
     assert not any(count for pair in report["leakage"].values() for count in pair.values()), report["leakage"]
     with directory_written_atomically(paths.data) as folder:
         for split in SPLITS:
-            write_rows(splits[split], folder / paths.split(split).name, COLUMNS[data.kind])
+            features = COLUMNS[data.kind] | (EXTRA if data.extra_columns else {})
+            write_rows(splits[split], folder / paths.split(split).name, Features(features))
         if labels:
             (folder / paths.labels.name).write_text(json.dumps(labels, ensure_ascii=False) + "\n")
         findings = examine_folder(folder, report, tokenizer, data)
@@ -115,7 +116,7 @@ def write_rows(rows: list[Row], path: Path, features: Features) -> None:
     for row in rows:
         tokens = row.tokens
         origin = {"id": tokens.id, "group": row.group, "slice": row.slice, "weight": row.weight}
-        values = tokens.columns() | origin
+        values = tokens.columns() | origin | {"extra": row.extra}
         for name, column in columns.items():
             column.append(values[name])
     Dataset.from_dict(columns, features=features).to_parquet(path)
@@ -177,7 +178,7 @@ def _row(example: AnyExample, encoder: Encoder, data: Data) -> Row | None:
         tokens, truncated = encoder.encode(shorter), True
     is_new = data.new_files is None or comes_from(example.where, data.new_files)
     trusted = data.quarantined is None or not comes_from(example.where, data.quarantined)
-    return Row(tokens, example.group, example.slice, example.weight, truncated, is_new, trusted)
+    return Row(tokens, example.group, example.slice, example.weight, truncated, is_new, trusted, example.extra)
 
 
 def _refuse_empty(splits: dict[Split, list[Row]], dropped: Counter[str]) -> None:

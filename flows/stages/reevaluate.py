@@ -1,4 +1,4 @@
-"""Losses of an adapter on given test rows, computed as in the evaluate stage. No answers are generated.
+"""Losses of an adapter on given test rows, computed as in the evaluate stage, and the metrics that rules compare.
 
     python -m flows.stages.reevaluate TASK.json ROWS.parquet
 
@@ -9,32 +9,45 @@ Keys of TASK.json:
     test: the file of the test split.
     rows: the number of rows to measure, from the first row of the split.
     labels: the names of the classes, or null.
+    metrics: optional; further metrics to measure, figures or names of scorers. These keys go with it:
+    answered: the ids of the rows whose prompts are answered; max_new_tokens: maximum tokens of an answer.
+    root: the repository, with the files of the scorers.
 
-ROWS.parquet gets the losses of the adapter only, not those of the base. After a PeftError or PipelineError, ROWS.txt
-has the message, and the exit status is 1. Progress goes to stderr.
+ROWS.parquet gets the losses and metrics of the adapter only, not those of the base. After a PeftError or PipelineError,
+ROWS.txt has the message, and the exit status is 1. Progress goes to stderr.
 """
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import torch
 from pyarrow import parquet
+from transformers import PreTrainedTokenizerBase
 
 import flows.stages  # noqa: F401 - sets the variables that silence libraries, before their import
 from flows.base.model import check_base, load_dequantized, load_tokenizer, padding_id
 from flows.data.rows import Row, read_rows
 from flows.errors import PipelineError
-from flows.evaluation.scoring import RowLosses, class_log_probs, pairs_log_probs, row_losses
-from flows.params import Params
+from flows.evaluation.generation import generate_answers
+from flows.evaluation.pairs import pair_margins
+from flows.evaluation.scorers.load import load_scorer
+from flows.evaluation.scorers.scores import ScoredAnswer, score_answers
+from flows.evaluation.scorers.texts import Score
+from flows.evaluation.scoring import RowLosses, class_log_probs, pairs_log_probs, rouge_l, row_losses
+from flows.params import Params, Scorer
 from flows.runtime.processes import watch_parent
 from flows.runtime.progress import progress
 from flows.runtime.stage import set_seed
 from flows.training.objectives import check_split, preference_objective
 from peftcore import PeftModel
 from peftcore.errors import PeftError
+
+PAIR_COLUMNS = ("chosen_input_ids", "chosen")
+"""Columns of a pair's prompt with its known answer: token ids and text."""
 
 
 def main() -> None:
@@ -50,17 +63,30 @@ def main() -> None:
 
 
 def measure(task: dict[str, Any]) -> pyarrow.Table:
-    """Return a table with one row per test row: id, tokens, weight and adapter_loss (nats)."""
+    """Return a table with one row per test row: id, tokens, weight and adapter_loss (nats), and the task's metrics."""
     params, base, test = Params.model_validate(task["params"]), Path(task["base"]), Path(task["test"])
     set_seed(params.project.seed)
     check_base(base)
     check_split(params, test)
     rows = read_rows(test, limit=task["rows"])
+    metrics, scorers = set(task.get("metrics", ())), {}
+    for scorer in params.evaluate.scorers:
+        if scorer.name in metrics:
+            scorers[scorer.name] = scorer, load_scorer(scorer, Path(task["root"]))
     model = PeftModel.from_pretrained(load_dequantized(base, params.quantization, task["labels"]), task["adapter"])
+    tokenizer = load_tokenizer(base)
     with progress(len(rows), f"evaluate {task['version']} again", "row") as bar:
-        losses = adapter_losses(params, model, rows, padding_id(load_tokenizer(base)), bar)
-    columns = {"id": [row["id"] for row in rows], "tokens": losses.tokens, "weight": losses.weights}
-    return pyarrow.table(columns | {"adapter_loss": losses.means})
+        losses, columns = adapter_values(params, model, rows, padding_id(tokenizer), bar)
+    if metrics and task["labels"] is not None:
+        names = [task["labels"][index] for index in columns.pop("adapter_prediction")]
+        references = [task["labels"][row["label"]] for row in rows]
+        columns |= {"label": references, "adapter_prediction": names}
+        answers = list(map(ScoredAnswer, rows, names, references))
+        columns |= _scores(task, scorers, answers, list(range(len(rows))), len(rows))
+    elif metrics and task["answered"]:
+        columns |= _answers(task, params, model, tokenizer, rows, scorers)
+    common = {"id": [row["id"] for row in rows], "tokens": losses.tokens, "weight": losses.weights}
+    return pyarrow.table(common | {"adapter_loss": losses.means} | (columns if metrics else {}))
 
 
 def adapter_losses(params: Params, model: Any, rows: list[Row], pad: int, bar: Any = None) -> RowLosses:
@@ -73,19 +99,82 @@ def adapter_losses(params: Params, model: Any, rows: list[Row], pad: int, bar: A
         pad: Token id of padding.
         bar: Progress bar that counts rows.
     """
+    return adapter_values(params, model, rows, pad, bar)[0]
+
+
+def adapter_values(
+    params: Params, model: Any, rows: list[Row], pad: int, bar: Any = None
+) -> tuple[RowLosses, dict[str, list[Any]]]:
+    """Return the loss of each row, and a column of what the accuracy follows from: margins, or indices of classes.
+
+    The arguments are those of `adapter_losses`.
+    """
     size = params.evaluate.batch_size
     if params.train.objective == "sft":
-        return row_losses(model, rows, pad, size, bar)
+        return row_losses(model, rows, pad, size, bar), {}
     if params.train.objective == "classification":
+        log_probs = class_log_probs(model, rows, pad, size, bar)
         labels = torch.tensor([row["label"] for row in rows])[:, None]
-        means = -class_log_probs(model, rows, pad, size, bar).gather(1, labels)[:, 0]
-        return RowLosses(means.tolist(), [len(row["input_ids"]) for row in rows], _weights(rows))
-    log_probs = pairs_log_probs(model, rows, pad, size, bar)
+        means = -log_probs.gather(1, labels)[:, 0]
+        losses = RowLosses(means.tolist(), [len(row["input_ids"]) for row in rows], _weights(rows))
+        return losses, {"adapter_prediction": log_probs.argmax(1).tolist()}
+    log_probs, objective = pairs_log_probs(model, rows, pad, size, bar), preference_objective(params)
     with model.disable_adapter():
         reference = pairs_log_probs(model, rows, pad, size)
-    losses, _ = preference_objective(params).losses(log_probs, reference)
+    losses, _ = objective.losses(log_probs, reference)
     tokens = (reference.chosen_tokens + reference.rejected_tokens).int().tolist()
-    return RowLosses(losses.tolist(), tokens, _weights(rows))
+    margins = {"adapter_margin": pair_margins(objective, log_probs).tolist()}
+    return RowLosses(losses.tolist(), tokens, _weights(rows)), margins
+
+
+def _answers(
+    task: dict[str, Any],
+    params: Params,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[Row],
+    scorers: dict[str, tuple[Scorer, Score]],
+) -> dict[str, list[Any]]:
+    """Return columns with ROUGE-L, the end and the scores of the adapter's answers; None for other rows."""
+    ids, reference = ("input_ids", "completion") if params.train.objective == "sft" else PAIR_COLUMNS
+    wanted = set(task["answered"])
+    at = [index for index, row in enumerate(rows) if row["id"] in wanted]
+    prompts = [rows[index][ids][: rows[index]["prompt_length"]] for index in at]
+    with progress(len(prompts), f"answers of {task['version']}", "row") as bar:
+        output = generate_answers(model, tokenizer, prompts, task["max_new_tokens"], params.evaluate.batch_size, bar)
+    answers = [
+        ScoredAnswer(rows[index], answer.text, rows[index][reference])
+        for index, answer in zip(at, output.answers, strict=True)
+    ]
+    rouge = rouge_l([one.reference for one in answers], [one.answer for one in answers])
+    ended = [answer.has_eos for answer in output.answers]
+    return {
+        "adapter_rouge_l": _placed(at, rouge, len(rows)),
+        "adapter_ended": _placed(at, ended, len(rows)),
+        **_scores(task, scorers, answers, at, len(rows)),
+    }
+
+
+def _scores(
+    task: dict[str, Any],
+    scorers: dict[str, tuple[Scorer, Score]],
+    answers: list[ScoredAnswer],
+    at: list[int],
+    rows: int,
+) -> dict[str, list[Any]]:
+    """Return a column of scores for each scorer. at: the index of each answer's row, of `rows` rows."""
+    return {
+        f"adapter_{name}": _placed(at, score_answers(scorer, score, answers, task["version"]).values, rows)
+        for name, (scorer, score) in scorers.items()
+    }
+
+
+def _placed(at: list[int], values: Sequence[Any], rows: int) -> list[Any]:
+    """Return a column of `rows` values with the given ones at their indices, and None elsewhere."""
+    column: list[Any] = [None] * rows
+    for index, value in zip(at, values, strict=True):
+        column[index] = value
+    return column
 
 
 def _weights(rows: list[Row]) -> list[float]:

@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING
 from flows.base.identity import have_same_base
 from flows.errors import GateError
 from flows.gate.candidate import Candidate, Champion, CheckResult
-from flows.params import Gate
+from flows.gate.rows import row_values
+from flows.params import Gate, Rule
 
 if TYPE_CHECKING:
     import pyarrow
+
+    from flows.gate.slices import SliceDifference
 
 TOKENS = "cross entropy of tokens"
 """The test loss of a record without `loss_function`."""
@@ -98,30 +101,109 @@ def on_the_champions_rows(candidate: Candidate, champion: Champion | None, gate:
     )
 
 
+def rule_bound(candidate: Candidate, champion: Champion | None, gate: Gate, rule: Rule, seed: int) -> CheckResult:
+    """Check that the candidate is by a rule's metric not worse than the champion by the rule's bound or more."""
+    from flows.gate.bootstrap import bound_in_words, paired_bootstrap, paired_values
+
+    if champion is None or rule.bound is None:
+        return True, f"no {gate.stage} yet"
+    if _is_same_adapter(candidate, champion):
+        return True, f"it is the adapter of {champion.version}"
+    try:
+        candidate_rows, champion_rows, how = _metric_rows(candidate, champion, rule.metric)
+    except GateError as error:
+        return False, str(error)
+    weights, ours, theirs, _ = paired_values(candidate_rows, champion_rows, rule.metric, rule.direction)
+    if len(weights) == 0:
+        return False, f"no row has {rule.metric} of both versions{how}"
+    settings = gate.champion
+    regression, upper = paired_bootstrap(weights, ours, theirs, settings.confidence, settings.resamples, seed)
+    difference = regression if rule.direction == "lower" else -regression
+    return upper < rule.bound, (
+        f"{rule.metric} {difference:+.4f} against {champion.version} on {len(weights)} rows, {settings.confidence:.0%} "
+        f"upper bound of the regression {bound_in_words(upper, f'to be below {rule.bound:g}')}{how}"
+    )
+
+
 def slices(candidate: Candidate, champion: Champion | None, gate: Gate, seed: int) -> CheckResult:
-    """Check that the candidate is in no slice of the test rows worse than the champion, beyond a margin."""
-    from flows.gate.slices import slice_differences
+    """Check that the candidate is in no slice of the test rows worse than the champion, beyond a margin.
+
+    The margin of the loss is `gate.slices.max_loss_regression`, and that of another metric its rule's `slice_bound`.
+    """
+    from flows.gate.slices import Compared, metric_differences
 
     rule = gate.slices
+    rules = [one for one in gate.rules if one.slice_bound is not None]
     if champion is None:
         return True, f"no {gate.stage} yet"
-    if rule.max_loss_regression is None:
+    if rule.max_loss_regression is None and not rules:
         return True, "no limit set"
     if _is_same_adapter(candidate, champion):
         return True, f"it is the adapter of {champion.version}"
-    allowed = f"at most {rule.max_loss_regression:g}"
-    ours, theirs, _ = _rows(candidate, champion)
-    differences = slice_differences(ours, theirs, rule, gate.champion.resamples, seed)
+    compared, limits = [], []
+    if rule.max_loss_regression is not None:
+        compared.append(Compared("loss", "lower", rule.max_loss_regression, *_rows(candidate, champion)[:2]))
+        limits.append(f"at most {rule.max_loss_regression:g}")
+    try:
+        for one in rules:
+            tables = _metric_rows(candidate, champion, one.metric)[:2]
+            compared.append(Compared(one.metric, one.direction, one.slice_bound or 0.0, *tables))
+            limits.append(f"{one.metric} at most {one.slice_bound:g}")
+    except GateError as error:
+        return False, str(error)
+    allowed = ", ".join(limits)
+    differences = metric_differences(compared, rule, gate.champion.resamples, seed)
     worse = [one for one in differences if one.is_worse]
     if worse:
-        named = "; ".join(f"{one.name} {one.mean:+.3f} nats on {one.rows} rows (p {one.p:.4f})" for one in worse[:3])
+        named = "; ".join(f"{_in_words(one)} on {one.rows} rows (p {one.p:.4f})" for one in worse[:3])
         more = f" and {len(worse) - 3} more" if len(worse) > 3 else ""
         return False, f"worse than {champion.version} in {named}{more}, {allowed}"
-    largest = max(differences, key=lambda one: one.mean)
+    if not differences:
+        return False, f"no row has {' and '.join(one.metric for one in compared)} of both versions"
+    largest = max(differences, key=lambda one: -one.p if rules else one.mean)
     return True, (
-        f"none of {len(differences)} worse than allowed; the largest difference is {largest.name} "
-        f"{largest.mean:+.3f} nats on {largest.rows} rows, {allowed}"
+        f"none of {len(differences)} worse than allowed; the largest difference is {_in_words(largest)} "
+        f"on {largest.rows} rows, {allowed}"
     )
+
+
+def _in_words(one: "SliceDifference") -> str:
+    return f"{one.name} {one.mean:+.3f} {'nats' if one.metric == 'loss' else f'in {one.metric}'}"
+
+
+def _metric_rows(candidate: Candidate, champion: Champion, metric: str) -> "tuple[pyarrow.Table, pyarrow.Table, str]":
+    """Return the tables of candidate and champion with comparable values of a metric, and a note.
+
+    Raises:
+        GateError: the champion has no such values, and may not be re-evaluated.
+    """
+    ours, theirs, how = _rows(candidate, champion)
+    why = _incomparable(candidate, champion, metric) if theirs is champion.rows else None
+    if why is None:
+        return ours, theirs, how
+    measured = champion.on_candidate_rows
+    if measured is None:
+        raise GateError(f"{champion.version} {why}, and gate.champion.reevaluate forbids a re-evaluation")
+    return ours, measured.rows, f"; {champion.version} {why}, so it was re-evaluated"
+
+
+def _incomparable(candidate: Candidate, champion: Champion, metric: str) -> str | None:
+    """Return why the champion's registered values of a metric do not do; None if they do."""
+    ours, theirs = ((one.get(metric) or {}) for one in (candidate.metrics.get("scorers") or {}, champion.scorers))
+    if any(ours.get(key) != theirs.get(key) for key in ("scorer", "options", "on_error", "files")):
+        return f"was evaluated {'with another' if theirs else 'without the'} scorer {metric}"
+    tokens = (candidate.metrics.get("answers") or {}).get("max_new_tokens")
+    has_answers = bool(ours) or metric in ("rouge_l", "ended")
+    if has_answers and None not in (tokens, champion.max_new_tokens) and tokens != champion.max_new_tokens:
+        return f"wrote answers of at most {champion.max_new_tokens} tokens, and the candidate {tokens}"
+    measured = [
+        {name for name, value in zip(rows.column("id").to_pylist(), values, strict=True) if value is not None}
+        for rows in (candidate.rows, champion.rows)
+        if (values := row_values(rows, metric)) is not None
+    ]
+    if len(measured) < 2 or (has_answers and not measured[0] <= measured[1]):
+        return f"lacks {metric} of some rows"
+    return None
 
 
 def _is_same_adapter(candidate: Candidate, champion: Champion) -> bool:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy
 
 from flows.gate.candidate import Candidate, CheckResult
+from flows.gate.rows import mean_value
 from peftcore.files import sha256
 
 if TYPE_CHECKING:
@@ -20,8 +21,8 @@ if TYPE_CHECKING:
 SIDES = ("base", "adapter")
 TOLERANCE = 1e-6
 """Relative tolerance of a mean that is summed in another order."""
-MEANS = {"rouge_l": "{side}_rouge_l", "ended": "{side}_ended"}
-"""{figure: the column whose mean it is, over the rows that have a value}"""
+MEANS = ("rouge_l", "ended", "accuracy")
+"""Figures that are means over the rows that have a value, besides those of the scorers."""
 
 
 def evidence(candidate: Candidate) -> CheckResult:
@@ -52,6 +53,7 @@ def _other_figures(record: Mapping[str, Any], candidate: Candidate) -> Iterator[
     pairs = {
         **{name: (record.get(name), candidate.metrics.get(name)) for name in ("evaluation_set", "base_model")},
         **{part: (record.get("metrics", {}).get(part), candidate.metrics[part]) for part in (*SIDES, "gain")},
+        "scorers": (record.get("metrics", {}).get("scorers"), candidate.metrics.get("scorers")),
         "merge": (
             record.get("metrics", {}).get("merge"),
             {name: candidate.merge[name] for name in ("kl", "top1_agreement")},
@@ -71,22 +73,21 @@ def _figures_without_rows(candidate: Candidate) -> Iterator[str]:
     yield from _differing("rows", metrics.get("rows"), rows.num_rows)
     for side in SIDES:
         yield from _differing(f"{side}.loss", metrics[side]["loss"], _loss(rows, side))
-        for figure, column in MEANS.items():
-            yield from _differing(f"{side}.{figure}", metrics[side].get(figure), _mean(rows, column.format(side=side)))
-        yield from _differing(f"{side}.accuracy", metrics[side].get("accuracy"), _accuracy(rows, side))
+        for figure in (*MEANS, *(metrics.get("scorers") or ())):
+            yield from _differing(f"{side}.{figure}", metrics[side].get(figure), mean_value(rows, figure, side))
     base, adapter = metrics["base"], metrics["adapter"]
     for figure, gain in metrics["gain"].items():
         sign = -1 if figure == "loss" else 1
         if base.get(figure) is not None and adapter.get(figure) is not None:
             yield from _differing(f"gain.{figure}", gain, sign * (adapter[figure] - base[figure]))
-    yield from _slices_without_rows(metrics.get("slices") or {}, rows)
+    yield from _slices_without_rows(metrics.get("slices") or {}, rows, tuple(metrics.get("scorers") or ()))
     if (control := metrics.get("control")) and (table := candidate.control) is not None:
         yield from _differing("control.rows", control["rows"], table.num_rows)
         for side in SIDES:
             yield from _differing(f"control.{side}_loss", control.get(f"{side}_loss"), _loss(table, side))
 
 
-def _slices_without_rows(slices: Mapping[str, Any], rows: "pyarrow.Table") -> Iterator[str]:
+def _slices_without_rows(slices: Mapping[str, Any], rows: "pyarrow.Table", scorers: tuple[str, ...]) -> Iterator[str]:
     if not slices:
         return
     names = numpy.array(rows.column("slice").to_pylist() if "slice" in rows.column_names else [""] * rows.num_rows)
@@ -98,6 +99,9 @@ def _slices_without_rows(slices: Mapping[str, Any], rows: "pyarrow.Table") -> It
         yield from _differing(f"slices.{name}.rows", figures["rows"], part.num_rows)
         for side in SIDES:
             yield from _differing(f"slices.{name}.{side}_loss", figures[f"{side}_loss"], _loss(part, side))
+            for scorer in scorers:
+                figure = f"{side}_{scorer}"
+                yield from _differing(f"slices.{name}.{figure}", figures.get(figure), mean_value(part, scorer, side))
 
 
 def _differing(name: str, figure: Any, from_rows: float | None) -> Iterator[str]:
@@ -126,22 +130,3 @@ def _loss(rows: "pyarrow.Table", side: str) -> float | None:
     weight = "weight" if "weight" in rows.column_names else "tokens"
     weights, losses = (rows.column(name).to_numpy().astype(float) for name in (weight, column))
     return float(numpy.average(losses, weights=weights)) if weights.sum() else math.nan
-
-
-def _mean(rows: "pyarrow.Table", column: str) -> float | None:
-    if column not in rows.column_names:
-        return None
-    values = [float(value) for value in rows.column(column).to_pylist() if value is not None]
-    return sum(values) / len(values) if values else None
-
-
-def _accuracy(rows: "pyarrow.Table", side: str) -> float | None:
-    """Return the share of pairs whose chosen answer is preferred, or of texts whose class is predicted."""
-    if f"{side}_margin" in rows.column_names:
-        right = [margin > 0 for margin in rows.column(f"{side}_margin").to_pylist()]
-    elif f"{side}_prediction" in rows.column_names:
-        pairs = zip(*(rows.column(name).to_pylist() for name in ("label", f"{side}_prediction")), strict=True)
-        right = [label == prediction for label, prediction in pairs]
-    else:
-        return None
-    return sum(right) / len(right)

@@ -1,16 +1,8 @@
 """Checks of the candidate's own figures against limits. A limit on a figure that the objective lacks is skipped."""
 
 from flows.gate.candidate import Candidate, CheckResult
-from flows.params import Gate, Merge
-
-FIGURES = {
-    "sft": {"rouge_l", "ended"},
-    "dpo": {"rouge_l", "ended", "accuracy"},
-    "orpo": {"rouge_l", "ended", "accuracy"},
-    "simpo": {"rouge_l", "ended", "accuracy"},
-    "classification": {"accuracy"},
-}
-"""{objective: the figures beside the loss that its evaluation has}"""
+from flows.params import Gate, Merge, Rule
+from flows.params.gate import FIGURES, Direction
 
 
 def test_loss(candidate: Candidate, gate: Gate) -> CheckResult:
@@ -18,7 +10,7 @@ def test_loss(candidate: Candidate, gate: Gate) -> CheckResult:
     loss = candidate.metrics["adapter"]["loss"]
     if gate.max_test_loss is None:
         return loss == loss, f"{loss:.3f} nats, no limit set"
-    return loss <= gate.max_test_loss, f"{loss:.3f} nats, at most {gate.max_test_loss:g}"
+    return within(loss, gate.max_test_loss, "lower", "nats")
 
 
 def gain_in_loss(candidate: Candidate, gate: Gate) -> CheckResult:
@@ -28,12 +20,39 @@ def gain_in_loss(candidate: Candidate, gate: Gate) -> CheckResult:
 
 def at_least(value: float | None, limit: float | None, unit: str = "") -> CheckResult:
     """Check a value against a lower limit; None as limit passes any value, None as value passes no limit."""
+    return within(value, limit, "higher", unit)
+
+
+def within(value: float | None, limit: float | None, better: Direction, unit: str = "") -> CheckResult:
+    """Check a value against its limit, a lower one if higher values are better. `at_least` says what None means."""
+    unit = unit and f" {unit}"
     if limit is None:
-        measured = "not measured" if value is None else f"{value:.3f}{unit and ' ' + unit}"
+        measured = "not measured" if value is None else f"{value:.3f}{unit}"
         return True, f"{measured}, no limit set"
+    allowed = f"at {'least' if better == 'higher' else 'most'} {limit:g}"
     if value is None:
-        return False, f"not measured, at least {limit:g} {unit}".rstrip()
-    return value >= limit, f"{value:.3f}{unit and ' ' + unit}, at least {limit:g}"
+        return False, f"not measured, {allowed}{unit}"
+    return value >= limit if better == "higher" else value <= limit, f"{value:.3f}{unit}, {allowed}"
+
+
+def rule_limits(candidate: Candidate, rule: Rule) -> CheckResult:
+    """Check a metric of the adapter against a rule's limit, and its gain over the base."""
+    base, adapter = (candidate.metrics[side].get(rule.metric) for side in ("base", "adapter"))
+    results = [within(adapter, rule.limit, rule.direction)]
+    if rule.gain is not None:
+        sign = 1 if rule.direction == "higher" else -1
+        gain = None if base is None or adapter is None else sign * (adapter - base)
+        passed, detail = at_least(gain, rule.gain)
+        results.append((passed, f"gain over the base {detail}"))
+    return all(passed for passed, _ in results), "; ".join(detail for _, detail in results) + _failures(candidate, rule)
+
+
+def _failures(candidate: Candidate, rule: Rule) -> str:
+    """Return the number of answers that the scorer failed on, in words; "" if there is none."""
+    record = (candidate.metrics.get("scorers") or {}).get(rule.metric)
+    if not record or not (count := record["failures"]["adapter"]):
+        return ""
+    return f"; the scorer failed on {count} of {record['answers']}, which got {record['on_error']:g}"
 
 
 def figure(candidate: Candidate, part: str, name: str, limit: float | None) -> CheckResult:

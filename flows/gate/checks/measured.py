@@ -8,6 +8,7 @@ the limit on slices.
 
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from flows.gate.candidate import Candidate, CheckResult
@@ -24,13 +25,14 @@ def evaluation_settings(candidate: Candidate) -> CheckResult:
     return True, "with the objective, rows, slices and control set of the rules"
 
 
-def unmeasured(record: Mapping[str, Any], metrics: Mapping[str, Any], rules: Params) -> Iterator[str]:
+def unmeasured(record: Mapping[str, Any], metrics: Mapping[str, Any], rules: Params, root: Path) -> Iterator[str]:
     """Yield the differences between the evaluation's settings and the rules, in words.
 
     Args:
         record: the version's lineage record.
         metrics: the version's evaluation metrics.
         rules: the parameters to judge by.
+        root: the repository, with the files of the scorers.
     """
     settings = record["params"]
     objective = settings["train"].get("objective", "sft")
@@ -42,6 +44,7 @@ def unmeasured(record: Mapping[str, Any], metrics: Mapping[str, Any], rules: Par
         yield _differs("data.slice_column", data.get("slice_column"), rules.data.slice_column)
     yield from _leakage(data, rules)
     yield from _control(settings, metrics, rules)
+    yield from _scorers(metrics, rules, root)
 
 
 def _rows(settings: Mapping[str, Any], rules: Params) -> Iterator[str]:
@@ -81,6 +84,21 @@ def _control(settings: Mapping[str, Any], metrics: Mapping[str, Any], rules: Par
     for key in ("rows", "max_length"):
         if control.get("source") == required.source and control.get(key, math.inf) < getattr(required, key):
             yield _differs(f"evaluate.control.{key}", control[key], getattr(required, key), "at least ")
+
+
+def _scorers(metrics: Mapping[str, Any], rules: Params, root: Path) -> Iterator[str]:
+    """Compare the scorers that `gate.rules` need: function, options, files and policy."""
+    needed = {rule.metric for rule in rules.gate.rules}
+    for scorer in rules.evaluate.scorers:
+        if scorer.name not in needed:
+            continue
+        measured = (metrics.get("scorers") or {}).get(scorer.name)
+        if measured is None:
+            yield f"it was evaluated without the scorer {scorer.name} of the rules"
+            continue
+        for key, value in scorer.identity(root).items():
+            if measured.get(key) != value:
+                yield _differs(f"{key} of the scorer {scorer.name}", measured.get(key), value)
 
 
 def _differs(key: str, value: Any, required: Any, how: str = "") -> str:

@@ -183,3 +183,14 @@ def test_a_dataset_that_cannot_be_downloaded_is_refused(monkeypatch: pytest.Monk
 def test_a_dataset_of_the_hub_is_read_from_its_snapshot(monkeypatch: pytest.MonkeyPatch, as_files: Path) -> None:
     monkeypatch.setattr(sources, "download", lambda source, kind: as_files)
     assert len(read(as_files, "hub:a/b")) == 6
+
+
+def test_further_columns_are_taken_for_scorers(tmp_path: Path) -> None:
+    write_lines(tmp_path, *(row | {"tests": ["a", n], "level": None} for n, row in enumerate(ROWS)))
+    examples = read(tmp_path, extra_columns=["tests", "level"])
+    assert [json.loads(example.extra or "") for example in examples] == [
+        {"tests": ["a", n], "level": None} for n in range(len(ROWS))
+    ]
+    assert [example.extra for example in read(tmp_path)] == [None] * len(ROWS)
+    with pytest.raises(DataError, match=r"it has no test \(data.extra_columns\); its columns are prompt, completion, "):
+        read(tmp_path, extra_columns=["test"])

@@ -8,7 +8,7 @@ import pytest
 import scipy.stats
 
 from flows.errors import GateError
-from flows.gate.bootstrap import expanded, paired_bootstrap, paired_losses
+from flows.gate.bootstrap import expanded, paired_bootstrap, paired_losses, paired_values
 
 N = 400
 
@@ -88,6 +88,36 @@ def test_models_that_are_no_better_are_not_judged_better_too_often(number: int) 
     assert 60 < found <= 125
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("binary", [False, True])
+def test_a_further_rule_keeps_the_rate_of_false_promotions(binary: bool) -> None:
+    """A version has to pass the bounds of its loss and of a score, each at 95 %.
+
+    Three kinds of versions that must not be promoted: no better by the loss; worse by the score, exactly as much as is
+    not allowed; both. Binomial: of 400 draws at 5 % more than 31 have a probability below 1 %.
+    """
+    generator, ones, bound = numpy.random.default_rng(7), numpy.ones(100), 0.1
+
+    def passes(loss: float, score: float, seed: int) -> tuple[bool, bool]:
+        """The score of the champion is 0.6 or 0 on average, and that of the candidate lower by `score`."""
+        losses = generator.standard_t(4, 100) + loss
+        if binary:
+            theirs = (generator.random(100) < 0.6).astype(float)
+            ours = numpy.where(generator.random(100) < score / 0.6, 0.0, theirs)  # some right answers become wrong
+        else:
+            theirs, ours = numpy.zeros(100), generator.normal(-score, 0.3, 100)
+        _, by_loss = paired_bootstrap(ones, losses, 0 * ones, 0.95, 300, seed)
+        _, by_score = paired_bootstrap(ones, -ours, -theirs, 0.95, 300, seed)
+        return by_loss < 0, by_score < bound
+
+    for loss, score in ((0.0, 0.0), (-2.0, bound), (0.0, bound)):
+        found = [passes(loss, score, seed) for seed in range(400)]
+        assert sum(map(all, found)) <= 31
+        assert sum(map(all, found)) <= min(sum(one for one, _ in found), sum(other for _, other in found))
+    powerful = [passes(-2.0, 0.0, seed) for seed in range(100)]
+    assert sum(map(all, powerful)) >= 80, "a better version is promoted"
+
+
 @pytest.mark.parametrize(
     ("differences", "upper"),
     [
@@ -137,3 +167,13 @@ def test_rows_weigh_what_the_table_says_and_those_of_no_weight_are_left_out() ->
     weighted = pyarrow.table(columns | {"weight": [2.0, 0.0, 0.5]})
     assert paired_losses(plain, weighted)[0].tolist() == [5.0, 5.0, 5.0]
     assert [part.tolist() for part in paired_losses(weighted, plain)[:3]] == [[2.0, 0.5], [1.0, 3.0], [1.0, 3.0]]
+
+
+def test_values_of_a_metric_are_paired_where_both_have_one() -> None:
+    ours = table(["a", "b", "c"], [1.0] * 3).append_column("adapter_f1", pyarrow.array([0.25, None, 0.75]))
+    theirs = table(["c", "b", "a"], [1.0] * 3).append_column("adapter_f1", pyarrow.array([0.5, 0.5, None]))
+    for direction, sign in (("lower", 1), ("higher", -1)):
+        paired = paired_values(ours, theirs, "f1", direction)
+        assert (paired.ids, paired.weights.tolist()) == (["c"], [1.0])
+        assert (paired.ours.tolist(), paired.theirs.tolist()) == ([sign * 0.75], [sign * 0.5])
+    assert paired_values(ours, theirs, "other", "lower").ids == []

@@ -54,6 +54,20 @@ def test_an_older_version_is_judged_by_its_own_files(project: Any) -> None:
     assert (promotion.outcome, promotion.version) == ("promoted", "v0.1.0")
 
 
+def test_a_rule_on_a_scorer_decides_with_the_champions_registered_scores(project: Any) -> None:
+    with project.paths.params.open("a") as file:
+        file.write("evaluate: {scorers: [token_f1]}\ngate:\n  rules: [{metric: token_f1, limit: 0.4, bound: 0.1}]\n")
+    project.register(scores={"token_f1": (0.3, 0.6)})
+    assert promote(project.params, project.paths).outcome == "promoted"
+    project.register(loss=2.6, weight=2.0, scores={"token_f1": (0.3, 0.45)})
+    refused = promote(project.params, project.paths)
+    assert "token_f1 against the champion: token_f1 -0.1500 against v0.1.0 on 10 rows" in refused.sentence
+    project.register(loss=2.6, weight=3.0, scores={"token_f1": (0.3, 0.55)})
+    assert promote(project.params, project.paths).outcome == "promoted"
+    project.register(loss=2.5, weight=4.0)
+    assert "evaluated without the scorer token_f1 of the rules" in promote(project.params, project.paths).sentence
+
+
 @pytest.mark.faults("lost DVC cache or remote")
 def test_the_champions_rows_come_from_the_remote_where_the_cache_is_gone(registered: Any) -> None:
     promote(registered.params, registered.paths)

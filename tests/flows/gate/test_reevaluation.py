@@ -12,9 +12,10 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from flows.base.model import load_dequantized
+from flows.base.model import load_dequantized, load_tokenizer
 from flows.data.rows import read_rows
 from flows.errors import RegistryError, StageError
+from flows.evaluation.generation import generate_answers
 from flows.evaluation.scoring import row_losses
 from flows.gate import reevaluation
 from flows.gate.candidate import Reevaluation
@@ -34,7 +35,13 @@ from peftcore.files import sha256
 PARAMS = """\
 project: {name: docstrings}
 data: {source: rows.jsonl, group_column: book, test_rows: 12, test_share: 0.3, validation_share: 0.15}
-evaluate: {rows: 10, batch_size: 4, generate_rows: 2, max_new_tokens: 4, samples: 1}
+evaluate:
+  rows: 10
+  batch_size: 4
+  generate_rows: 8
+  max_new_tokens: 4
+  samples: 1
+  scorers: [{scorer: length, options: {unit: characters}}]
 register: {remote: local}
 gate:
   min_loss_gain: -10
@@ -147,6 +154,36 @@ def test_it_is_measured_on_the_new_rows_that_it_has_not_learned(
     checks = {check.name: check.detail for check in promotion.report.checks} if promotion.report else {}
     assert "on 10 test rows of v0.1.0" in checks["the champion's rows"]
     assert "evaluate v0.1.0 again" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_rule_lets_the_champion_answer_the_candidates_prompts(weeks: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    rule = "{metric: length, direction: lower, bound: 999}"
+    weeks.params.write_text(PARAMS.replace("gate:\n", f"gate:\n  rules: [{rule}]\n"))
+    params, tasks, tables = load_params(weeks.params), dict[str, Any](), dict[str, pyarrow.Table]()
+
+    def run(task: dict[str, Any]) -> pyarrow.Table:
+        tasks[task["version"]], tables[task["version"]] = task, measure(task)
+        return tables[task["version"]]
+
+    monkeypatch.setattr(reevaluation, "_run", run)
+    promotion = promote(params, weeks, dry_run=True)
+    own = parquet.read_table(weeks.evaluation_rows)
+    answered = [row["id"] for row in own.to_pylist() if row["adapter_length"] is not None]
+    lengths = dict(zip(*(tables["v0.1.0"][name].to_pylist() for name in ("id", "adapter_length")), strict=True))
+    assert [name for name, value in lengths.items() if value is not None] == answered and len(answered) == 8
+    with files_at(
+        weeks.root, Registry(Git(weeks.root), "docstrings").version("v0.1.0").commit, ["artifacts/adapter"]
+    ) as at:
+        model = PeftModel.from_pretrained(load_dequantized(weeks.base, params.quantization), Paths(at).adapter)
+        rows = [row for row in read_rows(weeks.split("test"), limit=10) if row["id"] in answered]
+        prompts = [row["input_ids"][: row["prompt_length"]] for row in rows]
+        answers = generate_answers(model, load_tokenizer(weeks.base), prompts, 4, 4).answers
+    assert [lengths[row["id"]] for row in rows] == [len(answer.text) for answer in answers]
+    checks = {check.name: check.detail for check in promotion.report.checks} if promotion.report else {}
+    assert "against v0.1.0 on" in checks["length against the champion"], promotion.sentence
+    assert "v0.1.0 was re-evaluated on these 10 test rows" in checks["length against the champion"]
+    assert "metrics" in tasks["v0.1.0"] and "metrics" not in tasks["v0.2.0"], "compared on the candidate's rows only"
 
 
 @pytest.mark.proof

@@ -7,7 +7,7 @@ import numpy
 import pyarrow
 import pytest
 
-from flows.gate.slices import SMALL, SliceDifference, _holm, slice_differences
+from flows.gate.slices import SMALL, Compared, SliceDifference, _holm, metric_differences, slice_differences
 from flows.params import Slices
 
 
@@ -62,6 +62,48 @@ def test_holm_by_hand() -> None:
 def test_few_resamples_are_enough_for_many_slices() -> None:
     found = differences({f"s{n}": noise(n, 1.0 if n == 7 else 0.0, 20) for n in range(40)}, resamples=100)
     assert [name for name, one in found.items() if one.is_worse] == ["s7"]
+
+
+def two_metrics(losses: dict[str, numpy.ndarray], scores: dict[str, numpy.ndarray], limit: float) -> Any:
+    """The differences by slice of the loss and of a score, which is better if it is higher."""
+    names = [name for name, own in losses.items() for _ in own]
+    loss, score = (numpy.concatenate(list(by_slice.values())) for by_slice in (losses, scores))
+    ours = table(loss, names).append_column("adapter_f1", pyarrow.array(score))
+    theirs = table([0.0] * len(loss)).append_column("adapter_f1", pyarrow.array([0.0] * len(loss)))
+    compared = [Compared("loss", "lower", limit, ours, theirs), Compared("f1", "higher", limit, ours, theirs)]
+    return metric_differences(compared, Slices(), 400, 1)
+
+
+def test_a_metric_that_is_better_if_higher_is_tested_the_other_way_round() -> None:
+    even = {"a": noise(0, 0.0), "b": noise(1, 0.0)}
+    found = two_metrics(even, {"a": noise(2, 0.9), "b": noise(3, -0.9)}, 0.2)
+    assert [(one.metric, one.name, one.is_worse) for one in found] == [
+        *(("loss", "a", False), ("loss", "b", False)),
+        *(("f1", "a", False), ("f1", "b", True)),
+    ]
+    assert found[3].mean == pytest.approx(-0.9, abs=0.05)
+
+
+def test_rows_without_a_value_are_in_no_slice_of_the_metric() -> None:
+    values = [0.5] * 10 + [None] * 10
+    ours = table([2.0] * 20, ["a"] * 20).append_column("adapter_f1", pyarrow.array(values))
+    (found,) = metric_differences([Compared("f1", "higher", 0.1, ours, ours)], Slices(), 100, 1)
+    assert (found.rows, found.mean, found.is_worse) == (10, 0.0, False)
+
+
+@pytest.mark.slow
+def test_the_correction_covers_the_slices_of_all_metrics_together() -> None:
+    """Ten slices of two metrics, each exactly as much worse as is allowed: uncorrected, 64 % would be refused."""
+    refused = uncorrected = 0
+    for draw in range(60):
+        losses, scores = (
+            {f"s{n}": sign * noise(2000 * draw + first + n, 0.2, 40) for n in range(10)}
+            for sign, first in ((1, 0), (-1, 1000))
+        )
+        found = two_metrics(losses, scores, 0.2)
+        refused += any(one.is_worse for one in found)
+        uncorrected += any(one.p <= 0.05 for one in found)
+    assert refused <= 0.12 * 60 < 0.5 * 60 < uncorrected
 
 
 @pytest.mark.slow

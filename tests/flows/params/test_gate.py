@@ -64,3 +64,36 @@ def test_a_git_remote_is_a_name_or_an_address(tmp_path: Path, remote: str) -> No
         assert "register.git_remote" in refusal(tmp_path, text)
     else:
         assert read(tmp_path, text).register.git_remote == remote
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (
+            "{metric: exact_match, limit: 1}",
+            "metric: 'exact_match' does not fit; nothing computes it; add the built-in",
+        ),
+        ("{metric: refnd, limit: 1}", "metric: 'refnd' does not fit; nothing computes it; did you mean refund?"),
+        ("{metric: accuracy, limit: 1}", "metric: 'accuracy' does not fit; nothing computes it; give a scorer of "),
+        ("{metric: loss, limit: 1}", "direction: 'higher' does not fit; loss is better if lower; give lower"),
+        ("{metric: refund}", "metric: 'refund' does not fit; give at least one of limit, gain, bound and slice_bound"),
+        ("{metric: refund, limitt: 1}", "limitt: unknown key; did you mean limit?"),
+        ("{metric: refund, slice_bound: -1}", "slice_bound: -1 does not fit; give a number of at least 0"),
+        ("{metric: words, bound: 1}", "metric: 'words' does not fit; its scorer has on_error: skip"),
+    ],
+)
+def test_a_wrong_rule_is_told_what_fits(tmp_path: Path, rule: str, message: str) -> None:
+    scorers = "[data/my.py:refund, {scorer: length, name: words, on_error: skip}]"
+    text = refusal(tmp_path, f"evaluate: {{scorers: {scorers}}}\ngate:\n  rules:\n    - {rule}\n")
+    assert text.startswith(f"params.yaml:4: gate.rules.0.{message}")
+
+
+def test_two_rules_on_one_metric_are_refused(tmp_path: Path) -> None:
+    rule = "{metric: rouge_l, limit: 0.1}"
+    assert refusal(tmp_path, f"gate: {{rules: [{rule}, {rule}]}}").startswith("params.yaml:1: gate.rules.1.metric: ")
+
+
+def test_a_rule_may_be_on_a_figure_of_the_objective(tmp_path: Path) -> None:
+    data = "data: {source: a.jsonl, kind: classification}\ntrain: {objective: classification}\n"
+    (rule,) = read(tmp_path, f"{data}gate: {{rules: [{{metric: accuracy, bound: 0}}]}}").gate.rules
+    assert rule.compares and rule.direction == "higher"

@@ -51,3 +51,12 @@ def test_as_json_it_is_json(comparison: Comparison) -> None:
     assert [one["name"] for one in told["runs"]] == ["better", "worse", "nan", "unknown"]
     assert told["runs"][0]["champion"] and told["runs"][0]["headlines"]["test loss"] == 2.5
     assert (told["judged_by"], told["differing"]) == ("test loss", ["method.r"])
+
+
+def test_a_scorer_is_a_figure_without_a_better_direction() -> None:
+    scored = [
+        Run(name, name, name, summary={"adapter.loss": 2.0, "adapter.refund": value, "scorers.refund.answers": 8})
+        for name, value in (("a", 0.5), ("b", 0.75))
+    ]
+    found = {figure.headline.label: figure for figure in compare([*scored, run("c", 3.0)]).figures}
+    assert found["refund"].values == (0.5, 0.75, None) and found["refund"].best == frozenset()

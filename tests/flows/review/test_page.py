@@ -78,6 +78,7 @@ def test_it_shows_the_run(registered: Any) -> None:
     ):
         assert fact in words, fact
     assert page.tags.count("svg") == 3
+    assert "Scorers" not in words
     assert "<mark>Say hello.</mark>" in registered.paths.review.read_text()
 
 
@@ -121,3 +122,17 @@ def test_ranks_that_differ_between_layers_are_shown(registered: Any) -> None:
     page = page_of(registered)
     assert "2 layers, 12 ranks in all, 6.0 on average" in page.text
     assert all(link.startswith("#") for link in page.links)
+
+
+def test_scorers_have_a_table_and_columns_of_the_slices(project: Any) -> None:
+    project.register(scores={"token_f1": (0.25, 0.5)})
+    metrics = json.loads(project.paths.evaluation_metrics.read_text())
+    failed = {"on_error": 0.0, "failures": {"base": 0, "adapter": 3}, "first_failure": "row a: <b>Error"}
+    metrics["scorers"]["token_f1"] |= failed
+    project.paths.evaluation_metrics.unlink()  # a link into DVC's cache
+    project.paths.evaluation_metrics.write_text(json.dumps(metrics))
+    assert "base 0, adapter 3: such rows got 0.0; first: row a: <b>Error" in " ".join(page_of(project).text.split())
+    cells = re.sub(r"\s*<[^>]*>\s*", "|", project.paths.review.read_text())
+    assert "token_f1|||0.250||0.500||+0.250||10|" in cells
+    assert re.search(r"json\|\|30\|\|3.800\|\|[\d.]+\|\|[+\d.]+\|\|0.250\|\|0.500\|", cells)
+    assert re.search(r"&lt;ssl&gt;\|\|10\|\|3.800\|\|[\d.]+\|\|[+\d.]+\|\|–\|\|–\|", cells), "it has no answers"

@@ -65,6 +65,11 @@ def test_a_figure_that_only_one_model_has_is_shown(printed: Callable[..., str]) 
     assert rows(printed(sides))["accuracy"] == ["–", "50.0%"]
 
 
+def test_a_scorer_is_a_row(printed: Callable[..., str]) -> None:
+    sides: dict[str, Any] = {"base": {"loss": 3.8, "token_f1": None}, "adapter": {"loss": 2.7, "token_f1": 0.5}}
+    assert rows(printed(sides | {"scorers": {"token_f1": {}}}))["token_f1 (scorer)"] == ["–", "0.500"]
+
+
 def test_a_reason_with_brackets_is_shown_as_it_is(printed: Callable[..., str]) -> None:
     failed = Check("slices", False, "[red] of [/green] is worse")
     refused = Promotion("docstrings", "v0.1.0", "champion", "refused", None, GateReport("v0.1.0", None, (failed,)))

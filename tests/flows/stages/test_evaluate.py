@@ -145,3 +145,45 @@ def test_forgetting_and_latency_are_measured_of_a_model_that_writes(trained: Pat
     assert (metrics_of(trained)["control"], metrics_of(trained)["latency"]) == (None, None)
     assert not trained.evaluation_control.exists()
     assert trained.evaluation_control not in evidence(trained)
+
+
+SCORERS = """\
+def vowels(prompt, answer, reference, row):
+    return sum(letter in "aeiou" for letter in answer)
+
+def known(prompt, answer, reference, row):
+    return reference in prompt or len(row["id"])
+"""
+
+
+def test_scorers_add_columns_and_leave_the_other_figures_alone(evaluated: Paths, tiny_params) -> None:
+    before, rows_before = metrics_of(evaluated), rows_of(evaluated)
+    (evaluated.root / "data").mkdir(exist_ok=True)
+    (evaluated.root / "data" / "my.py").write_text(SCORERS)
+    scorers = [{"scorer": "length", "options": {"unit": "characters"}}, "data/my.py:vowels", "data/my.py:known"]
+    evaluate.run(tiny_params(evaluate={"scorers": scorers}), evaluated)
+    metrics, rows = metrics_of(evaluated), rows_of(evaluated)
+    for side in ("base", "adapter"):
+        answers = [row[f"{side}_answer"] for row in rows]
+        lengths = [None if answer is None else len(answer) for answer in answers]
+        assert [row[f"{side}_length"] for row in rows] == lengths and lengths.count(None) == 6
+        vowels = [sum(map(answer.count, "aeiou")) for answer in answers if answer is not None]
+        assert metrics[side]["vowels"] == pytest.approx(sum(vowels) / 6)
+        assert metrics[side]["known"] == len(rows[0]["id"])
+    assert metrics["scorers"]["vowels"]["files"] == {"data/my.py": sha256(evaluated.root / "data" / "my.py")}
+    changed = set(metrics) - set(before)
+    assert changed == {"scorers"}
+    for part in ("base", "adapter"):
+        timed = {"tokens_per_second"}
+        assert {name: metrics[part][name] for name in set(before[part]) - timed} == {
+            name: before[part][name] for name in set(before[part]) - timed
+        }
+    assert [{name: row[name] for name in rows_before[0]} for row in rows] == rows_before
+
+
+def test_a_scorer_that_is_missing_stops_before_the_model_is_loaded(
+    evaluated: Paths, tiny_params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "load_dequantized", lambda *_: pytest.fail("the model was loaded"))
+    with pytest.raises(StageError, match=r"data/no\.py cannot be read"):
+        evaluate.run(tiny_params(evaluate={"scorers": ["data/no.py:score"]}), evaluated)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pyarrow.parquet as parquet
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import AutoModelForSequenceClassification
 
 from flows.base.model import load_dequantized, load_tokenizer
 from flows.errors import StageError
+from flows.gate.rows import row_values
 from flows.params import Params
 from flows.paths import Paths
 from flows.stages import evaluate, merge, prepare, train
@@ -20,6 +22,7 @@ from flows.stages.reevaluate import measure
 from peftcore import PeftConfig, PeftModel
 
 PAIRS: dict[str, Any] = {"kind": "preference", "near_duplicates": "keep"}
+CHARACTERS = {"scorer": "length", "name": "characters", "options": {"unit": "characters"}}
 TEXTS: dict[str, Any] = {"kind": "classification", "near_duplicates": "keep"}
 
 
@@ -43,7 +46,7 @@ def made(tmp_path: Path, tiny_base: Path, tiny_params: Callable[..., Params]) ->
         kind, row = (TEXTS, text) if objective == "classification" else (PAIRS, answers)
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row(n)) + "\n" for n in range(100)))
         sections["train"] = {"objective": objective, **sections.get("train", {})}
-        params = tiny_params(data=kind, **sections)
+        params = tiny_params(data=kind, evaluate={"scorers": [CHARACTERS, "exact_match"]}, **sections)
         prepare.run(params, Paths(tmp_path))
         return params, Paths(tmp_path)
 
@@ -57,10 +60,19 @@ def metrics_of(paths: Paths) -> dict[str, Any]:
 def assert_measured_alike(
     params: Params, paths: Paths, rows: list[dict[str, Any]], labels: list[str] | None = None
 ) -> None:
-    """An adapter that is measured again, as a champion on new test rows, has the losses that its evaluation found."""
+    """An adapter that is measured again, as a champion on new test rows, has the losses that its evaluation found.
+
+    It also has the metrics that a rule compares.
+    """
     places = {"base": str(paths.base), "adapter": str(paths.adapter), "test": str(paths.split("test"))}
     task = {"version": "v0.1.0", "params": params.model_dump(), "rows": len(rows), "labels": labels, **places}
-    again = measure(task).to_pylist()
+    answered = [row["id"] for row in rows if row["adapter_characters"] is not None]
+    limits = {"answered": answered, "max_new_tokens": params.evaluate.max_new_tokens, "root": str(paths.root)}
+    table = measure(task | {"metrics": ["characters", "exact_match", "accuracy"]} | limits)
+    again = table.to_pylist()
+    for metric in ("accuracy", "characters", "exact_match"):
+        told = row_values(pyarrow.Table.from_pylist(rows), metric)
+        assert row_values(table, metric) == told and told is not None, metric
     assert [row["id"] for row in again] == [row["id"] for row in rows]
     for name in ("tokens", "weight", "adapter_loss"):
         assert [row[name] for row in again] == pytest.approx([row[name] for row in rows], abs=1e-6), name
@@ -109,7 +121,9 @@ def test_texts_are_classified_and_merging_keeps_the_head(made: Callable[..., tup
     assert {row["base_prediction"] for row in rows} == {"warm"}
     right = [row["adapter_prediction"] == row["label"] for row in rows]
     assert metrics["adapter"]["accuracy"] == pytest.approx(sum(right) / len(right))
-    assert metrics["adapter"].keys() == {"loss", "accuracy", "macro_f1"} == metrics["base"].keys()
+    figures = {"loss", "accuracy", "macro_f1", "characters", "exact_match"}
+    assert metrics["adapter"].keys() == figures == metrics["base"].keys()
+    assert metrics["adapter"]["exact_match"] == pytest.approx(metrics["adapter"]["accuracy"])
     assert "generated_rows" not in metrics
     assert metrics["adapter"]["loss"] < metrics["base"]["loss"]
     assert_measured_alike(params, paths, rows, names)

@@ -306,3 +306,15 @@ def test_nothing_is_judged_by_rows_that_training_started_from_has_learned(paths:
     assert report["dropped"]["learned by the version that training starts from"] >= 2
     with pytest.raises(DataError, match=r"train\.start_from is null, but .* is of v0\.1\.0.*run the start stage"):
         run(params(), paths)
+
+
+def test_further_columns_are_written_only_if_they_are_named(paths: Paths) -> None:
+    rows = [{"prompt": row["prompt"], "completion": row["chosen"], "tests": row["prompt"][::-1]} for row in PAIRS]
+    write_source(paths, rows)
+    run(params(**OWN, kind="chat"), paths)
+    before = split(paths, "test")
+    run(params(**OWN, kind="chat", extra_columns=["tests"]), paths)
+    after = split(paths, "test")
+    assert [{name: value for name, value in row.items() if name != "extra"} for row in after] == before
+    turned = {row["prompt"][::-1] for row in PAIRS}
+    assert all(json.loads(row["extra"])["tests"] in turned for row in after)

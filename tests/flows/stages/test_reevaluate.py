@@ -20,7 +20,7 @@ from flows.base.model import load_dequantized
 from flows.params import Params
 from flows.paths import Paths
 from flows.stages import reevaluate
-from flows.stages.reevaluate import adapter_losses, main, measure
+from flows.stages.reevaluate import adapter_losses, adapter_values, main, measure
 from peftcore import LoraConfig, PeftModel, get_peft_model
 
 ROW = {"input_ids": [1, 5, 9, 7, 2], "labels": [-100, -100, 9, 7, 2]}
@@ -126,3 +126,26 @@ def test_what_cannot_be_measured_leaves_its_reason_beside_the_rows(
     assert ended.value.code == 1
     assert "config.json is damaged or missing" in (tmp_path / "rows.txt").read_text()
     assert not (tmp_path / "rows.parquet").exists()
+
+
+def test_metrics_that_rules_compare_are_measured_on_the_answered_rows(task: dict[str, Any]) -> None:
+    params = Params.model_validate(task["params"] | {"evaluate": {"scorers": ["length", "exact_match"]}})
+    rows = parquet.read_table(task["test"]).to_pylist()[:5]
+    answered = [rows[1]["id"], rows[4]["id"]]
+    more = {"metrics": ["length", "rouge_l"], "answered": answered, "max_new_tokens": 3, "root": "."}
+    table = measure(task | {"params": params.model_dump()} | more)
+    assert table.column_names[:4] == ["id", "tokens", "weight", "adapter_loss"]
+    assert table.column_names[4:] == ["adapter_rouge_l", "adapter_ended", "adapter_length"]
+    for column in ("adapter_rouge_l", "adapter_ended", "adapter_length"):
+        assert [value is not None for value in table[column].to_pylist()] == [False, True, False, False, True]
+    assert table.select(["id", "tokens", "weight", "adapter_loss"]).equals(measure(task)), "the losses stay"
+
+
+def test_the_accuracy_of_pairs_follows_from_margins() -> None:
+    run = params("dpo")
+    model = small_model(init_lora_weights=False)
+    _, columns = adapter_values(run, model, [PAIR], 0)
+    chosen, rejected = (
+        losses_of(model, PAIR[f"{side}_input_ids"], PAIR[f"{side}_labels"]).sum() for side in ("chosen", "rejected")
+    )
+    assert columns["adapter_margin"] == pytest.approx([float(rejected - chosen)], abs=1e-4)

@@ -52,3 +52,25 @@ def check(report: GateReport, name: str) -> str:
 def of_objective(objective: str, loss_function: str, **figures: float) -> dict[str, Any]:
     sides = {"base": {"loss": 3.8} | figures, "adapter": {"loss": 2.7} | figures}
     return sides | {"gain": {"loss": 1.1}, "objective": objective, "loss_function": loss_function}
+
+
+SCORER = {"scorer": "token_f1", "options": {}, "on_error": "stop", "files": {}}
+
+
+def with_scores(candidate: Candidate, adapter: Any, base: float = 0.5, name: str = "token_f1") -> Candidate:
+    """Evaluated with one more scorer: these scores of the adapter's 40 rows, and one score of all rows of the base."""
+    scores = {"base": numpy.full(40, base), "adapter": numpy.asarray(adapter, float)}
+    rows, metrics = candidate.rows, dict(candidate.metrics)
+    for side, values in scores.items():
+        rows = rows.append_column(f"{side}_{name}", pyarrow.array(values))
+        metrics[side] = metrics[side] | {name: float(values.mean())}
+    scorers = {name: SCORER | {"answers": 40, "failures": {"base": 0, "adapter": 0}, "first_failure": None}}
+    metrics["scorers"] = scorers
+    record = {**candidate.record, "metrics": {**candidate.record["metrics"], "scorers": scorers}}
+    record["metrics"] |= {side: metrics[side] for side in scores}
+    return replace(candidate, rows=rows, metrics=metrics, record=record)
+
+
+def scored_champion(candidate: Candidate, **changes: Any) -> Champion:
+    """The champion that is such a candidate, with the identity of its scorers."""
+    return replace(champion_of(candidate), **({"scorers": candidate.metrics["scorers"]} | changes))

@@ -1,7 +1,7 @@
 """Made-up results of the stages before register. Few imports, because stages of the tests' repositories use it too."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,10 @@ from safetensors.numpy import save_file
 
 from peftcore.files import write_manifest
 
+SCORED = {
+    **{"scorer": "", "options": {}, "on_error": "stop", "files": {}},
+    **{"answers": 10, "failures": {"base": 0, "adapter": 0}, "first_failure": None},
+}
 MERGED = {"kl": 0.002, "top1_agreement": 0.99, "loss": 2.81, "reference_loss": 2.8, "tokens": 400}
 
 
@@ -21,11 +25,13 @@ def write_results(
     weight: float = 1.0,
     row_changes: Sequence[float] = (0.0,) * 40,
     row_slices: Sequence[str] = ("json",) * 30 + ("<ssl>",) * 10,
+    scores: Mapping[str, tuple[float, float]] = {},
     **metrics: Any,
 ) -> None:
     """What the stages before register leave: an adapter of weights `weight`, a test loss of `loss` nats a token.
 
     row_changes, row_slices: of the 40 test rows, what is added to their losses, and where they belong.
+    scores: {built-in scorer: scores of base and adapter}, of ten answers each.
     metrics: other values for the keys of evaluation/metrics.json; the rows are such that its figures follow from them.
     """
     for name in ("adapter", "data", "evaluation", "training"):
@@ -45,6 +51,12 @@ def write_results(
     columns |= {f"{name}_loss": values for name, values in rows.items()}
     for name, figures in sides.items():
         columns |= _answers(name, figures)
+    for scorer, values in scores.items():
+        for name, value in zip(sides, values, strict=True):
+            sides[name] = sides[name] | {scorer: value}
+            columns[f"{name}_{scorer}"] = [value + 0.01 * (-1) ** n for n in range(10)] + [None] * 30
+    if scores:
+        metrics["scorers"] = {name: SCORED | {"scorer": name} for name in scores}
     parquet.write_table(pyarrow.table(columns), folder / "evaluation" / "rows.parquet")
     control = {"id": [f"text{n}" for n in range(8)], "tokens": [100] * 8, "base_loss": [3.0] * 8}
     parquet.write_table(pyarrow.table(control | {"adapter_loss": [2.9] * 8}), folder / "evaluation" / "control.parquet")
@@ -54,6 +66,7 @@ def write_results(
             "gain": {
                 "loss": sides["base"]["loss"] - sides["adapter"]["loss"],
                 "rouge_l": sides["adapter"].get("rouge_l", 0.0) - sides["base"].get("rouge_l", 0.0),
+                **{name: adapter - base for name, (base, adapter) in scores.items()},
             },
             "rows": 40,
             "generated_rows": 10,
@@ -63,6 +76,11 @@ def write_results(
             "slices": {
                 name: {"rows": int((names == name).sum())}
                 | {f"{side}_loss": float(losses[names == name].mean()) for side, losses in rows.items()}
+                | {
+                    f"{side}_{scorer}": values[number] if name == row_slices[0] else None
+                    for scorer, values in scores.items()
+                    for number, side in enumerate(sides)
+                }
                 for name in sorted(set(row_slices))
             },
             **metrics,

@@ -2,17 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy
 import pyarrow
 import pytest
-from gate_cases import champion_of, check, judge, of_objective, reason
+from gate_cases import SCORER, champion_of, check, judge, of_objective, reason, scored_champion, with_scores
 
 from flows.errors import GateError
 from flows.gate.candidate import Candidate, Champion, HoldoutReuse, Reevaluation
 from flows.gate.checks.champion import against_the_champion, base_difference
 from flows.params import Champion as ChampionParams
-from flows.params import Gate
+from flows.params import Gate, Rule
 from flows.params import Slices as SlicesParams
 
 
@@ -254,3 +255,85 @@ def test_the_bases_losses_are_compared_row_by_row_on_shared_rows() -> None:
     assert base_difference(ours, theirs) == pytest.approx((0.3 + 0.5) / 2), "a rise and a fall do not cancel"
     assert base_difference(ours, theirs.slice(2)) is None, "no row is shared"
     assert base_difference(ours, theirs.select(["id"])) is None
+
+
+NOISE = numpy.random.default_rng(3).normal(0, 0.01, 40)
+BOUND = "token_f1 against the champion"
+
+
+def bounded(candidate: Candidate, champion: Champion | None, **rule: Any) -> Any:
+    return judge(candidate, champion, rules=[Rule.model_validate({"metric": "token_f1", "bound": 0.05} | rule)])
+
+
+@pytest.mark.parametrize(("change", "passes"), [(-0.1, False), (-0.02, True), (0.1, True)])
+def test_a_rule_bounds_the_regression_of_a_scorer(make: Callable[..., Candidate], change: float, passes: bool) -> None:
+    champion = scored_champion(with_scores(make("v0.1.0", loss=2.8), numpy.full(40, 0.6)))
+    candidate = with_scores(make(loss=2.7), 0.6 + change + NOISE)
+    report = bounded(candidate, champion)
+    assert report.passed == passes
+    assert f"token_f1 {change + NOISE.mean():+.4f} against v0.1.0 on 40 rows, 95% upper" in check(report, BOUND)
+    lower = bounded(candidate, champion, direction="lower")
+    assert lower.passed == (change < 0), "lower scores are better"
+
+
+def test_a_rule_with_the_bound_0_needs_a_gain_beyond_chance(make: Callable[..., Candidate]) -> None:
+    champion = scored_champion(with_scores(make("v0.1.0", loss=2.8), numpy.full(40, 0.6)))
+    assert bounded(with_scores(make("v0.3.0"), 0.62 + NOISE), champion, bound=0).passed
+    assert "to be below 0" in reason(bounded(with_scores(make("v0.4.0"), numpy.full(40, 0.6)), champion, bound=0))
+
+
+def test_without_a_champion_a_bound_passes(make: Callable[..., Candidate]) -> None:
+    assert check(bounded(with_scores(make(), numpy.full(40, 0.6)), None), BOUND) == "no champion yet"
+
+
+def test_a_bound_is_not_compared_after_a_failed_limit(make: Callable[..., Candidate]) -> None:
+    candidate = with_scores(make(loss=2.7), numpy.full(40, 0.6))
+    champion = scored_champion(with_scores(make("v0.1.0", loss=2.8), numpy.full(40, 0.6)))
+    report = bounded(candidate, champion, limit=0.7)
+    assert reason(report) == "rule on token_f1: 0.600, at least 0.7"
+    assert BOUND not in [one.name for one in report.checks]
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"scorers": {}}, "was evaluated without the scorer token_f1"),
+        ({"scorers": {"token_f1": SCORER | {"options": {"a": 1}}}}, "was evaluated with another scorer token_f1"),
+        ({"max_new_tokens": 20}, "wrote answers of at most 20 tokens, and the candidate 40"),
+        ({"rows": None}, "lacks token_f1 of some rows"),
+    ],
+)
+def test_scores_that_cannot_be_compared_are_measured_again(
+    make: Callable[..., Candidate], changes: dict[str, Any], why: str
+) -> None:
+    candidate = with_scores(make(loss=2.7, answers={"max_new_tokens": 40, "longer_known_answers": 0.0}), NOISE + 0.6)
+    before = with_scores(make("v0.1.0", loss=2.8), numpy.full(40, 0.6))
+    if "rows" in changes:
+        changes = {"rows": before.rows.slice(0, 39)}
+    champion = scored_champion(before, **changes)
+    assert f"v0.1.0 {why}, and gate.champion.reevaluate forbids" in reason(bounded(candidate, champion))
+    again = before.rows.drop_columns(["adapter_token_f1"]).append_column(
+        "adapter_token_f1", pyarrow.array(numpy.full(40, 0.7))
+    )
+    measured = replace(champion, reevaluate_champion=lambda: Reevaluation(again, 0))
+    refused = bounded(candidate, measured)
+    assert not refused.passed and f"v0.1.0 {why}, so it was re-evaluated" in check(refused, BOUND)
+    assert f"{NOISE.mean() - 0.1:+.4f} against" in check(refused, BOUND), "compared with the new scores"
+
+
+def test_a_slice_that_is_worse_by_a_scorer_is_named(make: Callable[..., Candidate]) -> None:
+    champion = scored_champion(with_scores(make("v0.1.0", loss=2.8), numpy.full(40, 0.6)))
+    worse = 0.65 + NOISE - 0.4 * (numpy.arange(40) >= 30)  # the last ten rows are the slice <ssl>
+    candidate = with_scores(make(loss=2.7), worse)
+    assert bounded(candidate, champion, bound=0.2).passed
+    text = reason(bounded(candidate, champion, bound=0.2, slice_bound=0.1))
+    assert text.startswith("slices: worse than v0.1.0 in <ssl> -0.3")
+    assert "in token_f1 on 10 rows" in text and text.endswith("at most 0.2, token_f1 at most 0.1")
+
+
+def test_a_rule_leaves_the_test_of_the_loss_in_slices_alone_where_none_is_near_the_limit(
+    make: Callable[..., Candidate],
+) -> None:
+    champion = scored_champion(with_scores(make("v0.1.0", loss=2.8), numpy.full(40, 0.6)))
+    report = bounded(with_scores(make(loss=2.7), 0.6 + NOISE), champion, slice_bound=0.1)
+    assert report.passed and "none of 4 worse than allowed" in check(report, "slices")

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from gate_cases import LATENCY, check, judge, of_objective, reason, with_merge
+from gate_cases import LATENCY, check, judge, of_objective, reason, with_merge, with_scores
 
 from flows.gate.candidate import Candidate
 from flows.gate.checks import figures
-from flows.params import Gate
+from flows.params import Gate, Rule
 
 
 def candidate(ended: float, answers: dict[str, Any] | None) -> Any:
@@ -132,3 +132,42 @@ def test_a_lower_limit_needs_a_number_that_reaches_it(
     value: float | None, limit: float | None, result: tuple[bool, str]
 ) -> None:
     assert figures.at_least(value, limit, "nats") == result
+
+
+@pytest.mark.parametrize(
+    ("rule", "detail"),
+    [
+        ({"limit": 0.7}, "0.750, at least 0.7"),
+        ({"limit": 0.8}, "0.750, at least 0.8"),
+        ({"gain": 0.25}, "0.750, no limit set; gain over the base 0.250, at least 0.25"),
+        ({"limit": 0.7, "gain": 0.3}, "0.750, at least 0.7; gain over the base 0.250, at least 0.3"),
+        ({"limit": 0.75, "direction": "lower"}, "0.750, at most 0.75"),
+        ({"gain": 0.0, "direction": "lower"}, "0.750, no limit set; gain over the base -0.250, at least 0"),
+    ],
+)
+def test_a_rule_limits_a_scorer(make: Callable[..., Candidate], rule: dict[str, Any], detail: str) -> None:
+    report = judge(with_scores(make(), [0.75] * 40), rules=[Rule(metric="token_f1", **rule)])
+    assert check(report, "rule on token_f1") == detail
+    passes = rule in ({"limit": 0.7}, {"gain": 0.25}, {"limit": 0.75, "direction": "lower"})
+    assert report.passed == passes
+
+
+def test_a_rule_says_how_often_its_scorer_failed(make: Callable[..., Candidate]) -> None:
+    candidate = with_scores(make(), [0.75] * 40)
+    record = candidate.metrics["scorers"]["token_f1"]
+    record |= {"on_error": 0.0, "failures": {"base": 0, "adapter": 3}}
+    report = judge(candidate, rules=[Rule(metric="token_f1", limit=0.5)])
+    assert check(report, "rule on token_f1") == "0.750, at least 0.5; the scorer failed on 3 of 40, which got 0"
+
+
+def test_a_rule_on_a_figure_that_was_not_measured_refuses(make: Callable[..., Candidate]) -> None:
+    report = judge(make(), rules=[Rule(metric="token_f1", limit=0.5)])
+    assert reason(report) == "rule on token_f1: not measured, at least 0.5"
+
+
+def test_a_limit_as_a_rule_decides_as_the_limit_does(make: Callable[..., Candidate]) -> None:
+    for rouge_l in (0.19, 0.21):
+        candidate = make(adapter={"loss": 2.7, "rouge_l": rouge_l, "ended": 1.0})
+        fixed = judge(candidate, min_rouge_l_gain=0.04)
+        ruled = judge(candidate, min_rouge_l_gain=None, rules=[Rule(metric="rouge_l", gain=0.04)])
+        assert fixed.passed == ruled.passed == (rouge_l == 0.21)

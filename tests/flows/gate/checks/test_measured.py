@@ -1,5 +1,6 @@
 """The rules say what has to be measured; a version that was measured by less is refused, whatever its author chose."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ def found(metrics: dict[str, Any] | None = None, rules: dict[str, Any] | None = 
     record = {"params": params.model_dump()}
     for section, keys in changes.items():
         record["params"][section] |= keys
-    return "; ".join(unmeasured(record, {"control": CONTROL} if metrics is None else metrics, params))
+    return "; ".join(unmeasured(record, {"control": CONTROL} if metrics is None else metrics, params, Path()))
 
 
 def test_a_version_measured_by_the_rules_is() -> None:
@@ -56,3 +57,26 @@ def test_a_null_slice_column_does_not_hide_a_minority() -> None:
 )
 def test_nor_do_fewer_rows_leaks_or_another_objective(section: str, key: str, value: Any) -> None:
     assert f"{section}.{key} {value}, and the rules have" in found(**{section: {key: value}})
+
+
+RULED = {"evaluate": {"scorers": ["token_f1", "length"]}, "gate": {"rules": [{"metric": "token_f1", "limit": 0.5}]}}
+MEASURED = {"scorer": "token_f1", "options": {}, "on_error": "stop", "files": {}}
+
+
+@pytest.mark.parametrize(
+    ("scorers", "missing"),
+    [
+        ({"token_f1": MEASURED | {"answers": 8}}, ""),
+        ({}, "it was evaluated without the scorer token_f1 of the rules"),
+        (
+            {"token_f1": MEASURED | {"on_error": 1.0}},
+            "it was evaluated with on_error of the scorer token_f1 1.0, and the rules have stop",
+        ),
+        (
+            {"token_f1": MEASURED | {"scorer": "length"}},
+            "it was evaluated with scorer of the scorer token_f1 length, and the rules have token_f1",
+        ),
+    ],
+)
+def test_the_scorer_of_a_rule_has_to_be_the_same(scorers: dict[str, Any], missing: str) -> None:
+    assert found({"control": CONTROL, "scorers": scorers}, RULED) == missing

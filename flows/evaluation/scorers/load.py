@@ -1,0 +1,139 @@
+"""Functions of the entries of `evaluate.scorers`: built in, installed, or in a Python file of the repository."""
+
+import ast
+import importlib
+import importlib.metadata
+import inspect
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, cast
+
+from flows.errors import StageError
+from flows.evaluation.scorers.texts import Score
+from flows.params import Scorer
+from flows.params.file import suggest
+from flows.params.scorers import BUILT_IN, ENTRY_POINTS
+
+MODULES = {
+    "exact_match": "flows.evaluation.scorers.texts",
+    "regex": "flows.evaluation.scorers.texts",
+    "token_f1": "flows.evaluation.scorers.texts",
+    "length": "flows.evaluation.scorers.texts",
+    "rouge_l": "flows.evaluation.scorers.texts",
+    "json_schema": "flows.evaluation.scorers.schema",
+    "chrf": "flows.evaluation.scorers.translation",
+    "bleu": "flows.evaluation.scorers.translation",
+    "code": "flows.evaluation.scorers.program",
+}
+"""{built-in scorer: the module with the function of this name that makes it}"""
+
+
+def load_scorer(scorer: Scorer, root: Path) -> Score:
+    """Return the function of an entry, with its options.
+
+    Args:
+        scorer: The entry.
+        root: The repository.
+
+    Raises:
+        StageError: The function is missing, its module cannot be imported, or it does not take the options.
+    """
+    options = scorer.given_options(root)
+    if scorer.scorer in BUILT_IN:
+        make = getattr(importlib.import_module(MODULES[scorer.scorer]), scorer.scorer)
+        try:
+            return make(**options)
+        except (ValueError, TypeError, OSError) as error:
+            raise StageError(f"evaluate.scorers, {scorer.name}: {error}") from error
+    function = _of_file(scorer, root) if scorer.file else _installed(scorer)
+    try:
+        inspect.signature(function).bind("prompt", "answer", "reference", {}, **options)
+    except TypeError as error:
+        raise StageError(
+            f"evaluate.scorers, {scorer.name}: {scorer.scorer} is called with (prompt, answer, reference, row"
+            f"{''.join(f', {name}=...' for name in options)}), which it does not take: {error}"
+        ) from error
+    return lambda prompt, answer, reference, row: function(prompt, answer, reference, row, **options)
+
+
+def check_scorers(scorers: Sequence[Scorer], root: Path) -> None:
+    """Check, without running code of the repository, that the functions of all entries exist.
+
+    Args:
+        scorers: The entries of `evaluate.scorers`.
+        root: The repository.
+
+    Raises:
+        StageError: A file, a function or a package is missing, or an option of a built-in scorer does not fit.
+    """
+    for scorer in scorers:
+        if scorer.file is None:
+            load_scorer(scorer, root)
+            continue
+        path, function = scorer.file
+        tree = _parsed(scorer, root / path)
+        names = _defined(tree)
+        if function not in names:
+            raise _no_function(scorer, path, function, names)
+
+
+def _parsed(scorer: Scorer, path: Path) -> ast.Module:
+    try:
+        return ast.parse(path.read_bytes(), str(path))
+    except OSError as error:
+        raise StageError(
+            f"evaluate.scorers, {scorer.name}: {path} cannot be read ({error.strerror}); create it and `git add` it"
+        ) from error
+    except (SyntaxError, ValueError) as error:
+        raise StageError(f"evaluate.scorers, {scorer.name}: {path} is not valid Python: {error}") from error
+
+
+def _of_file(scorer: Scorer, root: Path) -> Callable[..., Any]:
+    assert scorer.file is not None
+    name, function = scorer.file
+    path = root / name
+    module = ModuleType(f"peftcore_scorer_{path.stem}")
+    module.__file__ = str(path)
+    # not imported as a module: that would write compiled files into data/, on which stages depend
+    program = compile(_parsed(scorer, path), str(path), "exec")
+    try:
+        exec(program, module.__dict__)
+    except Exception as error:
+        raise StageError(
+            f"evaluate.scorers, {scorer.name}: {name} fails when it is imported: {type(error).__name__}: {error}"
+        ) from error
+    value = getattr(module, function, None)
+    if not callable(value):
+        callables = [key for key, one in vars(module).items() if callable(one) and not key.startswith("__")]
+        raise _no_function(scorer, name, function, callables)
+    return value
+
+
+def _installed(scorer: Scorer) -> Callable[..., Any]:
+    (entry, *_) = importlib.metadata.entry_points(group=ENTRY_POINTS, name=scorer.scorer)
+    try:
+        return cast(Callable[..., Any], entry.load())
+    except Exception as error:
+        raise StageError(
+            f"evaluate.scorers, {scorer.name}: the installed scorer {scorer.scorer} ({entry.value}) cannot be loaded: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _no_function(scorer: Scorer, path: str, function: str, names: Sequence[str]) -> StageError:
+    known = suggest(function, list(names), "it has ") if names else "it has none"
+    return StageError(f"evaluate.scorers, {scorer.name}: {path} has no function {function}; {known}")
+
+
+def _defined(tree: ast.Module) -> list[str]:
+    """Return the names that a module defines, assigns or imports at its top."""
+    names: list[str] = []
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.append(node.name)
+        elif isinstance(node, ast.Assign):
+            names += [target.id for target in node.targets if isinstance(target, ast.Name)]
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names += [alias.asname or alias.name for alias in node.names]
+    return names

@@ -1,0 +1,145 @@
+"""Entries of `evaluate.scorers`: which function scores an answer, with which options, and what a failure means.
+
+Names and options are checked here, when params.yaml is read. `flows.evaluation.scorers` has the functions.
+"""
+
+import importlib.metadata
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, GetJsonSchemaHandler, field_validator, model_validator
+from pydantic_core import CoreSchema
+
+from flows.params.file import suggest
+from flows.params.section import Finite, Section, Text, invalid_value
+from peftcore.files import sha256
+
+BUILT_IN: Mapping[str, tuple[str, ...]] = {
+    "exact_match": ("normalize",),
+    "regex": ("pattern", "whole"),
+    "json_schema": ("schema",),
+    "chrf": ("word_order",),
+    "bleu": (),
+    "rouge_l": (),
+    "token_f1": (),
+    "length": ("unit",),
+    "code": ("tests", "seconds", "memory_mb"),
+}
+"""{built-in scorer: its options}"""
+REQUIRED: Mapping[str, str] = {"regex": "pattern", "json_schema": "schema"}
+"""{built-in scorer: the option that it needs}"""
+ENTRY_POINTS = "peftcore.scorers"
+"""Group of the entry points of installed scorers; an entry's value is the function."""
+WATCHED = "data/"
+"""Folder that the evaluate stage depends on in dvc.yaml, so that a changed scorer is measured again."""
+RESERVED = frozenset(
+    (
+        *("loss", "perplexity", "rouge_l", "ended", "tokens_per_second", "answer", "accuracy", "macro_f1"),
+        *("margin", "reward_accuracy", "reward_margin", "prediction", "confidence"),
+    )
+)
+"""Names of figures and columns that every evaluation may have."""
+_FILE = re.compile(r"(?P<path>data/(?!.*\.\.)[\w./-]+\.py):(?P<function>[A-Za-z_]\w*)")
+
+
+class Scorer(Section):
+    """A function of (prompt, answer, reference, row) that returns a number; a text alone stands for `scorer`."""
+
+    scorer: Text
+    name: str = ""
+    options: dict[str, Any] = Field(default={})
+    on_error: Literal["stop", "skip"] | Finite = "stop"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, values: Any) -> Any:
+        """Read a text as the scorer, and derive a missing name from it."""
+        values = {"scorer": values} if isinstance(values, str) else values
+        if isinstance(values, dict) and isinstance(values.get("scorer"), str) and not values.get("name"):
+            return values | {"name": re.sub(r"\W", "_", values["scorer"].rpartition(":")[2]).lower()}
+        return values
+
+    @field_validator("on_error", mode="before")
+    @classmethod
+    def _check_on_error(cls, value: Any) -> Any:
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not number and value not in ("stop", "skip"):
+            raise invalid_value("give stop, skip, or the number that a row without a score gets")
+        return value
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, name: str) -> str:
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", name):
+            raise invalid_value("give lower-case letters, digits and underscores, a letter first")
+        return name
+
+    @field_validator("scorer")
+    @classmethod
+    def _check_scorer(cls, scorer: str) -> str:
+        if ":" in scorer and not _FILE.fullmatch(scorer):
+            raise invalid_value(
+                f"give a function as {WATCHED}FILE.py:FUNCTION; the evaluate stage depends on {WATCHED}"
+            )
+        if ":" not in scorer and scorer not in BUILT_IN:
+            installed = [entry.name for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)]
+            if scorer not in installed:
+                known = suggest(scorer, [*BUILT_IN, *installed], "give one of ")
+                raise invalid_value(f"{known} (or {WATCHED}FILE.py:FUNCTION)")
+        return scorer
+
+    @model_validator(mode="after")
+    def _check_options(self) -> Self:
+        if self.name in RESERVED and self.name != self.scorer:
+            raise invalid_value("every evaluation has this figure; give another name", "name", self.name)
+        if self.scorer == "rouge_l":
+            raise invalid_value("generated answers always have it; remove this entry", "scorer", self.scorer)
+        known = BUILT_IN.get(self.scorer)
+        if known is None:
+            return self
+        for option in self.options:
+            if option not in known:
+                fits = suggest(option, list(known), "give one of ") if known else "give none"
+                raise invalid_value(f"{self.scorer} has no such option; {fits}", f"options.{option}", option)
+        if (needed := REQUIRED.get(self.scorer)) is not None and needed not in self.options:
+            raise invalid_value(f"{self.scorer} needs options.{needed}", "options", self.options)
+        return self
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """Return the schema of an entry: a text or a mapping."""
+        return {"anyOf": [{"type": "string", "minLength": 1}, handler(core_schema)]}
+
+    @property
+    def file(self) -> tuple[str, str] | None:
+        """Path of the file, relative to the repository, and name of the function; None without a file."""
+        match = _FILE.fullmatch(self.scorer)
+        return None if match is None else (match["path"], match["function"])
+
+    def given_options(self, root: Path) -> dict[str, Any]:
+        """Return the options of the function. A text that begins with data/ is a file, given by its absolute path.
+
+        Args:
+            root: The repository.
+        """
+        return {
+            name: str(root.absolute() / value) if _is_file(value) else value for name, value in self.options.items()
+        }
+
+    def identity(self, root: Path) -> dict[str, Any]:
+        """Return the values that decide the scores; scores can be compared if these are equal.
+
+        Args:
+            root: The repository, with the scorer's files. A file that is missing has None in place of its SHA-256.
+        """
+        files = [value for value in self.options.values() if _is_file(value)]
+        files += [self.file[0]] if self.file else []
+        digests = {name: sha256(root / name) if (root / name).is_file() else None for name in sorted(files)}
+        return {"scorer": self.scorer, "options": dict(self.options), "on_error": self.on_error, "files": digests}
+
+
+def _is_file(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith(WATCHED)
