@@ -19,6 +19,7 @@ GROUPS = {
         "peftcore.prompts",
     ),
     "adapters": ("Adapters in a model", "peftcore.injection", "peftcore.kernels", "peftcore.layers"),
+    "bases": ("Quantised base models", "peftcore.bases", "peftcore.gguf_files"),
     "start": ("Start values from data", "peftcore.hf_peft.data_start", "peftcore.hf_peft.preprocess"),
     "cartridges": ("Cartridges", "peftcore.hf_peft.cartridge"),
     "state": ("State dicts and files", "peftcore.storage"),

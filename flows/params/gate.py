@@ -25,6 +25,7 @@ FIGURES: Mapping[str, Mapping[str, Direction]] = {
     "sft": {"loss": "lower", **_ANSWERS},
     "dpo": _PAIRS,
     "orpo": _PAIRS,
+    "simpo": _PAIRS,
     "classification": {"loss": "lower", "accuracy": "higher"},
 }
 """{objective: {figure that its evaluation has for each row: the better direction}}; `ended` is the EOS rate."""
