@@ -215,9 +215,9 @@ def table(measured: dict[str, Any]) -> str:
     if measured["trained"]:
         lines += [
             "",
-            f"Trained: LoRA r {settings['rank']} on all linear layers, {settings['steps']} steps of {settings['batch']} x "
-            f"{settings['accumulation']} rows, learning rate {settings['learning_rate']:g}; mean of the seeds ± their "
-            "standard deviation.",
+            f"Trained: LoRA r {settings['rank']} on all linear layers, {settings['steps']} steps of "
+            f"{settings['batch']} x {settings['accumulation']} rows, learning rate {settings['learning_rate']:g}; mean "
+            "of the seeds ± their standard deviation.",
             "",
             "| base | storage, calibration, start | seeds | loss | training, CPU s |",
             "|---|---|---:|---:|---:|",

@@ -21,10 +21,20 @@ class LayerObserver(Protocol):
     title: str
 
     @property
-    def needs_loss(self) -> bool: ...
-    def begin(self, batch: Mapping[str, Any]) -> None: ...
-    def hook(self, path: str) -> Callable[..., Any]: ...
-    def is_done(self) -> bool: ...
+    def needs_loss(self) -> bool:
+        """True if the loss of every batch is computed and differentiated."""
+        ...
+
+    def begin(self, batch: Mapping[str, Any]) -> None:
+        """Prepare for a batch that runs next."""
+
+    def hook(self, path: str) -> Callable[..., Any]:
+        """Return a forward hook for the layer at `path`."""
+        ...
+
+    def is_done(self) -> bool:
+        """Return True if further batches would change nothing."""
+        ...
 
 
 def observe(

@@ -44,8 +44,8 @@ class OriginalWeights:
             self._names[path] = name
             if (given := self._shape(name)) != shape:
                 raise SizeMismatchError(
-                    f"{name} of the original weights is {given}, and the layer's weight is {shape}; give the weights of "
-                    "the model that was quantised"
+                    f"{name} of the original weights is {given}, and the layer's weight is {shape}; give the weights "
+                    "of the model that was quantised"
                 )
 
     def read(self, path: str) -> Tensor:

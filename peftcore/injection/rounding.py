@@ -30,8 +30,8 @@ def calibrate_rounding(
     """Round the weights of a quantised model again so that its layers' outputs change least on data, in place.
 
     Quantising rounds each weight to the nearest value. Here the error of one column is compensated by the columns that
-    are rounded after it (GPTQ). Scales stay as they are, double quantisation included, so the storage and its files keep
-    their format. Meanwhile a layer of i inputs takes 4·i² bytes.
+    are rounded after it (GPTQ). Scales stay as they are, double quantisation included, so the storage and its files
+    keep their format. Meanwhile a layer of i inputs takes 4·i² bytes.
 
     Args:
         model: A model with layers in 4 or 8 bits and without adapters.
@@ -65,7 +65,9 @@ def calibrate_rounding(
         )
     before = {path: base.state() for path, base in bases.items()}
     try:
-        for path in tqdm([path for path in bases if path not in unseen], desc=moments.title, unit="layer", disable=not progress):
+        for path in tqdm(
+            [path for path in bases if path not in unseen], desc=moments.title, unit="layer", disable=not progress
+        ):
             _round(bases[path], original.read(path), moments.pop(path), damping, activation_order)
     except BaseException:  # an interruption, too, leaves the model as it was
         for path, state in before.items():

@@ -1,6 +1,6 @@
 """Rounding to a quantised storage's own grid, with the errors of earlier columns compensated by later ones.
 
-GPTQ: arXiv:2210.17323. In contrast to GPTQ, scales and offsets are given and stay, so the codes fit the storage as they are.
+GPTQ: arXiv:2210.17323. In contrast to GPTQ, scales and offsets are given and stay, so the codes fit the storage.
 Shapes: o out_features, i in_features.
 """
 

@@ -63,8 +63,8 @@ class InputMoments:
             self._latest = x, rows.T @ rows, len(rows)
             if not self._latest[1].diagonal().isfinite().all():
                 raise ConfigError(
-                    f"calibration: the input of {path} has values in batch {self.batches} that are NaN, infinite or too "
-                    "large to square; leave that batch out, or look for what makes the base overflow"
+                    f"calibration: the input of {path} has values in batch {self.batches} that are NaN, infinite or "
+                    "too large to square; leave that batch out, or look for what makes the base overflow"
                 )
         _, products, count = self._latest
         if path in self._sums:

@@ -1,9 +1,9 @@
 """Starts that correct the quantisation error of the base where the layer's inputs make it count.
 
-With E = W − Q the error of the base and R = E[x xᵀ] the second moment of the layer's inputs, the start L = s·BA of rank r
-minimises the mean squared error of the layer's output,
+E = W − Q is the error of the base, and R the second moment of the layer's inputs, the mean of x xᵀ. The start L = s·BA
+of rank r minimises the mean squared error of the layer's output,
 
-    E‖(E − L) x‖² = ‖(E − L) C‖²    for any C with C Cᵀ = R,
+    mean ‖(E − L) x‖² = ‖(E − L) C‖²    for any C with C Cᵀ = R,
 
 so L C is the truncated SVD U Σ Vᵀ of E C, and L = U Σ Vᵀ C⁻¹ = U Uᵀ E. The last form needs no inverse of C: L projects
 the error on the r output directions in which it is largest. It is the same L for every root C of R.

@@ -44,6 +44,7 @@ def test_a_key_left_out_has_its_default(tmp_path: Path) -> None:
         ("project: {seed: -1}", "project.seed"),
         ("tracking: {mode: on}", "tracking.mode"),
         ("{merge: {into: requantized}, quantization: {storage: none}}", "merge"),
+        ("{method: {init: qera}, quantization: {storage: none}}", "method.init"),
     ],
 )
 def test_an_impossible_value_is_refused_by_its_key(tmp_path: Path, text: str, key: str) -> None:

@@ -1,7 +1,7 @@
 """CLoQ: the start of QERA with orthonormal B and a damped second moment of the inputs. arXiv:2501.18475.
 
-B = U and A = Uᵀ E / s; see `quantisation_error`. The paper rounds the base with GPTQ's error compensation first, which is
-`peftcore.calibrate_rounding`. Shapes: E (o, i), U (o, r).
+B = U and A = Uᵀ E / s; see `quantisation_error`. The paper first rounds the base with GPTQ's error compensation, which
+`peftcore.calibrate_rounding` does. Shapes: E (o, i), U (o, r).
 """
 
 from typing import TYPE_CHECKING
