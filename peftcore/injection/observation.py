@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,34 +12,14 @@ from peftcore.bases.quantized import keep_quantized_weights_trainable
 from peftcore.errors import ConfigError
 from peftcore.injection import activation
 from peftcore.injection.adapter_set import ATTRIBUTE
+from peftcore.kernels.input_moments import InputMoments
 from peftcore.layers.training_flags import training_flags_restored
-
-
-class LayerObserver(Protocol):
-    """What sees the calls of layers while a model runs; see `peftcore.methods.lora.observer.Observer`."""
-
-    title: str
-
-    @property
-    def needs_loss(self) -> bool:
-        """True if the loss of every batch is computed and differentiated."""
-        ...
-
-    def begin(self, batch: Mapping[str, Any]) -> None:
-        """Prepare for a batch that runs next."""
-
-    def hook(self, path: str) -> Callable[..., Any]:
-        """Return a forward hook for the layer at `path`."""
-        ...
-
-    def is_done(self) -> bool:
-        """Return True if further batches would change nothing."""
-        ...
+from peftcore.methods.lora.observer import Observer
 
 
 def observe(
     model: nn.Module,
-    observer: LayerObserver,
+    observer: Observer | InputMoments,
     layers: Mapping[str, nn.Module],
     batches: Iterable[Any],
     forward: Callable[[Any, Any], Any] | None,

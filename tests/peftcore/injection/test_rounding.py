@@ -1,6 +1,7 @@
 """Calibrated rounding of whole models: nearer to the original's outputs, on the storage's grid, or nothing changes."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import bitsandbytes as bnb
@@ -42,7 +43,7 @@ def model_and_original(storage: str) -> tuple[Any, dict[str, Tensor]]:
     return net, weights
 
 
-def forward(model: Any, batch: dict[str, Tensor]) -> Tensor:
+def forward(model: Any, batch: Mapping[str, Any]) -> Tensor:
     return model["1"](model["0"](batch["x"]).relu())
 
 
@@ -67,7 +68,8 @@ def test_outputs_come_nearer_and_the_format_stays(storage: str) -> None:
         after, weight = bases[name].read().float(), weights[f"{name}.weight"]
         assert (x @ (after - weight).T).norm() < 0.9 * (x @ (before[name] - weight).T).norm()
         assert torch.equal(grids[name].values(grids[name].nearest(after)), after), "every value lies on the grid"
-        assert torch.equal(bases[name].grid().scale, grids[name].scale) and model[name].weight.shape == sizes[name]
+        now: Any = bases[name].grid()
+        assert torch.equal(now.scale, grids[name].scale) and model[name].weight.shape == sizes[name]
         x = (x @ weight.T).relu()
     assert torch.equal(bases["idle"].read().float(), before["idle"])
     adapted = get_peft_model(model, LoraConfig(target_modules=["0"], init_lora_weights=False))
@@ -92,7 +94,7 @@ def test_the_state_dict_keeps_the_storages_format() -> None:
         assert torch.equal(base_weight(other[name]).read(), base_weight(model[name]).read())
 
 
-def forward_of_all(model: Any, batch: dict[str, Tensor]) -> Tensor:
+def forward_of_all(model: Any, batch: Mapping[str, Any]) -> Tensor:
     return model["idle"](forward(model, batch))
 
 
