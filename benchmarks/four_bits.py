@@ -58,14 +58,17 @@ def main() -> None:
         base, arm, seed = parts(name)
         return measure_cell(setting, getattr(options, base), ARMS[arm], None if seed == UNTRAINED else int(seed))
 
-    if measure_missing(options, names(options), said(setting, options), measure):
-        report(options, setting)
+    groups = [(group, said(setting, options, group)) for group in (untrained_names(), trained_names(options))]
+    chosen = [(group, settings) for group, settings in groups if not options.only or options.only in group]
+    finished = [measure_missing(options, group, settings, measure) for group, settings in chosen]
+    if all(finished):
+        report(options, groups)
 
 
-def report(options: argparse.Namespace, setting: Setting) -> None:
-    cells = there(options, names(options), said(setting, options))
+def report(options: argparse.Namespace, groups: list[tuple[list[str], dict[str, Any]]]) -> None:
+    cells = {name: cell for group, settings in groups for name, cell in there(options, group, settings).items()}
     measured = {
-        "settings": said(setting, options),
+        "settings": groups[1][1],
         "margin": MARGIN,
         "untrained": untrained(cells),
         "trained": trained(cells),
@@ -97,7 +100,7 @@ def parse() -> argparse.Namespace:
         parser.error(f"--arms: every arm is compared with {REFERENCE}; name it")
     if not (options.merged / "config.json").exists():
         parser.error(f"there is no {options.merged / 'config.json'}; run the pipeline's merge stage first")
-    check(parser, options, names(options))
+    check(parser, options, untrained_names() + trained_names(options))
     return options
 
 
@@ -119,13 +122,15 @@ def _chosen(text: str, known: dict[str, Any]) -> list[str]:
 # -- cells -------------------------------------------------------------------------------------------------------
 
 
-def names(options: argparse.Namespace) -> list[str]:
-    """All cells, base.arm.seed, whole seeds first."""
-    cells = [f"{base}.{arm}.{UNTRAINED}" for base in BASES for arm in ARMS]
-    if options.train:
-        seeds, bases = range(options.seeds), options.trained_bases
-        cells += [f"{base}.{arm}.{seed}" for seed in seeds for base in bases for arm in options.arms]
-    return cells
+def untrained_names() -> list[str]:
+    """Return the untrained cells, base.arm.untrained."""
+    return [f"{base}.{arm}.{UNTRAINED}" for base in BASES for arm in ARMS]
+
+
+def trained_names(options: argparse.Namespace) -> list[str]:
+    """Return the trained cells, base.arm.seed, whole seeds first; none without --train."""
+    seeds, bases = range(options.seeds if options.train else 0), options.trained_bases
+    return [f"{base}.{arm}.{seed}" for seed in seeds for base in bases for arm in options.arms]
 
 
 def parts(name: str) -> tuple[str, str, str]:
@@ -134,8 +139,13 @@ def parts(name: str) -> tuple[str, str, str]:
     return base, arm, seed
 
 
-def said(setting: Setting, options: argparse.Namespace) -> dict[str, Any]:
-    return asdict(setting) | {"data": str(setting.data), "base": str(options.base), "merged": str(options.merged)}
+def said(setting: Setting, options: argparse.Namespace, group: list[str]) -> dict[str, Any]:
+    """Return the settings on which the cells of a group depend."""
+    settings = asdict(setting) | {"data": str(setting.data), "base": str(options.base), "merged": str(options.merged)}
+    if group == untrained_names():
+        for name in ("learning_rate", "batch", "accumulation", "steps"):
+            del settings[name]
+    return settings
 
 
 # -- figures -----------------------------------------------------------------------------------------------------
@@ -202,7 +212,7 @@ def table(measured: dict[str, Any]) -> str:
         f"SmolLM2-135M-Instruct. Starts have rank {settings['rank']}; calibration on {settings['calibration_rows']} "
         "training rows. Memory is the peak during calibration above its end.",
         "",
-        "| base | storage, calibration, start | loss | gap to 16 bits | gap closed | seconds | memory, MiB |",
+        "| base | storage, calibration, start | loss | gap to 16 bits | gap closed | CPU s | memory, MiB |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     for row in measured["untrained"]:

@@ -3,7 +3,7 @@
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,8 +65,8 @@ def measure_cell(setting: Setting, base: Path, arm: Arm, seed: int | None) -> di
     """Calibrate one arm, train it from a seed (None: not at all) and evaluate it.
 
     Returns:
-        Each held-out row's mean loss (nats a token) and tokens, the seconds of calibration and start, the memory that
-        they took beyond the model (bytes), and the CPU seconds of training.
+        Each held-out row's mean loss (nats a token) and tokens, the CPU seconds of calibration and start, the memory
+        that they took beyond the model (bytes), and the CPU seconds of training.
     """
     set_seed(seed or 0)
     pad = padding_id(load_tokenizer(base))
@@ -97,22 +97,28 @@ def calibrated(setting: Setting, base: Path, arm: Arm, pad: int, cell: dict[str,
     )
     with measured(cell):
         if arm.rounding:
-            calibrate_rounding(model, batches, base)
+            calibrate_rounding(model, batches, base, forward=forward_without_logits)
         model = get_peft_model(model, config)
         if model.peft_config["default"].needs_data:
-            initialize_from_data(model, batches, model_path=base)
+            initialize_from_data(model, batches, model_path=base, forward=forward_without_logits)
     return model
+
+
+def forward_without_logits(model: Any, batch: Mapping[str, Any]) -> Any:
+    """Run all blocks; logits are computed for the last token alone, and no loss."""
+    inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+    return model(**inputs, use_cache=False, logits_to_keep=1)
 
 
 @contextmanager
 def measured(cell: dict[str, Any]) -> Iterator[None]:
-    """Add the seconds of the context, and its peak of resident memory above the start (bytes; Linux only)."""
+    """Add the CPU seconds of the context, and its peak of resident memory above the start (bytes; Linux only)."""
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if reset.exists():
         reset.write_text("5")  # the peak is the present size from here
-    start = time.perf_counter()
+    start = time.process_time()
     yield
-    cell["calibration_seconds"] = time.perf_counter() - start
+    cell["calibration_seconds"] = time.process_time() - start
     if status.exists():
         fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
         sizes = [int(fields[name].split()[0]) * 1024 for name in ("VmHWM", "VmRSS")]

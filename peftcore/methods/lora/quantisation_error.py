@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from peftcore.errors import ConfigError
 from peftcore.kernels.input_moments import InputMoments, cholesky_root
+from peftcore.kernels.maths import weight_shape
 from peftcore.methods.lora.initialisation import Factors, Initialisation, draw_defaults, truncated_svd
 from peftcore.methods.lora.observer import Observer
 
@@ -73,6 +74,11 @@ class QuantisationError(Observer):
                     f"inputs, and its rank {adapter.r} needs at least as many; give more rows (a few hundred), a "
                     "smaller r, or exclude the layer"
                 )
+            if adapter.r > (most := min(weight_shape(adapter.base))):
+                raise ConfigError(
+                    f"init_lora_weights={self.config.init_lora_weights!r}: r={adapter.r} exceeds the {most} singular "
+                    f"vectors of {path}; take a smaller r"
+                )
 
     def factors(self, path: str, adapter: "Lora") -> Factors:
         weight = self.original(path).to(adapter.base.device).float()
@@ -95,7 +101,6 @@ class QuantisationError(Observer):
 class QuantisationErrorStart(Initialisation):
     """Initialisation at the quantisation error of the base; plain LoRA until the data are there, and on disk."""
 
-    layer_kinds = frozenset({"linear"})
     is_plain_on_disk = True
 
     def initialise(self, lora: "Lora") -> None:

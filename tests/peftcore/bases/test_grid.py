@@ -48,17 +48,19 @@ def test_codes_that_are_written_are_what_the_layer_computes_with(kind: str) -> N
     assert layer.weight is stored and torch.equal(base.read(), before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_the_nearest_values_are_those_to_which_bitsandbytes_rounds(kind: str) -> None:
+def test_the_nearest_values_are_those_to_which_bitsandbytes_rounds(kind: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    weight = torch.randn(32, 64)
+    weight = torch.randn(32, 64).to(dtype)
     layer: Any = bnb.nn.Linear4bit(
-        64, 32, bias=False, quant_type=kind, compress_statistics=False, compute_dtype=torch.float32
-    )
+        64, 32, bias=False, quant_type=kind, compress_statistics=False, compute_dtype=dtype
+    ).to(dtype)
     layer.load_state_dict({"weight": weight})
     base = base_weight(layer.to("cpu"))
     grid: Any = base.grid()
-    assert torch.equal(grid.values(grid.nearest(weight)), base.read())
+    assert base.read().dtype == dtype
+    assert torch.equal(grid.values(grid.nearest(weight.float())), base.read().float())
 
 
 def test_a_storage_without_a_grid_says_so() -> None:

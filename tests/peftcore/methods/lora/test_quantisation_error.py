@@ -163,6 +163,9 @@ def test_what_does_not_fit_leaves_the_adapter_as_it_was(start: str, tmp_path: Pa
     plain = get_peft_model(Net(), LoraConfig(target_modules=["1"], r=2, init_lora_weights=start))
     with pytest.raises(ConfigError, match=r"the base is not quantised at 1; load the base in 4 or 8 bits"):
         initialize_from_data(plain, rows(), model_path=weights, progress=False)
+    wide = get_peft_model(Net(), LoraConfig(target_modules=["0"], r=33, init_lora_weights=start))
+    with pytest.raises(ConfigError, match="r=33 exceeds the 32 singular vectors of 0"):
+        initialize_from_data(wide, rows(), model_path=weights, progress=False)
     with pytest.raises((ConfigError, TargetError), match="linear layers only"):
         conv = get_peft_model(
             nn.Sequential(nn.Conv1d(2, 2, 1)), LoraConfig(target_modules=["0"], init_lora_weights=start)
