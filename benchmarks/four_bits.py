@@ -210,7 +210,7 @@ def table(measured: dict[str, Any]) -> str:
     lines = [
         f"Untrained loss of the completions of {settings['test_rows']} held-out docstring rows (nats a token), "
         f"SmolLM2-135M-Instruct. Starts have rank {settings['rank']}; calibration on {settings['calibration_rows']} "
-        "training rows. Memory is the peak during calibration above its end.",
+        "training rows. Memory is the peak during calibration above its start.",
         "",
         "| base | storage, calibration, start | loss | gap to 16 bits | gap closed | CPU s | memory, MiB |",
         "|---|---|---:|---:|---:|---:|---:|",

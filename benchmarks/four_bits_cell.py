@@ -113,16 +113,24 @@ def forward_without_logits(model: Any, batch: Mapping[str, Any]) -> Any:
 @contextmanager
 def measured(cell: dict[str, Any]) -> Iterator[None]:
     """Add the CPU seconds of the context, and its peak of resident memory above the start (bytes; Linux only)."""
-    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    reset = Path("/proc/self/clear_refs")
     if reset.exists():
         reset.write_text("5")  # the peak is the present size from here
-    start = time.process_time()
+    before, start = resident_sizes(), time.process_time()
     yield
     cell["calibration_seconds"] = time.process_time() - start
-    if status.exists():
-        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        sizes = [int(fields[name].split()[0]) * 1024 for name in ("VmHWM", "VmRSS")]
-        cell["calibration_memory"] = sizes[0] - sizes[1]
+    if before is not None and (after := resident_sizes()) is not None:
+        cell["calibration_memory"] = after[0] - before[1]
+
+
+def resident_sizes() -> tuple[int, int] | None:
+    """Return the peak and the present size of this process's resident memory (bytes); None without Linux's /proc."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    peak, now = (int(fields[name].split()[0]) * 1024 for name in ("VmHWM", "VmRSS"))
+    return peak, now
 
 
 def train(setting: Setting, model: Any, pad: int, seed: int) -> dict[str, Any]:

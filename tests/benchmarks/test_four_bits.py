@@ -7,7 +7,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
-from transformers import PreTrainedTokenizerBase
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from benchmarks import four_bits
@@ -38,16 +39,17 @@ def test_gaps_are_those_to_the_same_base_in_16_bits() -> None:
 
 
 @pytest.mark.proof
-def test_all_arms_run_on_a_tiny_base(
-    run_benchmark, tmp_path: Path, tiny_base: Path, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    data = tmp_path / "data"
+def test_all_arms_run_on_a_tiny_base(run_benchmark, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    data, base = tmp_path / "data", tmp_path / "base"
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).to(torch.bfloat16).save_pretrained(base)
+    tokenizer.save_pretrained(base)
     data.mkdir()
     for split in ("train", "test"):
         texts = [tokenizer.encode(f"{n} + 1 = {n + 1}") for n in range(8)]
         rows = [{"input_ids": ids, "labels": [-100, *ids[1:]]} for ids in texts]
         parquet.write_table(pa.Table.from_pylist(rows), data / f"{split}.parquet")
-    given = ("--base", str(tiny_base), "--merged", str(tiny_base), "--data", str(data), "--folder", str(tmp_path))
+    given = ("--base", str(base), "--merged", str(base), "--data", str(data), "--folder", str(tmp_path))
     trained = ("--train", "--seeds", "2", "--steps", "1", "--arms", "bf16,qera", "--trained-bases", "base")
     done = run_benchmark("four_bits", *SMALL, *given, *trained, "--cells", str(tmp_path / "cells"))
     assert done.returncode == 0, done.stderr
