@@ -170,6 +170,9 @@ if TYPE_CHECKING:
     from peftcore.injection.merge import (
         check_mergeable,
     )
+    from peftcore.injection.rounding import (
+        calibrate_rounding,
+    )
     from peftcore.injection.start_from_data import (
         initialize_from_data,
     )
@@ -505,6 +508,7 @@ _MODULES = {
     "XLoraConfig": "peftcore.methods.xlora",
     "XLoraModel": "peftcore.hf_peft.tuner_models",
     "bloom_model_postprocess_past_key_value": "peftcore.hf_peft.utils",
+    "calibrate_rounding": "peftcore.injection.rounding",
     "cast_mixed_precision_params": "peftcore.hf_peft.precision",
     "check_mergeable": "peftcore.injection.merge",
     "check_vllm": "peftcore.export",
@@ -714,6 +718,7 @@ __all__ = [
     "XLoraModel",
     "add_as_lora",
     "bloom_model_postprocess_past_key_value",
+    "calibrate_rounding",
     "cast_mixed_precision_params",
     "check_mergeable",
     "check_vllm",

@@ -50,6 +50,7 @@ class Method(Section):
     lora_alpha: Positive | None = None
     lora_dropout: Share | None = None
     use_rslora: bool = False
+    init: Literal["default", "loftq", "qera", "cloq"] = "default"
     schedule: Schedule = Schedule()
     options: dict[str, Any] = Field(default={})
 
@@ -91,6 +92,13 @@ class Method(Section):
             raise invalid_value(f"{info.data['name']} has no such option; give false")
         return use_rslora
 
+    @field_validator("init")
+    @classmethod
+    def _check_init(cls, init: str, info: ValidationInfo) -> str:
+        if init != "default" and info.data.get("name", "lora") != "lora":
+            raise invalid_value(f"{info.data['name']} has no such start; give default")
+        return init
+
     @field_validator("target_modules", mode="plain")
     @classmethod
     def _check_target_modules(cls, value: Any) -> str | list[str] | None:
@@ -108,6 +116,13 @@ class Method(Section):
 
     @model_validator(mode="after")
     def _check_option_is_given_once(self) -> Self:
+        option = self.options.get("init_lora_weights", self.init)
+        if self.init not in ("default", option):
+            raise invalid_value(
+                f"method.init is {self.init}, which is the same option; leave it out here",
+                "options.init_lora_weights",
+                option,
+            )
         for option, field in FIELDS.get(self.name, {}).items():
             value = getattr(self, option)
             if option in self.model_fields_set and value is not None and self.options.get(field, value) != value:

@@ -108,6 +108,13 @@ with warnings.catch_warnings():
             return self
 
         @model_validator(mode="after")
+        def _check_init(self) -> Self:
+            if self.method.init in ("qera", "cloq") and self.quantization.storage == "none":
+                expected = "it corrects what quantising lost, and quantization.storage is none; give default"
+                raise invalid_value(expected, "method.init", self.method.init)
+            return self
+
+        @model_validator(mode="after")
         def _check_requantized(self) -> Self:
             if self.merge.into == "requantized" and self.quantization.storage == "none":
                 expected = (

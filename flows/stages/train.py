@@ -113,7 +113,7 @@ def _run(params: Params, paths: Paths, processes: PartialState) -> None:
         model = attach_adapter(params, model, config, paths.base)
     check_mergeable(model, ["default"])  # the pipeline merges the model: fail before training
     if not warm:
-        _start_from_data(params, model, rows["train"], pad)
+        _start_from_data(params, model, rows["train"], pad, paths.base)
     recompute_activations(model, params.train.gradient_checkpointing)
     mode = params.tracking.mode if main else "disabled"
     tracker = Tracker(params.tracking.project, mode, params.model_dump(), paths.root)
@@ -197,14 +197,18 @@ def _trainer(
     return trainer
 
 
-def _start_from_data(params: Params, model: Any, rows: Dataset, pad: int) -> None:
-    """Initialise a LoRA from the first training rows if its initialisation needs data (EVA, CorDA, LoRA-GA)."""
+def _start_from_data(params: Params, model: Any, rows: Dataset, pad: int, original: Path) -> None:
+    """Initialise a LoRA from the first training rows if its initialisation needs data, such as EVA or QERA.
+
+    original: folder of the weights before quantisation, which QERA and CLoQ compare with the quantised ones.
+    """
     if not model.peft_config["default"].needs_data:
         return
     size = params.train.batch_size
     firsts = [rows[i] for i in range(min(len(rows), BATCHES_FOR_START * size))]
     batches = [start_batch(params, firsts[first : first + size], pad) for first in range(0, len(firsts), size)]
-    initialize_from_data(model, batches)
+    needs_original = model.peft_config["default"].needs_original
+    initialize_from_data(model, batches, model_path=original if needs_original else None)
 
 
 def _training_set(params: Params, rows: Dataset) -> Dataset | Packs:

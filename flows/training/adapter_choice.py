@@ -32,6 +32,8 @@ def adapter_config(params: Params, total_steps: int) -> PeftConfig:
             options[field] = value
     if method.use_rslora:
         options["use_rslora"] = True
+    if method.init != "default":
+        options["init_lora_weights"] = method.init
     config = PeftConfig.from_dict({**options, **method.options})
     schedule = config.schedule_options(total_steps, method.schedule.warmup_share, method.schedule.final_share)
     return replace(config, **{name: value for name, value in schedule.items() if name not in method.options})

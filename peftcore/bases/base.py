@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from peftcore.bases.grid import Grid
 from peftcore.errors import MergeError
 
 
@@ -226,6 +227,18 @@ class BaseWeight(ABC):
         Raises:
             MergeError: The layer's parametrisation cannot represent this weight.
         """
+
+    def grid(self) -> Grid | None:
+        """Return the values that a quantised weight can take with its present scales; None if they are not known."""
+        return None
+
+    def write_codes(self, codes: Tensor) -> None:
+        """Give a quantised layer new codes and keep its scales; the previous parameter object is not modified.
+
+        Args:
+            codes: Positions (o, i) in the levels of `grid`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no write_codes")
 
     def oriented(self, weight: Tensor) -> Tensor:
         """Convert a weight from canonical to stored orientation."""

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from peftcore.bases.grid import Grid
 from peftcore.bases.plain import LinearWeight
 from peftcore.bases.storages import register_storage
 from peftcore.errors import TrainingError
@@ -122,6 +123,34 @@ class FourBitWeight(LinearWeight):
         )
         self.restore({"weight": parameter.to(old.device)})
 
+    def grid(self) -> Grid | None:
+        _, state = _unpacked(self.layer.weight)
+        if state.shape[1] % state.blocksize:
+            return None  # bitsandbytes' CPU kernel takes wrong scales where a block spans two rows
+        scales = _block_scales(state).float().repeat_interleave(state.blocksize)
+        outputs, inputs = state.shape
+        return Grid(state.code.float(), scales[: outputs * inputs].view(outputs, inputs), None, state.dtype)
+
+    def write_codes(self, codes: Tensor) -> None:
+        make: Any = import_module("bitsandbytes.nn").Params4bit
+
+        old = self.layer.weight
+        data, state = _unpacked(old)
+        flat = nn.functional.pad(codes.flatten().to(torch.uint8), (0, codes.numel() % 2))
+        packed = flat[::2] << 4 | flat[1::2]
+        parameter = make(
+            packed.view(data.dtype).view(data.shape),
+            requires_grad=False,
+            quant_state=state,
+            blocksize=old.blocksize,
+            compress_statistics=old.compress_statistics,
+            quant_type=old.quant_type,
+            quant_storage=old.quant_storage,
+            module=old.module,
+            bnb_quantized=True,
+        )
+        self.restore({"weight": parameter})
+
     def restore(self, state: dict[str, Any]) -> None:
         super().restore(state)
         self.layer.quant_state = state["weight"].quant_state
@@ -154,17 +183,21 @@ def _is_short(x: Tensor) -> bool:
 
 def _packed(weight: Any) -> _PackedWeight:
     """Return a packed copy of a 4-bit weight."""
-    import bitsandbytes.functional as bnb
-
     state = weight.quant_state
     outputs, inputs = state.shape
     rows = weight.data.view(torch.uint8).view(-1, 2, PACKED_OUTPUTS // 2, inputs // 2)
     even, odd = rows >> 4, rows & 15
     halves = [half[:, 0] | half[:, 1] << 4 for half in (even, odd)]
     codes = torch.stack(halves, -1).transpose(1, 2).reshape(outputs, inputs // 2)
-    scales = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
-    scales = scales.view(outputs, -1).T.to(torch.bfloat16).contiguous()
+    scales = _block_scales(state).view(outputs, -1).T.to(torch.bfloat16).contiguous()
     return _PackedWeight(codes, scales, weakref.ref(weight.untyped_storage()), state, _version(weight))
+
+
+def _block_scales(state: Any) -> Tensor:
+    """Return the scale of each block of a 4-bit weight, dequantised if the scales are quantised too."""
+    import bitsandbytes.functional as bnb
+
+    return bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset if state.nested else state.absmax
 
 
 def _version(weight: Tensor) -> int:
@@ -238,6 +271,23 @@ class EightBitWeight(LinearWeight):
         self.layer.state = copy.copy(self.layer.state)
         self.layer.state.CB = self.layer.state.SCB = None
         self.layer._parameters["weight"] = parameter.to(self.device)
+
+    def grid(self) -> Grid:
+        weight = self.layer.weight
+        scale = self.layer.state.SCB if weight.SCB is None else weight.SCB
+        levels = torch.arange(-127, 128, dtype=torch.float32, device=weight.device)
+        scale = (scale.view(-1, 1) / 127).expand(weight.shape)
+        return Grid(levels, scale, None, torch.float32)
+
+    def write_codes(self, codes: Tensor) -> None:
+        make: Any = import_module("bitsandbytes.nn").Int8Params
+        scale = self.layer.state.SCB if self.layer.weight.SCB is None else self.layer.weight.SCB
+        data = (codes.to(torch.int16) - 127).to(torch.int8)
+        self.layer.state = copy.copy(self.layer.state)
+        self.layer.state.CB = self.layer.state.SCB = None
+        self.layer._parameters["weight"] = make(
+            data, requires_grad=False, has_fp16_weights=False, CB=data, SCB=scale.clone()
+        )
 
     def state(self) -> dict[str, Any]:
         return {**super().state(), "state": self.layer.state}

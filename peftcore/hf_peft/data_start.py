@@ -11,7 +11,8 @@ from peftcore.errors import ConfigError
 from peftcore.files.tensors import PREFIX
 from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set
 from peftcore.injection.preparation import Creation, prepare_injection
-from peftcore.injection.start_from_data import apply_start, initialize_from_data, observe
+from peftcore.injection.observation import observe
+from peftcore.injection.start_from_data import apply_start, initialize_from_data
 from peftcore.methods.lora import Lora, LoraConfig
 from peftcore.methods.lora.variants.eva import Eva, EvaStateDict
 
@@ -101,7 +102,8 @@ def get_eva_state_dict(
     adapters = prepare_injection(model, config, "eva_start", _WITHOUT_VALUES).adapters
     layers = {path: lora for path, lora in adapters.items() if isinstance(lora, Lora) and lora.base.kind == "linear"}
     observer = Eva(config, layers)
-    observe(model, observer, dataloader, forward_fn, show_progress_bar)
+    bases = {path: lora.base.layer for path, lora in layers.items()}
+    observe(model, observer, bases, dataloader, forward_fn, show_progress_bar)
     prefix = PREFIX if is_adapted else ""
     return {f"{prefix}{path}": observer.start(path, rank) for path, rank in observer.ranks().items()}
 

@@ -10,6 +10,7 @@ d: A (r, v), B (d, r), and A starts at zero instead of B. Of e experts: A (e·r,
 
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -401,4 +402,6 @@ class Lora(Adapter):
     @classmethod
     def config_to_save(cls, config: LoraConfig, adapters: Mapping[str, Adapter]) -> LoraConfig:
         has_start = any(cast(Lora, adapter).start is not None for adapter in adapters.values())
+        if config.initialisation().is_plain_on_disk:
+            return replace(config, init_lora_weights=True)
         return config.with_stacked_start() if has_start else config

@@ -82,8 +82,9 @@ class LoraConfig(TunerConfig):
     init_lora_weights: bool | str = True
     """Initialisation of A and B. True: B is zero; False: random, for tests; or a name, see `lora/variants`.
 
-    "pissa", "pissa_niter_N", "olora" and "loftq" need only the base weights. "eva", "corda" and "lora_ga" need data:
-    call `peftcore.initialize_from_data` after `get_peft_model`.
+    "pissa", "pissa_niter_N", "olora" and "loftq" need only the base weights. "eva", "corda", "lora_ga", "qera" and
+    "cloq" need data: call `peftcore.initialize_from_data` after `get_peft_model`. "qera" and "cloq" also need a
+    quantised base and its weights from before the quantisation.
     """
     loftq_config: dict[str, Any] | None = field(default_factory=dict)
     """{"loftq_bits": 4 or 8, "loftq_iter": alternations (count)}."""
@@ -275,6 +276,12 @@ class LoraConfig(TunerConfig):
     @property
     def needs_data(self) -> bool:
         return self.initialisation().observer is not None
+
+    @property
+    def needs_original(self) -> bool:
+        """True if the initialisation needs the weights from before the base was quantised."""
+        observer = self.initialisation().observer
+        return observer is not None and observer.needs_original
 
     def check_beside(self, other: PeftConfig) -> None:
         for variant in self.variants():

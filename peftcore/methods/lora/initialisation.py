@@ -34,6 +34,8 @@ class Initialisation(Variant):
     """True if the initialisation needs the base weight, also when A and B are then read from disk."""
     subtracts: ClassVar[bool] = False
     """True if s·B₀A₀ is subtracted from the base."""
+    is_plain_on_disk: ClassVar[bool] = False
+    """True if a saved adapter says `init_lora_weights=True`, because nobody needs the start's name to read it."""
     observer: ClassVar["type[Observer] | None"] = None
     """Class that computes the factors from data; `peftcore.initialize_from_data` runs it. None: no data needed."""
     prepared: ClassVar[str | None] = None
@@ -99,6 +101,21 @@ class WeightInitialisation(Initialisation):
             raise ConfigError(f"r={lora.r} exceeds the weight's {most} singular vectors; take a smaller r")
 
 
+def truncated_svd(weight: Tensor, r: int, iterations: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U (o, r), the r largest singular values, and Vᵀ (r, i) of a weight (o, i).
+
+    Args:
+        weight: W (o, i).
+        r: Rank.
+        iterations: Power iterations of a randomised decomposition; None: an exact one.
+    """
+    if iterations is None:
+        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+        return u[:, :r], s[:r], vh[:r]
+    u, s, v = torch.svd_lowrank(weight, r, niter=iterations)
+    return u, s, v.T
+
+
 def principal_factors(weight: Tensor, r: int, scaling: float, iterations: int | None = None) -> Factors:
     """Return A and B with s·BA the best rank-r approximation of a weight, singular values shared by both sides.
 
@@ -108,11 +125,6 @@ def principal_factors(weight: Tensor, r: int, scaling: float, iterations: int | 
         scaling: s.
         iterations: Power iterations of a randomised decomposition; None: an exact one.
     """
-    if iterations is None:
-        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-        u, s, vh = u[:, :r], s[:r], vh[:r]
-    else:
-        u, s, v = torch.svd_lowrank(weight, r, niter=iterations)
-        vh = v.T
+    u, s, vh = truncated_svd(weight, r, iterations)
     root = (s / scaling).sqrt()
     return root[:, None] * vh, u * root

@@ -24,11 +24,16 @@ class Observer:
     """Label of the progress bar."""
     needs_loss: ClassVar[bool] = False
     """True if the loss of every batch is computed and differentiated."""
+    needs_original: ClassVar[bool] = False
+    """True if the weights from before the base was quantised are needed."""
     keeps_alpha: bool = False
     """True if a layer whose rank changes keeps α, so that its scaling changes."""
 
     def __init__(self, config: "LoraConfig", layers: "Mapping[str, Lora]"):
         self.config, self.layers = config, layers
+
+    original: Callable[[str], Tensor]
+    """Function from a layer's path to its weight (o, i) from before the quantisation; set if `needs_original`."""
 
     def begin(self, batch: Mapping[str, Any]) -> None:
         """Prepare for a batch (keyword arguments of the model) that runs next."""
@@ -57,6 +62,9 @@ class Observer:
     def is_done(self) -> bool:
         """Return True if further batches would change nothing."""
         return False
+
+    def check(self) -> None:
+        """Raise ConfigError if the data do not suffice; called after the last batch, before any adapter changes."""
 
     def ranks(self) -> dict[str, int]:
         """Return {path: rank} that the data suggest; 0 removes the adapter of that layer."""

@@ -33,6 +33,11 @@ def test_an_impossible_value_is_refused_by_its_key(tmp_path: Path, text: str, ke
     ("text", "message"),
     [
         ("{name: ia3, use_rslora: true}", "method.use_rslora: true does not fit; ia3 has no such option; give false"),
+        ("{name: ia3, init: qera}", "method.init: 'qera' does not fit; ia3 has no such start; give default"),
+        (
+            "{init: qera, options: {init_lora_weights: loftq}}",
+            "method.options.init_lora_weights: 'loftq' does not fit; method.init is qera, which is the same",
+        ),
         ("{name: loha, r: 8, options: {r: 4}}", "method.options.r: 4 does not fit; method.r is 8, which is the same"),
         (
             "{name: vera, r: auto}",

@@ -48,6 +48,7 @@ def test_a_key_left_out_has_its_default(tmp_path: Path) -> None:
         ("{quantization: {storage: gguf}, base: {source: 'hub:a/b'}}", "base.source"),
         ("{quantization: {storage: gguf}, base: {source: 'path:folder'}}", "base.source"),
         ("{merge: {into: requantized}, quantization: {storage: hqq4}}", "merge"),
+        ("{method: {init: qera}, quantization: {storage: none}}", "method.init"),
     ],
 )
 def test_an_impossible_value_is_refused_by_its_key(tmp_path: Path, text: str, key: str) -> None:

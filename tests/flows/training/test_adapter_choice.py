@@ -49,6 +49,13 @@ def test_rank_stabilised_scaling_and_other_options_are_passed_on() -> None:
     assert (config.use_rslora, config.use_dora, config.bias) == (True, True, "all")
 
 
+def test_the_start_is_an_option_of_lora() -> None:
+    config: Any = adapter_config(method("lora", init="cloq"), 100)
+    assert config.init_lora_weights == "cloq"
+    default: Any = adapter_config(method("lora", init="default", options={"init_lora_weights": "pissa"}), 100)
+    assert default.init_lora_weights == "pissa"
+
+
 def test_an_option_that_the_method_does_not_know_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="no_such"):
         adapter_config(method("lora", options={"no_such": 1}), 100)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flows.base.model import load_dequantized, load_original
+from flows.data.rows import read_rows
 from flows.errors import StageError
 from flows.paths import Paths
 from flows.stages import train
@@ -42,3 +43,23 @@ def test_what_the_storage_does_not_fit_is_refused(prepared: Paths, tiny_params, 
     with pytest.raises(StageError, match=rf"loftq_config is {wrong}.*storage is {storage}.*to none"):
         train.run(params, prepared)
     assert not prepared.adapter.exists()
+
+
+def test_the_adapter_starts_at_what_quantising_lost_in_the_outputs(prepared: Paths, tiny_params) -> None:
+    params = tiny_params(
+        quantization={"storage": "nf4", "compute_dtype": "float32"},
+        method={"init": "qera", "r": 8},
+        train=STANDING_STILL,
+    )
+    train.run(params, prepared)
+    model = PeftModel.from_pretrained(load_dequantized(prepared.base, params.quantization), prepared.adapter)
+    original = load_original(prepared.base, torch.float32)
+    ids = torch.tensor([read_rows(prepared.split("train"), ["input_ids"], 1)[0]["input_ids"]])
+    with torch.no_grad():
+        expected = original(ids).logits
+        corrected, nearest = model(ids).logits, model.disable_adapter()
+        with nearest:
+            lost = (model(ids).logits - expected).norm()
+    assert (corrected - expected).norm() < 0.9 * lost
+    saved = json.loads((prepared.adapter / "adapter_config.json").read_text())
+    assert saved["init_lora_weights"] is True

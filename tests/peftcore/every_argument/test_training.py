@@ -1,5 +1,6 @@
 """Arguments of functions around training and starts from data."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,52 @@ def test_starts_that_are_returned(capfd: pytest.CaptureFixture[str]) -> None:
     for option, value in ONLY_ONE_VALUE.items():
         with pytest.raises(ConfigError, match=option):
             starts(**{option: value})
+
+
+@checks("initialize_from_data", "model_path")
+@checks("calibrate_rounding", "model batches model_path damping activation_order forward progress")
+def test_calibration_of_a_quantised_base(capfd: pytest.CaptureFixture[str]) -> None:
+    from quantised_layers import quantised
+
+    generator = torch.Generator().manual_seed(3)
+    mixing = torch.randn(64, 64, generator=generator)
+    data = [{"input": torch.randn(99, 64, generator=generator) @ mixing} for _ in range(2)]
+    torch.manual_seed(0)
+    layer = quantised("nf4")
+    dense = get_peft_model(nn.Sequential(layer), lora("0"))[0].base.read().clone()
+    original = {"0.weight": dense + 0.02 * torch.randn(dense.shape, generator=generator)}
+
+    def base() -> Any:
+        return nn.Sequential(copy.deepcopy(layer))
+
+    def started(start: str, source: Any) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        model = get_peft_model(base(), LoraConfig(r=2, target_modules=["0"], init_lora_weights=start), "b")
+        peftcore.initialize_from_data(model, data, "b", progress=False, model_path=source)
+        return tensors_of(model, "b")
+
+    def rounded(**options: Any) -> Tensor:
+        model = base()
+        arguments = {"batches": data, "model_path": original, "progress": False, **options}
+        peftcore.calibrate_rounding(model, **arguments)
+        return model[0].weight.data
+
+    assert not same(started("qera", original), started("qera", {"0.weight": original["0.weight"] * 1.1}))
+    with pytest.raises(ConfigError, match="model_path has no effect with init_lora_weights='eva'"):
+        started("eva", original)
+    plain = rounded()
+    assert not torch.equal(plain, layer.weight.data)
+    for options in (
+        {"batches": data[:1]},
+        {"model_path": {"0.weight": original["0.weight"] * 1.1}},
+        {"damping": 1.0},
+        {"activation_order": False},
+        {"forward": lambda model, batch: model(batch["input"].square())},
+    ):
+        assert not torch.equal(rounded(**options), plain)
+    capfd.readouterr()
+    rounded(progress=True)
+    assert "rounding" in capfd.readouterr().err
 
 
 @checks("replace_lora_weights_loftq", "peft_model model_path adapter_name callback")
