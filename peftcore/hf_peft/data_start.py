@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from peftcore.errors import ConfigError
 from peftcore.files.tensors import PREFIX
 from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set
-from peftcore.injection.preparation import Creation, prepare_injection
 from peftcore.injection.observation import observe
+from peftcore.injection.preparation import Creation, prepare_injection
 from peftcore.injection.start_from_data import apply_start, initialize_from_data
 from peftcore.methods.lora import Lora, LoraConfig
 from peftcore.methods.lora.variants.eva import Eva, EvaStateDict

@@ -4,6 +4,7 @@ The mean over answers is not the BLEU of the whole set of answers, which the pai
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from flows.errors import StageError
 from flows.evaluation.scorers.texts import Score
@@ -28,7 +29,7 @@ def _of_sentences(score: Callable) -> Score:
     return lambda prompt, answer, reference, row: float(score(answer, [reference]).score)
 
 
-def _metrics():
+def _metrics() -> Any:
     try:
         from sacrebleu import metrics  # pyright: ignore[reportMissingImports]
     except ImportError as error:
