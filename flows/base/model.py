@@ -32,7 +32,7 @@ from transformers.utils import logging as transformers_logging
 from flows.base.gguf import holds_gguf, load_packed
 from flows.errors import BaseModelError
 from flows.params import Quantization
-from peftcore.bases.dequantize import dequantize_model
+from peftcore.bases import dequantize_model
 from peftcore.errors import require_extra
 from peftcore.files import MANIFEST, damaged_files
 

@@ -1,9 +1,13 @@
 """Views of base layers: one small class for each kind of layer and weight storage."""
 
+from typing import TypeVar
+
+import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peftcore.bases.base import BaseWeight
+from peftcore.bases.dequantize import replace_quantized
 from peftcore.bases.gguf import GgufLinear
 from peftcore.bases.norm import NormWeight, is_norm
 from peftcore.bases.parameter import BiasParameter, ParameterWeight
@@ -21,6 +25,7 @@ __all__ = [
     "QuantizedLinear",
     "base_weight",
     "calls_its_layers",
+    "dequantize_model",
     "has_uncast_inputs",
     "is_adaptable",
     "keep_quantized_weights_trainable",
@@ -28,6 +33,8 @@ __all__ = [
     "refusal",
     "register_storage",
 ]
+
+Model = TypeVar("Model", bound=nn.Module)
 
 _PLAIN = {
     Conv1D: Conv1DWeight,
@@ -111,3 +118,20 @@ def base_weight(layer: nn.Module, path: str = "") -> BaseWeight:
         )
         raise TargetError(f"{path or 'layer'} is a {type(layer).__name__}, which cannot be adapted; {fits}")
     return view(layer)
+
+
+def dequantize_model(model: Model, dtype: torch.dtype | None = None) -> Model:
+    """Replace every quantised layer of a model without adapters by an `nn.Linear` with the same weight, in place.
+
+    Args:
+        model: A model; one without quantised layers stays as it is.
+        dtype: Dtype of the new layers; None for the dtype in which each quantised layer multiplies.
+
+    Returns:
+        The model.
+    """
+    layers = {path: layer for path, layer in model.named_modules(remove_duplicate=False) if path}
+    replace_quantized(
+        model, {path: base_weight(each, path) for path, each in layers.items() if is_adaptable(each)}, dtype
+    )
+    return model

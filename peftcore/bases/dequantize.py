@@ -1,32 +1,12 @@
 """Plain layers in place of quantised ones, with the weights that the quantised layers compute with."""
 
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
-from peftcore.bases import base_weight, is_adaptable
 from peftcore.bases.base import BaseWeight
-
-Model = TypeVar("Model", bound=nn.Module)
-
-
-def dequantize_model(model: Model, dtype: torch.dtype | None = None) -> Model:
-    """Replace every quantised layer of a model without adapters by an `nn.Linear` with the same weight, in place.
-
-    Args:
-        model: A model; one without quantised layers stays as it is.
-        dtype: Dtype of the new layers; None for the dtype in which each quantised layer multiplies.
-
-    Returns:
-        The model.
-    """
-    layers = {path: layer for path, layer in model.named_modules(remove_duplicate=False) if path}
-    replace_quantized(
-        model, {path: base_weight(each, path) for path, each in layers.items() if is_adaptable(each)}, dtype
-    )
-    return model
 
 
 @torch.no_grad()
@@ -36,7 +16,7 @@ def replace_quantized(model: nn.Module, bases: Mapping[str, BaseWeight], dtype: 
     Args:
         model: The model, in place.
         bases: {path of a layer in the model: its view}.
-        dtype: As in `dequantize_model`.
+        dtype: Dtype of the new layers; None for the dtype in which each quantised layer multiplies.
     """
     modules = dict(model.named_modules(remove_duplicate=False))
     quantized = {path: base for path, base in bases.items() if base.quantized}

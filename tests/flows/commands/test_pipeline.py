@@ -43,6 +43,7 @@ def test_a_run_told_as_json_is_one_document_whatever_came_of_it(project: Any, mo
     assert list(told["seconds"]) == ["check", "promote", "review"]
 
 
+@pytest.mark.slow
 def test_a_stage_that_did_not_change_runs_only_by_force(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(project.root / "source")
     script = project.root / "make.py"

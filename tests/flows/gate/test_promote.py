@@ -54,6 +54,7 @@ def test_an_older_version_is_judged_by_its_own_files(project: Any) -> None:
     assert (promotion.outcome, promotion.version) == ("promoted", "v0.1.0")
 
 
+@pytest.mark.slow
 def test_a_rule_on_a_scorer_decides_with_the_champions_registered_scores(project: Any) -> None:
     with project.paths.params.open("a") as file:
         file.write("evaluate: {scorers: [token_f1]}\ngate:\n  rules: [{metric: token_f1, limit: 0.4, bound: 0.1}]\n")

@@ -220,6 +220,7 @@ def test_a_working_tree_without_any_files_measures_the_same(weeks: Paths, preten
     assert pretended[:2] == pretended[2:]
 
 
+@pytest.mark.slow
 def test_unless_it_may_be_it_is_refused(weeks: Paths, pretended: list[dict[str, Any]]) -> None:
     weeks.params.write_text(PARAMS.replace("9.0}", "9.0, reevaluate: false}", 1))
     refused = promote(load_params(weeks.params), weeks)

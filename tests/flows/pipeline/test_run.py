@@ -74,6 +74,7 @@ def test_a_refusal_is_no_trouble_of_prefects(project: Any, monkeypatch: pytest.M
         run.run_pipeline(project.root)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("forked_stages")
 def test_a_run_with_nothing_changed_starts_no_stage_and_no_server(
     project: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -78,6 +78,7 @@ def collect(project: Any, **options: Any) -> Collection:
 ALL = {PAST: True, REFUSED: True, CHAMPION: True, NEWEST: True}
 
 
+@pytest.mark.slow
 def test_only_what_nothing_needs_goes_and_a_dry_run_tells_the_same(versions: Any) -> None:
     before = objects(versions)
     told = collect(versions, remote=True, dry_run=True)

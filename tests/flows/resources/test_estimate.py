@@ -16,7 +16,7 @@ from flows.errors import BaseModelError, EstimateError
 from flows.paths import Paths
 from flows.resources import estimate as estimate_module
 from flows.resources.batches import workload
-from flows.resources.estimate import estimate
+from flows.resources.estimate import _base_folder, estimate
 from flows.resources.probe import Measured
 from flows.resources.sizes import with_blocks
 from flows.stages.detect import without_weights
@@ -98,10 +98,9 @@ def test_a_full_disk_is_foreseen(paths: Paths, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_a_base_that_a_path_names_needs_no_fetch(paths: Paths) -> None:
-    new = Paths(paths.root / "elsewhere")
-    new.root.mkdir()
-    there = params(base={"source": f"path:{paths.base}"})
-    assert estimate(there, new, probe=False).blocks == estimate(there, paths, probe=False).blocks
+    new, there = Paths(paths.root / "elsewhere"), params(base={"source": f"path:{paths.base}"})
+    assert _base_folder(there, new) == paths.base and _base_folder(there, paths) == paths.base
+    assert _base_folder(params(base={"source": "path:nowhere"}), new) == new.base  # whose absence is an error
 
 
 def test_what_cannot_be_planned_is_refused(paths: Paths) -> None:

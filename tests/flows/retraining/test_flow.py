@@ -330,6 +330,7 @@ def test_where_all_is_new_and_strange_it_is_judged_by_itself(weekly: Any, caplog
     assert work.entry.quarantined == work.params.data.quarantined == ["a.jsonl"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept_by", ["git", "dvc"])
 def test_a_file_that_is_set_aside_is_out_of_tracked_data_as_well(weekly: Any, kept_by: str) -> None:
     rows = weekly.root / "data" / "rows"

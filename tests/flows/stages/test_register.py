@@ -68,6 +68,7 @@ def test_its_commit_holds_this_run_and_the_user_notices_nothing(registered: Any)
     assert "register:" not in lock, "that entry would be the run before's"
 
 
+@pytest.mark.slow
 def test_dvc_gets_the_adapter_of_each_version_and_a_clone_pulls_it(registered: Any, tmp_path: Path) -> None:
     project = registered
     first = (project.paths.adapter / "adapter_model.safetensors").read_bytes()

@@ -211,6 +211,7 @@ def test_a_broken_adapter_is_500_and_its_neighbours_are_answered(serving: Callab
     assert bad.code == "adapter_failed" and "is not finite" in str(bad)
 
 
+@pytest.mark.slow
 def test_a_full_queue_is_429_and_a_late_answer_504(serving: Callable[..., Any]) -> None:
     served = serving(http=True, limits=Limits(max_batch=1, max_queue=1, timeout=2.0, max_tokens=500))
     client = served.client()

@@ -137,6 +137,7 @@ def test_a_run_told_to_end_saves_its_step_and_goes_on_bit_equal(
     assert adapter(tmp_path) == adapter(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.faults("disk full")
 def test_a_full_disk_leaves_the_last_good_checkpoint_and_nothing_half_written(nursery: Nursery, tmp_path: Path) -> None:
     assert nursery.run(tmp_path, "random", fault="full disk", at=2) == 1
