@@ -28,7 +28,7 @@ import importlib, pkgutil
 import peftcore
 
 needs_extra = set()
-for package in ("peftcore.export", "peftcore.serving", "peftcore.train"):
+for package in ("peftcore.export", "peftcore.gguf_files", "peftcore.serving", "peftcore.train"):
     try:
         importlib.import_module(package)
     except peftcore.MissingExtraError as error:
@@ -127,6 +127,7 @@ def test_the_library_runs_with_its_own_dependencies_alone(wheel: Path, tmp_path:
     told = run(python, "-c", IMPORT_ALL, cwd=tmp_path).splitlines()
     assert [re.sub(" needs .*; install with: ", " ", line) for line in told] == [
         "peftcore.export pip install 'peftcore[export]'",
+        "peftcore.gguf_files pip install 'peftcore[export]'",
         "peftcore.serving pip install 'peftcore[serve]'",
         "peftcore.train pip install 'peftcore[train]'",
     ]
