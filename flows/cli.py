@@ -75,11 +75,7 @@ registry_app.command()(registry.fetch)
 registry_app.command()(registry.gc)
 app.add_typer(registry_app, name="registry")
 
-import_app = typer.Typer(no_args_is_help=True, help="A project from another training tool's configuration file.")
-import_app.command()(importing.axolotl)
-import_app.command()(importing.llamafactory)
-app.add_typer(import_app, name="import")
-
+app.command("import")(importing.import_project)
 output.everywhere(app)
 
 
