@@ -69,7 +69,7 @@ class Tool:
 
 @dataclass
 class Translation:
-    """What became of a file's keys."""
+    """Result of translating a file: values of params.yaml, and a reason for each key that gives none."""
 
     values: dict[str, Any] = field(default_factory=dict)
     """{section.key: value}"""

@@ -112,7 +112,7 @@ class GenerationRequest(_Strict):
 
     @property
     def wanted_logprobs(self) -> int | None:
-        """How many of the likeliest tokens to report beside each token (count); None to report no log-probability."""
+        """Likeliest tokens to report beside each token (count); None: no log-probability is reported."""
         raise NotImplementedError
 
     def biases(self, vocabulary: int) -> dict[int, float]:

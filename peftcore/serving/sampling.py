@@ -49,7 +49,7 @@ class Sampling:
 
 
 class SampledRow(NamedTuple):
-    """What the next token of a request depends on, besides its logits."""
+    """Sampling options and state of one request; with the logits they determine its next token."""
 
     sampling: Sampling
     generator: torch.Generator
