@@ -9,7 +9,7 @@ row, K adapters, R sum of their ranks.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -229,23 +229,23 @@ class Route:
                 self._masks[key] = mask
         return mask
 
-    def blocks(self, columns: Columns, device: torch.device) -> Blocks | None:
+    def blocks(self, adapters: Iterable[str], device: torch.device) -> Blocks | None:
         """Return the rows grouped by adapter.
 
         Args:
-            columns: the adapters of the stack.
+            adapters: their names, in the order of the stack.
             device: where the indices are made.
 
         Returns:
             None unless each row has one adapter, with weight 1, and every adapter has the same number of rows.
         """
-        names, weights = list(columns.adapters), [_weights(one) for one in self.compositions]
+        names, weights = list(adapters), [_weights(one) for one in self.compositions]
         if self.uniform is not None or self.depends_on_tokens or any(list(one.values()) != [1] for one in weights):
             return None
-        adapters = [next(iter(one)) for one in weights]
-        if set(adapters) != set(names) or len({adapters.count(name) for name in names}) > 1:
+        by_row = [next(iter(one)) for one in weights]
+        if set(by_row) != set(names) or len({by_row.count(name) for name in names}) > 1:
             return None
-        order = sorted(range(len(adapters)), key=lambda row: names.index(adapters[row]))
+        order = sorted(range(len(by_row)), key=lambda row: names.index(by_row[row]))
         if order == list(range(len(order))):
             return Blocks(len(names), None, None)
         by_adapter = torch.tensor(order, device=device)

@@ -2,15 +2,15 @@
 
 A and B hold the factors of all adapters, stacked along the rank. G is the mask: the weight of each adapter in each
 row, 0 where a row does not use an adapter. Layers that read the same input are computed together. If every adapter has
-the same number of rows, the products are batched by adapter, and no product is computed only to be masked.
+the same number of rows, the products are batched by adapter, and no product is computed only to be masked. Long runs of
+tokens with one composition need no stack: each adapter computes its own runs.
 
-Stacks are cached in the type of the activations. A cached stack is used until its fingerprint changes
-(`peftcore._util.fingerprint`).
+A cached stack is used until its fingerprint changes (`peftcore._util.fingerprint`).
 
 Shapes: n tokens, i in_features, o out_features, R sum of the ranks of all adapters, of all layers together.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,12 +23,12 @@ from peftcore.bases import BaseWeight
 from peftcore.composition.route import Blocks, Mask, Run
 from peftcore.kernels.low_rank import LowRankBranch
 
-LONG_STRETCH = 64
+LONG_RUN = 64
 """Mean length (tokens) of a run with one composition from which each run is computed separately."""
 MANY_ADAPTERS = 8
-"""Adapters (count) from which products batched by adapter pay for sorting the rows; never in 16 bits, on CPUs."""
+"""Adapters (count) from which products batched by adapter pay for sorting the rows."""
 STACKS_PER_LAYER = 2
-"""Cached stacks per layer (count): one for prompts that are read, one for the batch that is decoded."""
+"""Cached stacks per layer (count): one for short prompts, one for the batch that is decoded."""
 
 
 class Stacked(NamedTuple):
@@ -42,8 +42,6 @@ class Stacked(NamedTuple):
     """Rank of each adapter of each layer."""
     sizes: list[int]
     """R of each layer."""
-    offsets: list[tuple[int, int, int]]
-    """(layer, row of `a`, row of the layer's `b`) at which each adapter begins."""
     batched: list[tuple[Tensor, Tensor]]
     """(A by adapter (K, i, r), B by adapter (K, r, o)) of each layer, in the same memory; [] if ranks differ."""
     fingerprint: Fingerprint
@@ -59,7 +57,7 @@ def stack(layers: Sequence[Sequence[Adapter]], dtype: torch.dtype) -> Stacked | 
 
     Args:
         layers: the adapters of each layer.
-        dtype: the type of the activations.
+        dtype: the type of the stack.
 
     Returns:
         The stack. None if an adapter is not exactly two factors, or if several adapters are stacked and some value is
@@ -83,7 +81,6 @@ def stack(layers: Sequence[Sequence[Adapter]], dtype: torch.dtype) -> Stacked | 
         b,
         ranks,
         sizes,
-        _offsets([[len(one.a) for one in by_layer] for by_layer in plain]),
         [(_by_adapter(own_a, len(plain[0])).mT, _by_adapter(own_b, len(plain[0]))) for own_a, own_b in batched],
         fingerprint,
     )
@@ -93,19 +90,15 @@ def _by_adapter(rows: Tensor, count: int) -> Tensor:
     return rows.view(count, -1, rows.shape[1])
 
 
-def _offsets(ranks: Sequence[Sequence[int]]) -> list[tuple[int, int, int]]:
-    offsets, row = [], 0
-    for layer, own_ranks in enumerate(ranks):
-        column = 0
-        for rank in own_ranks:
-            offsets.append((layer, row, column))
-            row, column = row + rank, column + rank
-    return offsets
-
-
 def can_be_stacked(adapters: Iterable[Adapter]) -> bool:
     """Return True if each adapter is exactly two factors."""
     return all(_is_plain(_factors(adapter)) for adapter in adapters)
+
+
+def branches_by_name(adapters: Mapping[str, Adapter]) -> dict[str, LowRankBranch] | None:
+    """Return {name: low-rank branch} of a layer's adapters; None if one of them is not exactly two factors."""
+    branches = {name: _factors(adapter) for name, adapter in adapters.items()}
+    return branches if all(_is_plain(one) for one in branches.values()) else None  # type: ignore[return-value]
 
 
 def _factors(adapter: Adapter) -> LowRankBranch | None:
@@ -121,6 +114,7 @@ class StackSpec(NamedTuple):
     """The key of a cached stack: the adapters, and all else that the stack depends on."""
 
     dtype: torch.dtype
+    """Type of the stack."""
     device: torch.device
     training: bool
     """True if the layers are in training mode, in which adapters may have dropout."""
@@ -149,50 +143,57 @@ def current_stack(cache: dict[Any, Any], layer: Any, spec: StackSpec) -> Stacked
     return stacked
 
 
-def stretched_outputs(
-    x: Tensor, bases: Sequence[BaseWeight], stacked: Stacked, names: Sequence[str], runs: Sequence[Run]
+def outputs_by_run(
+    x: Tensor, layers: Sequence[tuple[BaseWeight, Mapping[str, LowRankBranch]]], runs: Sequence[Run]
 ) -> list[Tensor]:
     """Return the outputs of layers with a common input, for long runs of tokens; each run has one composition.
 
     One product computes the base's output for all tokens. Each adapter then computes only the runs that use the
-    adapter.
+    adapter. The adapters' parameters are read in every call.
 
     Args:
-        x: input (..., i).
-        bases: the base weights of the layers.
-        stacked: the adapters of the layers.
-        names: the names of the adapters in `stacked`: all of the first layer, then all of the second, and so on.
+        x: input (..., i), in the type in which the layers compute.
+        layers: for each layer, the base weight and {name: low-rank branch} of its adapters.
         runs: the runs of tokens; together they cover all tokens of x.
 
     Returns:
         y (..., o) for each layer, with base and adapters.
     """
     flat = x.reshape(-1, x.shape[-1])
-    ys = [base.product(flat) for base in bases]
-    for name, (layer, row, column), rank in zip(names, stacked.offsets, stacked.ranks, strict=True):
-        a, b = stacked.a[row : row + rank], stacked.b[layer][column : column + rank]
-        for start, stop, weights in runs:
-            if weight := weights.get(name, 0.0):
+    ys = []
+    for base, branches in layers:
+        y = base.product(flat)
+        for name, branch in branches.items():
+            used = [(start, stop, weights[name]) for start, stop, weights in runs if weights.get(name)]
+            if not used:
+                continue
+            a, b = branch.a.to(x.dtype), (branch.b * branch.scaling).to(x.dtype).T
+            for start, stop, weight in used:
                 h = F.linear(flat[start:stop], a)
-                ys[layer][start:stop].addmm_(h if weight == 1 else h * weight, b)
-    return [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]
+                y[start:stop].addmm_(h if weight == 1 else h * weight, b)
+        ys.append(y.view(*x.shape[:-1], y.shape[-1]))
+    return ys
 
 
 def batched_outputs(x: Tensor, bases: Sequence[BaseWeight], stacked: Stacked, blocks: Blocks) -> list[Tensor]:
     """Return y (..., o) of each layer for rows with one adapter each, every adapter with the same number of rows.
 
     Args:
-        x: input (..., i).
+        x: input (..., i), in the type in which the layers compute.
         bases: the base weights of the layers.
-        stacked: the adapters of the layers.
+        stacked: the adapters of the layers, perhaps in a wider type.
         blocks: the rows grouped by adapter.
     """
     flat = blocks.sorted(x).reshape(-1, x.shape[-1])
-    by_adapter = flat.view(blocks.adapters, -1, x.shape[-1])
+    by_adapter = flat.view(blocks.adapters, -1, x.shape[-1]).to(stacked.a.dtype)
     ys = []
     for base, (a, b) in zip(bases, stacked.batched, strict=True):
         y = base.product(flat)
-        y.view(blocks.adapters, -1, y.shape[1]).baddbmm_(by_adapter.bmm(a), b)
+        rows = y.view(blocks.adapters, -1, y.shape[1])
+        if rows.dtype == b.dtype:
+            rows.baddbmm_(by_adapter.bmm(a), b)
+        else:
+            rows.add_(by_adapter.bmm(a).bmm(b))
         ys.append(blocks.unsorted(y).view(*x.shape[:-1], y.shape[-1]))
     return ys
 

@@ -4,8 +4,8 @@
     added     the base's product, then s·B(A x) of each low-rank adapter; one chain of adapters, few tokens, without
               gradients and in evaluation mode
     fused     base and low-rank adapters as one operation (`peftcore.kernels.low_rank`); for training and long inputs
-    stacked   base and all low-rank adapters in two products (`peftcore.composition.stacked`); mixed batches, without
-              gradients
+    stacked   base and all low-rank adapters in two products, or each adapter for its own long runs of tokens
+              (`peftcore.composition.stacked`); mixed batches, without gradients
 
 The last three give the numbers of the general path. They apply only if the adapter is two low-rank factors, the base
 weight is frozen, and the base layer has no hook that would be skipped. "Added" and "fused" read the adapters'
@@ -26,15 +26,16 @@ from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
 from peftcore.composition.route import Blocks, Columns, Mask, Route
 from peftcore.composition.stacked import (
-    LONG_STRETCH,
+    LONG_RUN,
     MANY_ADAPTERS,
     Stacked,
     StackSpec,
     batched_outputs,
+    branches_by_name,
     can_be_stacked,
     current_stack,
+    outputs_by_run,
     stacked_outputs,
-    stretched_outputs,
 )
 from peftcore.kernels.dropout_masks import get_dropout_masks
 from peftcore.kernels.low_rank import LowRankBranch, low_rank_linears
@@ -79,7 +80,7 @@ def _fast_output(layer: "AdapterLayer", x: Tensor, in_effect: Any, chain: tuple[
     if y is not None:
         return y
     if chain is None:
-        y = None if torch.is_grad_enabled() else _stacked(layer, in_effect, x)
+        y = None if torch.is_grad_enabled() else _mixed(layer, in_effect, x)
     else:
         adapters = layer.chain(chain)
         if not (layer.training or torch.is_grad_enabled()):
@@ -156,7 +157,34 @@ def _fused(layer: "AdapterLayer", adapters: Sequence[Adapter], x: Tensor) -> Ten
     return ascend(later, inputs, y) if later else y
 
 
-# -- stacked: without gradients ------------------------------------------------------------------------------------
+# -- stacked: mixed batches, without gradients ----------------------------------------------------------------------
+
+
+def _mixed(layer: "AdapterLayer", route: Route, x: Tensor) -> Tensor | None:
+    """Return the output for rows with different adapters; None if no adapter is in effect, or if one is not low-rank.
+
+    The outputs of the siblings are cached.
+    """
+    if 0 < LONG_RUN * route.stretches <= x.shape[:-1].numel():
+        return _by_run(layer, route, x)
+    return _stacked(layer, route, x)
+
+
+def _by_run(layer: "AdapterLayer", route: Route, x: Tensor) -> Tensor | None:
+    """Return the output for long runs of tokens, each with one composition; None if that does not apply."""
+    dtype = layer.base.compute_dtype(x) if has_no_hooks(layer.base_layer) else None
+    if dtype is None or not layer.in_order(route.names):
+        return None
+    candidates = [layer, *_plain_layers(siblings_of(layer, x), x, dtype)]
+    branches = {each: branches_by_name(each.unmerged_among(route.names)) for each in candidates}
+    if branches[layer] is None:
+        return None
+    together = {each: found for each, found in branches.items() if found}
+    layer.check_rows(x, route)
+    layers = [(each.base, found) for each, found in together.items()]
+    y, *outputs = outputs_by_run(x.to(dtype), layers, route.runs(x.shape[:-1].numel()))
+    cache_outputs(layer, x, zip(list(together)[1:], outputs, strict=True))
+    return y
 
 
 class Member(NamedTuple):
@@ -189,6 +217,8 @@ class Plan(NamedTuple):
     """The layer itself, then the siblings that are computed with it."""
     siblings: Sequence[Any]
     """All layers that were expected to read the same input, members or not."""
+    dtype: torch.dtype
+    """The type in which the layers compute."""
     spec: StackSpec
     columns: Columns
     mask: Mask | None
@@ -201,7 +231,7 @@ class Plan(NamedTuple):
         return (
             siblings_of(layer, x) is self.siblings
             and x.device == self.spec.device
-            and all(member.is_current(x, self.spec.dtype) for member in self.members)
+            and all(member.is_current(x, self.dtype) for member in self.members)
         )
 
     def stack(self, layer: Any) -> Stacked | None:
@@ -211,9 +241,9 @@ class Plan(NamedTuple):
 
 
 def _stacked(layer: "AdapterLayer", route: Route, x: Tensor) -> Tensor | None:
-    """Compute the layer and its siblings for a mixed batch in two products; None if that does not apply.
+    """Return the output by the stacks of all adapters; None if that does not apply.
 
-    The siblings' outputs are cached. The plan of an earlier forward is used if it still holds.
+    The plan of an earlier forward is used if it still holds.
     """
     plan: Plan | None = route.plans.get(layer)
     stack = plan.stack(layer) if plan is not None and plan.holds(layer, x) else None
@@ -226,17 +256,13 @@ def _stacked(layer: "AdapterLayer", route: Route, x: Tensor) -> Tensor | None:
         if not is_replica(layer):
             route.plans[layer] = plan
     layer.check_rows(x, route)
-    mask, runs, tokens = plan.mask, None, x.shape[:-1].numel()
-    if 0 < LONG_STRETCH * route.stretches <= tokens and len(plan.columns.adapters) > 1:
-        runs = route.runs(tokens)
-    elif route.depends_on_tokens:
-        mask = route.mask(x, layer.path, plan.columns, plan.spec.dtype)
-    inputs, bases = x.to(plan.spec.dtype), [member.base for member in plan.members]
-    if runs is not None:
-        y, *outputs = stretched_outputs(inputs, bases, stack, plan.columns.names, runs)
-    elif plan.blocks is not None:
+    inputs, bases = x.to(plan.dtype), [member.base for member in plan.members]
+    if plan.blocks is not None:
         y, *outputs = batched_outputs(inputs, bases, stack, plan.blocks)
     else:
+        mask = plan.mask
+        if route.depends_on_tokens:
+            mask = route.mask(x, layer.path, plan.columns, plan.dtype)
         y, *outputs = stacked_outputs(inputs, bases, stack, mask)
     cache_outputs(layer, x, zip((member.layer for member in plan.members[1:]), outputs, strict=True))
     return y
@@ -254,24 +280,45 @@ def _make_plan(layer: "AdapterLayer", x: Tensor, route: Route) -> Plan | None:
         others = _plain_layers(siblings, x, dtype)
         together |= {other: adapters for other in others if (adapters := other.unmerged_among(names))}
 
+    blocks = _blocks(route, list(together.values()), x.device, dtype)
+
     def spec() -> StackSpec:
+        # for a row or a few by adapter, CPUs multiply in float32 several times faster than in 16 bits
+        wide = torch.promote_types(dtype, torch.float32) if blocks is not None and x.device.type == "cpu" else dtype
         adapters = tuple(tuple(by_name.values()) for by_name in together.values())
-        return StackSpec(dtype, x.device, layer.training, adapters)
+        return StackSpec(wide, x.device, layer.training, adapters)
 
     stack = current_stack(_stack_cache(layer), layer, spec())
     if stack is None and len(together) > 1:
         stackable = [other for other in together if other is layer or can_be_stacked(together[other].values())]
         together = {other: together[other] for other in stackable}
         stack = current_stack(_stack_cache(layer), layer, spec())
+    if stack is not None and blocks is not None and not stack.batched:  # ranks differ
+        blocks = None
+        stack = current_stack(_stack_cache(layer), layer, spec())
     if stack is None:
         return None
     members = [Member(each, each.base, each.adapters.changes, each.merged, each.training) for each in together]
     columns = Columns(tuple(name for by_name in together.values() for name in by_name), stack.ranks, own)
-    mask = None if route.depends_on_tokens else route.mask(x, layer.path, columns, dtype)
-    many = stack.batched and len(own) >= MANY_ADAPTERS and dtype.itemsize > 2
-    same_names = many and all(by_name.keys() == own.keys() for by_name in together.values())
-    blocks = route.blocks(columns, x.device) if same_names else None
-    return Plan(members, siblings, spec(), columns, mask, blocks)
+    mask = None if route.depends_on_tokens or blocks is not None else route.mask(x, layer.path, columns, dtype)
+    return Plan(members, siblings, dtype, spec(), columns, mask, blocks)
+
+
+def _blocks(
+    route: Route, adapters: Sequence[Mapping[str, Adapter]], device: torch.device, dtype: torch.dtype
+) -> Blocks | None:
+    """Return the rows grouped by adapter; None if that does not apply, or if it does not pay.
+
+    Args:
+        route: the compositions of the rows.
+        adapters: {name: adapter} of each layer that is computed together.
+        device: where the layers compute.
+        dtype: the type in which the layers compute.
+    """
+    own = adapters[0]
+    if len(own) < MANY_ADAPTERS or (device.type != "cpu" and dtype.itemsize < 4):
+        return None
+    return route.blocks(own, device) if all(other.keys() == own.keys() for other in adapters) else None
 
 
 def _stack_cache(layer: Any) -> dict[Any, Any]:

@@ -210,9 +210,12 @@ class Engine:
             self._prefill = None
         elif prefill.is_complete:
             self._store_prefixes(prefill)
+            rows, cache = self._rows + prefill.generations, KVCache.join([self._cache, prefill.cache])
+            # in the order of the stacked adapters, so that no layer has to sort its rows
+            order = sorted(range(len(rows)), key=lambda row: sorted(_route(rows[row]).names()))
             self._push(prefill.generations, step)
-            self._cache = KVCache.join([self._cache, prefill.cache])
-            self._rows, self._prefill = self._rows + prefill.generations, None
+            self._rows, self._prefill = [rows[row] for row in order], None
+            self._cache = cache if order == list(range(len(rows))) else cache.select(order)
             for generation in prefill.generations:
                 self._metrics.first_token(generation)
         self.wake()  # the prefill is incomplete, or more requests may be ready

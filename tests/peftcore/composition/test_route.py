@@ -217,7 +217,7 @@ def test_a_gate_is_called_once_for_each_input_and_its_weights_are_not_cached() -
     ],
 )
 def test_blocks_sort_rows_by_adapter_and_back(specs: list[Any], order: list[int] | None) -> None:
-    blocks = Route(specs).blocks(ONE_EACH, torch.device("cpu"))
+    blocks = Route(specs).blocks(ONE_EACH.names, torch.device("cpu"))
     assert blocks is not None and blocks.adapters == 3
     x = torch.arange(float(2 * 2 * len(specs))).view(len(specs), 2, 2)
     expected = x if order is None else x[order]
@@ -230,7 +230,7 @@ def test_blocks_sort_rows_by_adapter_and_back(specs: list[Any], order: list[int]
     ["a", ["a", "b"], ["a", "b", "c", None], ["a", "a", "b", "c"], ["a", "b", {"c": 0.5}], ["a", "b", Split(c=2)]],
 )
 def test_blocks_need_one_adapter_of_weight_1_in_equal_numbers_of_rows(specs: Any) -> None:
-    assert Route(specs).blocks(ONE_EACH, torch.device("cpu")) is None
+    assert Route(specs).blocks(ONE_EACH.names, torch.device("cpu")) is None
 
 
 def test_the_share_of_a_prompt_is_its_weight_in_each_row() -> None:

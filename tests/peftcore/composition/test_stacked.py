@@ -45,7 +45,7 @@ def test_layers_of_one_input_share_one_stacked_product(stacks: list[int]) -> Non
     assert not stacks
 
 
-def test_long_stretches_are_computed_without_the_stacked_product(stacks: list[int]) -> None:
+def test_long_runs_are_computed_without_a_stack(stacks: list[int]) -> None:
     model = mixture(llama())
     tokens = torch.arange(3, 59).repeat(6, 2)[:, :100]
     names = ["a", "a", "b", None, {"a": 0.5, "b": -2.0}, "a"]
@@ -53,7 +53,7 @@ def test_long_stretches_are_computed_without_the_stacked_product(stacks: list[in
     with torch.no_grad():
         stacks.clear()
         torch.testing.assert_close(model(tokens, adapter_names=names).logits, expected, atol=1e-10, rtol=0)
-        assert not stacks
+        assert not stacks and not model._adapter_set.selection.stacks
         model(tokens[:, :9], adapter_names=names)
         assert stacks
 
@@ -112,6 +112,21 @@ def test_adapters_with_equally_many_rows_are_batched_by_adapter(
         with torch.no_grad(), model.route(name):
             alone = model.generate(tokens[row : row + 1], num_beams=2, **GREEDY)
         assert torch.equal(beams[row, : alone.shape[1]], alone[0])  # alone it may end earlier
+
+
+def test_in_16_bits_many_adapters_are_computed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(llama(), **{f"a{n}": lora(r=3, lora_alpha=5) for n in range(9)}).bfloat16()
+    names: list[Any] = [f"a{n}" for n in (4, 0, 8, 1, 7, 2, 6, 3, 5)]
+    tokens, used = torch.arange(3, 12).view(9, 1), []
+    original = forward_paths.batched_outputs
+    monkeypatch.setattr(
+        forward_paths, "batched_outputs", lambda *given: used.append(given[2].a.dtype) or original(*given)
+    )
+    with torch.no_grad():
+        together = model(tokens, adapter_names=names).logits
+        alone = [model(tokens[row : row + 1], adapter_names=[name]).logits for row, name in enumerate(names)]
+    assert together.dtype == torch.bfloat16 and set(used) == {torch.float32}
+    torch.testing.assert_close(together, torch.cat(alone), atol=2e-2, rtol=2e-2)
 
 
 def _hooked(model: Any) -> None:

@@ -90,6 +90,27 @@ def assert_alone(model: Any, logits: torch.Tensor, texts: list[list[int]], route
         torch.testing.assert_close(found, expected, atol=tolerance, rtol=tolerance)
 
 
+@pytest.mark.parametrize("prompts", [1, 3])
+@torch.no_grad()
+def test_rows_without_padding_are_given_a_mask_so_that_the_heads_are_grouped(
+    prompts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's own grouping (`enable_gqa`) is slow on CPUs, and transformers asks for it if there is no mask."""
+    model = made("llama")
+    tokens = torch.randint(1, 80, (prompts, 7))
+    with activation.routed(model, BASE):
+        expected = model(tokens, use_cache=False).logits[:, -1]
+    forward = RoutedForward(model)
+    attention, asked = torch.nn.functional.scaled_dot_product_attention, []
+    spy = lambda *given, **options: asked.append("enable_gqa" in options) or attention(*given, **options)  # noqa: E731
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    step = forward.step(KVCache.empty(prompts), tokens[:, :6], torch.ones_like(tokens[:, :6]), [BASE] * prompts)
+    asked.clear()
+    step = forward.step(step.cache, tokens[:, 6:], torch.ones_like(tokens[:, 6:]), [BASE] * prompts)
+    assert asked == [False] * model.config.num_hidden_layers
+    torch.testing.assert_close(step.logits, expected, atol=1e-9, rtol=1e-9)
+
+
 def test_a_model_that_keeps_other_states_is_refused() -> None:
     small = {"hidden_size": 32, "num_hidden_layers": 1, "state_size": 4, "vocab_size": 80}
     model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["mamba"](**small))
