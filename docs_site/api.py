@@ -37,6 +37,9 @@ GROUPS = {
 PACKAGES = ("peftcore.composition", "peftcore.merging", "peftcore.routing", "peftcore.train")
 """Packages whose public names are imported from there."""
 
+OPTIONS = {"peftcore.PeftModel": "\n    options: {inherited_members: true}"}
+"""{name: options of mkdocstrings}. The methods of PeftModel are those of its base classes."""
+
 
 def api_pages() -> dict[str, str]:
     """Return {path on the site: Markdown} of the API's pages."""
@@ -75,4 +78,4 @@ def _all(package: str) -> list[str]:
 
 
 def _text(page: str, names: list[str]) -> str:
-    return "\n\n".join([f"# {GROUPS[page][0]}", *(f"::: {name}" for name in names), ""])
+    return "\n\n".join([f"# {GROUPS[page][0]}", *(f"::: {name}{OPTIONS.get(name, '')}" for name in names), ""])

@@ -11,9 +11,7 @@ from typing import TYPE_CHECKING, Any
 from peftcore.hf_peft.alias import SUBMODULES, install_in_peftcore
 
 if TYPE_CHECKING:
-    from peftcore.bases import (
-        register_storage,
-    )
+    from peftcore.bases import register_storage
     from peftcore.config import (
         PeftConfig,
         PromptLearningConfig,
@@ -50,9 +48,7 @@ if TYPE_CHECKING:
         export_vllm,
         merge_streaming,
     )
-    from peftcore.gguf_files import (
-        load_gguf_base,
-    )
+    from peftcore.gguf_files import load_gguf_base
     from peftcore.hf_peft.auto import (
         AutoPeftModel,
         AutoPeftModelForCausalLM,
@@ -103,12 +99,8 @@ if TYPE_CHECKING:
         PromptEncoderReparameterizationType,
         PromptTuningInit,
     )
-    from peftcore.hf_peft.precision import (
-        cast_mixed_precision_params,
-    )
-    from peftcore.hf_peft.preprocess import (
-        preprocess_loraga,
-    )
+    from peftcore.hf_peft.precision import cast_mixed_precision_params
+    from peftcore.hf_peft.preprocess import preprocess_loraga
     from peftcore.hf_peft.tuner_models import (
         AdaLoraModel,
         AdamssModel,
@@ -155,27 +147,13 @@ if TYPE_CHECKING:
         TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING,
         bloom_model_postprocess_past_key_value,
     )
-    from peftcore.injection.activation import (
-        refresh_adapters,
-    )
-    from peftcore.injection.dequantize import (
-        dequantize_base,
-    )
-    from peftcore.injection.inject import (
-        inject_adapter_in_model,
-    )
-    from peftcore.injection.loftq import (
-        replace_lora_weights_loftq,
-    )
-    from peftcore.injection.merge import (
-        check_mergeable,
-    )
-    from peftcore.injection.rounding import (
-        calibrate_rounding,
-    )
-    from peftcore.injection.start_from_data import (
-        initialize_from_data,
-    )
+    from peftcore.injection.activation import refresh_adapters
+    from peftcore.injection.dequantize import dequantize_base
+    from peftcore.injection.inject import inject_adapter_in_model
+    from peftcore.injection.loftq import replace_lora_weights_loftq
+    from peftcore.injection.merge import check_mergeable
+    from peftcore.injection.rounding import calibrate_rounding
+    from peftcore.injection.start_from_data import initialize_from_data
     from peftcore.injection.status import (
         get_layer_status,
         get_model_status,
@@ -188,66 +166,26 @@ if TYPE_CHECKING:
         get_start_subtraction,
         set_start_subtraction,
     )
-    from peftcore.layers.adapter_layer import (
-        AdapterLayer,
-    )
-    from peftcore.methods.adalora import (
-        AdaLoraConfig,
-    )
-    from peftcore.methods.adamss import (
-        AdamssConfig,
-    )
-    from peftcore.methods.beft import (
-        BeftConfig,
-    )
-    from peftcore.methods.boft import (
-        BOFTConfig,
-    )
-    from peftcore.methods.bottleneck import (
-        BottleneckConfig,
-    )
-    from peftcore.methods.c3a import (
-        C3AConfig,
-    )
-    from peftcore.methods.deft import (
-        DeftConfig,
-    )
-    from peftcore.methods.delora import (
-        DeloraConfig,
-    )
-    from peftcore.methods.fourierft import (
-        FourierFTConfig,
-    )
-    from peftcore.methods.frod import (
-        FrodConfig,
-    )
-    from peftcore.methods.glora import (
-        GloraConfig,
-    )
-    from peftcore.methods.gralora import (
-        GraloraConfig,
-    )
-    from peftcore.methods.hira import (
-        HiraConfig,
-    )
-    from peftcore.methods.hra import (
-        HRAConfig,
-    )
-    from peftcore.methods.ia3 import (
-        IA3Config,
-    )
-    from peftcore.methods.lily import (
-        LilyConfig,
-    )
-    from peftcore.methods.ln_tuning import (
-        LNTuningConfig,
-    )
-    from peftcore.methods.loha import (
-        LoHaConfig,
-    )
-    from peftcore.methods.lokr import (
-        LoKrConfig,
-    )
+    from peftcore.layers.adapter_layer import AdapterLayer
+    from peftcore.methods.adalora import AdaLoraConfig
+    from peftcore.methods.adamss import AdamssConfig
+    from peftcore.methods.beft import BeftConfig
+    from peftcore.methods.boft import BOFTConfig
+    from peftcore.methods.bottleneck import BottleneckConfig
+    from peftcore.methods.c3a import C3AConfig
+    from peftcore.methods.deft import DeftConfig
+    from peftcore.methods.delora import DeloraConfig
+    from peftcore.methods.fourierft import FourierFTConfig
+    from peftcore.methods.frod import FrodConfig
+    from peftcore.methods.glora import GloraConfig
+    from peftcore.methods.gralora import GraloraConfig
+    from peftcore.methods.hira import HiraConfig
+    from peftcore.methods.hra import HRAConfig
+    from peftcore.methods.ia3 import IA3Config
+    from peftcore.methods.lily import LilyConfig
+    from peftcore.methods.ln_tuning import LNTuningConfig
+    from peftcore.methods.loha import LoHaConfig
+    from peftcore.methods.lokr import LoKrConfig
     from peftcore.methods.lora import (
         LoraConfig,
         LoraRuntimeConfig,
@@ -257,102 +195,44 @@ if TYPE_CHECKING:
     from peftcore.methods.lora.variants.kasa import KasaConfig
     from peftcore.methods.lora.variants.monteclora import MontecloraConfig
     from peftcore.methods.lora.variants.velora import VeloraConfig
-    from peftcore.methods.miss import (
-        MissConfig,
-    )
-    from peftcore.methods.oft import (
-        OFTConfig,
-    )
-    from peftcore.methods.osf import (
-        OSFConfig,
-    )
-    from peftcore.methods.peanut import (
-        PeanutConfig,
-    )
-    from peftcore.methods.poly import (
-        PolyConfig,
-    )
-    from peftcore.methods.psoft import (
-        PsoftConfig,
-    )
-    from peftcore.methods.pvera import (
-        PveraConfig,
-    )
-    from peftcore.methods.randlora import (
-        RandLoraConfig,
-    )
-    from peftcore.methods.road import (
-        RoadConfig,
-    )
-    from peftcore.methods.shira import (
-        ShiraConfig,
-    )
-    from peftcore.methods.supertuning import (
-        SupertuningConfig,
-    )
-    from peftcore.methods.tinylora import (
-        TinyLoraConfig,
-    )
-    from peftcore.methods.trainable_tokens import (
-        TrainableTokensConfig,
-    )
-    from peftcore.methods.unilora import (
-        UniLoraConfig,
-    )
-    from peftcore.methods.vblora import (
-        VBLoRAConfig,
-    )
-    from peftcore.methods.vera import (
-        VeraConfig,
-    )
-    from peftcore.methods.waveft import (
-        WaveFTConfig,
-    )
-    from peftcore.methods.xlora import (
-        XLoraConfig,
-    )
+    from peftcore.methods.miss import MissConfig
+    from peftcore.methods.oft import OFTConfig
+    from peftcore.methods.osf import OSFConfig
+    from peftcore.methods.peanut import PeanutConfig
+    from peftcore.methods.poly import PolyConfig
+    from peftcore.methods.psoft import PsoftConfig
+    from peftcore.methods.pvera import PveraConfig
+    from peftcore.methods.randlora import RandLoraConfig
+    from peftcore.methods.road import RoadConfig
+    from peftcore.methods.shira import ShiraConfig
+    from peftcore.methods.supertuning import SupertuningConfig
+    from peftcore.methods.tinylora import TinyLoraConfig
+    from peftcore.methods.trainable_tokens import TrainableTokensConfig
+    from peftcore.methods.unilora import UniLoraConfig
+    from peftcore.methods.vblora import VBLoRAConfig
+    from peftcore.methods.vera import VeraConfig
+    from peftcore.methods.waveft import WaveFTConfig
+    from peftcore.methods.xlora import XLoraConfig
     from peftcore.model import (
         PeftModel,
         get_peft_model,
         prepare_model_for_kbit_training,
     )
-    from peftcore.prompts.adaption_prompt import (
-        AdaptionPromptConfig,
-    )
-    from peftcore.prompts.cartridge import (
-        CartridgeConfig,
-    )
-    from peftcore.prompts.cpt import (
-        CPTConfig,
-    )
-    from peftcore.prompts.loreft import (
-        LoReftConfig,
-    )
-    from peftcore.prompts.multitask_prompt_tuning import (
-        MultitaskPromptTuningConfig,
-    )
-    from peftcore.prompts.p_tuning import (
-        PromptEncoderConfig,
-    )
-    from peftcore.prompts.prefix_tuning import (
-        PrefixTuningConfig,
-    )
-    from peftcore.prompts.prompt_tuning import (
-        PromptTuningConfig,
-    )
-    from peftcore.prompts.shadow import (
-        ShadowConfig,
-    )
+    from peftcore.prompts.adaption_prompt import AdaptionPromptConfig
+    from peftcore.prompts.cartridge import CartridgeConfig
+    from peftcore.prompts.cpt import CPTConfig
+    from peftcore.prompts.loreft import LoReftConfig
+    from peftcore.prompts.multitask_prompt_tuning import MultitaskPromptTuningConfig
+    from peftcore.prompts.p_tuning import PromptEncoderConfig
+    from peftcore.prompts.prefix_tuning import PrefixTuningConfig
+    from peftcore.prompts.prompt_tuning import PromptTuningConfig
+    from peftcore.prompts.shadow import ShadowConfig
     from peftcore.registry import (
         PeftType,
         tuner_names,
     )
-    from peftcore.routing import (
-        AdapterStore,
-    )
-    from peftcore.storage.reading import (
-        load_peft_weights,
-    )
+    from peftcore.routing import AdapterStore
+    from peftcore.storage.reading import load_peft_weights
     from peftcore.storage.state_dict import (
         get_base_model_state_dict,
         get_peft_model_state_dict,

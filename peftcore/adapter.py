@@ -7,9 +7,11 @@ The layer calls these methods:
     before(x)             change the layer's input     (OFT, HRA, feed-forward IA3)
     after(x, y)           change the layer's output    (LoRA, IA3, RoAd)
     delta_weight()        ΔW, for merging, export, and the default `after`; or
+    exact_factors()       two factors whose product is ΔW; or
     merged_weight(W)      W', if the method does not add to the weight
 
-A method must define `reset_parameters`, and one of `delta_weight` and `merged_weight`. All other members have defaults.
+A method must define `reset_parameters`, and one of `delta_weight`, `exact_factors` and `merged_weight`. All other
+members have defaults.
 With adapters 1..n at a layer, the output is f_n(x), where f_0 is the base layer and
 f_k(x) = after_k(x, f_{k-1}(before_k(x))). Merging adapters 1..n into the weight in this order must give the same
 function. So the y that `after` gets may include the output of other adapters.
@@ -399,8 +401,14 @@ class Adapter(_Constants):
         return False
 
     def delta_weight(self) -> Tensor:
-        """Return ΔW = W' − W in canonical orientation (o, i, *kernel), in the parameters' type."""
-        raise NotImplementedError(f"{type(self).__name__} must define delta_weight or merged_weight")
+        """Return ΔW = W' − W in canonical orientation (o, i, *kernel), in the parameters' type.
+
+        By default the product of `exact_factors`, for methods without convolutions.
+        """
+        if (factors := self.exact_factors()) is None:
+            raise NotImplementedError(f"{type(self).__name__} must define delta_weight, merged_weight or exact_factors")
+        product = factors.b[0] @ factors.a[0]
+        return product if factors.scaling == 1 else factors.scaling * product
 
     def exact_factors(self) -> Factors | None:
         """Return ΔW as two factors if it equals their product exactly, else None; they may be the parameters."""

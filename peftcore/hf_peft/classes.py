@@ -14,7 +14,8 @@ from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set
 from peftcore.layers.adapter_layer import AdapterLayer
 from peftcore.layers.adapter_parameters import AdapterParameters
 from peftcore.layers.saved_module import SavedModule
-from peftcore.model import IS_MIXED, PeftModel, get_peft_model
+from peftcore.model import PeftModel, get_peft_model
+from peftcore.model.peft_model import IS_MIXED
 from peftcore.registry import methods
 
 

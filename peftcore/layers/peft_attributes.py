@@ -326,7 +326,7 @@ class PeftLayerAttributes(MergingMethods):
             raise PeftError(f"{self._slot.path} has no adapter {adapter!r}; it has {list(self._slot.adapters)}")
         part, base = self._slot.adapter(adapter), self._slot.base
         part.check_mergeable()
-        if type(part).delta_weight is not Adapter.delta_weight:
+        if type(part).delta_weight is not Adapter.delta_weight or part.exact_factors() is not None:
             change = part.delta_weight()
         else:
             weight = base.read_unmerged()

@@ -188,10 +188,6 @@ class Adamss(Adapter):
         down, _, up = self._factors()
         return Factors(down[None], up[None])
 
-    def delta_weight(self) -> Tensor:
-        down, _, up = self._factors()
-        return up @ down
-
     def merged_bias(self, bias: Tensor | None) -> Tensor | None:
         _, column, up = self._factors()
         return bias if column is None or bias is None else bias + (up @ column).to(bias)

@@ -143,10 +143,6 @@ class Osf(Adapter):
         down, up = self._factors()
         return Factors(down[None], up[None])
 
-    def delta_weight(self) -> Tensor:
-        down, up = self._factors()
-        return up @ down
-
     def extra_repr(self) -> str:
         return f"effective_rank={self.effective_rank}"
 

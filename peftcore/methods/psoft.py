@@ -196,6 +196,3 @@ class Psoft(Adapter):
 
     def exact_factors(self) -> Factors:
         return Factors(self.psoft_A[None], (self.psoft_B @ self._turn().to(self.psoft_B))[None])
-
-    def delta_weight(self) -> Tensor:
-        return self.psoft_B @ self._turn().to(self.psoft_B) @ self.psoft_A

@@ -130,7 +130,3 @@ class Pvera(Adapter):
     def exact_factors(self) -> Factors:
         down, up = self._mean_factors()
         return Factors(down[None], up[None])
-
-    def delta_weight(self) -> Tensor:
-        down, up = self._mean_factors()
-        return up @ down

@@ -159,10 +159,6 @@ class TinyLora(Adapter):
         down, up = self._factors()
         return Factors(down[None], up[None])
 
-    def delta_weight(self) -> Tensor:
-        down, up = self._factors()
-        return up @ down
-
     # -- disk: A and B as well, so that another base of the same shape gives no other adapter ------------------------
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:

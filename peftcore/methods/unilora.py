@@ -168,10 +168,6 @@ class UniLora(Adapter):
         down, up = self._factors()
         return Factors(down[None], up[None])
 
-    def delta_weight(self) -> Tensor:
-        down, up = self._factors()
-        return up @ down
-
     # -- disk: with `save_indices`, the indices and the scales of each layer ------------------------------------------
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:

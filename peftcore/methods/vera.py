@@ -107,7 +107,3 @@ class Vera(Adapter):
     def exact_factors(self) -> Factors:
         down, up = self._factors()
         return Factors(down[None], up[None])
-
-    def delta_weight(self) -> Tensor:
-        down, up = self._factors()
-        return up @ down

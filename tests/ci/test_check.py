@@ -24,10 +24,10 @@ def repository(tmp_path: Path, check: ModuleType, monkeypatch: pytest.MonkeyPatc
     """Make a repository with one commit on `main` and a branch that starts there."""
     files = {
         "peftcore/kernels/low_rank.py": "",
-        "peftcore/model.py": "",
+        "peftcore/adapter.py": "",
         "tests/peftcore/kernels/test_low_rank.py": "",
         "tests/peftcore/test_contract.py": "from peftcore.kernels.low_rank import Factors",
-        "tests/peftcore/test_model.py": "from peftcore.kernels.low_rankings import x",
+        "tests/peftcore/test_adapter.py": "from peftcore.kernels.low_rankings import x",
     }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -57,7 +57,7 @@ def test_a_change_runs_its_mirror_then_those_that_name_it_then_the_smoke_set(
 
 def test_changed_and_new_tests_come_first(check: ModuleType, repository: Path) -> None:
     (repository / "tests/peftcore/test_new.py").write_text("")
-    (repository / "peftcore/model.py").unlink()
+    (repository / "peftcore/adapter.py").unlink()
     changed = check.changed_files("HEAD")
     assert changed == ["tests/peftcore/test_new.py"], "a deleted file has nothing to check"
     assert check.select_tests(changed) == ["tests/peftcore/test_new.py", *check.SMOKE]

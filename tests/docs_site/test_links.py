@@ -24,4 +24,4 @@ def test_code_stays_as_it_is() -> None:
 def test_pictures_of_results_keep_their_place() -> None:
     assert "benchmarks/results/gate.png" in results()
     assert site_path("benchmarks/results/gate.png") == "benchmarks/results/gate.png"
-    assert site_path("peftcore/model.py") is None
+    assert site_path("peftcore/adapter.py") is None

@@ -73,7 +73,7 @@ def test_a_method_must_define_its_start_and_its_change() -> None:
     adapter = Nothing(CONFIG, base_weight(nn.Linear(4, 3)), "0")
     with pytest.raises(NotImplementedError, match="Nothing must define reset_parameters"):
         adapter.reset_parameters()
-    with pytest.raises(NotImplementedError, match="Nothing must define delta_weight or merged_weight"):
+    with pytest.raises(NotImplementedError, match="Nothing must define delta_weight, merged_weight or exact_factors"):
         adapter.merged_weight(torch.zeros(3, 4))
 
 

@@ -15,7 +15,7 @@ from peft.tuners.lora import LoraLayer
 torch.manual_seed(0)
 base = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
 model = get_peft_model(base, LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
-assert isinstance(model[0], LoraLayer) and type(model).__mro__[1].__module__ == "peftcore.model"
+assert isinstance(model[0], LoraLayer) and type(model).__mro__[1].__module__.startswith("peftcore.model.")
 x = torch.randn(3, 4)
 y = model(x)
 model.save_pretrained(sys.argv[1])

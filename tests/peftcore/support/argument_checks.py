@@ -51,7 +51,8 @@ def _methods_of(kind: type) -> Iterator[tuple[str, Callable[..., Any]]]:
         of_library = (getattr(method, "__module__", None) or "").startswith("peftcore")
         if name.startswith("_") or not of_library or inspect.isclass(method):
             continue
-        yield method.__qualname__, method
+        # the methods of PeftModel are written in its base classes, one for each subject
+        yield f"PeftModel.{name}" if kind is peftcore.PeftModel else method.__qualname__, method
 
 
 def public_functions() -> dict[str, Callable[..., Any]]:

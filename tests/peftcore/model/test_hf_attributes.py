@@ -1,0 +1,38 @@
+"""Attributes of HF PEFT's models on ours: `base_model`, `prefix`, shared tensors; see also test_base_view.py."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from peftcore import LoraConfig, VeraConfig, get_peft_model
+
+
+def test_base_model_is_hf_pefts_outside_of_a_forward_pass_and_transformers_inside(model: Any) -> None:
+    assert model.base_model.model is model
+    seen = []
+    model.lm_head.register_forward_pre_hook(lambda *_: seen.append(model.base_model))
+    model(torch.arange(3)[None])
+    assert seen == [model.model]
+
+
+def test_methods_that_read_base_model_find_the_model_without_its_head(model: Any) -> None:
+    assert model.get_decoder() is model.model
+    assert model.get_input_embeddings() is model.model.embed_tokens
+    assert model.get_input_embeddings.__func__.__wrapped__ is LlamaForCausalLM.get_input_embeddings
+    embeddings = nn.Embedding(20, 8)
+    model.set_input_embeddings(embeddings)
+    assert model.model.embed_tokens is embeddings
+
+
+def test_tensors_that_all_layers_share_are_attributes_of_methods_that_have_them() -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 3)), VeraConfig(target_modules=["0", "1"], r=2))
+    assert model.vera_A["default"].shape == (2, 5)
+    assert model.vera_B["default"].shape == (5, 2)
+    assert model.prefix == "vera_lambda_"
+    lora = get_peft_model(nn.Sequential(nn.Linear(4, 5)), LoraConfig(target_modules=["0"]))
+    with pytest.raises(AttributeError):
+        lora.vera_A  # noqa: B018
+    assert lora.prefix == "lora_"

@@ -1,0 +1,49 @@
+"""What is saved of an adapter, under the model's own paths."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from peftcore import AdapterNameError, ConfigError, LoraConfig
+from peftcore.files.tensors import PREFIX
+
+
+def test_the_adapters_state_by_the_models_own_paths(model: Any, tmp_path: Path) -> None:
+    state = model.get_adapter_state_dict()
+    model.save_pretrained(tmp_path, selected_adapters=["a"])
+    assert sorted(state) == [
+        f"model.layers.0.self_attn.{layer}.lora_{letter}.weight" for layer in ("q_proj", "v_proj") for letter in "AB"
+    ]
+    assert all(not key.startswith(PREFIX) for key in model.get_adapter_state_dict("b"))
+    other = {name: tensor + 1 for name, tensor in model.state_dict().items()}
+    assert all(torch.equal(t, state[key] + 1) for key, t in model.get_adapter_state_dict(state_dict=other).items())
+
+
+def test_the_default_adapter_is_in_the_directory_itself_and_others_below(model: Any, tmp_path: Path) -> None:
+    model.add_adapter("default", LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path)
+    folders = {path.parent.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("adapter_config.json")}
+    assert folders == {".", "a", "b"}
+
+
+def test_nothing_is_saved_if_an_option_or_a_name_is_wrong(model: Any, tmp_path: Path) -> None:
+    for options, error in (
+        ({"safe_serialization": False}, ConfigError),
+        ({"push_to_hub": True}, ConfigError),
+        ({"nonsense": 1}, TypeError),
+        ({"selected_adapters": ["a", "nothing"]}, AdapterNameError),
+    ):
+        with pytest.raises(error):
+            model.save_pretrained(tmp_path / "out", **options)
+    with pytest.warns(UserWarning, match="max_shard_size='1GB' has no effect"):
+        model.save_pretrained(tmp_path / "sharded", max_shard_size="1GB")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_model_card_names_the_library(model: Any, tmp_path: Path) -> None:
+    card = tmp_path / "README.md"
+    card.write_text("---\nlicense: mit\n---\nmy words")
+    model.create_or_update_model_card(tmp_path)
+    assert all(words in card.read_text() for words in ("library_name: peft", "license: mit", "my words"))
