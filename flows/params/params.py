@@ -17,6 +17,7 @@ from flows.params.retrain import Retrain
 from flows.params.scorers import BUILT_IN
 from flows.params.section import HUB, Name, Section, Text, invalid_value
 from flows.params.train import KINDS, Train
+from flows.params.webhooks import Webhooks
 
 _BASE = rf"wheel:\w[\w.-]*==[\w.+!-]+(#sha256=[0-9a-f]{{64}})?|{HUB}|path:.+"
 
@@ -71,6 +72,7 @@ with warnings.catch_warnings():
         gate: Gate = Gate()
         retrain: Retrain = Retrain()
         tracking: Tracking = Tracking()
+        webhooks: Webhooks = Webhooks()
 
         @classmethod
         def from_record(cls, values: Mapping[str, Any]) -> Self:

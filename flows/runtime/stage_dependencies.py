@@ -33,6 +33,7 @@ IGNORED = {
     "flows.runtime.progress": "progress bars",
     "flows.runtime.stage": "starts a stage and reports its errors",
     "flows.runtime.tracking": "mirrors a run to W&B",
+    "flows.webhooks": "sends events",
     "flows.stages": "sets environment variables",
     "peftcore": "table of public names",
     "peftcore.errors": "error messages",
