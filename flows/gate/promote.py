@@ -4,8 +4,8 @@ A decision reads the registry once. All parts of the decision use this snapshot,
 """
 
 import json
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from flows.registry.registered_files import check_adapter, files_of
 from flows.registry.registry import Registry
 from flows.registry.signatures import allowed_signers, signature_of
 from flows.registry.synchronise import synchronise
+from flows.runtime.tracking import mirror_promotion
 from flows.webhooks import Event, TagProof, announce, announced
 from peftcore.files import MANIFEST, damaged_files, sha256, write_atomically
 
@@ -174,6 +175,7 @@ def roll_back(
     event = _event("rollback", promotion, holder.version, [tag, chosen.commit], reason=reason)
     with announced(params, paths.root, event, TagProof(tag, lines[0], push_to)):
         registry.assign(stage, chosen, state.last_event(), "\n".join(lines).rstrip() + "\n", push_to)
+    _mirror(params, paths.root, state, chosen)
     write_atomically(paths.promotion, json.dumps(promotion.as_dict(), indent=2) + "\n")
     return promotion
 
@@ -267,7 +269,20 @@ def _decide(
     event = _event("promotion", promotion, previous, [tag, chosen.commit])
     with announced(params, root, event, TagProof(tag, lines[0], push_to)):
         registry.assign(stage, chosen, last_event, "\n".join(lines) + "\n", push_to)
+    _mirror(params, root, state, chosen)
     return promotion
+
+
+def _mirror(params: Params, root: Path, state: RegistryReader, version: Version) -> None:
+    """Mirror to the tracking backends that a version has the stage now."""
+
+    @contextmanager
+    def adapter() -> Iterator[Path]:
+        paths = Paths(root)
+        with files_of(paths, state, version, [paths.adapter]) as where:
+            yield where.adapter
+
+    mirror_promotion(params, root, state.record(version), adapter)
 
 
 def _event(kind: EventType, promotion: Promotion, previous: str | None, key: list[Any], **further: Any) -> Event:

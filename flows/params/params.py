@@ -46,10 +46,26 @@ class Base(Section):
 
 
 class Tracking(Section):
-    """Weights & Biases."""
+    """Mirrors of a run: Weights & Biases, MLflow, TensorBoard. mode: that of W&B; disabled: no backend is used."""
 
+    backends: list[Literal["wandb", "mlflow", "tensorboard"]] = Field(default=["wandb"])
     project: Text = "peftcore"
     mode: Literal["offline", "online", "disabled"] = "offline"
+    wandb_registry: Text | None = None
+    mlflow_uri: Text | None = None
+
+    @model_validator(mode="after")
+    def _check_backends(self) -> Self:
+        if len(set(self.backends)) < len(self.backends):
+            raise invalid_value("give each backend once", "backends", self.backends)
+        for backend, key in (("wandb", "wandb_registry"), ("mlflow", "mlflow_uri")):
+            if getattr(self, key) is not None and backend not in self.backends:
+                raise invalid_value(f"it needs {backend} in tracking.backends", key, getattr(self, key))
+        if self.wandb_registry is not None and self.mode == "offline":
+            raise invalid_value(
+                "W&B links nothing offline; give tracking.mode: online", "wandb_registry", self.wandb_registry
+            )
+        return self
 
 
 with warnings.catch_warnings():

@@ -32,7 +32,7 @@ IGNORED = {
     "flows.runtime.processes": "starts and ends processes",
     "flows.runtime.progress": "progress bars",
     "flows.runtime.stage": "starts a stage and reports its errors",
-    "flows.runtime.tracking": "mirrors a run to W&B",
+    "flows.runtime.tracking": "mirrors a run to W&B, MLflow and TensorBoard",
     "flows.webhooks": "sends events",
     "flows.stages": "sets environment variables",
     "peftcore": "table of public names",

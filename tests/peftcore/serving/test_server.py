@@ -34,6 +34,22 @@ def test_told_to_end_it_ends_what_runs_and_takes_nothing_new(serving: Callable[.
         httpx.get(f"{served.url}/health")
 
 
+def test_a_port_of_its_own_monitors_without_the_key_and_does_nothing_else(serving: Callable[..., Any]) -> None:
+    served = serving(http=True, keys=["first"], metrics_port=0)
+    monitoring = served.server.metrics_address
+    assert monitoring != served.url
+    for path in ("/health", "/ready", "/metrics"):
+        assert httpx.get(f"{monitoring}{path}").status_code == 200
+        assert httpx.get(f"{served.url}{path}").status_code == 401
+    assert "peftcore_requests_total" in httpx.get(f"{monitoring}/metrics").text
+    for path in ("/v1/models", "/v1/load_lora_adapter", "/docs", "/openapi.json"):
+        assert httpx.get(f"{monitoring}{path}").status_code == 404
+    served.server.handle_exit(15, None)
+    served.wait(lambda: not served.service.engine.alive)
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{monitoring}/health")
+
+
 @pytest.mark.parametrize("again", [False, True])
 def test_what_runs_too_long_then_or_at_a_second_signal_fails(serving: Callable[..., Any], again: bool) -> None:
     served = serving(http=True, limits=Limits(grace=60 if again else 0.3))
