@@ -37,7 +37,8 @@ def sweep(
             "-S",
             metavar="KEY=V1,V2",
             help="Values of a parameter, in the syntax of `dvc exp run -S`; with `--search optuna` also "
-            "KEY=interval(LOW,HIGH), KEY=int(interval(LOW,HIGH)), KEY=tag(log,interval(LOW,HIGH)) and KEY=range(LOW,END,STEP).",
+            "KEY=interval(LOW,HIGH), KEY=int(interval(LOW,HIGH)), KEY=tag(log,interval(LOW,HIGH)) and "
+            "KEY=range(LOW,END,STEP).",
             autocompletion=completion.params,
         ),
     ],

@@ -57,6 +57,7 @@ def send(as_json: AsJson = False) -> None:
 
 def discard(
     event: Annotated[str, typer.Argument(metavar="EVENT", help="Id of the event, from `peftcore webhooks list`.")],
+    as_json: AsJson = False,
 ) -> None:
     """Remove an event from the outbox: no receiver gets it any more."""
     with errors(), project() as (_, paths):
@@ -67,4 +68,4 @@ def discard(
         if event not in waiting:
             raise RepositoryError(f"no event {event} waits; `peftcore webhooks list` shows those that do")
         Outbox(path).discard(event)
-        print(f"{event} is not sent any more")
+        print(json.dumps({"discarded": event}) if as_json else f"{event} is not sent any more")

@@ -5,6 +5,7 @@ in .prefect. If PREFECT_API_URL names a server, that server is used.
 """
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -19,13 +20,15 @@ from typing import Any
 
 import httpx
 
-from flows.errors import ParamsError, StageError
+from flows.errors import ParamsError, RepositoryError, StageError
 from flows.paths import Paths
 from flows.retraining.committed import last_readable_params
 from flows.runtime.git import Git
 from flows.runtime.processes import die_with_parent, this_host
 from flows.webhooks import Event, try_to_announce, try_to_deliver
 from peftcore.files import write_atomically
+
+logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_DELIVERIES = 30.0
 """Seconds between two looks for webhooks that are due."""
@@ -96,8 +99,11 @@ def _deliver_webhooks(paths: Paths) -> None:
     """Send webhooks that are due while the schedule runs."""
     while True:
         time.sleep(SECONDS_BETWEEN_DELIVERIES)
-        if (params := last_readable_params(Git(paths.root))) is not None:
-            try_to_deliver(params, paths.root)
+        try:
+            if (params := last_readable_params(Git(paths.root))) is not None:
+                try_to_deliver(params, paths.root)
+        except RepositoryError as error:  # of git; the next look may succeed
+            logger.warning("webhooks: %s", error)
 
 
 @contextmanager

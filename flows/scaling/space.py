@@ -16,7 +16,10 @@ from flows.errors import ParamsError
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
-HELP = "give key=a,b for choices, key=interval(low,high), key=int(interval(low,high)), key=tag(log,interval(low,high)) or key=range(low,end,step)"
+HELP = (
+    "give key=a,b for choices, key=interval(low,high), key=int(interval(low,high)), key=tag(log,interval(low,high)) or "
+    "key=range(low,end,step)"
+)
 
 
 @dataclass(frozen=True)
