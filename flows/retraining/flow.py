@@ -134,10 +134,13 @@ def _retrain(root: Path, push_to: str | None, force: bool, runner: Runner) -> En
             raise
         finally:
             entry.finished = _now()
-            params = last_readable_params(git)
-            if params is not None and entry.outcome == "failed":
-                _announce_failure(params, root, entry.started, entry.reason)
-            append(paths, entry)
+            try:
+                # before the entry: if the process is killed in between, the next retraining announces the same event
+                params = last_readable_params(git)
+                if params is not None and entry.outcome == "failed":
+                    _announce_failure(params, root, entry.started, entry.reason)
+            finally:
+                append(paths, entry)
             if params is not None:
                 write_history_page(params, paths)
                 # an unchanged run notifies only if it skipped other files than the run before
@@ -419,8 +422,10 @@ def _set_own_params(path: Path, recorded: list[dict[str, Any]]) -> None:
 
 def _announce_killed(git: Git, root: Path, recorded: set[str]) -> None:
     """Announce the failure of a retraining that was killed: it has begun to train and has no entry in the history."""
-    started, params = unfinished_since(root), last_readable_params(git)
-    if started is not None and started not in recorded and params is not None:
+    started = unfinished_since(root)
+    if started is None or started in recorded:
+        return
+    if (params := last_readable_params(git)) is not None:
         _announce_failure(params, root, started, "it was killed")
 
 

@@ -9,8 +9,9 @@ import json
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from flows.errors import BusyError
 from flows.gate.holdout_reuse import note_trial
@@ -23,9 +24,6 @@ from flows.scaling.ranking import ranked, write_ranking
 from flows.scaling.space import Space, read_space
 from flows.scaling.trial import Report, SweepSettings, Trial, run_trial, snapshot
 from peftcore.errors import require_extra
-
-if TYPE_CHECKING:
-    import optuna
 
 STARTUP_TRIALS = 4
 """Trials (count) with random parameters and without pruning, at the start."""
@@ -70,7 +68,7 @@ class Search:
                 _run_one(study, space, evaluate)
             return [_result(one) for one in _done(study)[: self.trials]]
 
-    def _study(self) -> "optuna.Study":
+    def _study(self) -> Any:
         optuna = _optuna()
         self.database.parent.mkdir(parents=True, exist_ok=True)
         pruner = optuna.pruners.MedianPruner(n_startup_trials=STARTUP_TRIALS, n_warmup_steps=WARMUP_EVALUATIONS + 1)
@@ -129,7 +127,7 @@ def run_search(
     return results
 
 
-def _run_one(study: "optuna.Study", space: Space, evaluate: Evaluate) -> None:
+def _run_one(study: Any, space: Space, evaluate: Evaluate) -> None:
     trial = study.ask(space.searched)
 
     def report(evaluation: int, loss: float) -> str | None:
@@ -141,7 +139,7 @@ def _run_one(study: "optuna.Study", space: Space, evaluate: Evaluate) -> None:
     _tell(study, trial.number, result)
 
 
-def _tell(study: "optuna.Study", number: int, result: Trial | None) -> None:
+def _tell(study: Any, number: int, result: Trial | None) -> None:
     states = _optuna().trial.TrialState
     if result is not None and result.loss is not None:
         study.tell(number, result.loss)
@@ -150,25 +148,25 @@ def _tell(study: "optuna.Study", number: int, result: Trial | None) -> None:
         study.tell(number, state=states.PRUNED if pruned else states.FAIL)
 
 
-def _give_up_killed(study: "optuna.Study") -> None:
+def _give_up_killed(study: Any) -> None:
     """End the trial of a killed process. A trial without a result does not count: its parameters are proposed again."""
     states = _optuna().trial.TrialState
     for trial in study.get_trials(states=(states.RUNNING,)):
         _tell(study, trial.number, _result(trial) if _RESULT in trial.user_attrs else None)
 
 
-def _done(study: "optuna.Study") -> "list[optuna.trial.FrozenTrial]":
+def _done(study: Any) -> list[Any]:
     """Return the trials with a result, in their order."""
     states = _optuna().trial.TrialState
     return [one for one in study.get_trials() if one.state != states.RUNNING and _RESULT in one.user_attrs]
 
 
-def _result(trial: "optuna.trial.FrozenTrial") -> Trial:
+def _result(trial: Any) -> Trial:
     values = trial.user_attrs[_RESULT]
     return Trial(**{**values, "overrides": tuple(values["overrides"])})
 
 
-def _sampler(seed: int) -> "optuna.samplers.TPESampler":
+def _sampler(seed: int) -> Any:
     optuna = _optuna()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -177,7 +175,6 @@ def _sampler(seed: int) -> "optuna.samplers.TPESampler":
 
 def _optuna() -> Any:
     require_extra("optuna", "peftcore sweep --search optuna", "optuna")
-    import optuna
-
+    optuna: Any = import_module("optuna")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna

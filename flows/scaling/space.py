@@ -1,20 +1,21 @@
 """The space of a search, from overrides in Hydra's syntax.
 
-train.learning_rate=tag(log,interval(1e-5,1e-2))     a number between two others, on a logarithmic scale
-train.warmup_share=interval(0,0.2)                   a number between two others
-method.r=range(4,33,4)                               4, 8, ... 32; the end is left out, as in Python
-train.schedule=cosine,linear                         one of several values
-method.use_rslora=true                               a fixed value
+Forms of an override:
+
+    train.learning_rate=tag(log,interval(1e-5,1e-2))     a number between two others, on a logarithmic scale
+    train.warmup_share=interval(0,0.2)                   a number between two others
+    train.batch_size=int(interval(2,16))                 a whole number between two others, both included
+    method.r=range(4,33,4)                               4, 8, ... 32; the end is left out, as in Python
+    train.schedule=cosine,linear                         one of several values
+    method.use_rslora=true                               a fixed value
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from typing import Any
 
 from flows.errors import ParamsError
-
-if TYPE_CHECKING:
-    from optuna.distributions import BaseDistribution
 
 HELP = (
     "give key=a,b for choices, key=interval(low,high), key=int(interval(low,high)), key=tag(log,interval(low,high)) or "
@@ -27,11 +28,11 @@ class Space:
     """Searched parameters and fixed ones.
 
     Attributes:
-        searched: {key: its distribution}.
+        searched: {key: its distribution of `optuna.distributions`}.
         fixed: overrides KEY=VALUE that every trial has.
     """
 
-    searched: "dict[str, BaseDistribution]"
+    searched: dict[str, Any]
     fixed: tuple[str, ...]
 
     def overrides(self, values: dict[str, Any]) -> tuple[str, ...]:
@@ -74,20 +75,20 @@ def read_space(overrides: Sequence[str]) -> Space:
 
 def _distribution(override: Any) -> Any:
     from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, RangeSweep
-    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
+    distributions: Any = import_module("optuna.distributions")
     value = override.value()
     if isinstance(value, IntervalSweep):
         low, high = value.start, value.end
         is_log = "log" in value.tags
         if isinstance(low, int) and isinstance(high, int):  # by int(...); Hydra makes floats otherwise
-            return IntDistribution(low, high, log=is_log)
-        return FloatDistribution(float(low or 0), float(high or 0), log=is_log)
+            return distributions.IntDistribution(low, high, log=is_log)
+        return distributions.FloatDistribution(float(low or 0), float(high or 0), log=is_log)
     if isinstance(value, RangeSweep | ChoiceSweep):
         values = list(override.sweep_iterator())
         numbers = all(isinstance(one, int | float) and not isinstance(one, bool) for one in values)
         choices = [one if numbers or isinstance(one, bool) else str(one) for one in values]
-        return CategoricalDistribution(choices)
+        return distributions.CategoricalDistribution(choices)
     raise ParamsError(f"{override.input_line} is a sweep that a search does not know; {HELP}")
 
 

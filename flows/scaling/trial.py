@@ -97,10 +97,10 @@ def run_trial(settings: SweepSettings, overrides: tuple[str, ...], report: Repor
                 summary = _trained(tree, settings, overrides, watch)
             except StageStopped:
                 summary = None
-            texts = [(tree / name).read_text() for name in ("dvc.lock", "params.yaml")]
+            lock, params = ((tree / name).read_text() for name in ("dvc.lock", "params.yaml"))
     except (PeftError, PipelineError) as error:
         return Trial(overrides, time.monotonic() - started, error=str(error))
-    return Trial(overrides, time.monotonic() - started, summary, None, *texts, watch.reason)
+    return Trial(overrides, time.monotonic() - started, summary, None, lock, params, watch.reason)
 
 
 def _trained(tree: Path, settings: SweepSettings, overrides: tuple[str, ...], watch: "_Watch") -> dict[str, Any]:

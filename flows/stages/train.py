@@ -10,6 +10,7 @@ the work; only the main process shows progress, logs, writes results and removes
 import json
 import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +26,7 @@ from flows.params import Params
 from flows.paths import Paths
 from flows.runtime.progress import bars_closed
 from flows.runtime.stage import set_seed, start
-from flows.runtime.tracking import Tracker
+from flows.runtime.tracking import Backend, Tracker
 from flows.training.adapter_choice import adapter_config
 from flows.training.arguments import fault_policy, training_arguments
 from flows.training.automatic_rank import FILE as RANKS
@@ -230,7 +231,7 @@ def _training_set(params: Params, rows: Dataset) -> Dataset | Packs:
 
 
 def _summary(
-    params: Params, model: Any, state: TrainerState, training_log: TrainingLog, run_ids: dict[str, str]
+    params: Params, model: Any, state: TrainerState, training_log: TrainingLog, run_ids: Mapping[Backend, str]
 ) -> dict[str, Any]:
     trainable, _ = model.get_nb_trainable_parameters()
     others = {backend: run_id for backend, run_id in run_ids.items() if backend != "wandb"}

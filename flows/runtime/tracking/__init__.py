@@ -4,8 +4,8 @@ The run reads nothing back, and an error of a backend never fails the run. A fai
 continues without that backend.
 """
 
-from flows.runtime.tracking.tracker import Tracker
+from flows.runtime.tracking.tracker import Backend, Tracker
 from flows.runtime.tracking.versions import mirror_promotion, mirror_version
 from flows.runtime.tracking.wandb_run import EVALUATES, LOGIN_SECONDS
 
-__all__ = ["EVALUATES", "LOGIN_SECONDS", "Tracker", "mirror_promotion", "mirror_version"]
+__all__ = ["EVALUATES", "LOGIN_SECONDS", "Backend", "Tracker", "mirror_promotion", "mirror_version"]

@@ -10,6 +10,7 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -122,18 +123,17 @@ class MlflowRun:
         self._client.create_model_version(name, source, self.id, tags)
 
     def _log_model(self, params: Mapping[str, Any], adapter: Path) -> None:
-        import mlflow.pyfunc
-        from mlflow.models import ModelSignature
-        from mlflow.types.schema import ColSpec, Schema
-
-        signature = ModelSignature(Schema([ColSpec("string", "prompt")]), Schema([ColSpec("string", "answer")]))
+        pyfunc: Any = import_module("mlflow.pyfunc")
+        models: Any = import_module("mlflow.models")
+        types: Any = import_module("mlflow.types.schema")
+        prompt, answer = (types.Schema([types.ColSpec("string", name)]) for name in ("prompt", "answer"))
         with tempfile.TemporaryDirectory(prefix="peftcore-mlflow-") as folder:
             model = Path(folder) / "model"
-            mlflow.pyfunc.save_model(
+            pyfunc.save_model(
                 str(model),
                 loader_module=LOADER,
                 data_path=str(adapter),
-                signature=signature,
+                signature=models.ModelSignature(prompt, answer),
                 pip_requirements=["peftcore[pipeline]"],
                 model_config={
                     "base": str(adapter.with_name("base").resolve()),
@@ -150,10 +150,9 @@ class MlflowRun:
         self._client.set_terminated(self.id, "FAILED" if failed else "FINISHED")
 
     def _add(self, values: Mapping[str, Any], step: int) -> None:
-        from mlflow.entities import Metric
-
+        entities: Any = import_module("mlflow.entities")
         now = int(time.time() * 1000)
-        self._metrics += [Metric(name, value, now, step) for name, value in numbers(values).items()]
+        self._metrics += [entities.Metric(name, value, now, step) for name, value in numbers(values).items()]
 
     def _send(self) -> None:
         while self._metrics:
@@ -162,10 +161,9 @@ class MlflowRun:
         self._sent = time.monotonic()
 
     def _log_params(self, config: Mapping[str, Any]) -> None:
-        from mlflow.entities import Param
-
+        entities: Any = import_module("mlflow.entities")
         texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in flat(config).items()}
-        params = [Param(name, text[:LONGEST_PARAM]) for name, text in texts.items()]
+        params = [entities.Param(name, text[:LONGEST_PARAM]) for name, text in texts.items()]
         for first in range(0, len(params), MOST_PARAMS):
             self._client.log_batch(self.id, params=params[first : first + MOST_PARAMS])
 
@@ -190,25 +188,23 @@ def client_of(uri: str | None, directory: Path) -> Any:
     require_extra("mlflow", "tracking.backends: mlflow", "mlflow")
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    from mlflow import MlflowClient
-
+    mlflow: Any = import_module("mlflow")
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     address = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{directory.resolve()}/mlflow.db"
-    return MlflowClient(tracking_uri=address, registry_uri=address)
+    return mlflow.MlflowClient(tracking_uri=address, registry_uri=address)
 
 
 def _experiment(client: Any, name: str, directory: Path) -> str:
     """Return the id of an experiment; a new one in a database has its artifacts in `directory`/mlruns."""
-    from mlflow.exceptions import MlflowException
-
+    exceptions: Any = import_module("mlflow.exceptions")
     if (experiment := client.get_experiment_by_name(name)) is not None:
         return experiment.experiment_id
     is_server = client.tracking_uri.startswith(("http://", "https://"))
     location = None if is_server else (directory.resolve() / "mlruns" / name).as_uri()
     try:
         return client.create_experiment(name, artifact_location=location)
-    except MlflowException:
+    except exceptions.MlflowException:
         if (experiment := client.get_experiment_by_name(name)) is None:
             raise
         return experiment.experiment_id  # another run has created it at the same time

@@ -22,7 +22,7 @@ LABELS: Mapping[Backend, str] = {
     "mlflow": MlflowRun.label,
     "tensorboard": TensorBoardRun.label,
 }
-NOTHING: Mapping[str, str] = MappingProxyType({})
+NOTHING: Mapping[Backend, str] = MappingProxyType({})
 
 
 class BackendRun(Protocol):
@@ -79,7 +79,7 @@ class Tracker:
         name: str | None = None,
         backends: Sequence[Backend] = ("wandb",),
         mlflow_uri: str | None = None,
-        continued: Mapping[str, str] = NOTHING,
+        continued: Mapping[Backend, str] = NOTHING,
     ) -> None:
         self._runs: dict[Backend, BackendRun] = {}
         if mode == "disabled":
@@ -101,7 +101,7 @@ class Tracker:
         return self.run_ids.get("wandb")
 
     @property
-    def run_ids(self) -> dict[str, str]:
+    def run_ids(self) -> dict[Backend, str]:
         """{backend: id of its run} of the backends that work."""
         return {backend: run.id for backend, run in self._runs.items()}
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from flows.params import Params
 from flows.paths import Paths
 from flows.runtime.tracking.mlflow_run import MlflowRun, set_alias
-from flows.runtime.tracking.tracker import Tracker
+from flows.runtime.tracking.tracker import Backend, Tracker
 from flows.runtime.tracking.wandb_run import WandbRun
 
 log = logging.getLogger(__name__)
@@ -25,7 +25,7 @@ class Holder(Protocol):
         ...
 
 
-def tracked_runs(record: Mapping[str, Any]) -> dict[str, str]:
+def tracked_runs(record: Mapping[str, Any]) -> dict[Backend, str]:
     """Return {backend: id of the training run} of a version's record."""
     runs = {"wandb": record.get("wandb_run_id"), **record.get("tracking_runs", {})}
     return {backend: run for backend, run in runs.items() if run is not None}
@@ -44,7 +44,7 @@ def mirror_version(
         stages: Holders of the registry's stages before the version's promotion.
     """
     tracking, version, trained = params.tracking, record["version"], tracked_runs(record)
-    backends = [backend for backend in tracking.backends if backend in trained]
+    backends: list[Backend] = [backend for backend in tracking.backends if backend in trained]
     if not backends:
         return
     tracker = Tracker(

@@ -90,7 +90,7 @@ class WandbRun:
         import wandb
 
         columns: list[int | str] = list(dict.fromkeys(name for row in rows for name in row))
-        data = [[row.get(str(name)) for name in columns] for row in rows]
+        data: Any = [[row.get(str(name)) for name in columns] for row in rows]
         self._run.log({name: wandb.Table(columns=columns, data=data)})
 
     def summarise(self, summary: Mapping[str, Any], adapter: Path | None) -> None:
