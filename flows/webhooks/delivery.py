@@ -10,6 +10,7 @@ import binascii
 import hashlib
 import hmac
 import logging
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SECONDS = 10.0
-"""Time limit of one attempt."""
+"""Seconds of silence (to connect, to answer) after which an attempt has failed."""
+MOST_SECONDS = 30.0
+"""Seconds after which a call of `deliver` begins no further attempt, unless it sends everything at once."""
 SHORTEST_SECRET = 16
 """Bytes."""
 _PREFIX = "whsec_"
@@ -80,6 +83,7 @@ def deliver(params: Params, root: Path, at_once: bool = False) -> Result:
     if not outbox.path.exists():
         return Result(0, (), ())
     sent, failures = 0, list[Failure]()
+    until = math.inf if at_once else time.time() + MOST_SECONDS
     lock = outbox.path.with_suffix(".sending")
     with exclusive(lock) if at_once else exclusive_if_free(lock) as is_mine:
         if is_mine is not False:
@@ -88,7 +92,7 @@ def deliver(params: Params, root: Path, at_once: bool = False) -> Result:
             waiting = outbox.waiting()
             for endpoint in params.webhooks.endpoints:
                 deliveries = [delivery for delivery in waiting if delivery.url == endpoint.url]
-                count, failure = _deliver_to(endpoint, project, outbox, deliveries, at_once)
+                count, failure = _deliver_to(endpoint, project, outbox, deliveries, at_once, until)
                 sent += count
                 failures += [] if failure is None else [failure]
     return Result(sent, tuple(outbox.waiting()), tuple(failures))
@@ -168,9 +172,9 @@ def signature(secret: bytes, event: str, timestamp: int, body: bytes) -> str:
 
 
 def _deliver_to(
-    endpoint: Endpoint, root: Path, outbox: Outbox, deliveries: Sequence[Delivery], at_once: bool
+    endpoint: Endpoint, root: Path, outbox: Outbox, deliveries: Sequence[Delivery], at_once: bool, until: float
 ) -> tuple[int, Failure | None]:
-    """Send one receiver's events; returns the number of accepted ones, and the last failure."""
+    """Send one receiver's events until the time `until`; returns the number of accepted ones, and the last failure."""
     import httpx
 
     now = time.time()
@@ -186,6 +190,8 @@ def _deliver_to(
         return 0, Failure(due[0], reason, outbox.note_failed(due[0], reason, now))
     with httpx.Client(timeout=SECONDS, follow_redirects=False) as client:
         for one in due:
+            if time.time() > until:
+                break
             reason, is_down = _post(client, one, secret)
             if reason is None:
                 outbox.note_delivered(one, time.time())

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from webhook_receiver import Receiver
@@ -108,6 +109,22 @@ def test_one_attempt_a_call_while_a_receiver_is_down(
     clock.now += 1
     try_to_deliver(params, repository)
     assert len(receiver.requests) == 1
+
+
+def test_a_slow_receiver_holds_up_a_command_for_a_limited_time(
+    repository: Path, receiver: Receiver, params_of: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, post = Clock(monkeypatch), delivery._post
+
+    def slow(*arguments: Any) -> Any:
+        clock.now += 8
+        return post(*arguments)
+
+    monkeypatch.setattr(delivery, "_post", slow)
+    for number in range(10):
+        Outbox(outbox_path(repository)).add(event(str(number)), [receiver.url])
+    assert deliver(params_of(), repository).sent == 4, "none is begun after 30 seconds"
+    assert deliver(params_of(), repository, at_once=True).sent == 6
 
 
 def test_an_event_that_is_refused_for_ever_holds_up_no_other(
