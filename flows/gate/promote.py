@@ -32,7 +32,7 @@ from flows.registry.registry import Registry
 from flows.registry.signatures import allowed_signers, signature_of
 from flows.registry.synchronise import synchronise
 from flows.runtime.tracking import mirror_promotion
-from flows.webhooks import Event, TagProof, announce, announced
+from flows.webhooks import Event, TagProof, announce, announced, try_to_deliver
 from peftcore.files import MANIFEST, damaged_files, sha256, write_atomically
 
 PromotionOutcome = Literal["promoted", "already", "refused", "would promote", "rolled back"]
@@ -116,6 +116,7 @@ def promote(
     if holder is not None and holder.version == target.number:
         if push_to is not None and not dry_run:
             registry.push_again(push_to, target, holder)
+            try_to_deliver(params, paths.root)  # the promotion of a process that was killed before its push
         promotion = Promotion(registry.name, target.number, params.gate.stage, "already", None, _report_of(holder))
     else:
         report = _judge(params, paths, state, target, holder, version is None, again)

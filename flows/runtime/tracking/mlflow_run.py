@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from flows.paths import Paths
 from flows.runtime.tracking.flat import flat, numbers
 from peftcore.errors import require_extra
 
@@ -61,6 +62,7 @@ class MlflowRun:
         name: str | None,
     ) -> None:
         self._client = client_of(uri, directory)
+        self._base = Paths(directory).base
         self._metrics: list[Any] = []
         self._sent = time.monotonic()
         if continued is not None:
@@ -136,7 +138,7 @@ class MlflowRun:
                 signature=models.ModelSignature(prompt, answer),
                 pip_requirements=["peftcore[pipeline]"],
                 model_config={
-                    "base": str(adapter.with_name("base").resolve()),
+                    "base": str(self._base.resolve()),
                     "quantization": dict(params["quantization"]),
                     "system_prompt": params["data"]["system_prompt"],
                     "max_new_tokens": params["evaluate"]["max_new_tokens"],

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
+from flows.runtime.tracking.folders import lasting_folder
 from flows.runtime.tracking.mlflow_run import MlflowRun
 from flows.runtime.tracking.tensorboard_run import TensorBoardRun
 from flows.runtime.tracking.wandb_run import Mode, WandbRun
@@ -84,7 +85,7 @@ class Tracker:
         self._runs: dict[Backend, BackendRun] = {}
         if mode == "disabled":
             return
-        lasting = _lasting(directory)
+        lasting = lasting_folder(directory)
         openers: dict[Backend, Callable[[], BackendRun]] = {
             "wandb": lambda: WandbRun(project, mode, config, lasting, evaluates, name),
             "mlflow": lambda: MlflowRun(mlflow_uri, project, config, lasting, continued.get("mlflow"), name),
@@ -155,11 +156,3 @@ class Tracker:
         except Exception as error:  # backends raise their own, the network's and the disk's errors
             log.warning("%s: %s; the run continues, and its own log is complete", LABELS[backend], error)
             return None
-
-
-def _lasting(directory: Path) -> Path:
-    """Return the repository's folder for a folder below .dvc/tmp/exps, which DVC deletes after an experiment."""
-    for parent in directory.resolve().parents:
-        if parent.parts[-3:] == (".dvc", "tmp", "exps"):
-            return parent.parents[2]
-    return directory

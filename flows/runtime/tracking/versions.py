@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from flows.params import Params
 from flows.paths import Paths
+from flows.runtime.tracking.folders import lasting_folder
 from flows.runtime.tracking.mlflow_run import MlflowRun, set_alias
 from flows.runtime.tracking.tracker import Backend, Tracker
 from flows.runtime.tracking.wandb_run import WandbRun
@@ -96,6 +97,7 @@ def mirror_promotion(
     name, version = record["name"], record["version"]
     if tracking.mode == "disabled":
         return
+    root = lasting_folder(root)
     if "mlflow" in tracking.backends and "mlflow" in trained:
         try:
             set_alias(tracking.mlflow_uri, root, name, version, stage)
