@@ -55,7 +55,7 @@ def test_a_report_gets_each_validation_loss_once_and_stops_the_training(swept: A
 
     trial = run_trial(SweepSettings(swept.root, snapshot(swept.root), 60.0), ("train.batch_size=4",), report)
     assert (trial.pruned, trial.loss, trial.error) == ("bad enough", None, None)
-    assert trial.seconds < 15 and trial.params is not None and "batch_size: 4" in trial.params
+    assert trial.params is not None and "batch_size: 4" in trial.params
     assert reported[:3] == [(1, 0.2), (2, 0.4), (3, 0.6)]
-    assert [evaluation for evaluation, _ in reported] == list(range(1, len(reported) + 1))
+    assert [evaluation for evaluation, _ in reported] == list(range(1, len(reported) + 1)) and len(reported) < 99
     assert swept.git("worktree", "list").count("\n") == 1
