@@ -64,7 +64,13 @@ def outbox_path(root: Path) -> Path:
 
 
 class Outbox:
-    """The events of one outbox, kept in the SQLite file `path`. Every method raises RepositoryError if it cannot."""
+    """The events of one outbox.
+
+    Every method raises RepositoryError if the file cannot be read or written.
+
+    Args:
+        path: the SQLite file, which is created when it is needed.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path

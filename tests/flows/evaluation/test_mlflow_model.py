@@ -51,7 +51,7 @@ def test_mlflow_loads_it_by_the_alias_of_the_stage(
     uri = f"sqlite:///{tmp_path}/registry.db"
     monkeypatch.chdir(tmp_path)
     tracker = Tracker("docs", "offline", {}, tmp_path, backends=["mlflow"], mlflow_uri=uri)
-    tracking = {"backends": ["mlflow"], "mlflow_uri": uri}
+    tracking = {"backends": ["mlflow"], "mlflow_uri": uri, "mode": "offline"}
     params = tiny_params(evaluate={"max_new_tokens": 8}, tracking=tracking)
     record = {
         "name": "docs",
