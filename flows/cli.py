@@ -19,6 +19,7 @@ from flows.commands import (
     retraining,
     review,
     sweep,
+    webhooks,
 )
 from flows.runtime.stage import exit_on_signal, set_quiet_environment
 
@@ -74,6 +75,12 @@ registry_app.command()(registry.card)
 registry_app.command()(registry.fetch)
 registry_app.command()(registry.gc)
 app.add_typer(registry_app, name="registry")
+
+webhooks_app = typer.Typer(no_args_is_help=True, help="Webhooks in the outbox.")
+webhooks_app.command("list")(webhooks.list_waiting)
+webhooks_app.command()(webhooks.send)
+webhooks_app.command()(webhooks.discard)
+app.add_typer(webhooks_app, name="webhooks")
 
 app.command("import")(importing.import_project)
 output.everywhere(app)

@@ -27,6 +27,10 @@ class StageError(PipelineError, RuntimeError):
     """A stage that cannot run or failed: an absent input, or a failed subprocess."""
 
 
+class StageStopped(StageError):
+    """A stage that was stopped on purpose, such as the training of a pruned trial."""
+
+
 class RepositoryError(PipelineError, RuntimeError):
     """A git or DVC repository that is absent or not usable in its state."""
 

@@ -53,7 +53,7 @@ def test_its_parameters_are_those_that_it_reads(stage: str) -> None:
     used = [name for name in imported_modules(f"flows.stages.{stage}") if name.startswith("flows")]
     source = "\n".join(file_of(name).read_text() for name in used)
     sections = "|".join(Params.model_fields)
-    read = set(re.findall(rf"params\.({sections})\b", source)) - {"tracking"}
+    read = set(re.findall(rf"params\.({sections})\b", source)) - {"tracking", "webhooks"}
     declared = {key.split(".")[0] for key in STAGES[stage].get("params", [])}
     assert declared == read
 
@@ -76,7 +76,7 @@ def test_what_a_stage_reads_another_writes() -> None:
         assert artifacts <= outs, name
 
 
-def test_gate_retraining_and_tracking_rerun_nothing() -> None:
+def test_gate_retraining_tracking_and_webhooks_rerun_nothing() -> None:
     keys = {key for stage in STAGES.values() for key in stage.get("params", [])} - {"gate.allowed_signers"}
     read = {key.split(".")[0] for key in keys}  # the signers decide which version is the champion to start from
-    assert set(Params.model_fields) - read == {"gate", "retrain", "tracking"}
+    assert set(Params.model_fields) - read == {"gate", "retrain", "tracking", "webhooks"}

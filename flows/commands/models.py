@@ -98,6 +98,15 @@ def serve(
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for every network.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0: any free port.")] = 8000,
+    metrics_port: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            max=65535,
+            metavar="PORT",
+            help="Second port for `/health`, `/ready` and `/metrics` without an API key; 0: any free port.",
+        ),
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Model name of the base; default: its folder's name.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16; auto: the base's type.")] = "auto",
     max_batch: Annotated[int, typer.Option(min=1, metavar="ROWS", help="Largest number of requests per batch.")] = 16,
@@ -136,8 +145,8 @@ def serve(
     """Serve a base with many adapters by OpenAI's HTTP interface: `/v1/chat/completions`, `/v1/completions`.
 
     A request's `model` names the base, an adapter, or a composition. Requests for different models are decoded in one
-    batch. `/health`, `/ready` and `/metrics` (Prometheus) are for monitoring. SIGTERM stops the server after the
-    running requests.
+    batch. `/health`, `/ready` and `/metrics` (Prometheus) are for monitoring. With an API key every path needs the
+    key, also those, except on `--metrics-port`. SIGTERM stops the server after the running requests.
     """
     with errors():
         from flows.serving.options import ServeOptions
@@ -171,6 +180,7 @@ def serve(
             git_remote=watch_remote,
             host=host,
             port=port,
+            metrics_port=metrics_port,
             name=name,
             max_loaded=max_loaded,
             dtype=dtype,

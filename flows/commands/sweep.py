@@ -1,4 +1,4 @@
-"""The command `peftcore sweep`: the pipeline up to the train stage, for every combination of parameters."""
+"""The command `peftcore sweep`: the pipeline up to the train stage, for every combination of parameters or a search."""
 
 from enum import StrEnum
 from typing import Annotated
@@ -22,6 +22,13 @@ class Runner(StrEnum):
     RAY = "ray"
 
 
+class Method(StrEnum):
+    """How a sweep chooses parameters."""
+
+    GRID = "grid"
+    OPTUNA = "optuna"
+
+
 def sweep(
     set_param: Annotated[
         list[str],
@@ -29,10 +36,22 @@ def sweep(
             "--set-param",
             "-S",
             metavar="KEY=V1,V2",
-            help="Values of a parameter, in the syntax of `dvc exp run -S`.",
+            help="Values of a parameter, in the syntax of `dvc exp run -S`; with `--search optuna` also "
+            "KEY=interval(LOW,HIGH), KEY=int(interval(LOW,HIGH)), KEY=tag(log,interval(LOW,HIGH)) and "
+            "KEY=range(LOW,END,STEP).",
             autocompletion=completion.params,
         ),
     ],
+    search: Annotated[
+        Method,
+        typer.Option(help="grid: every combination; optuna: a search with pruning, which the same command continues."),
+    ] = Method.GRID,
+    trials: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="With `--search optuna`: number of trials; default 20.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, metavar="N", help="With `--search optuna`: the seed; default: project.seed.")
+    ] = None,
     runner: Annotated[Runner, typer.Option(help="Run trials in threads, processes, or on Ray.")] = Runner.THREAD,
     jobs: Annotated[int, typer.Option(min=1, metavar="N", help="Number of trials at a time.")] = 1,
     limit: Annotated[
@@ -48,20 +67,33 @@ def sweep(
     records of later versions on the same data. To use a trial, put its parameters into `params.yaml` and run
     `peftcore run`: its stages come from DVC's cache. Writes `reports/sweep.json` and `reports/sweep.md`. Exit code 1: a
     trial failed.
+
+    `--search optuna` proposes parameters by the earlier trials' losses, and stops a training whose validation loss is
+    above the median of the earlier ones. Its study is `reports/sweep.sqlite`. Its trials run one after another.
     """
+    if search is Method.GRID and (trials is not None or seed is not None):
+        raise typer.BadParameter("a grid has no --trials and no --seed; give --search optuna too")
+    if search is Method.OPTUNA and (jobs != 1 or runner is not Runner.THREAD):
+        raise typer.BadParameter("a search runs one trial at a time; leave --jobs and --runner out")
     with errors(), project() as (_, paths):
         set_prefect_environment(paths.root)
         from flows.scaling.ranking import COLUMNS, rows
-        from flows.scaling.sweep import run_sweep
 
-        trials = run_sweep(paths.root, set_param, runner.value, jobs, stage_timeout, limit)
+        if search is Method.OPTUNA:
+            from flows.scaling.search import run_search
+
+            results = run_search(paths.root, set_param, trials or 20, seed, stage_timeout, limit)
+        else:
+            from flows.scaling.sweep import run_sweep
+
+            results = run_sweep(paths.root, set_param, runner.value, jobs, stage_timeout, limit)
         if as_json:
             print((paths.review.parent / "sweep.json").read_text(), end="")
         else:
             table = Table(*COLUMNS)
-            for row in rows(trials):
+            for row in rows(results):
                 table.add_row(*map(escape, row))
             Console(highlight=False).print(table)
-        failed = [trial for trial in trials if trial.error is not None]
+        failed = [trial for trial in results if trial.error is not None]
         if failed:
-            fail(f"{len(failed)} of {len(trials)} trials failed; the last: {failed[-1].error}")
+            fail(f"{len(failed)} of {len(results)} trials failed; the last: {failed[-1].error}")

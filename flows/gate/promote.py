@@ -4,8 +4,8 @@ A decision reads the registry once. All parts of the decision use this snapshot,
 """
 
 import json
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from flows.gate.checks.measured import unmeasured
 from flows.gate.gate import GateReport, evaluate_gate
 from flows.gate.holdout_reuse import reuse_of
 from flows.gate.reevaluation import reevaluate_candidate, reevaluate_champion
-from flows.params import Params
+from flows.params import EventType, Params
 from flows.paths import Paths
 from flows.registry.approvals import approvals, unsigned_approvals
 from flows.registry.lineage import read_json
@@ -31,6 +31,8 @@ from flows.registry.registered_files import check_adapter, files_of
 from flows.registry.registry import Registry
 from flows.registry.signatures import allowed_signers, signature_of
 from flows.registry.synchronise import synchronise
+from flows.runtime.tracking import mirror_promotion
+from flows.webhooks import Event, TagProof, announce, announced, try_to_deliver
 from peftcore.files import MANIFEST, damaged_files, sha256, write_atomically
 
 PromotionOutcome = Literal["promoted", "already", "refused", "would promote", "rolled back"]
@@ -114,10 +116,11 @@ def promote(
     if holder is not None and holder.version == target.number:
         if push_to is not None and not dry_run:
             registry.push_again(push_to, target, holder)
+            try_to_deliver(params, paths.root)  # the promotion of a process that was killed before its push
         promotion = Promotion(registry.name, target.number, params.gate.stage, "already", None, _report_of(holder))
     else:
         report = _judge(params, paths, state, target, holder, version is None, again)
-        promotion = _decide(params, registry, target, report, state.last_event(), dry_run, push_to)
+        promotion = _decide(params, registry, target, report, state, dry_run, push_to)
     if not dry_run:
         write_atomically(paths.promotion, json.dumps(promotion.as_dict(), indent=2) + "\n")
     return promotion
@@ -168,8 +171,12 @@ def roll_back(
     ]
     lines += [f"Reason: {' '.join(reason.split())}", ""]
     lines += [] if report is None else [_REPORT + json.dumps(report.as_dict())]
-    tag = registry.assign(stage, chosen, state.last_event(), "\n".join(lines).rstrip() + "\n", push_to)
+    tag = registry.assignment_tag(stage, state.last_event() + 1)
     promotion = Promotion(registry.name, chosen.number, stage, "rolled back", tag, report)
+    event = _event("rollback", promotion, holder.version, [tag, chosen.commit], reason=reason)
+    with announced(params, paths.root, event, TagProof(tag, lines[0], push_to)):
+        registry.assign(stage, chosen, state.last_event(), "\n".join(lines).rstrip() + "\n", push_to)
+    _mirror(params, paths.root, state, chosen)
     write_atomically(paths.promotion, json.dumps(promotion.as_dict(), indent=2) + "\n")
     return promotion
 
@@ -239,21 +246,50 @@ def _decide(
     registry: Registry,
     chosen: Version,
     report: GateReport,
-    last_event: int,
+    state: RegistryReader,
     dry_run: bool,
     push_to: str | None,
 ) -> Promotion:
-    """Assign the stage if the report passed. last_event: the snapshot's event number, for the compare-and-swap."""
-    stage = params.gate.stage
+    """Assign the stage if the report passed. state: the snapshot that the report is about, for the compare-and-swap."""
+    stage, root, last_event = params.gate.stage, registry.git.root, state.last_event()
+    holder = state.stages().get(stage)
+    previous = None if holder is None else holder.version
     if not report.passed:
-        return Promotion(registry.name, chosen.number, stage, "refused", None, report)
+        promotion = Promotion(registry.name, chosen.number, stage, "refused", None, report)
+        if not dry_run:
+            key = [chosen.number, chosen.commit, stage, last_event, report.reason]
+            announce(params, root, _event("refusal", promotion, previous, key))
+        return promotion
     if dry_run:
         return Promotion(registry.name, chosen.number, stage, "would promote", None, report)
     lines = [f"{registry.name} {chosen.number} becomes {stage}", ""]
     lines += [f"{check.name}: {check.detail}" for check in report.checks]
     lines += ["", _REPORT + json.dumps(report.as_dict())]
-    tag = registry.assign(stage, chosen, last_event, "\n".join(lines) + "\n", push_to)
-    return Promotion(registry.name, chosen.number, stage, "promoted", tag, report)
+    tag = registry.assignment_tag(stage, last_event + 1)
+    promotion = Promotion(registry.name, chosen.number, stage, "promoted", tag, report)
+    event = _event("promotion", promotion, previous, [tag, chosen.commit])
+    with announced(params, root, event, TagProof(tag, lines[0], push_to)):
+        registry.assign(stage, chosen, last_event, "\n".join(lines) + "\n", push_to)
+    _mirror(params, root, state, chosen)
+    return promotion
+
+
+def _mirror(params: Params, root: Path, state: RegistryReader, version: Version) -> None:
+    """Mirror to the tracking backends that a version has the stage now."""
+
+    @contextmanager
+    def adapter() -> Iterator[Path]:
+        paths = Paths(root)
+        with files_of(paths, state, version, [paths.adapter]) as where:
+            yield where.adapter
+
+    mirror_promotion(params, root, state.record(version), adapter)
+
+
+def _event(kind: EventType, promotion: Promotion, previous: str | None, key: list[Any], **further: Any) -> Event:
+    """Return the webhook's event of a verdict. previous: the stage's holder before; key: see `Event`."""
+    data = {**promotion.as_dict(), "summary": promotion.sentence, "previous": previous, **further}
+    return Event(kind, promotion.name, json.dumps(key), data)
 
 
 def _candidate(

@@ -12,10 +12,12 @@ from flows.params.retrain import Drift, Retrain
 from flows.params.scorers import Scorer
 from flows.params.section import Section
 from flows.params.train import Classification, OnBadLoss, OnOutOfMemory, Preference, Train
+from flows.params.webhooks import EVENT_TYPES, Endpoint, EventType, Webhooks
 
 __all__ = [
     "DEMONSTRATION",
     "DEMONSTRATION_PROMPT",
+    "EVENT_TYPES",
     "AutoRank",
     "Base",
     "Champion",
@@ -23,7 +25,9 @@ __all__ = [
     "Control",
     "Data",
     "Drift",
+    "Endpoint",
     "Evaluate",
+    "EventType",
     "Gate",
     "Merge",
     "Method",
@@ -41,6 +45,7 @@ __all__ = [
     "Slices",
     "Tracking",
     "Train",
+    "Webhooks",
     "apply_overrides",
     "check_overrides",
     "forced",

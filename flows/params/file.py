@@ -27,6 +27,7 @@ SECRETS = {
     "an AWS access key": r"\b(AKIA|ASIA)[0-9A-Z]{16}\b",
     "a GitHub token": r"\b(gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,})",
     "an API key": r"\bsk-[A-Za-z0-9_-]{20,}",
+    "a secret of webhooks": r"\bwhsec_[A-Za-z0-9+/=]{16,}",
     "a private key": r"-----BEGIN [A-Z ]*PRIVATE KEY",
     "a password in an address": r"\w://[^/\s:@]*:[^/\s@]+@",
 }

@@ -17,6 +17,7 @@ from flows.params.retrain import Retrain
 from flows.params.scorers import BUILT_IN
 from flows.params.section import HUB, Name, Section, Text, invalid_value
 from flows.params.train import KINDS, Train
+from flows.params.webhooks import Webhooks
 
 _BASE = rf"wheel:\w[\w.-]*==[\w.+!-]+(#sha256=[0-9a-f]{{64}})?|{HUB}|path:.+"
 
@@ -45,10 +46,26 @@ class Base(Section):
 
 
 class Tracking(Section):
-    """Weights & Biases."""
+    """Mirrors of a run: Weights & Biases, MLflow, TensorBoard. mode: that of W&B; disabled: no backend is used."""
 
+    backends: list[Literal["wandb", "mlflow", "tensorboard"]] = Field(default=["wandb"])
     project: Text = "peftcore"
     mode: Literal["offline", "online", "disabled"] = "offline"
+    wandb_registry: Text | None = None
+    mlflow_uri: Text | None = None
+
+    @model_validator(mode="after")
+    def _check_backends(self) -> Self:
+        if len(set(self.backends)) < len(self.backends):
+            raise invalid_value("give each backend once", "backends", self.backends)
+        for backend, key in (("wandb", "wandb_registry"), ("mlflow", "mlflow_uri")):
+            if getattr(self, key) is not None and backend not in self.backends:
+                raise invalid_value(f"it needs {backend} in tracking.backends", key, getattr(self, key))
+        if self.wandb_registry is not None and self.mode == "offline":
+            raise invalid_value(
+                "W&B links nothing offline; give tracking.mode: online", "wandb_registry", self.wandb_registry
+            )
+        return self
 
 
 with warnings.catch_warnings():
@@ -71,6 +88,7 @@ with warnings.catch_warnings():
         gate: Gate = Gate()
         retrain: Retrain = Retrain()
         tracking: Tracking = Tracking()
+        webhooks: Webhooks = Webhooks()
 
         @classmethod
         def from_record(cls, values: Mapping[str, Any]) -> Self:

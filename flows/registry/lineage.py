@@ -173,7 +173,7 @@ def evidence_digests(paths: Paths) -> dict[str, str]:
 
 def collect(params: Params, paths: Paths, git: Git, lock: dict[str, Any], number: str) -> dict[str, Any]:
     """Return the lineage record of version `number`. Digests are hexadecimal SHA-256; DVC's own are MD5."""
-    evaluation = read_json(paths.evaluation_metrics)
+    evaluation, training = read_json(paths.evaluation_metrics), read_json(paths.training_summary)
     outs = [out for stage in lock["stages"].values() for out in stage.get("outs", [])]
     files = adapter_files(paths.adapter)
     return {
@@ -192,7 +192,8 @@ def collect(params: Params, paths: Paths, git: Git, lock: dict[str, Any], number
         "dvc": {out["path"]: out["md5"] for out in outs if "md5" in out},
         "params": params.model_dump(),
         "metrics": headline_metrics(paths),
-        "wandb_run_id": read_json(paths.training_summary).get("wandb_run_id"),
+        "wandb_run_id": training.get("wandb_run_id"),
+        **({"tracking_runs": training["tracking_runs"]} if "tracking_runs" in training else {}),
         "slices": evaluation.get("slices", {}),
         "data": data_summary(paths),
         "ranks": adapter_ranks(paths.adapter),

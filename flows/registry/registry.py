@@ -108,9 +108,17 @@ class Registry(RegistryReader):
         Raises:
             RegistryConflict: the number is taken.
         """
-        tag, message = f"{self.name}@{number}", f"{title}\n\nAdapter: sha256:{content}\n"
+        tag, message = self.version_tag(number), f"{title}\n\nAdapter: sha256:{content}\n"
         self._create(tag, commit, message, after=self.last_created())
         return self.version(number)
+
+    def version_tag(self, number: str) -> str:
+        """Return the name of a version's tag."""
+        return f"{self.name}@{number}"
+
+    def assignment_tag(self, stage: str, event: int) -> str:
+        """Return the name of the tag that assigns a stage. event: number of the assignment."""
+        return f"{self.name}#{stage}#{event}"
 
     def assign(self, stage: str, version: Version, last_event: int, message: str, push_to: str | None = None) -> str:
         """Give a version a stage, unless the registry has changed since the decision.
@@ -129,7 +137,7 @@ class Registry(RegistryReader):
             RegistryConflict: another writer was faster.
             RegistryError: the version's files were collected, or the remote cannot be reached.
         """
-        tag, state = f"{self.name}#{stage}#{last_event + 1}", self.snapshot()
+        tag, state = self.assignment_tag(stage, last_event + 1), self.snapshot()
         if state.last_event() != last_event:
             raise self._conflict(tag)
         # without the random part, two clones that promote one version in the same second would make identical tag
@@ -156,7 +164,7 @@ class Registry(RegistryReader):
         Raises:
             RegistryConflict: the remote has another tag of this name; the local tag is deleted.
         """
-        tag = f"{self.name}#{held.stage}#{held.event}"
+        tag = self.assignment_tag(held.stage, held.event)
         try:
             self.push(remote, [version.tag, tag])
         except RegistryConflict:

@@ -35,8 +35,11 @@ logger = logging.getLogger(__name__)
 
 INPUT, LAST = "fetch", "register"
 """The stage whose outputs are taken by their hash, and the stage with side effects; neither runs again."""
-TIMES = ("seconds", "tokens_per_second", "token_ms", "first_token_ms", "peak_memory", "wandb_run_id")
-"""Keys of the stages' JSON files that differ between any two runs: times, memory, the id of a run."""
+TIMES = (
+    *("seconds", "tokens_per_second", "token_ms", "first_token_ms", "peak_memory"),
+    *("wandb_run_id", "tracking_runs"),
+)
+"""Keys of the stages' JSON files that differ between any two runs: times, memory, the ids of runs."""
 PARTS = ("adapter", "evidence", "outs", "metrics")
 """Compared parts of a reproduction, in the order of the report."""
 _OPTIONS = ("--no-run-cache", "--no-commit")

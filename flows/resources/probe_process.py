@@ -95,7 +95,7 @@ def main() -> None:
 def measure(task: Task, imported: float) -> Measured:
     """Load, train, evaluate and save; imported: seconds until libraries were imported."""
     params, place = Params.model_validate(task.params), device()
-    if params.tracking.mode != "disabled":
+    if params.tracking.mode != "disabled" and "wandb" in params.tracking.backends:
         import wandb  # noqa: F401
     set_seed(params.project.seed)
     started = time.perf_counter()

@@ -37,7 +37,14 @@ from flows.retraining.drift import DriftReport, Known, measure_drift, spread_of
 from flows.retraining.history import Entry, append, entries
 from flows.retraining.notice import notify
 from flows.retraining.page import write_history_page
-from flows.retraining.tree import is_unfinished, note_unfinished, only_one, remove_working_tree, working_tree
+from flows.retraining.tree import (
+    is_unfinished,
+    note_unfinished,
+    only_one,
+    remove_working_tree,
+    unfinished_since,
+    working_tree,
+)
 from flows.retraining.trust import exclude, read_excluded, read_trusted
 from flows.review.page import write_review
 from flows.runtime.git import Git
@@ -45,6 +52,7 @@ from flows.runtime.inputs import unused_changes
 from flows.runtime.prefect_server import tie_temporary_server
 from flows.runtime.project import changed_stages, files_at, find_root, stage_order
 from flows.runtime.stage_process import run_stage
+from flows.webhooks import Event, try_to_announce, try_to_deliver
 from peftcore.files import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -116,7 +124,9 @@ def _retrain(root: Path, push_to: str | None, force: bool, runner: Runner) -> En
     if unused := unused_changes(git):
         logger.warning("a retraining uses committed files only; `git commit` these changes to use them: %s", unused)
     with only_one(root):
-        entry, last_skipped = Entry(started=_now()), [last.skipped for last in entries(paths)[-1:]]
+        entry, earlier = Entry(started=_now()), entries(paths)
+        last_skipped = [last.skipped for last in earlier[-1:]]
+        _announce_killed(git, root, {one.started for one in earlier})
         try:
             Retraining(root, push_to, force, runner, entry).work()
         except BaseException as error:  # the history has interruptions too
@@ -124,13 +134,19 @@ def _retrain(root: Path, push_to: str | None, force: bool, runner: Runner) -> En
             raise
         finally:
             entry.finished = _now()
-            append(paths, entry)
-            params = last_readable_params(git)
+            try:
+                # before the entry: if the process is killed in between, the next retraining announces the same event
+                params = last_readable_params(git)
+                if params is not None and entry.outcome == "failed":
+                    _announce_failure(params, root, entry.started, entry.reason)
+            finally:
+                append(paths, entry)
             if params is not None:
                 write_history_page(params, paths)
                 # an unchanged run notifies only if it skipped other files than the run before
                 if entry.outcome != "unchanged" or (entry.skipped and [entry.skipped] != last_skipped):
                     notify(params.retrain.notify, *_message(params, entry, paths.retraining_page))
+                try_to_deliver(params, root)
     return entry
 
 
@@ -170,7 +186,7 @@ class Retraining:
             remove_working_tree(self.paths.root)
             return
         logger.info("training: %s", "; ".join(reasons))
-        note_unfinished(self.paths.root)
+        note_unfinished(self.paths.root, entry.started)
         self._set_up(collected, champion)
         self._stages(collected, champion)
         if self.push_to is not None:
@@ -319,6 +335,21 @@ class Retraining:
                 drift = self._run("drift", self._drift, collected, champion)
                 self.entry.drift = drift.as_dict()
                 self._quarantine_drifted(drift, collected)
+                if drift.suspicious:
+                    self._announce_drift(drift, collected, champion)
+
+    def _announce_drift(self, drift: DriftReport, collected: Collected, champion: Version) -> None:
+        """Announce the files beyond a drift limit. A retraining that is continued announces nothing new."""
+        name = self.params.project.name
+        data = {
+            "champion": champion.number,
+            "files": drift.suspicious,
+            "quarantined": self.entry.quarantined,
+            "summary": f"{name}: {len(drift.suspicious)} new files differ from the rows of {champion.number}",
+        }
+        digests = sorted(collected.files[file] for file in drift.suspicious)
+        event = Event("drift", name, " ".join([champion.number, *digests]), data)
+        try_to_announce(self.params, self.paths.root, event)
 
     def _quarantine_drifted(self, drift: DriftReport, collected: Collected) -> None:
         """Quarantine new files that exceed a drift limit or are too small to judge, except for trusted files.
@@ -387,6 +418,21 @@ def _set_own_params(path: Path, recorded: list[dict[str, Any]]) -> None:
                     values.setdefault(section, {})[key] = params[section][key]
                 elif section in params:
                     values.get(section, {}).pop(key, None)
+
+
+def _announce_killed(git: Git, root: Path, recorded: set[str]) -> None:
+    """Announce the failure of a retraining that was killed: it has begun to train and has no entry in the history."""
+    started = unfinished_since(root)
+    if started is None or started in recorded:
+        return
+    if (params := last_readable_params(git)) is not None:
+        _announce_failure(params, root, started, "it was killed")
+
+
+def _announce_failure(params: Params, root: Path, started: str, reason: str) -> None:
+    name = params.project.name
+    data = {"started": started, "reason": reason, "summary": f"the retraining of {name} failed: {reason}"}
+    try_to_announce(params, root, Event("failure", name, started, data))
 
 
 def _message(params: Params, entry: Entry, page: Path) -> tuple[str, str]:

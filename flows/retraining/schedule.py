@@ -5,23 +5,33 @@ in .prefect. If PREFECT_API_URL names a server, that server is used.
 """
 
 import json
+import logging
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from typing import Any
 
 import httpx
 
-from flows.errors import ParamsError, StageError
+from flows.errors import ParamsError, RepositoryError, StageError
 from flows.paths import Paths
+from flows.retraining.committed import last_readable_params
+from flows.runtime.git import Git
 from flows.runtime.processes import die_with_parent, this_host
+from flows.webhooks import Event, try_to_announce, try_to_deliver
 from peftcore.files import write_atomically
 
+logger = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_DELIVERIES = 30.0
+"""Seconds between two looks for webhooks that are due."""
 SECONDS_TO_START = 180.0
 """Time limit for the server's start; the first start migrates the database."""
 
@@ -53,7 +63,8 @@ def serve(paths: Paths, cron: str, timezone: str, push_to: str | None) -> None:
             "and a zone such as Europe/Berlin"
         ) from error
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    with _server(paths) as url:
+    threading.Thread(target=_deliver_webhooks, args=(paths,), daemon=True).start()
+    with _announced_failure(paths), _server(paths) as url:
         os.environ["PREFECT_API_URL"] = url
         from flows.retraining.flow import retrain
 
@@ -67,6 +78,32 @@ def serve(paths: Paths, cron: str, timezone: str, push_to: str | None) -> None:
             )  # fmt: skip
         finally:
             paths.schedule.unlink(missing_ok=True)
+
+
+@contextmanager
+def _announced_failure(paths: Paths) -> Iterator[None]:
+    """Announce to the webhooks that the schedule could not run; failed retrainings announce themselves."""
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    try:
+        yield
+    except StageError as error:
+        if (params := last_readable_params(Git(paths.root))) is not None:
+            name = params.project.name
+            summary = f"the schedule of {name} stopped: {error}"
+            data = {"started": started, "reason": str(error), "summary": summary}
+            try_to_announce(params, paths.root, Event("failure", name, f"schedule {started}", data))
+        raise
+
+
+def _deliver_webhooks(paths: Paths) -> None:
+    """Send webhooks that are due while the schedule runs."""
+    while True:
+        time.sleep(SECONDS_BETWEEN_DELIVERIES)
+        try:
+            if (params := last_readable_params(Git(paths.root))) is not None:
+                try_to_deliver(params, paths.root)
+        except RepositoryError as error:  # of git; the next look may succeed
+            logger.warning("webhooks: %s", error)
 
 
 @contextmanager

@@ -65,9 +65,15 @@ def working_tree(root: Path) -> Path:
     return folder
 
 
-def note_unfinished(root: Path) -> None:
-    """Record that a retraining trains, until `remove_working_tree`."""
-    (home(root) / "unfinished").touch()
+def note_unfinished(root: Path, started: str) -> None:
+    """Record that a retraining trains, until `remove_working_tree`. started: the time of its entry in the history."""
+    write_atomically(home(root) / "unfinished", f"{started}\n")
+
+
+def unfinished_since(root: Path) -> str | None:
+    """Return the time that the last call of `note_unfinished` recorded; None if that retraining has a verdict."""
+    note = home(root) / "unfinished"
+    return note.read_text().strip() or None if note.exists() else None
 
 
 def is_unfinished(root: Path) -> bool:

@@ -1,4 +1,4 @@
-"""A lock between processes; the system releases it when its process ends."""
+"""Locks between processes; the system releases a lock when its process ends."""
 
 import fcntl
 from collections.abc import Iterator
@@ -13,3 +13,25 @@ def exclusive(path: Path) -> Iterator[None]:
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def shared(path: Path) -> Iterator[None]:
+    """Wait until nobody holds the lock of the file `path` exclusively, and hold it beside other shared holders."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        yield
+
+
+@contextmanager
+def exclusive_if_free(path: Path) -> Iterator[bool]:
+    """Hold the lock of the file `path` if nobody holds it. Yields False at once, without the lock, if somebody does."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True

@@ -6,13 +6,13 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 
-from flows.errors import BusyError, RepositoryError, StageError
+from flows.errors import BusyError, RepositoryError, StageError, StageStopped
 from flows.runtime import logs
 from flows.runtime.processes import die_with_parent, is_alive, this_host
 from flows.runtime.progress import RUN
@@ -21,6 +21,9 @@ from flows.runtime.stage_code import refresh
 
 SECONDS_TO_STOP = 60.0
 """Seconds that an interrupted stage gets to finish writing."""
+
+SECONDS_BETWEEN_LOOKS = 1.0
+"""Seconds between two calls of `should_stop`."""
 
 SECONDS_TO_WRITE = 0.5
 """Seconds after which an invalid lock file of DVC is no longer being written."""
@@ -33,6 +36,7 @@ def run_stage(
     force: bool = False,
     place: str | None = None,
     options: Sequence[str] = (),
+    should_stop: Callable[[], bool] | None = None,
 ) -> None:
     """Run one stage with `dvc repro --single-item`, which does nothing if the stage is up to date.
 
@@ -45,17 +49,27 @@ def run_stage(
         force: Run the stage even if nothing changed.
         place: Position of the stage in the run for the progress bar, such as "3/7"; see `progress.RUN`.
         options: Further options of `dvc repro`.
+        should_stop: Called every second; True stops the stage.
 
     Raises:
+        StageStopped: `should_stop` returned True.
         StageError: The stage failed or exceeded the time limit.
         BusyError: A process of another machine is running a stage in this folder.
     """
     refresh(root)
     with _at_work(root):
-        _run_stage(root, stage, timeout, force, place, options)
+        _run_stage(root, stage, timeout, force, place, options, should_stop)
 
 
-def _run_stage(root: Path, stage: str, timeout: float, force: bool, place: str | None, options: Sequence[str]) -> None:
+def _run_stage(
+    root: Path,
+    stage: str,
+    timeout: float,
+    force: bool,
+    place: str | None,
+    options: Sequence[str],
+    should_stop: Callable[[], bool] | None,
+) -> None:
     command = [*DVC, "repro", "--single-item", *(["--force"] if force else []), *options, stage]
     environment = stage_environment() | ({RUN: place} if place else {})
     # before an installed copy of the code, or one in PYTHONPATH
@@ -64,7 +78,7 @@ def _run_stage(root: Path, stage: str, timeout: float, force: bool, place: str |
     out, err = streams.enter_context(logs.streams(stage))
     process = subprocess.Popen(command, cwd=root, env=environment, stdout=out, stderr=err, preexec_fn=die_with_parent)
     try:
-        status = process.wait(timeout)
+        status = process.wait(timeout) if should_stop is None else _watched(process, stage, timeout, should_stop)
     except subprocess.TimeoutExpired:
         raise StageError(
             f"stage {stage} took longer than {timeout:g} seconds and was stopped; its saved state is kept. "
@@ -86,6 +100,19 @@ def _run_stage(root: Path, stage: str, timeout: float, force: bool, place: str |
         streams.close()
     if status:
         raise StageError(f"stage {stage} failed; its own message is above")
+
+
+def _watched(process: subprocess.Popen[bytes], stage: str, timeout: float, should_stop: Callable[[], bool]) -> int:
+    """Wait for the process as `Popen.wait` does, and ask `should_stop` every second."""
+    until = time.monotonic() + timeout
+    while True:
+        try:
+            return process.wait(SECONDS_BETWEEN_LOOKS)
+        except subprocess.TimeoutExpired:
+            if time.monotonic() > until:
+                raise
+        if should_stop():
+            raise StageStopped(f"stage {stage} was stopped before its end")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The table of a sweep's trials: best validation loss first, failed trials last, with their errors."""
+"""The table of a sweep's trials: best validation loss first, then pruned trials, failed trials last."""
 
 import json
 from collections.abc import Sequence
@@ -12,8 +12,8 @@ COLUMNS = ("rank", "parameters", "validation loss", "step", "seconds", "error")
 
 
 def ranked(trials: Sequence[Trial]) -> list[Trial]:
-    """Return the trials, lowest validation loss first, failed trials last; equal ones keep their order."""
-    return sorted(trials, key=lambda trial: (trial.loss is None, trial.loss or 0.0))
+    """Return the trials, lowest validation loss first, then pruned trials, failed ones last; ties keep their order."""
+    return sorted(trials, key=lambda trial: (trial.loss is None, trial.pruned is None, trial.loss or 0.0))
 
 
 def rows(trials: Sequence[Trial]) -> list[tuple[str, ...]]:
@@ -25,7 +25,7 @@ def rows(trials: Sequence[Trial]) -> list[tuple[str, ...]]:
             "" if trial.summary is None else f"{trial.loss:.4f}",
             "" if trial.summary is None else str(trial.summary["best_step"]),
             f"{trial.seconds:.1f}",
-            (trial.error or "").splitlines()[0] if trial.error else "",
+            (trial.error or trial.pruned or "\n").splitlines()[0],
         )
         for place, trial in enumerate(trials, 1)
     ]
@@ -42,6 +42,7 @@ def write_ranking(paths: Paths, trials: Sequence[Trial]) -> Path:
             "seconds": round(trial.seconds, 3),
             "training": trial.summary,
             "error": trial.error,
+            **({} if trial.pruned is None else {"pruned": trial.pruned}),
         }
         for trial in trials
     ]

@@ -9,20 +9,25 @@ params.yaml: nothing is trained twice.
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flows.errors import PipelineError, RepositoryError
+from flows.errors import PipelineError, RepositoryError, StageStopped
 from flows.params import apply_overrides
 from flows.paths import Paths
 from flows.runtime.git import Git
 from flows.runtime.project import dvc, stage_order
 from flows.runtime.stage_process import run_stage
 from flows.runtime.worktree import worktree_at
+from flows.training.log import TrainingLog
 from peftcore.errors import PeftError
+
+Report = Callable[[int, float], str | None]
+"""A function of (number of the evaluation, from 1; its validation loss) that returns a reason to stop, or None."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class Trial:
         error: the reason of the failure.
         lock: text of the trial's dvc.lock.
         params: text of the trial's params.yaml.
+        pruned: why the training was stopped before its end; None if it was not.
     """
 
     overrides: tuple[str, ...]
@@ -61,6 +67,7 @@ class Trial:
     error: str | None = None
     lock: str | None = None
     params: str | None = None
+    pruned: str | None = None
 
     @property
     def loss(self) -> float | None:
@@ -74,27 +81,60 @@ def snapshot(root: Path) -> str:
     return Git(root).snapshot(["."], lock, {}, "Sweep")
 
 
-def run_trial(settings: SweepSettings, overrides: tuple[str, ...]) -> Trial:
-    """Train with these parameters. An error of the pipeline becomes the trial's error."""
-    started = time.monotonic()
+def run_trial(settings: SweepSettings, overrides: tuple[str, ...], report: Report | None = None) -> Trial:
+    """Train with these parameters. An error of the pipeline becomes the trial's error.
+
+    Args:
+        settings: settings of the sweep.
+        overrides: the parameters.
+        report: gets each validation loss while the training runs; a text stops the training, and is the reason.
+    """
+    started, watch = time.monotonic(), _Watch(report)
     try:
         with _slot(settings.limit), worktree_at(settings.root, settings.commit) as tree:
             started = time.monotonic()  # the wait for a slot does not count
-            summary = _trained(tree, settings, overrides)
-            texts = [(tree / name).read_text() for name in ("dvc.lock", "params.yaml")]
+            try:
+                summary = _trained(tree, settings, overrides, watch)
+            except StageStopped:
+                summary = None
+            lock, params = ((tree / name).read_text() for name in ("dvc.lock", "params.yaml"))
     except (PeftError, PipelineError) as error:
         return Trial(overrides, time.monotonic() - started, error=str(error))
-    return Trial(overrides, time.monotonic() - started, summary, None, *texts)
+    return Trial(overrides, time.monotonic() - started, summary, None, lock, params, watch.reason)
 
 
-def _trained(tree: Path, settings: SweepSettings, overrides: tuple[str, ...]) -> dict[str, Any]:
+def _trained(tree: Path, settings: SweepSettings, overrides: tuple[str, ...], watch: "_Watch") -> dict[str, Any]:
     paths = Paths(tree)
     apply_overrides(paths.params, overrides)
     if sources := Git(tree).run("ls-files", "*.dvc").splitlines():
         dvc(tree, "checkout", *sources)
     for stage in stage_order(tree, paths.training):
-        run_stage(tree, stage, settings.stage_timeout)
+        should_stop = None if watch.report is None else partial(watch.should_stop, paths)
+        run_stage(tree, stage, settings.stage_timeout, should_stop=should_stop)
     return json.loads(paths.training_summary.read_text())
+
+
+class _Watch:
+    """Reads the validation losses of a running training from its log, and passes each of them to `report` once."""
+
+    def __init__(self, report: Report | None) -> None:
+        self.report = report
+        self.reason: str | None = None
+        self._seen = 0
+
+    def should_stop(self, paths: Paths) -> bool:
+        """Return True if `report` gave a reason to stop."""
+        assert self.report is not None
+        losses = [
+            record["validation_loss"]
+            for path in paths.checkpoints.glob("*/log.jsonl")  # a trial's tree has one run
+            for record in TrainingLog(path).records()
+            if record["validation_loss"] is not None
+        ]
+        for number, loss in enumerate(losses[self._seen :], self._seen + 1):
+            self._seen = number
+            self.reason = self.reason or self.report(number, loss)
+        return self.reason is not None
 
 
 @contextmanager

@@ -38,6 +38,8 @@ class ServeOptions:
     """Git remote whose tags are fetched at each check."""
     host: str = "127.0.0.1"
     port: int = 8000
+    metrics_port: int | None = None
+    """Second port, for monitoring without a key; None: no such port."""
     name: str | None = None
     """Name of the base model; None: the name of its folder."""
     max_loaded: int = 64

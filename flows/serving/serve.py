@@ -59,7 +59,7 @@ def serve(options: ServeOptions) -> None:
             model, tokenizer, store, served_name, compositions, options.limits, keys, warnings, options.load_from
         )
         with contextlib.nullcontext() if watcher is None else watcher.running():
-            run(service, options.host, options.port)
+            run(service, options.host, options.port, options.metrics_port)
 
 
 def _load_base(options: ServeOptions) -> tuple[Any, Any, ServedBase | None]:

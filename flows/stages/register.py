@@ -35,6 +35,7 @@ from flows.runtime.git import Git
 from flows.runtime.project import dvc
 from flows.runtime.stage import start
 from flows.runtime.tracking import mirror_version
+from flows.webhooks import Event, TagProof, announced
 from peftcore.files import write_atomically
 
 logger = logging.getLogger(__name__)
@@ -95,8 +96,11 @@ def _register(
         on_these_rows = evaluated_on(registry, record["evaluation_set"]) + 1
         record["holdout_reuse"] = {"test_rows": on_these_rows, "trials": trials_on(paths, data_digest(lock, paths))}
         contents = {LOCK: lock_text(lock), paths.metrics.name: metrics, CARD: model_card(record)}
+        tag = registry.version_tag(number)
+        event = Event("candidate", registry.name, f"{tag} {content}", _announcement(record, tag, content))
         try:
-            version = registry.register(number, content, record, contents, summary(record), data, remote)
+            with announced(params, paths.root, event, TagProof(tag, f"sha256:{content}", remote)):
+                version = registry.register(number, content, record, contents, summary(record), data, remote)
         except RegistryConflict:
             if remote is None or attempt + 1 == ATTEMPTS:
                 raise
@@ -105,6 +109,17 @@ def _register(
             write_atomically(paths.version, as_text(record))
             return version, record
     raise AssertionError("the last attempt raises")
+
+
+def _announcement(record: dict[str, Any], tag: str, content: str) -> dict[str, Any]:
+    """Return the details of the webhook's event."""
+    return {
+        "version": record["version"],
+        "tag": tag,
+        "adapter": f"sha256:{content}",
+        "summary": f"{record['name']} {record['version']} is registered: {summary(record)}",
+        "metrics": record["metrics"],
+    }
 
 
 def as_text(value: Any) -> str:

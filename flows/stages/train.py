@@ -10,6 +10,7 @@ the work; only the main process shows progress, logs, writes results and removes
 import json
 import logging
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -25,7 +26,7 @@ from flows.params import Params
 from flows.paths import Paths
 from flows.runtime.progress import bars_closed
 from flows.runtime.stage import set_seed, start
-from flows.runtime.tracking import Tracker
+from flows.runtime.tracking import Backend, Tracker
 from flows.training.adapter_choice import adapter_config
 from flows.training.arguments import fault_policy, training_arguments
 from flows.training.automatic_rank import FILE as RANKS
@@ -115,8 +116,16 @@ def _run(params: Params, paths: Paths, processes: PartialState) -> None:
     if not warm:
         _start_from_data(params, model, rows["train"], pad, paths.base)
     recompute_activations(model, params.train.gradient_checkpointing)
-    mode = params.tracking.mode if main else "disabled"
-    tracker = Tracker(params.tracking.project, mode, params.model_dump(), paths.root)
+    tracking = params.tracking
+    mode = tracking.mode if main else "disabled"
+    tracker = Tracker(
+        tracking.project,
+        mode,
+        params.model_dump(),
+        paths.root,
+        backends=tracking.backends,
+        mlflow_uri=tracking.mlflow_uri,
+    )
     try:
         for record in records:
             tracker.log(record)
@@ -130,7 +139,7 @@ def _run(params: Params, paths: Paths, processes: PartialState) -> None:
         if not main:
             return
         model.save_pretrained(paths.adapter)
-        summary = _summary(params, model, trainer.state, this.log, tracker.run_id)
+        summary = _summary(params, model, trainer.state, this.log, tracker.run_ids)
         with directory_written_atomically(paths.training) as training:
             write_atomically(training / paths.training_summary.name, json.dumps(summary, indent=2) + "\n")
             write_atomically(training / paths.loss_curve.name, loss_table(this.log.records()))
@@ -222,9 +231,10 @@ def _training_set(params: Params, rows: Dataset) -> Dataset | Packs:
 
 
 def _summary(
-    params: Params, model: Any, state: TrainerState, training_log: TrainingLog, run_id: str | None
+    params: Params, model: Any, state: TrainerState, training_log: TrainingLog, run_ids: Mapping[Backend, str]
 ) -> dict[str, Any]:
     trainable, _ = model.get_nb_trainable_parameters()
+    others = {backend: run_id for backend, run_id in run_ids.items() if backend != "wandb"}
     return {
         "method": params.method.name,
         "steps": state.global_step,
@@ -233,7 +243,8 @@ def _summary(
         "seconds": training_log.records()[-1]["seconds"],
         "tokens": int(state.num_input_tokens_seen),
         "trainable_parameters": trainable,
-        "wandb_run_id": run_id,
+        "wandb_run_id": run_ids.get("wandb"),
+        **({"tracking_runs": others} if others else {}),
     }
 
 

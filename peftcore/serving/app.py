@@ -58,6 +58,14 @@ def make_app(service: Service) -> FastAPI:
     return app
 
 
+def make_monitoring_app(service: Service) -> FastAPI:
+    """Return the ASGI application of a port for monitoring alone: /health, /ready and /metrics, without a key."""
+    app = FastAPI(title="peftcore monitoring", openapi_url=None)
+    _add_errors(app)
+    _add_health(app, service)
+    return app
+
+
 async def _answer(service: Service, request: Request, body: GenerationRequest) -> Response:
     service.catalog.require(body.model)
     request.state.model = body.model

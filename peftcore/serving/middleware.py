@@ -1,8 +1,9 @@
-"""Middleware for every API request: it checks the API key and the body's size, and records metrics.
+"""Middleware for every request: it checks the API key; below /v1 also the body's size, and it records metrics.
 
 The middleware also cancels the generation of a client that has disconnected.
 """
 
+import hashlib
 import hmac
 import time
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ def checked_keys(keys: Sequence[str]) -> tuple[str, ...]:
 
 
 class AccessMiddleware:
-    """ASGI middleware of the paths below /v1.
+    """ASGI middleware. Every path needs a key; sizes, metrics and cancellation are for paths below /v1.
 
     Args:
         app: The application.
@@ -48,12 +49,16 @@ class AccessMiddleware:
 
     def __init__(self, app: ASGIApp, engine: Engine, metrics: Metrics, keys: Sequence[str], max_body: int):
         self.app, self._engine, self._metrics = app, engine, metrics
-        self._keys, self._max_body = [key.encode() for key in keys], max_body
+        self._keys, self._max_body = [_digest(key.encode()) for key in keys], max_body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Process one ASGI request."""
-        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
+        if scope["type"] != "http":
             await self.app(scope, receive, send)
+            return
+        app = self.app if self._is_allowed(Headers(scope=scope).get("authorization", "")) else _refuse
+        if not scope["path"].startswith("/v1/"):
+            await app(scope, receive, send)
             return
         state: dict[str, Any] = scope.setdefault("state", {})
         started, size, status = time.monotonic(), 0, CLIENT_GONE
@@ -75,11 +80,7 @@ class AccessMiddleware:
             await send(message)
 
         try:
-            if self._is_allowed(Headers(scope=scope).get("authorization", "")):
-                await self.app(scope, counted_receive, watched_send)
-            else:
-                error = ApiKeyError("incorrect or missing API key; send the header `Authorization: Bearer KEY`")
-                await JSONResponse(error.body(), error.status)(scope, receive, watched_send)
+            await app(scope, counted_receive, watched_send)
         finally:
             response: PendingResponse | None = state.get("response")
             if response is not None:
@@ -93,6 +94,16 @@ class AccessMiddleware:
                     self._metrics.latency.observe(time.monotonic() - started)
 
     def _is_allowed(self, header: str) -> bool:
-        key_sent = header.removeprefix("Bearer ").encode("latin-1")  # the encoding of headers; a key may be any bytes
+        sent = _digest(header.removeprefix("Bearer ").encode("latin-1"))  # headers' encoding; a key may be any bytes
         # compare with every key in constant time, so that the duration reveals nothing
-        return not self._keys or sum(hmac.compare_digest(key_sent, key) for key in self._keys) > 0
+        return not self._keys or sum(hmac.compare_digest(sent, key) for key in self._keys) > 0
+
+
+def _digest(key: bytes) -> bytes:
+    """Return a digest of a key; all have one length, so that a comparison does not reveal the key's length."""
+    return hashlib.sha256(key).digest()
+
+
+async def _refuse(scope: Scope, receive: Receive, send: Send) -> None:
+    error = ApiKeyError("incorrect or missing API key; send the header `Authorization: Bearer KEY`")
+    await JSONResponse(error.body(), error.status)(scope, receive, send)

@@ -1,5 +1,6 @@
 """Server process. The first SIGTERM or Ctrl-C completes running requests and then exits; the second exits at once."""
 
+import contextlib
 import logging
 import socket
 import time
@@ -10,7 +11,7 @@ from typing import Any
 import uvicorn
 
 from peftcore.errors import ConfigError
-from peftcore.serving.app import make_app
+from peftcore.serving.app import make_app, make_monitoring_app
 from peftcore.serving.connections import DeadlineProtocol
 from peftcore.serving.service import Service
 
@@ -37,20 +38,15 @@ class Server(uvicorn.Server):
         service: The model, its adapters and the engine.
         host: Address to listen on.
         port: Port to listen on. 0: any free port.
+        metrics_port: Second port, for monitoring without a key. 0: any free port. None: no such port.
     """
 
-    def __init__(self, service: Service, host: str, port: int):
-        # h11 limits headers (64 KiB); httptools, which uvicorn prefers if installed, does not
-        protocol: Any = partial(
-            DeadlineProtocol,
-            read_timeout=service.limits.read_timeout,
-            max_connections=max_connections(),
-            incomplete={},
-        )
-        super().__init__(
-            uvicorn.Config(
-                make_app(service), host, port, http=protocol, log_level="warning", timeout_graceful_shutdown=5
-            )
+    def __init__(self, service: Service, host: str, port: int, metrics_port: int | None = None):
+        super().__init__(_config(make_app(service), service, host, port))
+        self._monitoring = (
+            None
+            if metrics_port is None
+            else uvicorn.Server(_config(make_monitoring_app(service), service, host, metrics_port))
         )
         self._service = service
         self._drain_deadline: float | None = None
@@ -58,8 +54,12 @@ class Server(uvicorn.Server):
     @property
     def address(self) -> str:
         """URL after the start: http://host:port."""
-        host, port = self.servers[0].sockets[0].getsockname()[:2]
-        return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+        return _address(self)
+
+    @property
+    def metrics_address(self) -> str | None:
+        """URL of the port for monitoring after the start; None if there is no such port."""
+        return None if self._monitoring is None else _address(self._monitoring)
 
     def drain(self) -> None:
         """Exit once running requests are complete, or after the limits' grace period."""
@@ -84,32 +84,70 @@ class Server(uvicorn.Server):
                 )
                 self._service.engine.stop(0)
             self.should_exit = self.should_exit or late or self._service.engine.idle
+        if self._monitoring is not None:
+            await self._monitoring.on_tick(counter)
         return await super().on_tick(counter)
 
-    async def startup(self, sockets: list | None = None) -> None:  # type: ignore[type-arg]
-        """Start to listen, and log the address."""
-        await super().startup(sockets)
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start to listen, and log the address. sockets: that of the API, and that of monitoring if there is one."""
+        api, monitoring = (sockets[:1], sockets[1:]) if sockets else (None, None)
+        await super().startup(api)
+        if self._monitoring is not None:
+            self._monitoring.config.load()
+            self._monitoring.lifespan = self._monitoring.config.lifespan_class(self._monitoring.config)
+            await self._monitoring.startup(monitoring)
         if self.started:
             logger.info("serving %s on %s", ", ".join(self._service.catalog.names()[:8]), self.address)
+            if self.metrics_address is not None:
+                logger.info("monitoring on %s: /health, /ready, /metrics", self.metrics_address)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Stop to listen; the port for monitoring closes last."""
+        await super().shutdown(sockets[:1] if sockets else None)
+        if self._monitoring is not None:
+            await self._monitoring.shutdown(sockets[1:] if sockets else None)
 
 
-def serve(service: Service, host: str = "127.0.0.1", port: int = 8000) -> None:
+def _config(app: Any, service: Service, host: str, port: int) -> uvicorn.Config:
+    # h11 limits headers (64 KiB); httptools, which uvicorn prefers if installed, does not
+    protocol: Any = partial(
+        DeadlineProtocol,
+        read_timeout=service.limits.read_timeout,
+        max_connections=max_connections(),
+        incomplete={},
+    )
+    return uvicorn.Config(app, host, port, http=protocol, log_level="warning", timeout_graceful_shutdown=5)
+
+
+def _address(server: uvicorn.Server) -> str:
+    host, port = server.servers[0].sockets[0].getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def serve(service: Service, host: str = "127.0.0.1", port: int = 8000, metrics_port: int | None = None) -> None:
     """Serve until SIGTERM or Ctrl-C.
 
     Args:
         service: The model, its adapters and the engine.
         host: Address to listen on.
         port: Port to listen on. 0: any free port.
+        metrics_port: Second port for /health, /ready and /metrics without a key. 0: any free port. None: no such port.
 
     Raises:
-        ConfigError: The address cannot be used.
+        ConfigError: An address cannot be used.
     """
     if not service.keys and host not in ("127.0.0.1", "::1", "localhost"):
         logger.warning("listening on %s without an API key: everybody in the network can send requests", host)
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(_listening(host, port, "--port"))]
+        if metrics_port is not None:
+            sockets.append(stack.enter_context(_listening(host, metrics_port, "--metrics-port")))
+        Server(service, host, port, metrics_port).run(sockets)
+
+
+def _listening(host: str, port: int, option: str) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        listening = socket.create_server((host, port), family=family, backlog=1024)
+        return socket.create_server((host, port), family=family, backlog=1024)
     except OSError as error:
-        raise ConfigError(f"cannot listen on {host} port {port}: {error}; choose another --host or --port") from error
-    with listening:
-        Server(service, host, port).run([listening])
+        raise ConfigError(f"cannot listen on {host} port {port}: {error}; choose another --host or {option}") from error

@@ -67,6 +67,7 @@ SECRETS = {
     "AWS": "AKIA" + "ABCD1234" * 2,
     "GitHub": "ghp_" + "a1B2" * 9,
     "API key": "sk-" + "a1B2" * 10,
+    "secret of webhooks": "whsec_" + "aB3/" * 8,
     "password": "https://me:hunter2@example.org/x",
     "private key": "-----BEGIN OPENSSH PRIVATE KEY-----",
 }

@@ -58,11 +58,12 @@ def test_a_server_gets_each_option(tiny_base: Path, tmp_path: Path, served: list
     numbers = [word for option, value in given.items() for word in (option, str(value))]
     keys = ["--api-key", "one", "--api-key", "two", "--composition", 'mix={"a": 1}']
     base = ["--base", str(tiny_base), "--adapters", str(tmp_path), "--host", "0.0.0.0", "--port", "0", "--name", "tiny"]
+    base += ["--metrics-port", "9090"]
     done = peftcore("serve", *base, *numbers, *keys, "--dtype", "float32")
     assert done.exit_code == 0, done.stderr
     (options,) = served
     assert (options.base, options.adapters, options.dtype) == (tiny_base, tmp_path, "float32")
-    assert (options.host, options.port, options.name) == ("0.0.0.0", 0, "tiny")
+    assert (options.host, options.port, options.metrics_port, options.name) == ("0.0.0.0", 0, 9090, "tiny")
     limits = options.limits
     assert (limits.max_batch, limits.max_queue, limits.max_tokens, limits.prefix_cache) == (3, 5, 7, 2 << 20)
     assert (options.max_loaded, limits.timeout, limits.grace) == (9, 11.5, 2.5)

@@ -58,3 +58,39 @@ def test_json_is_the_file_that_the_sweep_wrote(project: Any, trials: list[Any]) 
 def test_what_cannot_be_swept_is_a_usage_error(trials: list[Any], arguments: list[str]) -> None:
     assert peftcore("sweep", *arguments).exit_code == 2
     assert trials == [GOOD], "no trial began"
+
+
+PRUNED = Trial(("train.batch_size=2",), 0.7, pruned="pruned at evaluation 2, validation loss 3.1000")
+
+
+def test_each_option_reaches_a_search_and_a_pruned_trial_has_not_failed(
+    project: Any, trials: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def run_search(root: Path, *options: Any) -> list[Trial]:
+        asked.append((root, *options))
+        return [GOOD, PRUNED]
+
+    monkeypatch.setattr("flows.scaling.search.run_search", run_search)
+    options = ["--search", "optuna", "--trials", "7", "--seed", "3", "--limit", "gpu", "--stage-timeout", "60"]
+    done = peftcore("sweep", "-S", "train.batch_size=range(2,9)", *options)
+    assert done.exit_code == 0, done.stderr
+    assert asked == [(project.root, ["train.batch_size=range(2,9)"], 7, 3, 60.0, "gpu")]
+    assert "pruned at evaluation 2" in done.stdout
+    assert peftcore("sweep", "-S", "train.batch_size=2,3", "--search", "optuna").exit_code == 0
+    assert asked[-1][2:4] == (20, None)
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        (["--trials", "3"], "give --search optuna too"),
+        (["--seed", "3"], "give --search optuna too"),
+        (["--search", "optuna", "--jobs", "2"], "leave --jobs and --runner out"),
+        (["--search", "optuna", "--runner", "ray"], "leave --jobs and --runner out"),
+    ],
+)
+def test_options_that_would_have_no_effect_are_refused(trials: list[Any], options: list[str], advice: str) -> None:
+    done = peftcore("sweep", "-S", "train.batch_size=4,3", *options)
+    assert done.exit_code == 2 and advice in done.stderr and trials == [GOOD]

@@ -2,16 +2,19 @@
 
 import json
 import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from webhook_receiver import receiving
 
-from flows.errors import RegistryError, StageError
+from flows.errors import RegistryError, RepositoryError, StageError
 from flows.gate.promote import promote, read_promotion, roll_back
 from flows.params import Params
 from flows.registry.registry import Registry, RegistryConflict
 from flows.runtime.git import Git
+from flows.webhooks.delivery import deliver
 from peftcore.files import write_manifest
 
 
@@ -344,3 +347,86 @@ def test_a_tag_whose_record_is_of_another_version_is_no_version(registered: Any)
     with pytest.raises(RegistryError, match=r"docstrings@v9\.0\.0 is at the commit of docstrings@v0\.1\.0"):
         promote(registered.params, registered.paths, version="v9.0.0")
     assert champion(registered) == "v0.1.0"
+
+
+@pytest.fixture
+def events(project: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[dict[str, Any]]]]:
+    """The events that a receiver of `project` got so far."""
+    monkeypatch.setenv("PEFTCORE_WEBHOOK_SECRET", "a secret of twenty bytes")
+    with receiving() as receiver:
+        with project.paths.params.open("a") as file:
+            file.write(f"webhooks: {{endpoints: [{{url: '{receiver.url}'}}]}}\n")
+        yield lambda: list(receiver.accepted.values())
+
+
+def test_each_verdict_is_announced_once(project: Any, events: Callable[[], list[dict[str, Any]]]) -> None:
+    project.register()
+    promote(project.params, project.paths, dry_run=True)
+    promote(project.params, project.paths)
+    promote(project.params, project.paths)
+    project.register(loss=3.2, weight=2.0)
+    promote(project.params, project.paths, dry_run=True)
+    refused = promote(project.params, project.paths)
+    promote(project.params, project.paths)  # the same refusal is one event
+    project.register(loss=2.4, weight=3.0)
+    promote(project.params, project.paths)
+    roll_back(project.params, project.paths, "it swears")
+    assert [(event["type"], event["data"]["version"]) for event in events()] == [
+        ("candidate", "v0.1.0"),
+        ("promotion", "v0.1.0"),
+        ("candidate", "v0.1.1"),
+        ("refusal", "v0.1.1"),
+        ("candidate", "v0.1.2"),
+        ("promotion", "v0.1.2"),
+        ("rollback", "v0.1.0"),
+    ]
+    first, second, back = (event["data"] for event in events() if event["type"] in ("promotion", "rollback"))
+    assert (first["tag"], first["previous"]) == ("docstrings#champion#1", None)
+    assert (second["tag"], second["previous"]) == ("docstrings#champion#2", "v0.1.0")
+    assert (back["tag"], back["previous"], back["reason"]) == ("docstrings#champion#3", "v0.1.2", "it swears")
+    (refusal,) = (event["data"] for event in events() if event["type"] == "refusal")
+    assert refusal["summary"] == refused.sentence and refusal["report"]["checks"]
+    candidate = events()[0]["data"]
+    assert candidate["tag"] == "docstrings@v0.1.0" and candidate["adapter"].startswith("sha256:")
+
+
+def test_a_lost_race_is_no_promotion(
+    project: Any, events: Callable[[], list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project.register()
+    original = Registry.assign
+
+    def slower(self: Registry, stage: str, version: Any, last_event: int, message: str, push_to: str | None) -> str:
+        original(self, stage, version, last_event, "another writer was faster\n")
+        return original(self, stage, version, last_event, message, push_to)
+
+    monkeypatch.setattr(Registry, "assign", slower)
+    with pytest.raises(RegistryConflict):
+        promote(project.params, project.paths)
+    deliver(project.params, project.root, at_once=True)
+    assert [event["type"] for event in events()] == ["candidate"]
+
+
+def test_an_outbox_that_cannot_be_written_promotes_nothing(
+    project: Any, events: Callable[[], list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project.register()
+    monkeypatch.setenv("PEFTCORE_OUTBOX", str(project.paths.params / "outbox"))
+    with pytest.raises(RepositoryError, match="the outbox of webhooks"):
+        promote(project.params, project.paths)
+    assert champion(project) is None and not project.paths.promotion.exists()
+    monkeypatch.delenv("PEFTCORE_OUTBOX")
+    assert promote(project.params, project.paths).outcome == "promoted"
+    assert [event["type"] for event in events()] == ["candidate", "promotion"]
+
+
+def test_promotion_and_rollback_are_mirrored_after_their_tag(champions: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    mirrored = []
+
+    def mirror(params: Params, root: Path, record: dict[str, Any], adapter: Any) -> None:
+        with adapter() as folder:
+            mirrored.append((record["version"], champion(champions), (folder / "adapter_model.safetensors").exists()))
+
+    monkeypatch.setattr("flows.gate.promote.mirror_promotion", mirror)
+    roll_back(champions.params, champions.paths, "it swears")
+    assert mirrored == [(champion(champions), champion(champions), True)]

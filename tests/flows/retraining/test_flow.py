@@ -1,11 +1,13 @@
 """Weeks of retraining on a tiny repository: promoted, nothing new, refused, set aside, failed and gone on with."""
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from webhook_receiver import receiving
 
 from flows.errors import BusyError, DataError, ParamsError, RegistryConflict, StageError
 from flows.params import load_params
@@ -15,7 +17,7 @@ from flows.retraining import flow
 from flows.retraining.data import Collected, Source
 from flows.retraining.drift import DriftReport
 from flows.retraining.history import Entry, entries
-from flows.retraining.tree import home, only_one
+from flows.retraining.tree import home, note_unfinished, only_one
 from flows.retraining.trust import exclude, read_excluded, trust
 from flows.runtime.git import Git
 from flows.runtime.project import dvc
@@ -427,3 +429,53 @@ def test_what_does_not_fit_is_said(weekly: Any, change: tuple[str, str], error: 
     with pytest.raises(error, match=words):
         retrain(weekly)
     assert entries(weekly.paths)[-1].outcome == "failed"
+
+
+@pytest.fixture
+def events(weekly: Any, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], list[dict[str, Any]]]]:
+    """The events that a receiver of `weekly` got so far; params.yaml is committed."""
+    monkeypatch.setenv("PEFTCORE_WEBHOOK_SECRET", "a secret of twenty bytes")
+    with receiving() as receiver:
+        text = weekly.paths.params.read_text()
+        weekly.paths.params.write_text(f"{text}webhooks: {{endpoints: [{{url: '{receiver.url}'}}]}}\n")
+        weekly.git("commit", "--quiet", "--all", "--message=Webhooks")
+        yield lambda: list(receiver.accepted.values())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("drifting")
+def test_candidates_drift_and_verdicts_are_announced(weekly: Any, events: Callable[[], list[dict[str, Any]]]) -> None:
+    drop(weekly, "week1.jsonl", "first\n")
+    retrain(weekly)
+    drop(weekly, "week2.jsonl", "poison\n")
+    retrain(weekly)
+    told = [(event["type"], event["data"].get("version")) for event in events()]
+    assert told == [
+        ("candidate", "v0.1.0"),
+        ("promotion", "v0.1.0"),
+        ("drift", None),
+        ("candidate", "v0.1.1"),
+        ("refusal", "v0.1.1"),
+    ]
+    drift = events()[2]["data"]
+    assert (drift["champion"], drift["files"], drift["quarantined"]) == (
+        "v0.1.0",
+        {"week2.jsonl": "far off"},
+        ["week2.jsonl"],
+    )
+
+
+def test_a_retraining_that_fails_is_announced_and_one_that_was_killed_by_the_next(
+    weekly: Any, events: Callable[[], list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(DataError):
+        retrain(weekly)  # there is no file of rows
+    (failure,) = events()
+    assert failure["type"] == "failure" and "there is no file of rows" in failure["data"]["reason"]
+    note_unfinished(weekly.root, "2026-01-01T03:00:00+00:00")  # as by a process that was killed then
+    monkeypatch.setattr(flow.Retraining, "work", lambda self: None)
+    retrain(weekly)
+    retrain(weekly)  # it has not come to a verdict since, and is announced once
+    assert [
+        (event["data"]["started"], event["data"]["reason"]) for event in events()[1:] if "killed" in str(event)
+    ] == [("2026-01-01T03:00:00+00:00", "it was killed")]

@@ -15,7 +15,8 @@ from typing import Any
 import httpx
 import pytest
 
-from flows.errors import ParamsError
+from flows.errors import ParamsError, StageError
+from flows.retraining import schedule
 from flows.retraining.history import entries
 from flows.retraining.schedule import serve
 
@@ -109,3 +110,16 @@ def test_a_scheduled_retraining_runs_is_told_of_and_ends_in_order(
 def test_a_schedule_that_is_none_is_said(project: Any, cron: str, zone: str) -> None:
     with pytest.raises(ParamsError, match="give five fields"):
         serve(project.paths, cron, zone, None)
+
+
+def test_a_schedule_whose_server_does_not_start_is_announced(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    announced = []
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.setattr(schedule, "SECONDS_TO_START", 0.0)
+    monkeypatch.setattr(schedule, "SECONDS_BETWEEN_DELIVERIES", 3600.0)
+    monkeypatch.setattr(schedule.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(schedule, "try_to_announce", lambda params, root, event: announced.append(event))
+    with pytest.raises(StageError, match="did not start within 0 seconds"):
+        schedule.serve(project.paths, "0 3 * * 1", "UTC", None)
+    (event,) = announced
+    assert event.type == "failure" and "did not start" in event.data["reason"]

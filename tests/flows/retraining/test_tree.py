@@ -5,7 +5,14 @@ from typing import Any
 import pytest
 
 from flows.retraining import tree as module
-from flows.retraining.tree import home, is_unfinished, note_unfinished, remove_working_tree, working_tree
+from flows.retraining.tree import (
+    home,
+    is_unfinished,
+    note_unfinished,
+    remove_working_tree,
+    unfinished_since,
+    working_tree,
+)
 
 
 def commit(project: Any) -> None:
@@ -18,12 +25,12 @@ def test_checkpoints_outlive_another_commit(project: Any, monkeypatch: pytest.Mo
     saved.parent.mkdir(parents=True)
     saved.write_text("1")
     (tree / "left").touch()
-    note_unfinished(project.root)
+    note_unfinished(project.root, "2026-01-01T03:00:00+00:00")
     assert working_tree(project.root) == tree and (tree / "left").exists(), "the same commit: the same tree"
     commit(project)
     assert working_tree(project.root) == tree
     assert saved.read_text() == "1" and not (tree / "left").exists()
-    assert is_unfinished(project.root)
+    assert is_unfinished(project.root) and unfinished_since(project.root) == "2026-01-01T03:00:00+00:00"
 
     # killed while the tree is made anew
     commit(project)
@@ -36,4 +43,5 @@ def test_checkpoints_outlive_another_commit(project: Any, monkeypatch: pytest.Mo
     assert saved.read_text() == "1"
 
     remove_working_tree(project.root)
+    assert unfinished_since(project.root) is None
     assert not is_unfinished(project.root) and not tree.exists() and not (home(project.root) / "checkpoints").exists()

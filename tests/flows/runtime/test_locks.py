@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.runtime.locks import exclusive
+from flows.runtime.locks import exclusive, exclusive_if_free, shared
 
 HOLD = "import sys\nfrom pathlib import Path\nfrom flows.runtime.locks import exclusive\n"
 HOLD += "with exclusive(Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
@@ -57,3 +57,16 @@ def test_a_lock_is_free_once_its_process_was_killed(tmp_path: Path) -> None:
         process.kill()
     with exclusive(path):
         assert not is_free(path)
+
+
+def test_shared_holders_hold_a_lock_together_and_keep_out_an_exclusive_one(tmp_path: Path) -> None:
+    path = tmp_path / "not" / "there" / "lock"
+    with shared(path), shared(path):
+        with exclusive_if_free(path) as is_mine:
+            assert not is_mine
+        assert not is_free(path)
+    with exclusive_if_free(path) as is_mine:
+        assert is_mine and not is_free(path)
+        with exclusive_if_free(path) as second:
+            assert not second
+    assert is_free(path)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from flows.errors import BusyError, StageError
+from flows.errors import BusyError, StageError, StageStopped
 from flows.runtime.processes import this_host
 from flows.runtime.project import dvc
 from flows.runtime.stage_process import forget_dead_locks, run_stage
@@ -185,3 +185,17 @@ def test_a_host_that_takes_the_lock_while_it_becomes_a_shared_one_is_named(
     monkeypatch.setattr(fcntl, "flock", in_two_steps)
     with pytest.raises(BusyError, match=r"far/12345678 is working in"):
         run_stage(root, "wait", 60)
+
+
+def test_a_stage_is_stopped_as_soon_as_it_should_be(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.runtime.stage_process.SECONDS_BETWEEN_LOOKS", 0.05)
+    pid = root / "stage.pid"
+    with pytest.raises(StageStopped, match="stage wait was stopped before its end"):
+        run_stage(root, "wait", 120, should_stop=lambda: pid.exists() and pid.read_text() != "")
+    until = time.monotonic() + 20
+    while Path(f"/proc/{pid.read_text()}").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{pid.read_text()}").exists() and not (root / "out.txt").exists()
+    (root / "go").touch()
+    run_stage(root, "wait", 120, should_stop=lambda: False)
+    assert (root / "out.txt").read_text() == "whole"

@@ -27,3 +27,35 @@ def test_a_trial_takes_files_as_they_are_and_leaves_them_so(swept: Any) -> None:
     dvc(swept.root, "repro", "make")
     assert worked(swept) == ["0.002 4"]
     assert json.loads(swept.paths.training_summary.read_text())["best_validation_loss"] == pytest.approx(2.04)
+
+
+LOGGING_STAGE = """\
+import json, time
+from pathlib import Path
+
+log = Path("checkpoints/run/log.jsonl")
+log.parent.mkdir(parents=True)
+for step in range(1, 200):
+    with log.open("a") as file:
+        print(json.dumps({"step": step, "validation_loss": step / 10 if step % 2 == 0 else None}), file=file)
+    time.sleep(0.1)
+"""
+"""A stage that would log validation losses for twenty seconds: 0.2 at step 2, 0.4 at step 4 and so on."""
+
+
+@pytest.mark.slow
+def test_a_report_gets_each_validation_loss_once_and_stops_the_training(swept: Any) -> None:
+    (swept.root / "make.py").write_text(LOGGING_STAGE)
+    swept.git("commit", "--quiet", "--all", "--message=Log")
+    reported = []
+
+    def report(evaluation: int, loss: float) -> str | None:
+        reported.append((evaluation, loss))
+        return "bad enough" if loss > 0.5 else None
+
+    trial = run_trial(SweepSettings(swept.root, snapshot(swept.root), 60.0), ("train.batch_size=4",), report)
+    assert (trial.pruned, trial.loss, trial.error) == ("bad enough", None, None)
+    assert trial.params is not None and "batch_size: 4" in trial.params
+    assert reported[:3] == [(1, 0.2), (2, 0.4), (3, 0.6)]
+    assert [evaluation for evaluation, _ in reported] == list(range(1, len(reported) + 1)) and len(reported) < 99
+    assert swept.git("worktree", "list").count("\n") == 1

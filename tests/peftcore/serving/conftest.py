@@ -166,7 +166,13 @@ def serving(world: World) -> Iterator[Callable[..., Served]]:
     """Make services: `serving(http=True, limits=Limits(...), max_loaded=4, keys=[...])`."""
     made: list[tuple[Served, threading.Thread | None]] = []
 
-    def serve(http: bool = False, max_loaded: int = 8, limits: Limits | None = None, keys: Any = ()) -> Served:
+    def serve(
+        http: bool = False,
+        max_loaded: int = 8,
+        limits: Limits | None = None,
+        keys: Any = (),
+        metrics_port: int | None = None,
+    ) -> Served:
         model = copy.deepcopy(world.model)
         store = AdapterStore(model, max_loaded)
         store.register_directory(world.folder)
@@ -175,7 +181,7 @@ def serving(world: World) -> Iterator[Callable[..., Served]]:
             service.engine.start()
             made.append((Served(world, service), None))
             return made[-1][0]
-        server = Server(service, "127.0.0.1", 0)
+        server = Server(service, "127.0.0.1", 0, metrics_port)
         thread = threading.Thread(target=server.run)
         thread.start()
         served = Served(world, service, server=server)

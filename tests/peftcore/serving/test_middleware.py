@@ -50,9 +50,37 @@ def test_without_a_key_nothing_is_answered(serving: Callable[..., Any]) -> None:
     assert served.client(api_key="first").models.list()
     header = {"authorization": "Bearer sécond".encode()}
     assert httpx.get(f"{served.url}/v1/models", headers=header).status_code == 200
-    assert httpx.get(f"{served.url}/health").status_code == 200
     for path in ("docs", "redoc", "openapi.json"):
-        assert httpx.get(f"{served.url}/{path}").status_code == 404
+        assert httpx.get(f"{served.url}/{path}", headers=header).status_code == 404
+
+
+def test_every_path_needs_the_key(serving: Callable[..., Any]) -> None:
+    served = serving(http=True, keys=["first"])
+    paths = {route.path for route in served.server.config.app.routes}
+    assert {"/health", "/ready", "/metrics", "/v1/chat/completions", "/v1/load_lora_adapter"} <= paths
+    for path in (*paths, "/", "/not/there", "//v1/models", "/v1"):
+        for method in ("GET", "POST", "HEAD", "OPTIONS"):
+            for headers in ({}, {"authorization": "Bearer firs"}, {"authorization": "Basic first"}):
+                assert httpx.request(method, f"{served.url}{path}", headers=headers).status_code == 401, (method, path)
+    key = {"authorization": "Bearer first"}
+    for path in ("/health", "/ready", "/metrics"):
+        assert httpx.get(f"{served.url}{path}", headers=key).status_code == 200
+    assert "peftcore_" not in httpx.get(f"{served.url}/metrics").text
+
+
+def test_keys_are_compared_in_constant_time_and_each_of_them(
+    serving: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served, compared = serving(http=True, keys=["first", "a much longer second key"]), []
+
+    def compare(one: bytes, other: bytes) -> bool:
+        compared.append((len(one), len(other)))
+        return one == other
+
+    monkeypatch.setattr("peftcore.serving.middleware.hmac.compare_digest", compare)
+    for sent in ("first", "a much longer second key", "x"):
+        httpx.get(f"{served.url}/health", headers={"authorization": f"Bearer {sent}"})
+    assert compared == [(32, 32)] * 6
 
 
 @pytest.mark.parametrize("keys", [[""], ["  "], ["one", ""]])

@@ -1,5 +1,6 @@
 """The server as a process would see it: it ends in order, and loses nothing under load."""
 
+import socket
 import threading
 from collections import Counter
 from collections.abc import Callable
@@ -10,7 +11,8 @@ import httpx
 import openai
 import pytest
 
-from peftcore.serving import Limits
+from peftcore.errors import ConfigError
+from peftcore.serving import Limits, serve
 
 GIVEN: dict[str, Any] = {"model": "sql", "prompt": [5, 6], "temperature": 0}
 
@@ -32,6 +34,32 @@ def test_told_to_end_it_ends_what_runs_and_takes_nothing_new(serving: Callable[.
     served.wait(lambda: not served.service.engine.alive)
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{served.url}/health")
+
+
+def test_a_port_of_its_own_monitors_without_the_key_and_does_nothing_else(serving: Callable[..., Any]) -> None:
+    served = serving(http=True, keys=["first"], metrics_port=0)
+    monitoring = served.server.metrics_address
+    assert monitoring != served.url
+    for path in ("/health", "/ready", "/metrics"):
+        assert httpx.get(f"{monitoring}{path}").status_code == 200
+        assert httpx.get(f"{served.url}{path}").status_code == 401
+    assert "peftcore_requests_total" in httpx.get(f"{monitoring}/metrics").text
+    for path in ("/v1/models", "/v1/load_lora_adapter", "/docs", "/openapi.json"):
+        assert httpx.get(f"{monitoring}{path}").status_code == 404
+    served.server.handle_exit(15, None)
+    served.wait(lambda: not served.service.engine.alive)
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{monitoring}/health")
+
+
+@pytest.mark.parametrize("option", ["--port", "--metrics-port"])
+def test_a_port_that_is_in_use_is_named_by_its_option(serving: Callable[..., Any], option: str) -> None:
+    served = serving()
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = busy.getsockname()[1]
+        ports = (port, None) if option == "--port" else (0, port)
+        with pytest.raises(ConfigError, match=f"cannot listen on 127.0.0.1 port {port}.* or {option}$"):
+            serve(served.service, "127.0.0.1", *ports)
 
 
 @pytest.mark.parametrize("again", [False, True])

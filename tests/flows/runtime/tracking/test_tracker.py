@@ -1,3 +1,5 @@
+"""A tracked run: mirrored to each backend, and never a reason for a run to fail."""
+
 import json
 import logging
 import os
@@ -190,3 +192,42 @@ def test_a_real_offline_run_can_be_written(tmp_path: Path) -> None:
     tracker.log({"step": 1, "loss": 2.0})
     tracker.finish({"steps": 1}, adapter)
     assert run_id and list((tmp_path / "wandb").glob(f"offline-run-*-{run_id}/*.wandb"))
+
+
+class Broken:
+    """A backend that fails after its start."""
+
+    id = "b1"
+
+    def __init__(self, *_: Any) -> None:
+        return
+
+    def log(self, record: dict[str, Any]) -> None:
+        raise OSError("gone")
+
+
+def test_a_backend_that_fails_leaves_the_others(opened, tmp_path: Path, caplog, monkeypatch) -> None:
+    monkeypatch.setattr("flows.runtime.tracking.tracker.MlflowRun", Broken)
+    tracker = Tracker("p", "offline", {}, tmp_path, backends=["mlflow", "wandb"])
+    assert tracker.run_ids == {"mlflow": "b1", "wandb": "abc123"}
+    with caplog.at_level(logging.WARNING):
+        for step in range(3):
+            tracker.log({"step": step, "loss": 1.0})
+    assert caplog.text.count("MLflow: gone; the run continues, and its own log is complete") == 1
+    assert tracker.run_ids == {"wandb": "abc123"} and len(opened.run.logged) == 3
+
+
+@pytest.mark.parametrize("backend", ["mlflow", "tensorboard"])
+def test_a_backend_that_is_not_installed_is_named_with_its_extra(
+    opened, tmp_path: Path, caplog, monkeypatch, backend: Any
+) -> None:
+    monkeypatch.setattr("peftcore.errors.find_spec", lambda name: None)
+    with caplog.at_level(logging.WARNING):
+        tracker = Tracker("p", "offline", {}, tmp_path, backends=[backend])
+    assert f"pip install 'peftcore[{backend}]'" in caplog.text and tracker.run_ids == {}
+
+
+def test_without_a_backend_nothing_is_asked_for(opened, tmp_path: Path) -> None:
+    tracker = Tracker("p", "offline", {}, tmp_path, backends=[])
+    tracker.log({"step": 1})
+    assert opened.modes == [] and tracker.run_ids == {}
