@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 from datasets import Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from flows.data.chat import ChatTokenizer
+from flows.data.chat import ChatTokenizer, Shown
 from flows.data.examples import AnyExample, Example, Labelled, Message, Preference
 from flows.data.tokens import IGNORED, AnyTokens, PairTokens, TextTokens, Tokens
 from flows.errors import DataError
@@ -58,7 +58,7 @@ class ChatEncoder:
     """Chats with labels on the assistant's turns."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, data: Data) -> None:
-        self.chats = ChatTokenizer(tokenizer, data.supervise)
+        self.chats = ChatTokenizer(tokenizer, data.supervise, _shown(data))
 
     def encode(self, example: Example) -> Tokens:
         """Tokenise a chat."""
@@ -73,8 +73,8 @@ class ChatEncoder:
 class PreferenceEncoder:
     """Preference pairs; every assistant turn after the prompt is supervised in both answers."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.chats = ChatTokenizer(tokenizer)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, reasoning: Shown = "all") -> None:
+        self.chats = ChatTokenizer(tokenizer, reasoning=reasoning)
 
     def encode(self, example: Preference) -> PairTokens:
         """Tokenise both answers after the shared prompt."""
@@ -141,13 +141,20 @@ def encoder_of(data: Data, tokenizer: PreTrainedTokenizerBase, labels: list[str]
     """Return the encoder of `data.kind`. labels: names of all classes, for classification."""
     if data.kind == "classification":
         return LabelledEncoder(tokenizer, labels)
-    return PreferenceEncoder(tokenizer) if data.kind == "preference" else ChatEncoder(tokenizer, data)
+    if data.kind == "preference":
+        return PreferenceEncoder(tokenizer, _shown(data))
+    return ChatEncoder(tokenizer, data)
 
 
 def label_names(examples: list[AnyExample]) -> list[str]:
     """Return the names of all classes by index: ordered as integers if all names are integers, else as text."""
     names = {example.label for example in examples if isinstance(example, Labelled)}
     return sorted(names, key=_as_number if all(map(_is_number, names)) else None)
+
+
+def _shown(data: Data) -> Shown:
+    """Return the turns whose reasoning the template must show; with data.reasoning none, no turn has any."""
+    return "all" if data.reasoning == "all" else "supervised"
 
 
 def _first_supervised(tokens: Tokens) -> int:

@@ -5,7 +5,9 @@ from typing import Any
 
 Message = dict[str, Any]
 """{"role": "system" | "user" | "assistant" | "tool", "content": text}. An assistant turn may also have `tool_calls`,
-and `train`: false if the turn is context only."""
+`reasoning_content`, and `train`: false if the turn is context only. Further fields are for the chat template."""
+REASONING_FIELD = "reasoning_content"
+"""Field of an assistant turn with the reasoning before its answer."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,6 +14,7 @@ from flows.data import docstrings, files, formats
 from flows.data.canonical import canonical
 from flows.data.examples import AnyExample, Example, Labelled, Message, Preference, with_system_prompt
 from flows.data.formats import FaultyRow, spelled_otherwise
+from flows.data.turns import REASONING
 from flows.errors import DataError
 from flows.params import Data
 
@@ -78,12 +79,13 @@ def _example(data: Data, where: str, row: dict[str, Any]) -> AnyExample:
     if data.kind == "classification":
         text, label = formats.labelled(row)
         return Labelled(text, label, **_origin(data, where, row, text))
+    ignored = (*data.ignored_fields, *(REASONING if data.reasoning == "none" else ()))
     if data.kind == "preference":
-        prompt, chosen, rejected = formats.preference(row)
+        prompt, chosen, rejected = formats.preference(row, ignored)
         origin = _origin(data, where, row, prompt)
         prompt = with_system_prompt(prompt, data.system_prompt)
         return Preference(prompt, chosen, rejected, formats.tools(row), **origin)
-    turns = formats.chat(row)
+    turns = formats.chat(row, ignored)
     messages = with_system_prompt(turns, data.system_prompt)
     return Example(messages, formats.tools(row), **_origin(data, where, row, turns[:-1]))
 

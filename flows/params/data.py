@@ -10,6 +10,8 @@ from flows.params.section import HUB, Confidence, Count, Section, Share, Text, i
 DEMONSTRATION = "stdlib:docstrings"
 DEMONSTRATION_PROMPT = "You write the one-line summary of Python functions."
 """The default `data.system_prompt` of the demonstration; other sources have none."""
+NEEDED_FIELDS = ("role", "from", "content", "value", "train", "weight")
+"""Fields of a turn that `data.ignored_fields` cannot name."""
 
 
 class Data(Section):
@@ -20,6 +22,10 @@ class Data(Section):
     source: str = DEMONSTRATION
     kind: Literal["chat", "preference", "classification"] = "chat"
     supervise: Literal["all", "last"] = "all"
+    reasoning: Literal["all", "supervised", "none"] = "all"
+    ignored_fields: list[Text] = Field(default=[])
+    chat_template: Text | None = None
+    special_tokens: list[Text] = Field(default=[])
     system_prompt: str | None = None
     max_length: Annotated[int, Field(ge=8)] = 320
     overlong: Literal["drop", "truncate", "error"] = "drop"
@@ -48,6 +54,20 @@ class Data(Section):
         if scheme or not source:
             raise invalid_value("give stdlib:docstrings, hub:NAME, or the path of a .jsonl, .csv or .parquet")
         return source
+
+    @field_validator("ignored_fields")
+    @classmethod
+    def _check_ignored_fields(cls, fields: list[str]) -> list[str]:
+        if needed := [field for field in fields if field in NEEDED_FIELDS]:
+            raise invalid_value(f"a turn needs {', '.join(needed)}; name other fields")
+        return fields
+
+    @field_validator("special_tokens")
+    @classmethod
+    def _check_special_tokens(cls, tokens: list[str]) -> list[str]:
+        if any(token != token.strip() for token in tokens) or len(set(tokens)) < len(tokens):
+            raise invalid_value("give different tokens without white space at their ends, such as <|action|>")
+        return tokens
 
     @model_validator(mode="before")
     @classmethod

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from flows.base.gguf import save_packed
 from flows.base.source import load, load_packed, obtain
 from flows.data.chat import end_of_turn, render
+from flows.data.vocabulary import add_special_tokens, set_chat_template
 from flows.errors import BaseModelError
 from flows.params import Params
 from flows.paths import Paths
@@ -28,11 +29,13 @@ def run(params: Params, paths: Paths) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint, packed = obtain(source, paths.root, Path(scratch)), params.quantization.storage == "gguf"
         model, tokenizer = load_packed(source, checkpoint) if packed else load(source, checkpoint)
+        set_chat_template(tokenizer, params.data, paths.root)
         if not tokenizer.chat_template:
             raise BaseModelError(
-                f"base.source {source}: its tokenizer has no chat template; use "
-                "an instruction-tuned model, or put a chat_template.jinja into its folder and give that by path:"
+                f"base.source {source}: its tokenizer has no chat template; use an instruction-tuned model, or give "
+                "data.chat_template, such as the path of a chat_template.jinja"
             )
+        add_special_tokens(model, tokenizer, params.data.special_tokens, packed)
         settle_special_tokens(model, tokenizer)
         with directory_written_atomically(paths.base) as folder:
             if packed:

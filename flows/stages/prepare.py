@@ -25,6 +25,7 @@ from flows.data.splits import (
     without_near_duplicates,
 )
 from flows.data.tokens import length
+from flows.data.vocabulary import check_applied
 from flows.errors import DataError
 from flows.params import Data, Params
 from flows.paths import SPLITS, Paths, Split
@@ -46,6 +47,7 @@ def run(params: Params, paths: Paths) -> None:
     check_base(paths.base)
     disable_progress_bars()
     tokenizer = load_tokenizer(paths.base)
+    check_applied(tokenizer, data, paths.root)
     if data.max_length > tokenizer.model_max_length:
         raise DataError(
             f"data.max_length: {data.max_length} is more than the base's context of "

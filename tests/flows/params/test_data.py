@@ -31,6 +31,11 @@ def test_each_kind_of_source_is_taken(tmp_path: Path, source: str) -> None:
         ("{similarity: 1.1}", "similarity"),
         ("{max_leakage: 1}", "max_leakage"),
         ("{new_files: ['']}", "new_files.0"),
+        ("{reasoning: drop}", "reasoning"),
+        ("{ignored_fields: [id, content]}", "ignored_fields"),
+        ("{special_tokens: [a, a]}", "special_tokens"),
+        ("{special_tokens: [' a']}", "special_tokens"),
+        ("{chat_template: ''}", "chat_template"),
     ],
 )
 def test_an_impossible_value_is_refused_by_its_key(tmp_path: Path, text: str, key: str) -> None:
