@@ -17,7 +17,7 @@ from flows.paths import Paths
 from flows.registry.adapter_files import foreign_files
 from flows.stages import evaluate, fetch, merge, prepare, train
 from peftcore import AutoPeftModelForCausalLM, PeftConfig
-from peftcore.files import damaged_files
+from peftcore.files import damaged_files, write_manifest
 
 TEMPLATE = (
     "{% for m in messages %}{{ '<|turn|>' + m['role'] + '\n' }}"
@@ -25,6 +25,9 @@ TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|turn|>assistant\n' }}{% endif %}"
 )
 TOKENS = ["<|turn|>", "<|stop|>", "<|sum|>"]
+
+
+IA3 = {"name": "ia3", "r": None, "lora_alpha": None, "lora_dropout": 0.0}
 
 
 def chat(number: int) -> dict[str, Any]:
@@ -93,6 +96,7 @@ def test_the_adapter_with_its_tokenizer_loads_on_the_published_base(made: tuple[
     folder.write_text(
         json.dumps(json.loads(folder.read_text()) | {"base_model_name_or_path": str(paths.root / "source")})
     )
+    write_manifest(paths.adapter)
     model = AutoPeftModelForCausalLM.from_pretrained(paths.adapter)
     tokenizer = AutoTokenizer.from_pretrained(paths.adapter)
     trained = load_file(paths.adapter / "adapter_model.safetensors")
@@ -128,8 +132,7 @@ def test_a_field_is_named_with_its_file_and_line(made: tuple[Callable[..., Param
 
 def test_a_method_without_token_rows_is_refused(made: tuple[Callable[..., Params], Paths]) -> None:
     make, paths = made
-    params = make(data={"near_duplicates": "keep"}, method={"name": "ia3", "r": None, "lora_alpha": None})
-    params = params.model_copy(update={"method": params.method.model_copy(update={"lora_dropout": 0.0})})
+    params = make(data={"near_duplicates": "keep"}, method=IA3)
     fetch.run(params, paths)
     prepare.run(params, paths)
     with pytest.raises(StageError, match=r"data\.special_tokens: IA3 cannot train"):
