@@ -47,6 +47,11 @@ class ChatTokenizer:
     ) -> None:
         if not tokenizer.is_fast:
             raise DataError(f"{type(tokenizer).__name__} has no offsets; give a base with a tokenizer.json")
+        if not tokenizer.chat_template:
+            raise DataError(
+                "the base's tokenizer has no chat template; give data.chat_template, such as the path of a "
+                "chat_template.jinja, or an instruction-tuned base"
+            )
         self.tokenizer = tokenizer
         self.supervise, self.reasoning = supervise, reasoning
         self.end = end_of_turn(tokenizer)
@@ -257,6 +262,19 @@ def render(
         raise DataError(f"the chat template refuses a chat of {roles}: {error}") from error
     assert isinstance(text, str)
     return text
+
+
+def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the id of the token that ends a turn, or a text if the tokenizer has no chat template.
+
+    Raises:
+        DataError: There is no such token.
+    """
+    if tokenizer.chat_template:
+        return end_of_turn(tokenizer)
+    if not isinstance(tokenizer.eos_token_id, int):
+        raise DataError("the tokenizer has neither a chat template nor an end-of-sequence token; give another base")
+    return tokenizer.eos_token_id
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:

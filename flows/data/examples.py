@@ -1,4 +1,4 @@
-"""One example of any source, by kind: a chat, a preference pair, or a labelled text."""
+"""One example of any source, by kind: a chat, a preference pair, a labelled text, or a plain text."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -51,7 +51,14 @@ class Labelled(Origin):
     label: str
 
 
-AnyExample = Example | Preference | Labelled
+@dataclass(frozen=True)
+class Document(Origin):
+    """A text of which every token is learned."""
+
+    text: str
+
+
+AnyExample = Example | Preference | Labelled | Document
 
 
 def question_and_answer(prompt: str, completion: str, system_prompt: str | None) -> list[Message]:

@@ -11,7 +11,7 @@ from typing import Any
 from flows.data.examples import Message
 from flows.data.turns import REASONING, FaultyRow, check_characters, check_data, check_order, listed, read_turns
 
-__all__ = ["FaultyRow", "chat", "labelled", "preference", "spelled_otherwise", "tools", "weight"]
+__all__ = ["FaultyRow", "chat", "document", "labelled", "preference", "spelled_otherwise", "tools", "weight"]
 ONE_TURN = {"prompt": "completion", "question": "answer", "instruction": "output"}
 """{column of the question: column of the answer}; an `instruction` may have an `input`, as in Alpaca."""
 _OTHER_KINDS = {"preference": ("chosen", "rejected"), "classification": ("text", "label")}
@@ -36,6 +36,8 @@ def chat(row: dict[str, Any], ignored: Collection[str] = ()) -> list[Message]:
     for kind, columns in _OTHER_KINDS.items():
         if all(column in row for column in columns):
             raise FaultyRow(f"it has {' and '.join(columns)}; set data.kind to {kind}")
+    if "text" in row:
+        raise FaultyRow("it has a text; set data.kind to text")
     known = ["messages", "conversations", *ONE_TURN, *ONE_TURN.values()]
     raise FaultyRow(
         f"it has neither messages nor prompt and completion, but {', '.join(row) or 'nothing'}"
@@ -93,6 +95,13 @@ def labelled(row: dict[str, Any]) -> tuple[str, str]:
     if not isinstance(label, str | int) or not str(label).strip():
         raise FaultyRow(f"its label is {label!r:.80}; give a name or a whole number")
     return _text(row, "text"), str(label).strip()
+
+
+def document(row: dict[str, Any]) -> str:
+    """Return the row's text."""
+    if row.get("text") is None:
+        raise FaultyRow(f"it has no text, but {', '.join(row) or 'nothing'}{spelled_otherwise(row, ['text'])}")
+    return _text(row, "text")
 
 
 def spelled_otherwise(row: dict[str, Any], known: Iterable[str]) -> str:

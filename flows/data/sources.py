@@ -12,7 +12,7 @@ from typing import Any
 from flows.base.hub import DownloadError, download
 from flows.data import docstrings, files, formats
 from flows.data.canonical import canonical
-from flows.data.examples import AnyExample, Example, Labelled, Message, Preference, with_system_prompt
+from flows.data.examples import AnyExample, Document, Example, Labelled, Message, Preference, with_system_prompt
 from flows.data.formats import FaultyRow, spelled_otherwise
 from flows.data.turns import REASONING
 from flows.errors import DataError
@@ -50,7 +50,7 @@ def read_examples(data: Data, root: Path) -> list[AnyExample]:
                 WATCHED,
             )
     examples, faults = [], []
-    for where, row in files.read_rows(path, data.source):
+    for where, row in files.read_rows(path, data.source, data.kind):
         try:
             examples.append(_example(data, where, row))
         except FaultyRow as fault:
@@ -76,6 +76,9 @@ def refuse_faulty(faults: list[str], of: str) -> None:
 
 
 def _example(data: Data, where: str, row: dict[str, Any]) -> AnyExample:
+    if data.kind == "text":
+        content = formats.document(row)
+        return Document(content, **_origin(data, where, row, content))
     if data.kind == "classification":
         text, label = formats.labelled(row)
         return Labelled(text, label, **_origin(data, where, row, text))

@@ -95,6 +95,8 @@ def check_applied(tokenizer: PreTrainedTokenizerBase, data: Data, root: Path) ->
 
 
 def _written_by_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    if not tokenizer.chat_template:
+        return ""
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     return render(tokenizer, turns) + render(tokenizer, turns[:1], generate=True)
 

@@ -10,6 +10,8 @@ from flows.params.section import HUB, Confidence, Count, Section, Share, Text, i
 DEMONSTRATION = "stdlib:docstrings"
 DEMONSTRATION_PROMPT = "You write the one-line summary of Python functions."
 """The default `data.system_prompt` of the demonstration; other sources have none."""
+OF_TURNS = {"supervise": "all", "reasoning": "all", "ignored_fields": [], "system_prompt": None}
+"""{option for turns: its value for texts}"""
 NEEDED_FIELDS = ("role", "from", "content", "value", "train", "weight")
 """Fields of a turn that `data.ignored_fields` cannot name."""
 
@@ -20,7 +22,7 @@ class Data(Section):
     renamed: ClassVar = {"fresh": "data.new_files", "unproven": "data.quarantined"}
 
     source: str = DEMONSTRATION
-    kind: Literal["chat", "preference", "classification"] = "chat"
+    kind: Literal["chat", "text", "preference", "classification"] = "chat"
     supervise: Literal["all", "last"] = "all"
     reasoning: Literal["all", "supervised", "none"] = "all"
     ignored_fields: list[Text] = Field(default=[])
@@ -80,6 +82,19 @@ class Data(Section):
     def _check_shares(self) -> Self:
         if self.validation_share + self.test_share >= 1:
             raise invalid_value("validation_share + test_share must be below 1", "test_share", self.test_share)
+        return self
+
+    @model_validator(mode="after")
+    def _check_text(self) -> Self:
+        if self.kind != "text":
+            return self
+        for key, default in OF_TURNS.items():
+            if (value := getattr(self, key)) != default:
+                shown = {None: "null"}.get(default, default)
+                raise invalid_value(f"data.kind is text, which has no turns; give {shown}", key, value)
+        if self.overlong != "drop":
+            expected = "data.kind is text, and texts are cut into rows of max_length tokens; give drop"
+            raise invalid_value(expected, "overlong", self.overlong)
         return self
 
     @model_validator(mode="after")

@@ -24,7 +24,7 @@ from flows.data.splits import (
     without_learned,
     without_near_duplicates,
 )
-from flows.data.tokens import length
+from flows.data.tokens import AnyTokens, length
 from flows.data.vocabulary import check_applied
 from flows.errors import DataError
 from flows.params import Data, Params
@@ -100,14 +100,14 @@ def tokenize(examples: list[AnyExample], encoder: Encoder, data: Data) -> tuple[
         for example in examples:
             bar.update(1)
             try:
-                row = _row(example, encoder, data)
+                parts = encoder.parts(example, data.max_length)
+                made = [_row(example, encoder, data)] if parts is None else [_of(example, part, data) for part in parts]
             except DataError as error:
                 faults.append(f"{example.where}: {error}")
                 continue
-            if row is None:
+            rows += [row for row in made if row is not None]
+            if None in made:
                 dropped[f"longer than {data.max_length} tokens"] += 1
-            else:
-                rows.append(row)
     refuse_faulty(faults, f"data.source {data.source}")
     return rows, dropped
 
@@ -178,6 +178,11 @@ def _row(example: AnyExample, encoder: Encoder, data: Data) -> Row | None:
         if shorter is None:
             return None
         tokens, truncated = encoder.encode(shorter), True
+    return _of(example, tokens, data, truncated)
+
+
+def _of(example: AnyExample, tokens: AnyTokens, data: Data, truncated: bool = False) -> Row:
+    """Return the row of an example's tokens."""
     is_new = data.new_files is None or comes_from(example.where, data.new_files)
     trusted = data.quarantined is None or not comes_from(example.where, data.quarantined)
     return Row(tokens, example.group, example.slice, example.weight, truncated, is_new, trusted, example.extra)
