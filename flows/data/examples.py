@@ -12,10 +12,11 @@ REASONING_FIELD = "reasoning_content"
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Group, slice, location and weight of an example.
+    """Group, slice, location, weight and source of an example.
 
     group: rows of one group stay in one split. slice: evaluation reports by slice. where: location in the source, for
     messages. weight: factor of the row's loss. extra: {column: value} as JSON, for scorers; None without such columns.
+    source: name of the source in `data.mixture`; "" with one source.
     """
 
     group: str
@@ -23,6 +24,7 @@ class Origin:
     where: str
     weight: float = 1.0
     extra: str | None = None
+    source: str = ""
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@
 import hashlib
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,31 @@ log = logging.getLogger(__name__)
 
 
 def read_examples(data: Data, root: Path) -> list[AnyExample]:
-    """Return all examples of `data.source`. root: folder that a relative path starts from.
+    """Return all examples of `data.source`, or of all sources of `data.mixture`.
+
+    The location of an example of a mixture begins with the name of its source, which is also its slice if no column
+    names the slices.
+
+    Args:
+        data: The section of params.yaml.
+        root: Folder that a relative path starts from.
 
     Raises:
-        DataError: The source is missing or empty, or a row is faulty.
+        DataError: A source is missing or empty, or a row is faulty.
     """
+    if not data.mixture:
+        return _read(data, root)
+    examples: list[AnyExample] = []
+    for one in data.mixture:
+        alone = data.model_copy(update={"source": one.source, "mixture": []})
+        for example in _read(alone, root):
+            slice_ = example.slice if data.slice_column else one.name
+            where = f"{one.name}/{example.where}"
+            examples.append(replace(example, source=one.name, where=where, slice=slice_))
+    return examples
+
+
+def _read(data: Data, root: Path) -> list[AnyExample]:
     if data.source == "stdlib:docstrings":
         return list(docstrings.read(data.system_prompt))
     if data.source.startswith("hub:"):
@@ -43,6 +64,11 @@ def read_examples(data: Data, root: Path) -> list[AnyExample]:
             ) from error
     else:
         path = root / Path(data.source).expanduser()
+        if not path.exists() and (pointer := path.with_name(f"{path.name}.dvc")).exists():
+            raise DataError(
+                f"data.source {data.source}: DVC tracks it ({pointer.name}), and its content is not here; run "
+                f"`dvc pull {data.source}`"
+            )
         if not path.resolve().is_relative_to((root / WATCHED).resolve()):
             log.warning(
                 "data.source %s is outside %s/, which DVC watches: after changing it, run `dvc repro --force prepare`",

@@ -79,7 +79,7 @@ def add_special_tokens(
     known, markers = len(tokenizer), _written_by_template(tokenizer)
     for token in new:
         special = token in markers
-        tokenizer.add_tokens([AddedToken(token, special=special, normalized=False)], special_tokens=special)
+        tokenizer.add_tokens(AddedToken(token, special=special, normalized=False), special_tokens=special)  # pyright: ignore[reportArgumentType]
     _grow(model, known, len(tokenizer))
 
 

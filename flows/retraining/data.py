@@ -72,7 +72,16 @@ class Source:
     """The files of `data.source` in a working tree."""
 
     def __init__(self, params: Params, root: Path, tree: Path) -> None:
-        """Use the source of `params`. root: the repository; tree: the working tree of the retraining."""
+        """Use the source of `params`. root: the repository; tree: the working tree of the retraining.
+
+        Raises:
+            DataError: There are several sources.
+        """
+        if params.data.mixture:
+            raise DataError(
+                "data.mixture has several sources, and a retraining needs one, whose new files it finds; put the files "
+                "into one folder and name that in data.source"
+            )
         self.params, self.root, self.tree = params, root, tree
         self.name = params.data.source
         self.is_path = not self.name.startswith(("stdlib:", "hub:"))

@@ -12,6 +12,7 @@ from datasets import Dataset, Features, disable_progress_bars
 from flows.base.model import check_base, load_tokenizer
 from flows.data.encoders import COLUMNS, EXTRA, Encoder, encoder_of, label_names
 from flows.data.examples import AnyExample
+from flows.data.mixture import mixed, mixture_report
 from flows.data.report import data_report
 from flows.data.sources import comes_from, read_examples, refuse_faulty
 from flows.data.splits import (
@@ -68,9 +69,13 @@ def run(params: Params, paths: Paths) -> None:
     splits: dict[Split, list[Row]] = {split: sample(assigned[split], limits[split], seed) for split in SPLITS}
     if data.new_files is not None:
         splits["train"] = replayed(assigned["train"], data.replay_share, data.train_rows, seed)
+    if data.mixture:
+        splits["train"] = mixed(assigned["train"], data, seed)
     available: dict[Split, int] = {split: len(assigned[split]) for split in SPLITS}
     _refuse_empty(splits, dropped)
     report = data_report(data, len(examples), available, splits, dropped, tokenizer, labels)
+    if data.mixture:
+        report["mixture"] = mixture_report(data, examples, assigned["train"], splits, paths.root)
     assert not any(count for pair in report["leakage"].values() for count in pair.values()), report["leakage"]
     with directory_written_atomically(paths.data) as folder:
         for split in SPLITS:
@@ -185,7 +190,9 @@ def _of(example: AnyExample, tokens: AnyTokens, data: Data, truncated: bool = Fa
     """Return the row of an example's tokens."""
     is_new = data.new_files is None or comes_from(example.where, data.new_files)
     trusted = data.quarantined is None or not comes_from(example.where, data.quarantined)
-    return Row(tokens, example.group, example.slice, example.weight, truncated, is_new, trusted, example.extra)
+    return Row(
+        tokens, example.group, example.slice, example.weight, truncated, is_new, trusted, example.extra, example.source
+    )
 
 
 def _refuse_empty(splits: dict[Split, list[Row]], dropped: Counter[str]) -> None:
@@ -208,6 +215,8 @@ def _log(report: dict[str, Any]) -> None:
             *(split, *(summary[name] for name in ("rows", "available", "groups", "tokens"))),
             100 * (summary["supervised_share"] or 0),
         )
+    for name, part in report.get("mixture", {}).items():
+        logger.info("%s: %d of %d training rows", name, part["train"], part["available"])
     for reason, count in report["dropped"].items():
         logger.info("dropped: %d %s", count, reason)
 

@@ -204,7 +204,7 @@ PAGE = Path(__file__).parents[3] / "docs" / "how-to" / "data.md"
 def test_each_row_of_the_documentation_is_read(tmp_path: Path, line: str) -> None:
     (tmp_path / "rows.jsonl").write_text(line + "\n")
     row = json.loads(line)
-    kind = "preference" if "preferred_output" in row or "chosen" in row else "text" if "text" in row else "chat"
+    kind: Any = "preference" if "preferred_output" in row or "chosen" in row else "text" if "text" in row else "chat"
     (example,) = read_examples(Data(source="rows.jsonl", kind=kind), tmp_path)
     assert example.where == "rows.jsonl:1"
 

@@ -156,5 +156,5 @@ def test_a_field_that_the_template_does_not_show_is_refused(
     tokenizer = templated(templates["reasoning"])
     with pytest.raises(DataError, match=rf"turn 2 \(assistant\) has {field}, .*data\.ignored_fields.*{hint}"):
         ChatTokenizer(tokenizer).tokenize(chat)
-    tokenizer.chat_template = tokenizer.chat_template.replace("m.thinking", f"m.{field}")
+    tokenizer.chat_template = templates["reasoning"].replace("m.thinking", f"m.{field}")
     assert "<think>calm</think>" in learned(ChatTokenizer(tokenizer).tokenize(chat), tokenizer)

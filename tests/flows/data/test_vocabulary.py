@@ -48,7 +48,7 @@ def test_an_added_token_starts_as_the_mean_of_the_others(tiny_base: Path, tokeni
 
 def test_spare_rows_are_used_before_the_model_grows(tokenizer: PreTrainedTokenizerBase) -> None:
     size = len(tokenizer) + 8
-    shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    shape: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=size, num_key_value_heads=1, **shape))
     add_special_tokens(model, tokenizer, ["<|action|>"])
     assert model.config.vocab_size == size

@@ -70,7 +70,7 @@ def test_reasoning_and_added_tokens_are_trained_and_saved(made: tuple[Callable[.
     weights = load_file(paths.adapter / "adapter_model.safetensors")
     trained = {name: rows for name, rows in weights.items() if "trainable_tokens" in name}
     assert len(trained) == 2
-    base = AutoModelForCausalLM.from_pretrained(paths.base, dtype=torch.float32)
+    base: Any = AutoModelForCausalLM.from_pretrained(paths.base, dtype=torch.float32)
     ends = {"embed_tokens": base.get_input_embeddings().weight, "lm_head": base.get_output_embeddings().weight}
     for name, values in trained.items():
         start = next(weight for end, weight in ends.items() if end in name)[ids]
@@ -81,7 +81,7 @@ def test_reasoning_and_added_tokens_are_trained_and_saved(made: tuple[Callable[.
     metrics = json.loads(paths.evaluation_metrics.read_text())
     assert metrics["adapter"]["loss"] < metrics["base"]["loss"]
     merge.run(params, paths)
-    merged = AutoModelForCausalLM.from_pretrained(paths.merged, dtype=torch.float32)
+    merged: Any = AutoModelForCausalLM.from_pretrained(paths.merged, dtype=torch.float32)
     assert merged.get_input_embeddings().weight.shape == base.get_input_embeddings().weight.shape
     assert AutoTokenizer.from_pretrained(paths.merged).convert_tokens_to_ids(TOKENS) == ids
 
