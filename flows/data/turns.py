@@ -47,7 +47,7 @@ def read_turns(value: list[dict[str, Any]], ignored: Collection[str], first: int
         FaultyRow: A turn has no text, an unknown role, or a field that cannot be used.
     """
     for number, message in enumerate(value, start=first):
-        fields = {key: item for key, item in message.items() if key not in ignored and item not in (None, "", [], {})}
+        fields = {key: item for key, item in message.items() if key not in ignored and not _is_empty(item)}
         role = _role(message, number)
         subject = f"turn {number} ({role})"
         content, thoughts = _content(fields, subject)
@@ -106,12 +106,14 @@ def check_characters(text: str, subject: str) -> None:
 
 
 def check_data(value: Any, subject: str) -> None:
-    """Refuse values that JSON cannot write again: half characters, integers beyond 63 bits, deep nesting."""
+    """Refuse values that JSON cannot write again: other types, half characters, integers over 63 bits, deep nesting."""
     level = [value]
     for _ in range(_DEEPEST):
         for item in level:
             if isinstance(item, str):
                 check_characters(item, subject)
+            if not isinstance(item, str | int | float | dict | list | None):
+                raise FaultyRow(f"{subject} has a {type(item).__name__}, which is not of JSON; write it as text")
             if isinstance(item, int) and abs(item) >= 2**63:
                 raise FaultyRow(f"{subject} has a number of more than 63 bits; write it as text")
         level = [part for item in level for part in _parts(item)]
@@ -128,6 +130,15 @@ def close_to_known(field: str) -> str:
 
 def _parts(value: Any) -> Iterable[Any]:
     return (*value.keys(), *value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
+def _is_empty(value: Any) -> bool:
+    """Return True for a value without content; Parquet gives absent fields null, also inside objects."""
+    return value in (None, "") if not isinstance(value, dict | list) else all(map(_is_empty, _values(value)))
+
+
+def _values(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
 
 
 def _role(message: dict[str, Any], number: int) -> str:

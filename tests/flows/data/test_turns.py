@@ -1,5 +1,7 @@
 """Turns: fields that are left out, renamed, or refused; `test_formats.py` reads whole rows."""
 
+from datetime import datetime
+
 import pytest
 
 from flows.data.turns import FaultyRow, check_order, close_to_known, listed, read_turns
@@ -31,3 +33,14 @@ def test_lists_may_be_json() -> None:
 def test_a_chat_without_turns_has_no_completion() -> None:
     with pytest.raises(FaultyRow, match="no completion"):
         check_order([])
+
+
+def test_fields_that_are_empty_inside_are_absent() -> None:
+    """As Parquet gives them to a row that lacks them."""
+    assert list(read_turns([USER | {"info": {"a": None, "b": [{"c": ""}]}, "n": None}], ())) == [USER]
+    assert list(read_turns([USER | {"info": {"a": 0}}], ())) == [USER | {"info": {"a": 0}}]
+
+
+def test_a_field_that_json_cannot_write_is_refused() -> None:
+    with pytest.raises(FaultyRow, match=r"turn 1 \(user\) has a datetime, which is not of JSON"):
+        list(read_turns([USER | {"at": datetime(2026, 1, 1)}], ()))
