@@ -66,6 +66,8 @@ def upgrade(
 ) -> None:
     """Bring dvc.yaml, the CI workflow and the files in .peftcore up to date with the installed version.
 
+    params.yaml gets the keys that stages track and that it lacks, with their defaults.
+
     Shows the difference. Exit code 1: the files differ and --write is not given. Only in projects that `peftcore init`
     has made.
     """

@@ -134,11 +134,16 @@ def _parts(value: Any) -> Iterable[Any]:
 
 def _is_empty(value: Any) -> bool:
     """Return True for a value without content; Parquet gives absent fields null, also inside objects."""
-    return value in (None, "") if not isinstance(value, dict | list) else all(map(_is_empty, _values(value)))
+    level = [value]
+    while level:
+        if any(item not in (None, "") for item in level if not isinstance(item, dict | list)):
+            return False
+        level = [part for item in level for part in _values(item)]
+    return True
 
 
-def _values(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
-    return value.values() if isinstance(value, dict) else value
+def _values(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
 
 
 def _role(message: dict[str, Any], number: int) -> str:

@@ -1,6 +1,7 @@
 """`peftcore init` makes a project of a folder, and changes nothing if something is in its way."""
 
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,20 @@ def test_an_upgrade_shows_and_writes_what_differs(made: Path) -> None:
         assert "+      - artifacts/start" in difference(made, files)
     finally:
         (made / "dvc.yaml").write_text(old)
+
+
+def test_an_upgrade_adds_keys_that_stages_track_to_params_yaml(made: Path) -> None:
+    path, text = made / "params.yaml", (made / "params.yaml").read_text()
+    try:
+        path.write_text(re.sub(r"  special_tokens:.*\n( {20,}.*\n)*", "", text))
+        assert "special_tokens" not in path.read_text()
+        files = upgraded_files(made)
+        assert files.keys() == {"params.yaml"}
+        old, new = path.read_text().splitlines(), files["params.yaml"].splitlines()
+        assert [line for line in new if line not in old] == ["  special_tokens: []"]
+        assert [line for line in old if line not in new] == []
+    finally:
+        path.write_text(text)
 
 
 @pytest.mark.parametrize(
