@@ -1,5 +1,6 @@
 """The base's template and tokens: replaced, added, and compared with the fetched base before data are prepared."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from flows.data.chat import ChatTokenizer
 from flows.data.vocabulary import add_special_tokens, chat_template, check_applied, set_chat_template
 from flows.errors import BaseModelError, DataError
-from flows.params import Data
+from flows.params import Data, load_params
 
 TEMPLATE = "{% for m in messages %}{{ '<|turn|>' + m['content'] + '<|im_end|>' }}{% endfor %}"
 
@@ -75,3 +77,19 @@ def test_a_base_that_was_fetched_before_a_change_is_refused(tmp_path: Path, toke
         check_applied(tokenizer, data(chat_template=TEMPLATE), tmp_path)
     with pytest.raises(DataError, match=r"lacks <\|action\|>; run"):
         check_applied(tokenizer, data(special_tokens=["<|action|>"]), tmp_path)
+
+
+def test_the_template_of_the_documentation_shows_reasoning(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    page = (Path(__file__).parents[3] / "docs" / "how-to" / "data.md").read_text()
+    text = next(text for text in re.findall(r"```yaml\n(.+?)```", page, re.DOTALL) if "chat_template" in text)
+    (tmp_path / "params.yaml").write_text(text)
+    documented = load_params(tmp_path / "params.yaml").data
+    set_chat_template(tokenizer, documented, tmp_path)
+    chat = [
+        {"role": "user", "content": "2 + 2?"},
+        {"role": "assistant", "content": "4", "reasoning_content": "Twice 2."},
+    ]
+    tokens = ChatTokenizer(tokenizer).tokenize(chat)
+    assert tokens.prompt == "<|im_start|>user\n2 + 2?<|im_end|>\n<|im_start|>assistant\n"
+    assert tokens.completion == "<think>Twice 2.</think>4"
+    check_applied(tokenizer, documented, tmp_path)
