@@ -114,7 +114,7 @@ def create_project(root: Path, project: NewProject, force: bool = False) -> list
         ParamsError: The data, the base or the name cannot be used; nothing is written.
     """
     _check_place(root)
-    source, copied = _data_source(root, project.data)
+    source, copied = _data_source(root, project.data, project.task)
     remote = _default_remote(root)
     _check_params(params := params_text(project, source, remote))
     files = {
@@ -330,16 +330,17 @@ def _check_params(text: str) -> None:
         load_params(file)
 
 
-def _data_source(root: Path, data: str) -> tuple[str, dict[str, Path]]:
+def _data_source(root: Path, data: str, task: Task) -> tuple[str, dict[str, Path]]:
     """Return `data.source`, and {path in the project: file} of the files to copy into the project's folder `data`."""
     if re.fullmatch(HUB, data):
         return data, {}
     path = Path(data).expanduser().resolve()
     files = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
-    files = [file for file in files if file.suffix in SUFFIXES]
+    suffixes = (*SUFFIXES, ".txt") if task == "text" else SUFFIXES
+    files = [file for file in files if file.suffix in suffixes]
     if not files:
         raise ParamsError(
-            f"--data {data}: there is no {', '.join(SUFFIXES)} file at {path}; give such a file, a folder of them, or "
+            f"--data {data}: there is no {', '.join(suffixes)} file at {path}; give such a file, a folder of them, or "
             "hub:NAME"
         )
     inside = root.resolve() / "data"

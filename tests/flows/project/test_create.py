@@ -11,6 +11,7 @@ from check_jsonschema import main as check_schema
 from ruamel.yaml import YAML
 
 from flows.errors import ParamsError, RepositoryError
+from flows.params import load_params
 from flows.project.create import (
     IGNORED,
     SCHEMA,
@@ -92,6 +93,17 @@ def test_nothing_is_overwritten_without_force(made: Path) -> None:
     with pytest.raises(RepositoryError, match=r"params\.yaml, dvc\.yaml.* exist in .*--force"):
         create_project(made, new(made / "data" / "rows.jsonl"))
     assert contents(made) == before
+
+
+def test_a_project_of_texts_takes_text_files_and_packs(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("Once upon a time.")
+    with pytest.raises(ParamsError, match=r"there is no \.jsonl, \.csv, \.parquet file"):
+        create_project(tmp_path / "chats", new(tmp_path / "book.txt"))
+    create_project(tmp_path / "texts", new(tmp_path / "book.txt", task="text"))
+    params = load_params(tmp_path / "texts" / "params.yaml")
+    assert (params.data.source, params.data.kind, params.train.batching) == ("data/book.txt", "text", "packed")
+    assert params.train.pack_tokens >= params.data.max_length
+    assert (tmp_path / "texts" / "data" / "book.txt").read_text() == "Once upon a time."
 
 
 def test_files_of_the_user_stay(tmp_path: Path) -> None:
