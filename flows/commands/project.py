@@ -25,7 +25,7 @@ def init(
             help=f"Base model: hub:NAME, path:FOLDER, path:FILE.gguf or wheel:NAME==VERSION; default: {DEFAULT_BASE}."
         ),
     ] = None,
-    task: Annotated[str | None, typer.Option(help="chat, preference or classification; default: chat.")] = None,
+    task: Annotated[str | None, typer.Option(help="chat, text, preference or classification; default: chat.")] = None,
     hardware: Annotated[str | None, typer.Option(help="cpu or gpu; default: what this machine has.")] = None,
     name: Annotated[str | None, typer.Option(help="Name in the registry; default: the folder's name.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite files that exist.")] = False,
@@ -65,6 +65,8 @@ def upgrade(
     as_json: AsJson = False,
 ) -> None:
     """Bring dvc.yaml, the CI workflow and the files in .peftcore up to date with the installed version.
+
+    params.yaml gets the keys that stages track and that it lacks, with their defaults.
 
     Shows the difference. Exit code 1: the files differ and --write is not given. Only in projects that `peftcore init`
     has made.

@@ -7,17 +7,23 @@ otherwise never learn to stop.
 """
 
 import itertools
+from functools import cached_property
 from typing import Any, Literal
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from flows.data.examples import Message
+from flows.data.examples import REASONING_FIELD, Message
 from flows.data.tokens import IGNORED, Tokens
+from flows.data.turns import REASONING, close_to_known
 from flows.errors import DataError
 
 Tools = list[dict[str, Any]] | None
 """Functions that a chat may call, in the template's format."""
+Shown = Literal["all", "supervised"]
+"""Turns whose reasoning the template must show."""
+_CHECKED_ELSEWHERE = ("role", "content", "train", "tool_calls", "tool_call_id")
+"""Fields of a turn that are checked in another way, or, as `tool_call_id`, only repeat the order of the turns."""
 
 
 class ChatTokenizer:
@@ -26,17 +32,28 @@ class ChatTokenizer:
     Args:
         tokenizer: A fast tokenizer with a chat template.
         supervise: "all" assistant turns, or the "last"; a turn with `train`: false is never supervised.
+        reasoning: Turns whose reasoning the template must show: "all", or the "supervised" ones.
 
     Raises:
         DataError: The template ends an assistant turn without a special token, or the tokenizer gives no character
             offsets.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, supervise: Literal["all", "last"] = "all") -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        supervise: Literal["all", "last"] = "all",
+        reasoning: Shown = "all",
+    ) -> None:
         if not tokenizer.is_fast:
             raise DataError(f"{type(tokenizer).__name__} has no offsets; give a base with a tokenizer.json")
+        if not tokenizer.chat_template:
+            raise DataError(
+                "the base's tokenizer has no chat template; give data.chat_template, such as the path of a "
+                "chat_template.jinja, or an instruction-tuned base"
+            )
         self.tokenizer = tokenizer
-        self.supervise = supervise
+        self.supervise, self.reasoning = supervise, reasoning
         self.end = end_of_turn(tokenizer)
         added = tokenizer.added_tokens_decoder
         self.special = {str(token) for number, token in added.items() if token.special or number == self.end}
@@ -53,12 +70,14 @@ class ChatTokenizer:
             The chat up to the end-of-turn token of its last supervised turn; later turns are cut off.
 
         Raises:
-            DataError: The template refuses the chat, rewrites a turn, or leaves out tools, tool calls or a tool's
-                result; the chat's text holds a special token of the template; or no turn is supervised.
+            DataError: The template refuses the chat, rewrites a turn, or leaves out tools, tool calls, a tool's
+                result, reasoning or another field of a turn; the chat's text holds a special token of the template;
+                or no turn is supervised.
         """
+        messages = self._with_template_names(messages)
         self._refuse_special_tokens(messages, tools)
         whole = render(self.tokenizer, messages, tools=tools)
-        self._refuse_unseen(messages, whole, tools)
+        self._refuse_unseen(messages, whole, tools, since)
         turns = [self._turn(messages, index, whole, tools) for index in self._supervised(messages, since)]
         if not turns:
             raise DataError("no token of it is supervised, because it has no assistant turn to train on")
@@ -146,10 +165,27 @@ class ChatTokenizer:
                 f"its text holds {', '.join(sorted(tokens))}, which the model would read as the template's; remove it"
             )
 
-    def _refuse_unseen(self, messages: list[Message], whole: str, tools: Tools) -> None:
-        """Raise DataError for tools or tool results that the template leaves out silently."""
+    @cached_property
+    def reasoning_name(self) -> str:
+        """Name of the field from which the template takes a turn's reasoning; `reasoning_content` if it shows none."""
+        question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+        for name in REASONING:
+            if "Xyz9" in render(self.tokenizer, [question, answer | {name: "Xyz9"}]):
+                return name
+        return REASONING_FIELD
+
+    def _with_template_names(self, messages: list[Message]) -> list[Message]:
+        """Return the chat with its reasoning under the template's name."""
+        if not any(REASONING_FIELD in message for message in messages):
+            return messages
+        name = self.reasoning_name
+        return [{name if key == REASONING_FIELD else key: turn[key] for key in turn} for turn in messages]
+
+    def _refuse_unseen(self, messages: list[Message], whole: str, tools: Tools, since: int) -> None:
+        """Raise DataError for what the template leaves out silently: tools, their results, or fields of a turn."""
         if tools and whole == render(self.tokenizer, messages):
             raise DataError("the chat template has no tools; use a base whose template has, or remove the tools")
+        self._refuse_unseen_fields(messages, whole, tools, since)
         for index, message in enumerate(messages):
             if message["role"] == "tool":
                 without, subject = {**message, "content": ""}, "the result of a tool"
@@ -159,6 +195,36 @@ class ChatTokenizer:
                 continue
             if whole == render(self.tokenizer, [*messages[:index], without, *messages[index + 1 :]], tools=tools):
                 raise DataError(f"the chat template leaves out {subject} in turn {index + 1}; use a base that shows it")
+
+    def _refuse_unseen_fields(self, messages: list[Message], whole: str, tools: Tools, since: int) -> None:
+        for index, message in enumerate(messages):
+            for key in message:
+                if key in _CHECKED_ELSEWHERE or (message["role"] == "tool" and key == "name"):
+                    continue  # a tool's name is that of the tool call
+                is_reasoning = key in REASONING
+                if is_reasoning and self.reasoning == "supervised" and index not in self._supervised(messages, since):
+                    continue
+                without = {name: value for name, value in message.items() if name != key}
+                rest = render(self.tokenizer, [*messages[:index], without, *messages[index + 1 :]], tools=tools)
+                if whole != rest and (not is_reasoning or message[key].strip() in whole):
+                    continue
+                turn = f"turn {index + 1} ({message['role']})"
+                if is_reasoning:
+                    raise DataError(
+                        f"the chat template leaves out the reasoning of {turn}; give data.chat_template one that "
+                        "shows it, or leave reasoning out by data.reasoning: none"
+                        + self._advice_on_reasoning(messages, since, index)
+                    )
+                raise DataError(
+                    f"{turn} has {key}, which the chat template does not show; name it in data.ignored_fields to leave "
+                    f"it out, or give data.chat_template one that shows it{close_to_known(key)}"
+                )
+
+    def _advice_on_reasoning(self, messages: list[Message], since: int, index: int) -> str:
+        if self.supervise == "last" and index not in self._supervised(messages, since):
+            return ", or of turns without a loss by data.reasoning: supervised"
+        last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+        return "; for templates that show only the last answer's: data.supervise: last" if index < last else ""
 
 
 def _texts(value: Any) -> list[str]:
@@ -196,6 +262,19 @@ def render(
         raise DataError(f"the chat template refuses a chat of {roles}: {error}") from error
     assert isinstance(text, str)
     return text
+
+
+def end_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the id of the token that ends a turn, or a text if the tokenizer has no chat template.
+
+    Raises:
+        DataError: There is no such token.
+    """
+    if tokenizer.chat_template:
+        return end_of_turn(tokenizer)
+    if not isinstance(tokenizer.eos_token_id, int):
+        raise DataError("the tokenizer has neither a chat template nor an end-of-sequence token; give another base")
+    return tokenizer.eos_token_id
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -10,23 +10,25 @@ from typing import Any, Literal, Protocol
 from datasets import Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
-from flows.data.chat import ChatTokenizer
-from flows.data.examples import AnyExample, Example, Labelled, Message, Preference
+from flows.data.chat import ChatTokenizer, Shown, end_token
+from flows.data.examples import AnyExample, Document, Example, Labelled, Message, Preference
 from flows.data.tokens import IGNORED, AnyTokens, PairTokens, TextTokens, Tokens
 from flows.errors import DataError
 from flows.params import Data
 
-Kind = Literal["chat", "preference", "classification"]
+Kind = Literal["chat", "text", "preference", "classification"]
 _IDS = List(Value("int32"))
 _TEXT = Value("string")
 _ORIGIN = {"id": _TEXT, "group": _TEXT, "slice": _TEXT}
 _WEIGHT = {"weight": Value("float32")}
+_CHAT = Features(
+    _ORIGIN
+    | {"prompt": _TEXT, "completion": _TEXT, "prompt_length": Value("int32"), "input_ids": _IDS, "labels": _IDS}
+    | _WEIGHT
+)
 COLUMNS: dict[Kind, Features] = {
-    "chat": Features(
-        _ORIGIN
-        | {"prompt": _TEXT, "completion": _TEXT, "prompt_length": Value("int32"), "input_ids": _IDS, "labels": _IDS}
-        | _WEIGHT
-    ),
+    "chat": _CHAT,
+    "text": _CHAT,
     "preference": Features(
         _ORIGIN
         | {"prompt": _TEXT, "chosen": _TEXT, "rejected": _TEXT, "prompt_length": Value("int32")}
@@ -45,6 +47,10 @@ EXTRA = Features({"extra": _TEXT})
 class Encoder(Protocol):
     """Encoder of one kind of example."""
 
+    def parts(self, example: Any, limit: int) -> list[AnyTokens] | None:
+        """Return the rows of an example that is cut into several; None if an example is one row."""
+        return None
+
     def encode(self, example: Any) -> AnyTokens:
         """Tokenise an example. Raises DataError if the example cannot be a row."""
         ...
@@ -54,11 +60,11 @@ class Encoder(Protocol):
         ...
 
 
-class ChatEncoder:
+class ChatEncoder(Encoder):
     """Chats with labels on the assistant's turns."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, data: Data) -> None:
-        self.chats = ChatTokenizer(tokenizer, data.supervise)
+        self.chats = ChatTokenizer(tokenizer, data.supervise, _shown(data))
 
     def encode(self, example: Example) -> Tokens:
         """Tokenise a chat."""
@@ -70,11 +76,11 @@ class ChatEncoder:
         return None if shorter is None else replace(example, messages=shorter)
 
 
-class PreferenceEncoder:
+class PreferenceEncoder(Encoder):
     """Preference pairs; every assistant turn after the prompt is supervised in both answers."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.chats = ChatTokenizer(tokenizer)
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, reasoning: Shown = "all") -> None:
+        self.chats = ChatTokenizer(tokenizer, reasoning=reasoning)
 
     def encode(self, example: Preference) -> PairTokens:
         """Tokenise both answers after the shared prompt."""
@@ -102,7 +108,7 @@ class PreferenceEncoder:
         return len(self.chats.tokenize([*example.prompt, *turns], example.tools).input_ids)
 
 
-class LabelledEncoder:
+class LabelledEncoder(Encoder):
     """Texts, tokenised for a classifier with the tokenizer's own special tokens."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, names: list[str]) -> None:
@@ -137,17 +143,84 @@ class LabelledEncoder:
             example = replace(example, text=example.text[: offsets[length - 1][1]])
 
 
+class DocumentEncoder(Encoder):
+    """Plain texts, cut into rows of at most `max_length` tokens, all of them supervised.
+
+    A text begins as the tokenizer begins one, and its last row ends with the token that ends a turn, or a text where
+    there is no chat template. Evaluation continues the first half of a row, so this half is the row's prompt.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not tokenizer.is_fast:
+            raise DataError(f"{type(tokenizer).__name__} has no offsets; give a base with a tokenizer.json")
+        self.tokenizer, self.end = tokenizer, end_token(tokenizer)
+        self.special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+
+    def encode(self, example: Document) -> Tokens:
+        """Tokenise a whole text as one row."""
+        ids, offsets = self._tokenize(example.text)
+        return self._row(example.text, ids, offsets, 0)
+
+    def parts(self, example: Document, limit: int) -> list[AnyTokens]:
+        """Return the rows of a text. A row never ends inside a character."""
+        ids, offsets = self._tokenize(example.text)
+        rows: list[AnyTokens] = []
+        start = 0
+        while start < len(ids):
+            stop = min(start + limit, len(ids))
+            if len(ids) - stop == 1:  # one token alone has no other to predict it from
+                stop -= 1
+            while start + 1 < stop < len(ids) and offsets[stop][0] < offsets[stop - 1][1]:
+                stop -= 1
+            rows.append(self._row(example.text, ids[start:stop], offsets[start:stop], offsets[start][0]))
+            start = stop
+        return rows
+
+    def shorten(self, example: Document, limit: int) -> None:
+        """Return None: a text is cut into rows, and never shortened."""
+        return None
+
+    def _tokenize(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the text's tokens with the end, and their character offsets."""
+        if tokens := [token for token in self.special if token in text]:
+            raise DataError(f"its text holds {', '.join(tokens)}, which the model reads as a special token; remove it")
+        encoded = self.tokenizer(text, return_offsets_mapping=True)
+        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+        assert isinstance(ids, list)
+        while ids and offsets[-1][1] == 0:  # ends that the tokenizer adds
+            ids, offsets = ids[:-1], offsets[:-1]
+        if not ids:
+            raise DataError("its text has no tokens")
+        return [*ids, self.end], [*offsets, (len(text), len(text))]
+
+    def _row(self, text: str, ids: list[int], offsets: list[tuple[int, int]], begin: int) -> Tokens:
+        half = max(1, len(ids) // 2)
+        while half > 1 and offsets[half][0] < offsets[half - 1][1]:
+            half -= 1
+        middle = offsets[half][0]
+        return Tokens(ids, list(ids), half, text[begin:middle], text[middle : offsets[-1][1]])
+
+
 def encoder_of(data: Data, tokenizer: PreTrainedTokenizerBase, labels: list[str]) -> Encoder:
     """Return the encoder of `data.kind`. labels: names of all classes, for classification."""
     if data.kind == "classification":
         return LabelledEncoder(tokenizer, labels)
-    return PreferenceEncoder(tokenizer) if data.kind == "preference" else ChatEncoder(tokenizer, data)
+    if data.kind == "text":
+        return DocumentEncoder(tokenizer)
+    if data.kind == "preference":
+        return PreferenceEncoder(tokenizer, _shown(data))
+    return ChatEncoder(tokenizer, data)
 
 
 def label_names(examples: list[AnyExample]) -> list[str]:
     """Return the names of all classes by index: ordered as integers if all names are integers, else as text."""
     names = {example.label for example in examples if isinstance(example, Labelled)}
     return sorted(names, key=_as_number if all(map(_is_number, names)) else None)
+
+
+def _shown(data: Data) -> Shown:
+    """Return the turns whose reasoning the template must show; with data.reasoning none, no turn has any."""
+    return "all" if data.reasoning == "all" else "supervised"
 
 
 def _first_supervised(tokens: Tokens) -> int:

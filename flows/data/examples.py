@@ -1,19 +1,22 @@
-"""One example of any source, by kind: a chat, a preference pair, or a labelled text."""
+"""One example of any source, by kind: a chat, a preference pair, a labelled text, or a plain text."""
 
 from dataclasses import dataclass
 from typing import Any
 
 Message = dict[str, Any]
 """{"role": "system" | "user" | "assistant" | "tool", "content": text}. An assistant turn may also have `tool_calls`,
-and `train`: false if the turn is context only."""
+`reasoning_content`, and `train`: false if the turn is context only. Further fields are for the chat template."""
+REASONING_FIELD = "reasoning_content"
+"""Field of an assistant turn with the reasoning before its answer."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
-    """Group, slice, location and weight of an example.
+    """Group, slice, location, weight and source of an example.
 
     group: rows of one group stay in one split. slice: evaluation reports by slice. where: location in the source, for
     messages. weight: factor of the row's loss. extra: {column: value} as JSON, for scorers; None without such columns.
+    source: name of the source in `data.mixture`; "" with one source.
     """
 
     group: str
@@ -21,6 +24,7 @@ class Origin:
     where: str
     weight: float = 1.0
     extra: str | None = None
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,14 @@ class Labelled(Origin):
     label: str
 
 
-AnyExample = Example | Preference | Labelled
+@dataclass(frozen=True)
+class Document(Origin):
+    """A text of which every token is learned."""
+
+    text: str
+
+
+AnyExample = Example | Preference | Labelled | Document
 
 
 def question_and_answer(prompt: str, completion: str, system_prompt: str | None) -> list[Message]:

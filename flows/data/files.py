@@ -1,4 +1,4 @@
-"""Rows of JSONL, CSV and Parquet files, each with its location for error messages."""
+"""Rows of JSONL, CSV and Parquet files, and texts of .txt files, each with its location for error messages."""
 
 import csv
 import itertools
@@ -36,12 +36,13 @@ Row = tuple[str, dict[str, Any]]
 """A row's location, such as `chats.jsonl:12`, and its columns."""
 
 
-def read_rows(place: Path, source: str) -> Iterator[Row]:
+def read_rows(place: Path, source: str, kind: str = "chat") -> Iterator[Row]:
     """Yield the rows of a file, or of all readable files below a folder, ordered by name.
 
     Args:
         place: The file or folder.
         source: The value of data.source, for error messages.
+        kind: The value of data.kind; text also reads .txt files, each as one text.
 
     Raises:
         DataError: `place` does not exist, no file is readable, or a file cannot be parsed.
@@ -49,11 +50,11 @@ def read_rows(place: Path, source: str) -> Iterator[Row]:
     if not place.exists():
         raise DataError(f"data.source {source}: there is no {place}; give stdlib:docstrings, hub:NAME or a path")
     files = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else [place]
-    paths = [path for path in files if is_of_rows(path) and path.is_file()]
+    paths = [path for path in files if is_of_rows(path, kind) and path.is_file()]
     unread = [f"{path.name}: {hint}" for path in files if (hint := why_unread(path)) is not None]
     if not paths:
         raise DataError(
-            f"data.source {source}: {place} is or holds no {', '.join(_READERS)}; "
+            f"data.source {source}: {place} is or holds no {', '.join(_suffixes(kind))}; "
             + ("; ".join(unread[:SHOWN]) or "convert it to one")
         )
     for hint in unread:
@@ -64,9 +65,13 @@ def read_rows(place: Path, source: str) -> Iterator[Row]:
             yield from _READERS[path.suffix.lower()](path, name)
 
 
-def is_of_rows(path: Path) -> bool:
-    """Return True if the file's suffix belongs to a readable format: .jsonl, .csv or .parquet."""
-    return path.suffix.lower() in _READERS
+def is_of_rows(path: Path, kind: str = "chat") -> bool:
+    """Return True if the file's suffix belongs to a readable format: .jsonl, .csv, .parquet, or .txt for texts."""
+    return path.suffix.lower() in _suffixes(kind)
+
+
+def _suffixes(kind: str) -> list[str]:
+    return [suffix for suffix in _READERS if suffix != _TEXT or kind == "text"]
 
 
 def why_unread(path: Path) -> str | None:
@@ -157,4 +162,15 @@ def _parquet(path: Path, name: str) -> Iterator[Row]:
         raise DataError(f"{name}: not Parquet ({error}); write it again") from error
 
 
-_READERS = {".jsonl": _json_lines, ".csv": _csv, ".parquet": _parquet}
+def _text(path: Path, name: str) -> Iterator[Row]:
+    """Read a file as one text."""
+    if path.stat().st_size > LONGEST_ROW:
+        raise DataError(f"{name}: the text is longer than {LONGEST_ROW:,} bytes; split the file")
+    try:
+        yield f"{name}:1", {"text": path.read_text(encoding="utf-8-sig")}
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name}: not text in UTF-8 ({error}); convert it") from error
+
+
+_TEXT = ".txt"
+_READERS = {".jsonl": _json_lines, ".csv": _csv, ".parquet": _parquet, _TEXT: _text}

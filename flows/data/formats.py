@@ -1,50 +1,43 @@
 """Formats of a row: chats in the formats of OpenAI, ShareGPT and Alpaca, preference pairs, and labelled texts.
 
-Each function takes a row's columns and raises FaultyRow with the problem and what fits. A null column counts as absent,
-because Parquet gives every row all columns.
+Each function takes a row's columns and raises FaultyRow with the problem and what fits. A null column or field counts
+as absent, because Parquet gives every row all columns. `flows.data.turns` reads the turns of a chat.
 """
 
-import itertools
-import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from flows.data.examples import Message
+from flows.data.turns import REASONING, FaultyRow, check_characters, check_data, check_order, listed, read_turns
 
-ROLES = ("system", "user", "assistant", "tool")
-SHAREGPT = {
-    **{role: role for role in ROLES},
-    **{"human": "user", "gpt": "assistant", "chatgpt": "assistant", "function_call": "assistant"},
-    **{"observation": "tool", "function_response": "tool"},
-}
-"""{`from` of a ShareGPT turn: role}"""
+__all__ = ["FaultyRow", "chat", "document", "labelled", "preference", "spelled_otherwise", "tools", "weight"]
 ONE_TURN = {"prompt": "completion", "question": "answer", "instruction": "output"}
 """{column of the question: column of the answer}; an `instruction` may have an `input`, as in Alpaca."""
-_DEEPEST = 32
-"""Maximum nesting of tools and tool calls (levels)."""
-_UNREAD = ("reasoning_content", "reasoning", "thinking", "thoughts", "function_call", "refusal", "audio", "images")
-"""Keys of a turn that hold reasoning or media, which no template here shows."""
 _OTHER_KINDS = {"preference": ("chosen", "rejected"), "classification": ("text", "label")}
 
 
-class FaultyRow(Exception):
-    """A row that cannot be used."""
+def chat(row: dict[str, Any], ignored: Collection[str] = ()) -> list[Message]:
+    """Return the row's chat: an optional system turn first, a user turn before the first answer, an answer last.
 
-
-def chat(row: dict[str, Any]) -> list[Message]:
-    """Return the row's chat: an optional system turn first, a user turn before the first answer, an answer last."""
+    ignored: fields of a turn that are left out. Every other field stays in its turn.
+    """
     for column in ("messages", "conversations"):
         if row.get(column) is not None:
-            return _whole(_listed(row[column], f"its {column} are"))
+            turns = list(read_turns(listed(row[column], f"its {column} are"), ignored))
+            turns = [*_system(row, turns), *turns]
+            check_order(turns)
+            return turns
     for question, answer in ONE_TURN.items():
         if row.get(question) is not None and answer in row:
-            return _one_turn(row, question, answer)
+            return _one_turn(row, question, answer, ignored)
         if row.get(question) is not None:
             raise FaultyRow(f"it has no {answer}{spelled_otherwise(row, [answer])}")
     for kind, columns in _OTHER_KINDS.items():
         if all(column in row for column in columns):
             raise FaultyRow(f"it has {' and '.join(columns)}; set data.kind to {kind}")
+    if "text" in row:
+        raise FaultyRow("it has a text; set data.kind to text")
     known = ["messages", "conversations", *ONE_TURN, *ONE_TURN.values()]
     raise FaultyRow(
         f"it has neither messages nor prompt and completion, but {', '.join(row) or 'nothing'}"
@@ -52,20 +45,26 @@ def chat(row: dict[str, Any]) -> list[Message]:
     )
 
 
-def preference(row: dict[str, Any]) -> tuple[list[Message], list[Message], list[Message]]:
+def preference(
+    row: dict[str, Any], ignored: Collection[str] = ()
+) -> tuple[list[Message], list[Message], list[Message]]:
     """Return the chat up to the answer, the chosen continuation, and the rejected one.
 
-    In the row, `chosen` and `rejected` are texts, lists of turns, or whole chats. Whole chats share their first turns,
-    which are then returned as the chat up to the answer.
+    In the row, `chosen` and `rejected` are texts, a turn, lists of turns, or whole chats. Whole chats share their first
+    turns, which are then returned as the chat up to the answer. OpenAI's `input`, `preferred_output` and
+    `non_preferred_output` are the same.
+
+    ignored: fields of a turn that are left out.
     """
+    row = _openai_preference(row)
     for column in ("chosen", "rejected"):
         if row.get(column) is None:
             raise FaultyRow(
                 f"it has no {column}; a row of data.kind preference has prompt, chosen and rejected"
                 + spelled_otherwise(row, ["prompt", "chosen", "rejected"])
             )
-    prompt = _turns_of(row, "prompt", "user") if row.get("prompt") is not None else []
-    chosen, rejected = (_turns_of(row, column, "assistant") for column in ("chosen", "rejected"))
+    prompt = _prompt(row, ignored)
+    chosen, rejected = (_turns_of(row, column, "assistant", ignored) for column in ("chosen", "rejected"))
     if chosen[0]["role"] == "assistant" and rejected[0]["role"] == "assistant":
         if not prompt:
             raise FaultyRow("it has no prompt, and chosen and rejected do not hold it")
@@ -75,8 +74,9 @@ def preference(row: dict[str, Any]) -> tuple[list[Message], list[Message], list[
         if prompt not in (begins, common[: len(prompt)]):
             raise FaultyRow("its chosen and rejected are whole chats that do not both begin with its prompt")
         prompt, chosen, rejected = common, chosen[len(common) :], rejected[len(common) :]
+    prompt = [*_system(row, prompt), *prompt]
     for answer in (chosen, rejected):
-        _check_order([*prompt, *answer])
+        check_order([*prompt, *answer])
         if answer[0]["role"] != "assistant":
             raise FaultyRow("its chosen and rejected differ before an assistant turn; only answers may differ")
     return prompt, chosen, rejected
@@ -91,10 +91,17 @@ def labelled(row: dict[str, Any]) -> tuple[str, str]:
                 + spelled_otherwise(row, ["text", "label"])
             )
     label = row["label"]
-    _check_data(label, "its label")
+    check_data(label, "its label")
     if not isinstance(label, str | int) or not str(label).strip():
         raise FaultyRow(f"its label is {label!r:.80}; give a name or a whole number")
     return _text(row, "text"), str(label).strip()
+
+
+def document(row: dict[str, Any]) -> str:
+    """Return the row's text."""
+    if row.get("text") is None:
+        raise FaultyRow(f"it has no text, but {', '.join(row) or 'nothing'}{spelled_otherwise(row, ['text'])}")
+    return _text(row, "text")
 
 
 def spelled_otherwise(row: dict[str, Any], known: Iterable[str]) -> str:
@@ -122,62 +129,102 @@ def weight(row: dict[str, Any]) -> float:
 
 
 def tools(row: dict[str, Any]) -> list[dict[str, Any]] | None:
-    """Return the functions that the chat may call."""
-    if row.get("tools") is None:
+    """Return the functions that the chat may call: `tools`, or `functions` as OpenAI wrote them before."""
+    row = _openai_preference(row)
+    if row.get("functions") is not None:
+        if row.get("tools") is not None:
+            raise FaultyRow("it has tools and functions; write all of them as tools")
+        functions = [{"type": "function", "function": one} for one in listed(row["functions"], "its functions are")]
+    elif row.get("tools") is not None:
+        functions = listed(row["tools"], "its tools are")
+    else:
         return None
-    functions = _listed(row["tools"], "its tools are")
-    _check_data(functions, "its tools")
+    check_data(functions, "its tools")
     return functions
 
 
-def _one_turn(row: dict[str, Any], question: str, answer: str) -> list[Message]:
-    prompt = _text(row, question)
-    if question == "instruction" and row.get("input"):
-        prompt = f"{prompt}\n\n{_text(row, 'input')}"
-    system = [] if not row.get("system") else [{"role": "system", "content": _text(row, "system")}]
-    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": _text(row, answer)}]
-    return [*system, *turns]
+def _openai_preference(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of OpenAI's preference format with the columns prompt, chosen, rejected and tools."""
+    task = row.get("input")
+    if row.get("preferred_output") is None or not isinstance(task, dict):
+        return row
+    others = {key: value for key, value in row.items() if key not in ("input", "preferred_output")}
+    return others | {
+        "prompt": task.get("messages"),
+        "chosen": row["preferred_output"],
+        "rejected": row.get("non_preferred_output"),
+        "tools": task.get("tools"),
+    }
+
+
+def _prompt(row: dict[str, Any], ignored: Collection[str]) -> list[Message]:
+    """Return the turns before both answers of a preference; [] if chosen and rejected hold them."""
+    for column in ("prompt", "conversations", "messages"):
+        if row.get(column) is not None:
+            return _turns_of(row, column, "user", ignored)
+    for column in ("question", "instruction"):
+        if row.get(column) is not None:
+            return [*_history(row), {"role": "user", "content": _question(row, column)}]
+    return []
+
+
+def _one_turn(row: dict[str, Any], question: str, answer: str, ignored: Collection[str]) -> list[Message]:
+    history, user = _history(row), {"role": "user", "content": _question(row, question)}
+    reasoning = {name: row[name] for name in REASONING[:2] if row.get(name)}
+    last = {"role": "assistant", "content": _text(row, answer)} | reasoning
+    turns = [*history, user, *read_turns([last], ignored, len(history) + 2)]
+    return [*_system(row, turns), *turns]
+
+
+def _question(row: dict[str, Any], column: str) -> str:
+    """Return the user's text; Alpaca's `input` follows its `instruction`."""
+    if column == "instruction" and row.get("input"):
+        return f"{_text(row, column)}\n\n{_text(row, 'input')}"
+    return _text(row, column)
+
+
+def _history(row: dict[str, Any]) -> list[Message]:
+    """Return the earlier turns of an Alpaca row: `history` is a list of [question, answer]."""
+    pairs = row.get("history") or []
+    if isinstance(pairs, str):
+        pairs = listed(pairs, "its history is", of=list)
+    turns = [{"role": role, "content": text} for pair in pairs for role, text in _pair(pair)]
+    return list(read_turns(turns, ()))
+
+
+def _pair(pair: Any) -> list[tuple[str, Any]]:
+    if not isinstance(pair, list | tuple) or len(pair) != 2:
+        raise FaultyRow("its history is no list of [question, answer]")
+    return [("user", pair[0]), ("assistant", pair[1])]
+
+
+def _system(row: dict[str, Any], turns: list[Message]) -> list[Message]:
+    """Return the turn of the row's `system` column, or [] if there is none or the chat begins with the same one."""
+    if not row.get("system"):
+        return []
+    system = {"role": "system", "content": _text(row, "system")}
+    if turns and turns[0]["role"] == "system":
+        if turns[0]["content"] != system["content"]:
+            raise FaultyRow("its column system differs from the chat's system turn; leave one of them out")
+        return []
+    return [system]
 
 
 def _text(row: dict[str, Any], column: str) -> str:
     if not isinstance(row[column], str) or not row[column].strip():
         raise FaultyRow(f"its {column} is {'empty' if not row[column] else 'no text'}")
-    _check_characters(row[column], f"its {column}")
+    check_characters(row[column], f"its {column}")
     return row[column]
 
 
-def _check_characters(text: str, subject: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON may escape one half of a pair
-        raise FaultyRow(f"{subject} has half a character at {error.start} ({text[error.start]!r}); fix it") from error
-
-
-def _check_data(value: Any, subject: str) -> None:
-    """Refuse values that JSON cannot write again: half characters, integers beyond 63 bits, deep nesting."""
-    level = [value]
-    for _ in range(_DEEPEST):
-        for item in level:
-            if isinstance(item, str):
-                _check_characters(item, subject)
-            if isinstance(item, int) and abs(item) >= 2**63:
-                raise FaultyRow(f"{subject} has a number of more than 63 bits; write it as text")
-        level = [part for item in level for part in _parts(item)]
-        if not level:
-            return
-    raise FaultyRow(f"{subject} is nested more than {_DEEPEST} levels deep; make it flatter")
-
-
-def _parts(value: Any) -> Iterable[Any]:
-    return (*value.keys(), *value.values()) if isinstance(value, dict) else value if isinstance(value, list) else ()
-
-
-def _turns_of(row: dict[str, Any], column: str, role: str) -> list[Message]:
-    """Return a list of messages, or text as one turn of `role`. CSV holds a list as JSON."""
+def _turns_of(row: dict[str, Any], column: str, role: str, ignored: Collection[str]) -> list[Message]:
+    """Return a turn, a list of turns, or text as one turn of `role`. CSV holds a list as JSON."""
     value = row[column]
     if isinstance(value, str) and not value.lstrip().startswith("[{"):
         return [{"role": role, "content": _text(row, column)}]
-    turns = list(_turns(_listed(value, f"its {column} is text, or")))
+    if isinstance(value, dict):
+        value = [value]
+    turns = list(read_turns(listed(value, f"its {column} is text, or"), ignored))
     if not turns:
         raise FaultyRow(f"its {column} is empty")
     return turns
@@ -189,92 +236,3 @@ def _common(one: list[Message], other: list[Message]) -> list[Message]:
     while count < min(len(one), len(other)) - 1 and one[count] == other[count]:
         count += 1
     return one[:count]
-
-
-def _listed(value: Any, subject: str) -> list[dict[str, Any]]:
-    if isinstance(value, str):  # CSV has no lists
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise FaultyRow(f"{subject} no JSON: {error}") from error
-    if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        raise FaultyRow(f'{subject} no list of {{"role": ..., "content": ...}}')
-    return value
-
-
-def _whole(value: list[dict[str, Any]]) -> list[Message]:
-    messages = list(_turns(value))
-    _check_order(messages)
-    return messages
-
-
-def _check_order(messages: list[Message]) -> None:
-    roles = [message["role"] for message in messages]
-    if "system" in roles[1:]:
-        raise FaultyRow("it has a system turn that is not the first")
-    if not roles or roles[-1] != "assistant":
-        raise FaultyRow("it has no completion: its last turn is not the assistant's")
-    if "user" not in roles[: roles.index("assistant")]:
-        raise FaultyRow("it has no user turn before the assistant's first")
-    for before, role in itertools.pairwise(roles):
-        if role == "tool" and before not in ("assistant", "tool"):
-            raise FaultyRow(f"it has a tool turn after one of {before}; a tool answers the assistant")
-
-
-def _turns(value: list[dict[str, Any]]) -> Iterator[Message]:
-    for number, message in enumerate(value, start=1):
-        name = message.get("role", message.get("from"))
-        role = SHAREGPT.get(str(name), name) if "from" in message else name
-        if role not in ROLES:
-            raise FaultyRow(f"turn {number} has the role {name!r:.80}; give one of {', '.join(ROLES)}")
-        _refuse_unread(message, number, role)
-        content = _content(message.get("content") if message.get("content") is not None else message.get("value"))
-        calls = message.get("tool_calls") if role == "assistant" else None
-        if content is None or not (content.strip() or role == "system" or calls):
-            raise FaultyRow(f"turn {number} ({role}) has no text as its content")
-        _check_characters(content, f"turn {number} ({role})")
-        turn: Message = {"role": role, "content": content}
-        if calls:
-            turn["tool_calls"] = calls
-        for key in ("name", "tool_call_id"):
-            if message.get(key) is not None:
-                turn[key] = message[key]
-        _check_data({key: turn[key] for key in turn if key not in ("role", "content")}, f"turn {number} ({role})")
-        if not _is_trained(message, role, number):
-            turn["train"] = False
-        yield turn
-
-
-def _refuse_unread(message: dict[str, Any], number: int, role: str) -> None:
-    """Refuse keys that would be lost silently; templates differ in how they render them."""
-    for key in _UNREAD:
-        if message.get(key) in (None, "", [], {}):
-            continue
-        advice = {
-            "function_call": "write it as tool_calls",
-            "refusal": "write it as the content",
-            "audio": "only text can be trained on; remove it, or the row",
-            "images": "only text can be trained on; remove it, or the row",
-        }.get(key, "put it into the content as the base's template has it, such as <think>...</think>, or remove it")
-        raise FaultyRow(f"turn {number} ({role}) has {key}, which is not read; {advice}")
-
-
-def _content(value: Any) -> str | None:
-    """Return text, or the text of OpenAI's list of parts; "" for a turn that only calls tools."""
-    if value is None:
-        return ""
-    if isinstance(value, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in value):
-        return "".join(str(part.get("text", "")) for part in value)
-    return value if isinstance(value, str) else None
-
-
-def _is_trained(message: dict[str, Any], role: str, number: int) -> bool:
-    flag = message.get("train")
-    if flag is None and message.get("weight") is not None:
-        value = message["weight"]
-        flag = bool(value) if isinstance(value, int | float) and value in (0, 1) else value
-    if not isinstance(flag, bool | None):
-        raise FaultyRow(f"turn {number} has the weight {flag!r:.80}; a turn's is 0 or 1, and `train` true or false")
-    if flag and role != "assistant":
-        raise FaultyRow(f"turn {number} ({role}) has `train`: true; only assistant turns can be trained on")
-    return flag is not False

@@ -6,14 +6,16 @@
 import hashlib
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from flows.base.hub import DownloadError, download
 from flows.data import docstrings, files, formats
 from flows.data.canonical import canonical
-from flows.data.examples import AnyExample, Example, Labelled, Message, Preference, with_system_prompt
+from flows.data.examples import AnyExample, Document, Example, Labelled, Message, Preference, with_system_prompt
 from flows.data.formats import FaultyRow, spelled_otherwise
+from flows.data.turns import REASONING
 from flows.errors import DataError
 from flows.params import Data
 
@@ -25,11 +27,31 @@ log = logging.getLogger(__name__)
 
 
 def read_examples(data: Data, root: Path) -> list[AnyExample]:
-    """Return all examples of `data.source`. root: folder that a relative path starts from.
+    """Return all examples of `data.source`, or of all sources of `data.mixture`.
+
+    The location of an example of a mixture begins with the name of its source, which is also its slice if no column
+    names the slices.
+
+    Args:
+        data: The section of params.yaml.
+        root: Folder that a relative path starts from.
 
     Raises:
-        DataError: The source is missing or empty, or a row is faulty.
+        DataError: A source is missing or empty, or a row is faulty.
     """
+    if not data.mixture:
+        return _read(data, root)
+    examples: list[AnyExample] = []
+    for one in data.mixture:
+        alone = data.model_copy(update={"source": one.source, "mixture": []})
+        for example in _read(alone, root):
+            slice_ = example.slice if data.slice_column else one.name
+            where = f"{one.name}/{example.where}"
+            examples.append(replace(example, source=one.name, where=where, slice=slice_))
+    return examples
+
+
+def _read(data: Data, root: Path) -> list[AnyExample]:
     if data.source == "stdlib:docstrings":
         return list(docstrings.read(data.system_prompt))
     if data.source.startswith("hub:"):
@@ -42,6 +64,11 @@ def read_examples(data: Data, root: Path) -> list[AnyExample]:
             ) from error
     else:
         path = root / Path(data.source).expanduser()
+        if not path.exists() and (pointer := path.with_name(f"{path.name}.dvc")).exists():
+            raise DataError(
+                f"data.source {data.source}: DVC tracks it ({pointer.name}), and its content is not here; run "
+                f"`dvc pull {data.source}`"
+            )
         if not path.resolve().is_relative_to((root / WATCHED).resolve()):
             log.warning(
                 "data.source %s is outside %s/, which DVC watches: after changing it, run `dvc repro --force prepare`",
@@ -49,7 +76,7 @@ def read_examples(data: Data, root: Path) -> list[AnyExample]:
                 WATCHED,
             )
     examples, faults = [], []
-    for where, row in files.read_rows(path, data.source):
+    for where, row in files.read_rows(path, data.source, data.kind):
         try:
             examples.append(_example(data, where, row))
         except FaultyRow as fault:
@@ -75,15 +102,19 @@ def refuse_faulty(faults: list[str], of: str) -> None:
 
 
 def _example(data: Data, where: str, row: dict[str, Any]) -> AnyExample:
+    if data.kind == "text":
+        content = formats.document(row)
+        return Document(content, **_origin(data, where, row, content))
     if data.kind == "classification":
         text, label = formats.labelled(row)
         return Labelled(text, label, **_origin(data, where, row, text))
+    ignored = (*data.ignored_fields, *(REASONING if data.reasoning == "none" else ()))
     if data.kind == "preference":
-        prompt, chosen, rejected = formats.preference(row)
+        prompt, chosen, rejected = formats.preference(row, ignored)
         origin = _origin(data, where, row, prompt)
         prompt = with_system_prompt(prompt, data.system_prompt)
         return Preference(prompt, chosen, rejected, formats.tools(row), **origin)
-    turns = formats.chat(row)
+    turns = formats.chat(row, ignored)
     messages = with_system_prompt(turns, data.system_prompt)
     return Example(messages, formats.tools(row), **_origin(data, where, row, turns[:-1]))
 

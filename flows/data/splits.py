@@ -38,6 +38,8 @@ class Row:
     """False if the row's file is quarantined, so that the row may not be used for evaluation."""
     extra: str | None = None
     """{column: value} as JSON, of the columns that scorers get."""
+    source: str = ""
+    """Name of the row's source in `data.mixture`."""
 
     @property
     def prompt_key(self) -> str:

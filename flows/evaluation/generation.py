@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from flows.base.model import padding_id
-from flows.data.chat import end_of_turn
+from flows.data.chat import end_token
 from flows.evaluation.scoring import by_length
 
 
@@ -61,7 +61,7 @@ def generate_answers(
         batch_size: Prompts per batch.
         bar: Progress bar in rows.
     """
-    end = end_of_turn(tokenizer)
+    end = end_token(tokenizer)
     pad = padding_id(tokenizer)
     config = GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=pad, use_cache=True

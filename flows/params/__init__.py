@@ -1,6 +1,6 @@
 """`params.yaml`: a typed section for each of its mappings, the reader of the file, and overrides of its keys."""
 
-from flows.params.data import DEMONSTRATION, DEMONSTRATION_PROMPT, Data
+from flows.params.data import DEMONSTRATION, DEMONSTRATION_PROMPT, Data, MixedSource, source_names
 from flows.params.demonstration import left_over
 from flows.params.evaluate import Control, Evaluate, Merge
 from flows.params.file import read_params
@@ -31,6 +31,7 @@ __all__ = [
     "Gate",
     "Merge",
     "Method",
+    "MixedSource",
     "OnBadLoss",
     "OnOutOfMemory",
     "Params",
@@ -53,4 +54,5 @@ __all__ = [
     "load_params",
     "parameter_sets",
     "read_params",
+    "source_names",
 ]

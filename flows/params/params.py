@@ -104,9 +104,10 @@ with warnings.catch_warnings():
 
         @model_validator(mode="after")
         def _check_data_kind(self) -> Self:
-            objective, kind = self.train.objective, KINDS[self.train.objective]
-            if self.data.kind != kind:
-                raise invalid_value(f"train.objective {objective} needs {kind}", "data.kind", self.data.kind)
+            objective, kinds = self.train.objective, KINDS[self.train.objective]
+            if self.data.kind not in kinds:
+                expected = f"train.objective {objective} needs {' or '.join(kinds)}"
+                raise invalid_value(expected, "data.kind", self.data.kind)
             return self
 
         @model_validator(mode="after")

@@ -10,13 +10,13 @@ OnOutOfMemory = Literal["split", "stop"]
 OnBadLoss = Literal["stop", "rollback"]
 
 KINDS = {
-    "sft": "chat",
-    "dpo": "preference",
-    "orpo": "preference",
-    "simpo": "preference",
-    "classification": "classification",
+    "sft": ("chat", "text"),
+    "dpo": ("preference",),
+    "orpo": ("preference",),
+    "simpo": ("preference",),
+    "classification": ("classification",),
 }
-"""{train.objective: the data.kind that it needs}"""
+"""{train.objective: the data.kind that it accepts}"""
 
 
 class Preference(Section):

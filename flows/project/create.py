@@ -117,7 +117,7 @@ def create_project(root: Path, project: NewProject, force: bool = False) -> list
         ParamsError: The data, the base or the name cannot be used; nothing is written.
     """
     _check_place(root)
-    source, copied = _data_source(root, project.data)
+    source, copied = _data_source(root, project.data, project.task)
     remote = _default_remote(root)
     _check_params(params := params_text(project, source, remote))
     files = {
@@ -155,11 +155,15 @@ def create_project(root: Path, project: NewProject, force: bool = False) -> list
 def upgraded_files(root: Path) -> dict[str, str]:
     """Return {path: new text} of the files of `OWNED` that differ from what the installed version writes.
 
+    params.yaml is one of them if it lacks keys that stages track.
+
     Raises:
         ParamsError: params.yaml cannot be used.
     """
-    pipeline = pipeline_text(load_params(Paths(root).params).project.name)
+    params = load_params(Paths(root).params)
+    pipeline = pipeline_text(params.project.name)
     new = {
+        "params.yaml": _with_tracked_keys(Paths(root).params.read_text(), params, _stages(pipeline)),
         "dvc.yaml": pipeline,
         STAGES: stage_file(_stages(pipeline)),
         SCHEMA: schema_text(),
@@ -168,6 +172,26 @@ def upgraded_files(root: Path) -> dict[str, str]:
     return {
         name: text for name, text in new.items() if not (root / name).is_file() or (root / name).read_text() != text
     }
+
+
+def _with_tracked_keys(text: str, params: Params, stages: Mapping[str, Any]) -> str:
+    """Return params.yaml with the keys that stages track and the file lacks: DVC stops at an absent one.
+
+    Args:
+        text: The file's text.
+        params: Its values, with the defaults of absent keys.
+        stages: The stages of dvc.yaml.
+    """
+    yaml, defaults, added = _yaml(), params.model_dump(), False
+    values = yaml.load(text)
+    for key in [key for stage in stages.values() for key in stage.get("params", []) if isinstance(key, str)]:
+        *sections, last = key.split(".")
+        section, default = values, defaults
+        for name in sections:
+            section, default = section.setdefault(name, {}), default[name]
+        if last not in section:
+            section[last], added = default[last], True
+    return _dumped(yaml, values) if added else text
 
 
 def difference(root: Path, files: dict[str, str]) -> str:
@@ -309,16 +333,17 @@ def _check_params(text: str) -> None:
         load_params(file)
 
 
-def _data_source(root: Path, data: str) -> tuple[str, dict[str, Path]]:
+def _data_source(root: Path, data: str, task: Task) -> tuple[str, dict[str, Path]]:
     """Return `data.source`, and {path in the project: file} of the files to copy into the project's folder `data`."""
     if re.fullmatch(HUB, data):
         return data, {}
     path = Path(data).expanduser().resolve()
     files = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
-    files = [file for file in files if file.suffix in SUFFIXES]
+    suffixes = (*SUFFIXES, ".txt") if task == "text" else SUFFIXES
+    files = [file for file in files if file.suffix in suffixes]
     if not files:
         raise ParamsError(
-            f"--data {data}: there is no {', '.join(SUFFIXES)} file at {path}; give such a file, a folder of them, or "
+            f"--data {data}: there is no {', '.join(suffixes)} file at {path}; give such a file, a folder of them, or "
             "hub:NAME"
         )
     inside = root.resolve() / "data"

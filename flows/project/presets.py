@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-Task = Literal["chat", "preference", "classification"]
+Task = Literal["chat", "text", "preference", "classification"]
 Hardware = Literal["cpu", "gpu"]
 TASKS: tuple[Task, ...] = get_args(Task)
 HARDWARE: tuple[Hardware, ...] = get_args(Hardware)
@@ -25,6 +25,13 @@ OWN_DATA: Values = {
 
 BY_TASK: Mapping[Task, Values] = {
     "chat": {"data.kind": "chat", "train.objective": "sft", "evaluate.max_new_tokens": 128, "gate.min_eos_rate": 0.9},
+    "text": {
+        "data.kind": "text",
+        "train.objective": "sft",
+        "train.batching": "packed",
+        "train.pack_tokens": 1024,
+        "evaluate.max_new_tokens": 128,
+    },
     "preference": {
         "data.kind": "preference",
         "train.objective": "dpo",

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from flows.errors import RepositoryError
+from flows.params import source_names
 from flows.paths import Paths
 from flows.registry.lineage import read_json
 from flows.runtime.git import Git, GitError
@@ -82,9 +83,11 @@ def data_files(paths: Paths, git: Git) -> tuple[list[str], list[str]]:
         RepositoryError: the untracked files are too large for a git commit.
     """
     places = [DATA] if (paths.root / DATA).is_dir() else []
-    source = paths.root / Path(read_json(paths.data_report)["source"]).expanduser()
-    if source.exists() and source.resolve().is_relative_to(paths.root.resolve()):
-        places.append(source.resolve().relative_to(paths.root.resolve()).as_posix())
+    report = read_json(paths.data_report)
+    for name in source_names(report | {"mixture": [*report.get("mixture", {}).values()]}):
+        source = paths.root / Path(name).expanduser()
+        if source.exists() and source.resolve().is_relative_to(paths.root.resolve()):
+            places.append(source.resolve().relative_to(paths.root.resolve()).as_posix())
     if not places:
         return [], []
     listed = git.run("ls-files", "-z", "--others", "--exclude-standard", "--", *places)

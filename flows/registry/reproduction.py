@@ -17,7 +17,7 @@ from ruamel.yaml import YAML
 from safetensors import SafetensorError, deserialize
 
 from flows.errors import RegistryError, RepositoryError, StageError
-from flows.params import Params
+from flows.params import Params, source_names
 from flows.paths import Paths
 from flows.registry.comparison import differences
 from flows.registry.lineage import LOCK, headline_metrics, this_machine, this_software
@@ -115,8 +115,9 @@ def reproduce(params: Params, paths: Paths, number: str, timeout: float, until: 
     registry = registry_of(params, paths.root)
     version = registry.version(number)
     record = registry.record(version)
-    source = record["params"]["data"]["source"]
-    check_source_is_tracked(registry.git, source, f"{version.tag}, which was registered without it,", version.commit)
+    for source in source_names(record["params"]["data"]):
+        what = f"{version.tag}, which was registered without it,"
+        check_source_is_tracked(registry.git, source, what, version.commit)
     with worktree_at(paths.root, version.commit) as tree:
         at = Paths(tree)
         registered = _outs(at)

@@ -72,7 +72,16 @@ class Source:
     """The files of `data.source` in a working tree."""
 
     def __init__(self, params: Params, root: Path, tree: Path) -> None:
-        """Use the source of `params`. root: the repository; tree: the working tree of the retraining."""
+        """Use the source of `params`. root: the repository; tree: the working tree of the retraining.
+
+        Raises:
+            DataError: There are several sources.
+        """
+        if params.data.mixture:
+            raise DataError(
+                "data.mixture has several sources, and a retraining needs one, whose new files it finds; put the files "
+                "into one folder and name that in data.source"
+            )
         self.params, self.root, self.tree = params, root, tree
         self.name = params.data.source
         self.is_path = not self.name.startswith(("stdlib:", "hub:"))
@@ -199,9 +208,9 @@ class Source:
         skipped = {}
         for path in sorted(folder.rglob("*")):
             name = path.relative_to(folder).as_posix()
-            if why := _why_not_taken(path, name):
+            if why := _why_not_taken(path, name, self.params.data.kind):
                 skipped[name if name.isprintable() else ascii(name)] = why
-            elif is_of_rows(path) and path.is_file():
+            elif is_of_rows(path, self.params.data.kind) and path.is_file():
                 self._put(path, name)
         return skipped
 
@@ -238,7 +247,8 @@ class Source:
         if self.place.is_file():
             files = {self.place.name: self.place}
         else:
-            paths = sorted(path for path in self.place.rglob("*") if path.is_file() and is_of_rows(path))
+            kind = self.params.data.kind
+            paths = sorted(path for path in self.place.rglob("*") if path.is_file() and is_of_rows(path, kind))
             files = {path.relative_to(self.place).as_posix(): path for path in paths}
         for name in files:
             if not name.isprintable():
@@ -255,17 +265,17 @@ class Source:
             ) from error
 
 
-def _why_not_taken(path: Path, name: str) -> str | None:
+def _why_not_taken(path: Path, name: str, kind: str) -> str | None:
     """Return why an entry of `retrain.incoming` is not a file of rows; None for files of rows, folders and notes."""
     if path.is_symlink():
         return "it is a link; put the file itself there"
-    if path.is_dir() or (not is_of_rows(path) and (path.name.startswith(".") or path.suffix.lower() == ".md")):
+    if path.is_dir() or (not is_of_rows(path, kind) and (path.name.startswith(".") or path.suffix.lower() == ".md")):
         return None
     if not name.isprintable():
         return f"its name {UNPRINTABLE}"
     if not path.is_file():
         return "it is not a regular file"
-    if not is_of_rows(path):
+    if not is_of_rows(path, kind):
         return why_unread(path) or "it is not .jsonl, .csv or .parquet; convert it"
     return None
 

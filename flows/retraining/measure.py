@@ -57,7 +57,7 @@ def run(params: Params, paths: Paths) -> None:
         rows = []
         for example in selected:
             try:
-                rows.append(encoder.encode(example))
+                rows += encoder.parts(example, params.data.max_length) or [encoder.encode(example)]
             except DataError as error:  # the prepare stage reports these rows
                 logger.warning("%s: %s", example.where, error)
         return sorted(rows, key=lambda row: rank(params.project.seed, row.id))[:MOST]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from flows.errors import StageError
 from flows.gate.holdout_reuse import note_trial
-from flows.params import check_overrides, forced, load_params
+from flows.params import check_overrides, forced, load_params, source_names
 from flows.paths import Paths
 from flows.runtime.git import Git
 from flows.runtime.inputs import check_source_is_tracked
@@ -38,8 +38,8 @@ def run_experiment(root: Path, overrides: Sequence[str], name: str | None = None
         StageError: the run failed.
     """
     check_overrides(Paths(root).params, overrides)
-    source = load_params(Paths(root).params).data.source
-    check_source_is_tracked(Git(root), source, "a trial, which works in a copy of git's files,")
+    for source in source_names(load_params(Paths(root).params).data.model_dump()):
+        check_source_is_tracked(Git(root), source, "a trial, which works in a copy of git's files,")
     run_id = os.environ.get("WANDB_RUN_ID")
     name = name or (f"trial-{run_id}" if run_id else None)
     command = [*DVC, "exp", "run", "--temp", *(f"--set-param={forced(override)}" for override in overrides)]

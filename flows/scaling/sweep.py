@@ -10,7 +10,7 @@ from prefect.task_runners import ProcessPoolTaskRunner, TaskRunner, ThreadPoolTa
 
 from flows.errors import StageError
 from flows.gate.holdout_reuse import note_trial
-from flows.params import check_overrides, load_params, parameter_sets
+from flows.params import check_overrides, load_params, parameter_sets, source_names
 from flows.paths import Paths
 from flows.runtime.git import Git
 from flows.runtime.inputs import check_source_is_tracked
@@ -44,8 +44,8 @@ def run_sweep(
     """
     sets = parameter_sets(overrides)
     check_overrides(Paths(root).params, *sets)
-    source = load_params(Paths(root).params).data.source
-    check_source_is_tracked(Git(root), source, "a sweep, which works in copies of git's files,")
+    for source in source_names(load_params(Paths(root).params).data.model_dump()):
+        check_source_is_tracked(Git(root), source, "a sweep, which works in copies of git's files,")
     settings = SweepSettings(root, snapshot(root), stage_timeout, limit)
     trials = ranked(sweep.with_options(task_runner=_RUNNERS[runner](jobs))(settings, sets))
     write_ranking(Paths(root), trials)

@@ -12,8 +12,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flows.base.gguf import save_packed
 from flows.base.source import load, load_packed, obtain
-from flows.data.chat import end_of_turn, render
-from flows.errors import BaseModelError
+from flows.data.chat import end_token, render
+from flows.data.vocabulary import add_special_tokens, set_chat_template
 from flows.params import Params
 from flows.paths import Paths
 from flows.runtime.stage import start
@@ -23,16 +23,15 @@ logger = logging.getLogger("flows.fetch")
 
 
 def run(params: Params, paths: Paths) -> None:
-    """Write `paths.base`. Raises BaseModelError; the folder of an earlier run then stays."""
+    """Write `paths.base`. If the base or the parameters cannot be used, the folder of an earlier run stays."""
     source, begin = params.base.source, time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
         checkpoint, packed = obtain(source, paths.root, Path(scratch)), params.quantization.storage == "gguf"
         model, tokenizer = load_packed(source, checkpoint) if packed else load(source, checkpoint)
+        set_chat_template(tokenizer, params.data, paths.root)
         if not tokenizer.chat_template:
-            raise BaseModelError(
-                f"base.source {source}: its tokenizer has no chat template; use "
-                "an instruction-tuned model, or put a chat_template.jinja into its folder and give that by path:"
-            )
+            logger.warning("%s has no chat template; chats need data.chat_template", source)
+        add_special_tokens(model, tokenizer, params.data.special_tokens, packed)
         settle_special_tokens(model, tokenizer)
         with directory_written_atomically(paths.base) as folder:
             if packed:
@@ -48,11 +47,11 @@ def run(params: Params, paths: Paths) -> None:
 
 
 def settle_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make generation stop at the chat template's end of turn, and use another token for padding.
+    """Make generation stop at the chat template's end of turn (or end of a text), and pad with another token.
 
     If padding were the end of turn, masking padding would also hide the ends of turns.
     """
-    end = end_of_turn(tokenizer)
+    end = end_token(tokenizer)
     assert model.generation_config is not None
     configured = model.generation_config.eos_token_id
     others = configured if isinstance(configured, list) else [] if configured is None else [configured]
@@ -71,7 +70,8 @@ def settle_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizer
 def _choose_padding(tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> None:
     """Set a special token that no chat contains as padding; the vocabulary does not grow."""
     chat = [{"role": role, "content": "a"} for role in ("user", "assistant")]
-    used = {*ends, *tokenizer(render(tokenizer, chat), add_special_tokens=False)["input_ids"]}
+    text = render(tokenizer, chat) if tokenizer.chat_template else ""
+    used = {*ends, *tokenizer(text, add_special_tokens=False)["input_ids"]}
     preferred = [tokenizer.unk_token_id, *tokenizer.all_special_ids, *sorted(tokenizer.added_tokens_decoder)]
     free = [token for token in preferred if token is not None and token not in used]
     if not free:

@@ -12,6 +12,7 @@ from datasets import Dataset, Features, disable_progress_bars
 from flows.base.model import check_base, load_tokenizer
 from flows.data.encoders import COLUMNS, EXTRA, Encoder, encoder_of, label_names
 from flows.data.examples import AnyExample
+from flows.data.mixture import mixed, mixture_report
 from flows.data.report import data_report
 from flows.data.sources import comes_from, read_examples, refuse_faulty
 from flows.data.splits import (
@@ -24,7 +25,8 @@ from flows.data.splits import (
     without_learned,
     without_near_duplicates,
 )
-from flows.data.tokens import length
+from flows.data.tokens import AnyTokens, length
+from flows.data.vocabulary import check_applied
 from flows.errors import DataError
 from flows.params import Data, Params
 from flows.paths import SPLITS, Paths, Split
@@ -46,6 +48,7 @@ def run(params: Params, paths: Paths) -> None:
     check_base(paths.base)
     disable_progress_bars()
     tokenizer = load_tokenizer(paths.base)
+    check_applied(tokenizer, data, paths.root)
     if data.max_length > tokenizer.model_max_length:
         raise DataError(
             f"data.max_length: {data.max_length} is more than the base's context of "
@@ -66,9 +69,13 @@ def run(params: Params, paths: Paths) -> None:
     splits: dict[Split, list[Row]] = {split: sample(assigned[split], limits[split], seed) for split in SPLITS}
     if data.new_files is not None:
         splits["train"] = replayed(assigned["train"], data.replay_share, data.train_rows, seed)
+    if data.mixture:
+        splits["train"] = mixed(assigned["train"], data, seed)
     available: dict[Split, int] = {split: len(assigned[split]) for split in SPLITS}
     _refuse_empty(splits, dropped)
     report = data_report(data, len(examples), available, splits, dropped, tokenizer, labels)
+    if data.mixture:
+        report["mixture"] = mixture_report(data, examples, assigned["train"], splits, paths.root)
     assert not any(count for pair in report["leakage"].values() for count in pair.values()), report["leakage"]
     with directory_written_atomically(paths.data) as folder:
         for split in SPLITS:
@@ -98,14 +105,14 @@ def tokenize(examples: list[AnyExample], encoder: Encoder, data: Data) -> tuple[
         for example in examples:
             bar.update(1)
             try:
-                row = _row(example, encoder, data)
+                parts = encoder.parts(example, data.max_length)
+                made = [_row(example, encoder, data)] if parts is None else [_of(example, part, data) for part in parts]
             except DataError as error:
                 faults.append(f"{example.where}: {error}")
                 continue
-            if row is None:
+            rows += [row for row in made if row is not None]
+            if None in made:
                 dropped[f"longer than {data.max_length} tokens"] += 1
-            else:
-                rows.append(row)
     refuse_faulty(faults, f"data.source {data.source}")
     return rows, dropped
 
@@ -176,9 +183,16 @@ def _row(example: AnyExample, encoder: Encoder, data: Data) -> Row | None:
         if shorter is None:
             return None
         tokens, truncated = encoder.encode(shorter), True
+    return _of(example, tokens, data, truncated)
+
+
+def _of(example: AnyExample, tokens: AnyTokens, data: Data, truncated: bool = False) -> Row:
+    """Return the row of an example's tokens."""
     is_new = data.new_files is None or comes_from(example.where, data.new_files)
     trusted = data.quarantined is None or not comes_from(example.where, data.quarantined)
-    return Row(tokens, example.group, example.slice, example.weight, truncated, is_new, trusted, example.extra)
+    return Row(
+        tokens, example.group, example.slice, example.weight, truncated, is_new, trusted, example.extra, example.source
+    )
 
 
 def _refuse_empty(splits: dict[Split, list[Row]], dropped: Counter[str]) -> None:
@@ -201,6 +215,8 @@ def _log(report: dict[str, Any]) -> None:
             *(split, *(summary[name] for name in ("rows", "available", "groups", "tokens"))),
             100 * (summary["supervised_share"] or 0),
         )
+    for name, part in report.get("mixture", {}).items():
+        logger.info("%s: %d of %d training rows", name, part["train"], part["available"])
     for reason, count in report["dropped"].items():
         logger.info("dropped: %d %s", count, reason)
 

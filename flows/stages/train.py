@@ -27,7 +27,7 @@ from flows.paths import Paths
 from flows.runtime.progress import bars_closed
 from flows.runtime.stage import set_seed, start
 from flows.runtime.tracking import Backend, Tracker
-from flows.training.adapter_choice import adapter_config
+from flows.training.adapter_choice import adapter_config, save_tokenizer, token_rows
 from flows.training.arguments import fault_policy, training_arguments
 from flows.training.automatic_rank import FILE as RANKS
 from flows.training.automatic_rank import with_automatic_ranks
@@ -101,8 +101,9 @@ def _run(params: Params, paths: Paths, processes: PartialState) -> None:
     set_seed(params.project.seed)
     longest_row = longest(params, rows)
     model = cast(PreTrainedModel, load_for_training(paths.base, params.quantization, longest_row, labels))
-    pad = padding_id(load_tokenizer(paths.base))
-    config = adapter_config(params, this.total_steps)
+    tokenizer = load_tokenizer(paths.base)
+    pad = padding_id(tokenizer)
+    config = adapter_config(params, this.total_steps, token_rows(model, tokenizer, params.data.special_tokens))
     warm = starts_warm(paths)
     if params.method.r == "auto" and not warm:
         chats, collate = unweighted_chats(params, rows["train"]), RightPaddingCollator(pad)
@@ -139,6 +140,8 @@ def _run(params: Params, paths: Paths, processes: PartialState) -> None:
         if not main:
             return
         model.save_pretrained(paths.adapter)
+        if params.data.special_tokens or params.data.chat_template:
+            save_tokenizer(tokenizer, paths.adapter)
         summary = _summary(params, model, trainer.state, this.log, tracker.run_ids)
         with directory_written_atomically(paths.training) as training:
             write_atomically(training / paths.training_summary.name, json.dumps(summary, indent=2) + "\n")

@@ -2,7 +2,7 @@
 
 | objective | rows (data.kind) | model | loss |
 |---|---|---|---|
-| sft | chat | causal | cross entropy of supervised tokens |
+| sft | chat, text | causal | cross entropy of supervised tokens |
 | dpo, orpo, simpo | preference | causal | preference loss, `peftcore.train.preference` |
 | classification | classification | sequence classifier | cross entropy of classes |
 """

@@ -55,6 +55,8 @@ def optimizer_steps(params: Params, training_set: Sized) -> int:
 def run_key(params: Params, paths: Paths, base: str) -> str:
     """Return a digest of everything that determines a run, so that only a checkpoint of the same run is resumed."""
     sections = params.model_dump(include={"base", "method", "quantization", "train"})
+    if params.data.special_tokens:
+        sections["special_tokens"] = params.data.special_tokens
     data = [sha256(paths.split(name)) for name in ("train", "validation")]
     start = [read_manifest(paths.start_adapter)] if paths.start_adapter.is_dir() else []
     content = json.dumps([params.project.seed, sections, base, data, *start], sort_keys=True)

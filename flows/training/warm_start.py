@@ -10,7 +10,7 @@ from flows.paths import Paths
 from peftcore import PeftConfig, PeftModel
 
 log = logging.getLogger(__name__)
-SHAPE = ("r", "lora_alpha", "use_rslora", "use_dora")
+SHAPE = ("r", "lora_alpha", "use_rslora", "use_dora", "trainable_token_indices")
 """Options that must equal those of the registered adapter."""
 
 
@@ -38,7 +38,7 @@ def continue_adapter(params: Params, paths: Paths, model: Any, config: PeftConfi
             "give null, or another method"
         )
     saved = PeftConfig.from_pretrained(paths.start_adapter)
-    names = ["peft_type"] if params.method.r == "auto" else ["peft_type", *SHAPE]
+    names = ["peft_type", "trainable_token_indices"] if params.method.r == "auto" else ["peft_type", *SHAPE]
     pairs = {name: (getattr(saved, name, None), getattr(config, name, None)) for name in names}
     if different := {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}:
         listed = ", ".join(f"{name} {there} there and {here} here" for name, (there, here) in different.items())

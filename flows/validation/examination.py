@@ -36,6 +36,7 @@ _CHAT: tuple[Check, ...] = (
 )
 CHECKS: dict[str, tuple[Check, ...]] = {
     "chat": (*_CHAT, *_ANY),
+    "text": (masks.supervised, masks.mask, template.special_tokens, template.round_trip, *_ANY),
     "preference": (*_CHAT, balance.equal_pairs, balance.pair_lengths, *_ANY),
     "classification": (template.special_tokens, template.round_trip, balance.classes, balance.contradictions, *_ANY),
 }

@@ -19,9 +19,14 @@ from flows.paths import SPLITS, Split
 
 SHOWN = 5
 """Number of rows that a finding gives as examples."""
-_QUESTION = {"chat": "prompt", "preference": "prompt", "classification": "text"}
-_ANSWERS = {"chat": ("completion",), "preference": ("chosen", "rejected"), "classification": ("label_name",)}
-_SEQUENCES = {"chat": ("",), "preference": ("chosen_", "rejected_"), "classification": ("",)}
+_QUESTION = {"chat": "prompt", "text": "prompt", "preference": "prompt", "classification": "text"}
+_ANSWERS = {
+    "chat": ("completion",),
+    "text": ("completion",),
+    "preference": ("chosen", "rejected"),
+    "classification": ("label_name",),
+}
+_SEQUENCES = {"chat": ("",), "text": ("",), "preference": ("chosen_", "rejected_"), "classification": ("",)}
 
 
 @dataclass(frozen=True)

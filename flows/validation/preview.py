@@ -49,7 +49,7 @@ def _title(row: Row, kind: Kind) -> str:
 def _texts(row: Row, tokenizer: PreTrainedTokenizerBase, kind: Kind) -> list[Text]:
     if kind == "classification":
         return [Text.assemble((row["text"], CONTEXT), (f" → {row['label_name']}", LEARNED))]
-    if kind == "chat":
+    if kind in ("chat", "text"):
         return [_coloured(row, "", tokenizer, CONTEXT, LEARNED)]
     return [
         _coloured(row, "chosen_", tokenizer, CONTEXT, LEARNED),

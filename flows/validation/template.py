@@ -92,7 +92,7 @@ def round_trip(prepared: Prepared) -> Finding:
 
 def _decoded(prepared: Prepared, sequences: Sequences, rows: list[int]) -> list[str]:
     """Return the text of each row; for chats without the last token, the end of turn."""
-    if prepared.data.kind == "classification":
+    if prepared.data.kind in ("classification", "text"):
         return prepared.tokenizer.batch_decode([sequences.row(row) for row in rows], skip_special_tokens=True)
     return prepared.tokenizer.batch_decode([sequences.row(row)[:-1] for row in rows])
 

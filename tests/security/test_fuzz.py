@@ -299,7 +299,7 @@ FILES = st.one_of(
 @inputs("rows")
 @given(
     file=FILES,
-    kind=st.sampled_from(["chat", "preference", "classification"]),
+    kind=st.sampled_from(["chat", "text", "preference", "classification"]),
     column=st.sampled_from([None, "g", "label"]),
 )
 def test_rows(file: tuple[str, bytes], kind: Any, column: Any, tmp_path_factory: pytest.TempPathFactory) -> None:

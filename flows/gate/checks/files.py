@@ -7,7 +7,7 @@ from peftcore.files import read_manifest, sha256
 
 
 def allowed_files(candidate: Candidate) -> CheckResult:
-    """Check that the adapter folder holds safetensors weights, configuration, notes and manifest, and nothing else."""
+    """Check that the adapter folder holds safetensors weights, configuration, tokenizer, notes and manifest alone."""
     foreign = foreign_files(candidate.adapter)
     if foreign:
         return False, f"{', '.join(foreign)} may not be in an adapter folder; only safetensors weights are allowed"

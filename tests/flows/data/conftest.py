@@ -27,6 +27,13 @@ TOOLS = (
     "{% if m.tool_calls %}{{ '<tool_call>' + m.tool_calls[0]['function'] | tojson }}{% endif %}{{ '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+REASONING = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}"
+    "{% if m.thinking is defined %}{{ '<think>' + m.thinking + '</think>' }}{% endif %}"
+    "{{ m['content'] + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+LAST_REASONING = REASONING.replace("m.thinking is defined", "loop.last and m.thinking is defined")
 _SPECIAL = {LLAMA3: ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], MISTRAL: ["[INST]", "[/INST]", "</s>"]}
 
 
@@ -46,4 +53,7 @@ def templated(tokenizer: PreTrainedTokenizerBase) -> Callable[[str], PreTrainedT
 @pytest.fixture
 def templates() -> dict[str, str]:
     """Their texts by name."""
-    return {"llama3": LLAMA3, "mistral": MISTRAL, "without_thoughts": WITHOUT_THOUGHTS, "tools": TOOLS}
+    return {"llama3": LLAMA3, "mistral": MISTRAL, "without_thoughts": WITHOUT_THOUGHTS, "tools": TOOLS} | {
+        "reasoning": REASONING,
+        "last_reasoning": LAST_REASONING,
+    }

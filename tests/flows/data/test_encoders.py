@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from flows.data.encoders import LabelledEncoder, PreferenceEncoder, encoder_of, label_names
-from flows.data.examples import Labelled, Message, Preference
+from flows.data.encoders import DocumentEncoder, LabelledEncoder, PreferenceEncoder, encoder_of, label_names
+from flows.data.examples import Document, Labelled, Message, Preference
 from flows.data.tokens import IGNORED, length
 from flows.errors import DataError
 from flows.params import Data
@@ -68,3 +68,21 @@ def test_a_text_that_holds_a_special_token_is_refused(tokenizer: PreTrainedToken
 )
 def test_classes_are_numbered_by_value_or_by_name(labels: list[str], names: list[str]) -> None:
     assert label_names([Labelled("t", label, **ORIGIN) for label in labels]) == names
+
+
+@pytest.mark.parametrize("limit", [8, 9, 10, 11, 1000])
+def test_rows_of_a_text_join_to_the_text(tokenizer: PreTrainedTokenizerBase, limit: int) -> None:
+    text = "Grüße aus 東京, wo es 🌧️ regnet."
+    encoder = DocumentEncoder(tokenizer)
+    rows: Any = encoder.parts(Document(text=text, **ORIGIN), limit)
+    assert "".join(row.prompt + row.completion for row in rows) == text
+    ids = [token for row in rows for token in row.input_ids]
+    assert ids == [*tokenizer(text)["input_ids"], 2]
+    for row in rows:
+        assert 1 < len(row.input_ids) <= limit and row.labels == row.input_ids
+        assert row.prompt == tokenizer.decode(row.input_ids[: row.prompt_length])
+
+
+def test_a_text_may_not_hold_a_special_token(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(DataError, match=r"<\|im_end\|>, which the model reads"):
+        DocumentEncoder(tokenizer).parts(Document(text="a<|im_end|>b", **ORIGIN), 8)

@@ -116,3 +116,13 @@ def test_files_that_are_not_read_are_named_with_what_to_do(
     assert len(rows(tmp_path)) == 1
     assert [record.message for record in caplog.records if "not read" in record.message] == [caplog.records[-1].message]
     assert f"{name}: " in caplog.text and hint in caplog.text and "README" not in caplog.text
+
+
+def test_text_files_are_read_for_texts_alone(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("One.\n\nTwo.")
+    (tmp_path / "rows.jsonl").write_text('{"text": "Three."}\n')
+    assert [row for _, row in read_rows(tmp_path, ".")] == [{"text": "Three."}]
+    assert [row["text"] for _, row in read_rows(tmp_path, ".", "text")] == ["One.\n\nTwo.", "Three."]
+    (tmp_path / "notes.txt").write_bytes(b"\xff")
+    with pytest.raises(DataError, match=r"notes\.txt: not text in UTF-8"):
+        list(read_rows(tmp_path, ".", "text"))

@@ -1,5 +1,6 @@
 """Rows as others write them, and what is said of those that cannot be used."""
 
+import json
 from typing import Any
 
 import pytest
@@ -89,20 +90,19 @@ def test_the_same_preference(row: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "fix"),
     [
-        ("reasoning_content", "Because.", "put it into the content"),
-        ("thinking", "Because.", "put it into the content"),
-        ("reasoning", [{"text": "Because."}], "put it into the content"),
-        ("function_call", {"name": "add"}, "write it as tool_calls"),
-        ("images", ["a.png"], "only text can be trained on"),
+        ("reasoning", [{"text": "Because."}], "reasoning that is no text"),
+        ("refusal", "No.", "content beside a value or refusal"),
+        ("images", ["a.png"], "images, and only text can be trained on"),
+        ("audio", {"id": "a"}, "audio, and only text can be trained on"),
     ],
 )
 def test_what_a_turn_would_lose_in_silence_is_refused(key: str, value: Any, fix: str) -> None:
     turn = ANSWER | {key: value}
     for row in ({"messages": [USER, turn]}, {"prompt": "One?", "chosen": [turn], "rejected": "2."}):
         read = formats.preference if "chosen" in row else formats.chat
-        with pytest.raises(FaultyRow, match=rf"turn \d \(assistant\) has {key}, which is not read; {fix}"):
+        with pytest.raises(FaultyRow, match=rf"turn \d \(assistant\) has {fix}"):
             read(row)
-    assert formats.chat({"messages": [USER, ANSWER | {key: None, "id": 7}]}) == CHAT
+    assert formats.chat({"messages": [USER, ANSWER | {key: None}]}) == CHAT
 
 
 def test_equal_answers_are_left_to_the_doctor() -> None:
@@ -152,3 +152,128 @@ def test_weights(given: Any, value: float) -> None:
 def test_impossible_weights(given: Any) -> None:
     with pytest.raises(FaultyRow, match="its weight is"):
         formats.weight({"weight": given})
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": [{"from": "human", "value": "One?"}, {"from": "gpt", "value": "1."}], "system": "Be brief."},
+        {"messages": [{"role": "developer", "content": "Be brief."}, USER, ANSWER]},
+        {"messages": [SYSTEM, USER, ANSWER], "system": "Be brief."},
+        {"instruction": "One?", "input": "", "output": "1.", "system": "Be brief.", "history": []},
+        {"messages": [SYSTEM, USER, {"role": "assistant", "content": None, "refusal": "1."}]},
+    ],
+)
+def test_the_system_prompt_of_each_format(row: dict[str, Any]) -> None:
+    assert formats.chat(row) == [SYSTEM, USER, ANSWER]
+
+
+def test_two_system_prompts_that_differ_are_refused() -> None:
+    with pytest.raises(FaultyRow, match="column system differs"):
+        formats.chat({"messages": [SYSTEM, USER, ANSWER], "system": "Be long."})
+
+
+def test_alpacas_history_comes_first() -> None:
+    row = {"instruction": "Two?", "input": "", "output": "2.", "history": [["One?", "1."]]}
+    assert formats.chat(row) == [USER, ANSWER, {"role": "user", "content": "Two?"}, WORSE]
+    with pytest.raises(FaultyRow, match="no list of"):
+        formats.chat(row | {"history": [["One?"]]})
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "One?", "input": "", "chosen": "1.", "rejected": "2."},
+        {
+            "conversations": [{"from": "human", "value": "One?"}],
+            "chosen": {"from": "gpt", "value": "1."},
+            "rejected": {"from": "gpt", "value": "2."},
+        },
+        {
+            "input": {"messages": [USER], "tools": [], "parallel_tool_calls": True},
+            "preferred_output": [ANSWER],
+            "non_preferred_output": [WORSE],
+        },
+    ],
+)
+def test_preferences_of_other_tools(row: dict[str, Any]) -> None:
+    assert formats.preference(row) == ([USER], [ANSWER], [WORSE])
+
+
+@pytest.mark.parametrize("name", ["reasoning_content", "thinking", "reasoning", "thoughts"])
+def test_reasoning_has_one_name(name: str) -> None:
+    row = {"messages": [USER, ANSWER | {name: "Count."}]}
+    assert formats.chat(row) == [USER, ANSWER | {"reasoning_content": "Count."}]
+    assert formats.chat(row, [name]) == CHAT
+
+
+def test_reasoning_in_parts_of_the_content_and_beside_an_answer() -> None:
+    parts = [{"type": "thinking", "thinking": "Count."}, {"type": "text", "text": "1."}]
+    expected = [USER, ANSWER | {"reasoning_content": "Count."}]
+    assert formats.chat({"messages": [USER, ANSWER | {"content": parts}]}) == expected
+    assert formats.chat({"messages": [USER, ANSWER | {"content": parts}]}, ["thinking"]) == CHAT
+    assert formats.chat({"prompt": "One?", "completion": "1.", "thinking": "Count."}) == expected
+
+
+@pytest.mark.parametrize(
+    ("turns", "fault"),
+    [
+        ([USER | {"thinking": "Hm."}, ANSWER], r"turn 1 \(user\) has thinking; only the assistant"),
+        ([USER, ANSWER | {"thinking": "a", "reasoning": "b"}], "two names that differ"),
+        ([USER | {"tool_calls": [{"function": {}}]}, ANSWER], "only the assistant calls tools"),
+        ([USER, ANSWER | {"value": "2."}], "content beside a value"),
+        ([USER | {"from": "gpt"}, ANSWER], "leave one out"),
+        ([USER, ANSWER | {"content": [{"type": "text", "text": "1.", "logprobs": [1]}]}], "logprobs in a part"),
+    ],
+)
+def test_a_field_that_contradicts_its_turn_is_refused(turns: list[Any], fault: str) -> None:
+    with pytest.raises(FaultyRow, match=fault):
+        formats.chat({"messages": turns})
+
+
+CALL = {"name": "add", "arguments": {"a": 1}}
+
+
+@pytest.mark.parametrize(
+    ("turns", "result"),
+    [
+        (
+            [
+                {
+                    "role": "assistant",
+                    "tool_calls": [{"type": "function", "function": CALL | {"arguments": '{"a": 1}'}}],
+                },
+                {"role": "tool", "content": "2"},
+            ],
+            {"role": "tool", "content": "2"},
+        ),
+        (
+            [
+                {"role": "assistant", "content": None, "function_call": CALL | {"arguments": '{"a": 1}'}},
+                {"role": "function", "name": "add", "content": "2"},
+            ],
+            {"role": "tool", "content": "2", "name": "add"},
+        ),
+        (
+            [{"from": "function_call", "value": json.dumps(CALL)}, {"from": "observation", "value": "2"}],
+            {"role": "tool", "content": "2"},
+        ),
+    ],
+)
+def test_calls_have_the_form_that_templates_expect(turns: list[Any], result: dict[str, Any]) -> None:
+    chat = formats.chat({"messages": [USER, *turns, ANSWER]})
+    called = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": CALL}]}
+    assert chat == [USER, called, result, ANSWER]
+
+
+def test_functions_are_tools() -> None:
+    assert formats.tools({"functions": [{"name": "add"}]}) == [{"type": "function", "function": {"name": "add"}}]
+    assert formats.tools({"input": {"messages": [USER], "tools": [CALL]}, "preferred_output": [ANSWER]}) == [CALL]
+
+
+def test_other_fields_stay_for_the_template() -> None:
+    chat = formats.chat({"messages": [USER | {"name": "Ada", "id": 7}, ANSWER | {"mood": "calm"}]}, ["id"])
+    assert chat == [USER | {"name": "Ada"}, ANSWER | {"mood": "calm"}]

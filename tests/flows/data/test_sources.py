@@ -1,6 +1,7 @@
 """Rows with messages, or with prompt and completion, from any file; faulty ones are told by their line."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from flows.data import sources
 from flows.data.examples import Example
 from flows.data.sources import read_examples
 from flows.errors import DataError
-from flows.params import Data
+from flows.params import Data, load_params
 
 ROWS = [{"prompt": "One?", "completion": "1."}, {"prompt": "Two?", "completion": "NA"}]
 CHAT = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "1."}]
@@ -194,3 +195,21 @@ def test_further_columns_are_taken_for_scorers(tmp_path: Path) -> None:
     assert [example.extra for example in read(tmp_path)] == [None] * len(ROWS)
     with pytest.raises(DataError, match=r"it has no test \(data.extra_columns\); its columns are prompt, completion, "):
         read(tmp_path, extra_columns=["test"])
+
+
+PAGE = Path(__file__).parents[3] / "docs" / "how-to" / "data.md"
+
+
+@pytest.mark.parametrize("line", re.findall(r"^\{.*\}$", PAGE.read_text(), re.MULTILINE))
+def test_each_row_of_the_documentation_is_read(tmp_path: Path, line: str) -> None:
+    (tmp_path / "rows.jsonl").write_text(line + "\n")
+    row = json.loads(line)
+    kind: Any = "preference" if "preferred_output" in row or "chosen" in row else "text" if "text" in row else "chat"
+    (example,) = read_examples(Data(source="rows.jsonl", kind=kind), tmp_path)
+    assert example.where == "rows.jsonl:1"
+
+
+@pytest.mark.parametrize("text", re.findall(r"```yaml\n(.+?)```", PAGE.read_text(), re.DOTALL))
+def test_the_parameters_of_the_documentation_are_accepted(tmp_path: Path, text: str) -> None:
+    (tmp_path / "params.yaml").write_text(text)
+    assert load_params(tmp_path / "params.yaml").data.source != "stdlib:docstrings"

@@ -119,3 +119,42 @@ def test_any_text_survives(tokenizer: PreTrainedTokenizerBase, answer: str) -> N
     tokens = ChatTokenizer(tokenizer).tokenize(question_and_answer("q", answer, None))
     assert learned(tokens, tokenizer) == f"{answer}<|im_end|>"
     assert tokenizer.decode(tokens.input_ids) == f"{tokens.prompt}{answer}<|im_end|>"
+
+
+THOUGHT = [CHAT[0], CHAT[1] | {"reasoning_content": "Hm."}, CHAT[2], CHAT[3] | {"reasoning_content": "So."}]
+
+
+def test_reasoning_is_learned_under_the_templates_own_name(templates: dict[str, str], templated: Templated) -> None:
+    tokenizer = templated(templates["reasoning"])
+    tokens = ChatTokenizer(tokenizer).tokenize(THOUGHT)
+    assert learned(tokens, tokenizer) == "<think>Hm.</think>1.<|im_end|><think>So.</think>2.<|im_end|>"
+
+
+def test_a_template_that_drops_reasoning_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(DataError, match=r"leaves out the reasoning of turn 2 .*data\.reasoning: none"):
+        ChatTokenizer(tokenizer).tokenize(THOUGHT)
+
+
+def test_reasoning_of_earlier_turns_is_left_to_the_template_by_choice_alone(
+    templates: dict[str, str], templated: Templated
+) -> None:
+    tokenizer = templated(templates["last_reasoning"])
+    with pytest.raises(DataError, match=r"the reasoning of turn 2 .*data\.supervise: last"):
+        ChatTokenizer(tokenizer).tokenize(THOUGHT)
+    with pytest.raises(DataError, match=r"the reasoning of turn 2 .*data\.reasoning: supervised"):
+        ChatTokenizer(tokenizer, "last").tokenize(THOUGHT)
+    tokens = ChatTokenizer(tokenizer, "last", "supervised").tokenize(THOUGHT)
+    assert learned(tokens, tokenizer) == "<think>So.</think>2.<|im_end|>"
+    assert "Hm." not in tokens.prompt
+
+
+@pytest.mark.parametrize(("field", "hint"), [("mood", ""), ("reasoning_contents", "did you mean reasoning_content")])
+def test_a_field_that_the_template_does_not_show_is_refused(
+    templates: dict[str, str], templated: Templated, field: str, hint: str
+) -> None:
+    chat = [CHAT[0], CHAT[1] | {field: "calm"}]
+    tokenizer = templated(templates["reasoning"])
+    with pytest.raises(DataError, match=rf"turn 2 \(assistant\) has {field}, .*data\.ignored_fields.*{hint}"):
+        ChatTokenizer(tokenizer).tokenize(chat)
+    tokenizer.chat_template = templates["reasoning"].replace("m.thinking", f"m.{field}")
+    assert "<think>calm</think>" in learned(ChatTokenizer(tokenizer).tokenize(chat), tokenizer)

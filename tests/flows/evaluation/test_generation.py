@@ -43,7 +43,7 @@ def test_answers_are_what_whole_forward_passes_say(model, tokenizer, batch_size:
 
 def test_an_answer_ends_at_the_end_of_the_turn(model, tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = greedy(model, PROMPTS[0], 6)
-    monkeypatch.setattr("flows.evaluation.generation.end_of_turn", lambda _: ids[3])
+    monkeypatch.setattr("flows.evaluation.generation.end_token", lambda _: ids[3])
     (answer,) = generate_answers(model, tokenizer, PROMPTS[:1], 6, 1).answers
     assert answer.has_eos and answer.tokens == ids.index(ids[3]) + 1
     assert answer.text == tokenizer.decode(ids[: ids.index(ids[3])], skip_special_tokens=True).strip()

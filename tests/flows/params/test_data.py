@@ -6,7 +6,7 @@ import pytest
 from params_texts import read, refusal
 from pydantic import ValidationError
 
-from flows.params import DEMONSTRATION_PROMPT, Data, Params
+from flows.params import DEMONSTRATION_PROMPT, Data, Params, source_names
 
 
 @pytest.mark.parametrize("source", ["hub:a/b", "hub:a/b@main", "data/chats.jsonl", "folder", "stdlib:docstrings"])
@@ -31,6 +31,24 @@ def test_each_kind_of_source_is_taken(tmp_path: Path, source: str) -> None:
         ("{similarity: 1.1}", "similarity"),
         ("{max_leakage: 1}", "max_leakage"),
         ("{new_files: ['']}", "new_files.0"),
+        ("{reasoning: drop}", "reasoning"),
+        ("{source: mixture}", "source"),
+        ("{source: a.jsonl, mixture: [{source: b.jsonl}]}", "source"),
+        ("{mixture: [{source: a.jsonl}, {source: b/a.jsonl}]}", "mixture.1.name"),
+        ("{mixture: [{source: a.jsonl, rows: 3}, {source: b.jsonl}]}", "mixture.1.rows"),
+        ("{mixture: [{source: a.jsonl, rows: 3, weight: 1}]}", "mixture.0.rows"),
+        ("{mixture: [{source: a.jsonl, rows: 1300}]}", "train_rows"),
+        ("{mixture: [{source: 's3://a'}]}", "mixture.0.source"),
+        ("{mixture: [{source: a.jsonl, weigth: 2}]}", "mixture.0.weigth"),
+        ("{mixture: [{source: a.jsonl, weight: 0}]}", "mixture.0.weight"),
+        ("{mixture: [{source: a.jsonl}], new_files: [a]}", "new_files"),
+        ("{source: a.txt, kind: text, supervise: last}", "supervise"),
+        ("{source: a.txt, kind: text, system_prompt: a}", "system_prompt"),
+        ("{source: a.txt, kind: text, overlong: truncate}", "overlong"),
+        ("{ignored_fields: [id, content]}", "ignored_fields"),
+        ("{special_tokens: [a, a]}", "special_tokens"),
+        ("{special_tokens: [' a']}", "special_tokens"),
+        ("{chat_template: ''}", "chat_template"),
     ],
 )
 def test_an_impossible_value_is_refused_by_its_key(tmp_path: Path, text: str, key: str) -> None:
@@ -52,3 +70,19 @@ def test_a_prompt_that_nobody_gave_is_the_demonstrations_for_the_demonstration_a
     assert Data(system_prompt=None).system_prompt is None
     assert Data(source="rows.jsonl").system_prompt is None
     assert Params.model_validate({"data": {"source": "hub:org/rows"}}).data.system_prompt is None
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("data/tickets.jsonl", "tickets"),
+        ("data/week 3", "week_3"),
+        ("hub:org/rows@v1.2", "rows"),
+        ("stdlib:docstrings", "docstrings"),
+    ],
+)
+def test_a_source_of_a_mixture_has_the_name_of_its_file(source: str, name: str) -> None:
+    data = Data.model_validate({"mixture": [{"source": source}]})
+    assert (data.source, data.mixture[0].name, data.system_prompt) == ("mixture", name, None)
+    assert source_names(data.model_dump()) == [source]
+    assert source_names({"source": "a.jsonl"}) == ["a.jsonl"]

@@ -1,6 +1,7 @@
 """`peftcore init` makes a project of a folder, and changes nothing if something is in its way."""
 
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from check_jsonschema import main as check_schema
 from ruamel.yaml import YAML
 
 from flows.errors import ParamsError, RepositoryError
+from flows.params import load_params
 from flows.project.create import (
     IGNORED,
     SCHEMA,
@@ -93,6 +95,17 @@ def test_nothing_is_overwritten_without_force(made: Path) -> None:
     assert contents(made) == before
 
 
+def test_a_project_of_texts_takes_text_files_and_packs(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("Once upon a time.")
+    with pytest.raises(ParamsError, match=r"there is no \.jsonl, \.csv, \.parquet file"):
+        create_project(tmp_path / "chats", new(tmp_path / "book.txt"))
+    create_project(tmp_path / "texts", new(tmp_path / "book.txt", task="text"))
+    params = load_params(tmp_path / "texts" / "params.yaml")
+    assert (params.data.source, params.data.kind, params.train.batching) == ("data/book.txt", "text", "packed")
+    assert params.train.pack_tokens >= params.data.max_length
+    assert (tmp_path / "texts" / "data" / "book.txt").read_text() == "Once upon a time."
+
+
 def test_files_of_the_user_stay(tmp_path: Path) -> None:
     git(tmp_path, "init", "--quiet")
     (tmp_path / "README.md").write_text("mine")
@@ -167,6 +180,20 @@ def test_an_upgrade_shows_and_writes_what_differs(made: Path) -> None:
         assert "+      - artifacts/start" in difference(made, files)
     finally:
         (made / "dvc.yaml").write_text(old)
+
+
+def test_an_upgrade_adds_keys_that_stages_track_to_params_yaml(made: Path) -> None:
+    path, text = made / "params.yaml", (made / "params.yaml").read_text()
+    try:
+        path.write_text(re.sub(r"  special_tokens:.*\n( {20,}.*\n)*", "", text))
+        assert "special_tokens" not in path.read_text()
+        files = upgraded_files(made)
+        assert files.keys() == {"params.yaml"}
+        old, new = path.read_text().splitlines(), files["params.yaml"].splitlines()
+        assert [line for line in new if line not in old] == ["  special_tokens: []"]
+        assert [line for line in old if line not in new] == []
+    finally:
+        path.write_text(text)
 
 
 @pytest.mark.parametrize(

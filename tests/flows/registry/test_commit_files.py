@@ -1,5 +1,6 @@
 """A version's commit has what a rebuild needs and no secret."""
 
+import json
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 
 from flows.errors import RepositoryError
 from flows.registry import commit_files
-from flows.registry.commit_files import check_no_secrets
+from flows.registry.commit_files import check_no_secrets, data_files
 from flows.registry.registry import Registry
 from flows.runtime.git import Git
 from flows.runtime.project import dvc
@@ -62,6 +63,18 @@ def test_untracked_data_are_in_the_version_s_commit_and_not_in_the_user_s_index(
     registry = Registry(Git(project.root), "docstrings")
     assert registry.git.show(registry.versions()[-1].commit, "data/qa.jsonl").startswith('{"prompt"')
     assert project.git("ls-files", "data/qa.jsonl") == ""
+
+
+def test_untracked_files_of_each_source_of_a_mixture_are_committed(project: Any) -> None:
+    report = json.loads(project.paths.data_report.read_text())
+    names = ["more/a.jsonl", "more/b.jsonl"]
+    (project.root / "more").mkdir()
+    for name in names:
+        (project.root / name).write_text("{}\n")
+    report |= {"source": "mixture", "mixture": {name: {"source": name} for name in names}}
+    project.paths.data_report.unlink()
+    project.paths.data_report.write_text(json.dumps(report))
+    assert data_files(project.paths, Git(project.root))[0] == names
 
 
 def test_data_of_dvc_add_are_pushed_and_their_pointer_is_in_the_commit(project: Any) -> None:

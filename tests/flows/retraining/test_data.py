@@ -194,3 +194,17 @@ def test_a_hubs_new_revision_is_news_and_the_one_that_is_read(monkeypatch: Any, 
     monkeypatch.setattr(data, "download", gone)
     with pytest.raises(DataError, match="hub:org/rows@main: the download failed: no network"):
         source.collect([], None, {}, ())
+
+
+def test_several_sources_are_refused(tmp_path: Path) -> None:
+    params = Params.model_validate({"data": {"mixture": [{"source": "data/a.jsonl"}]}})
+    with pytest.raises(DataError, match=r"data\.mixture has several sources, and a retraining needs one"):
+        Source(params, tmp_path, tmp_path)
+
+
+def test_text_files_are_rows_of_texts_alone(tmp_path: Path) -> None:
+    (tmp_path / "data" / "rows").mkdir(parents=True)
+    (tmp_path / "data" / "rows" / "one.txt").write_text("One.")
+    for kind, names in (("chat", []), ("text", ["one.txt"])):
+        params = Params.model_validate({"data": {"source": "data/rows", "kind": kind}})
+        assert list(Source(params, tmp_path, tmp_path)._files()) == names

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from flows.errors import BaseModelError
-from flows.params import Base, Params
+from flows.errors import DataError
+from flows.params import Base, Data, Params
 from flows.paths import Paths
 from flows.stages.fetch import run, settle_special_tokens
 from peftcore.files import MANIFEST, damaged_files
@@ -62,14 +62,22 @@ def test_other_ends_of_the_model_still_stop_it(tiny_base: Path, tokenizer: PreTr
     assert tokenizer.pad_token_id == 2  # nothing else is free: 0 ends, and chats hold 1
 
 
-def test_a_tokenizer_without_a_chat_template_is_refused_and_the_old_base_stays(paths: Paths) -> None:
+def test_a_template_that_cannot_be_used_leaves_the_old_base(paths: Paths) -> None:
     run(PARAMS, paths)
     before = (paths.base / MANIFEST).read_text()
-    (paths.root / "source" / "chat_template.jinja").unlink()
-    with pytest.raises(BaseModelError, match=r"path:source: its tokenizer has no chat template.*chat_template\.jinja"):
-        run(PARAMS, paths)
+    data = Data(source="rows.jsonl", chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
+    with pytest.raises(DataError, match="ends an assistant turn with no special token"):
+        run(PARAMS.model_copy(update={"data": data}), paths)
     assert (paths.base / MANIFEST).read_text() == before
     assert [path.name for path in paths.artifacts.iterdir()] == ["base"]
+
+
+def test_a_base_without_a_chat_template_ends_with_its_own_token(paths: Paths, caplog: pytest.LogCaptureFixture) -> None:
+    (paths.root / "source" / "chat_template.jinja").unlink()
+    run(PARAMS, paths)
+    assert "path:source has no chat template; chats need data.chat_template" in caplog.text
+    written = json.loads((paths.base / "generation_config.json").read_text())
+    assert written["eos_token_id"] == 2 != written["pad_token_id"]
 
 
 def test_a_full_disk_leaves_the_old_base(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:

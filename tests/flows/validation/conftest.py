@@ -12,7 +12,7 @@ from pyarrow import parquet
 from transformers import PreTrainedTokenizerBase
 
 from flows.data.encoders import COLUMNS, Kind, encoder_of
-from flows.data.examples import AnyExample, Example, Labelled, Preference, question_and_answer
+from flows.data.examples import AnyExample, Document, Example, Labelled, Preference, question_and_answer
 from flows.data.report import data_report
 from flows.data.splits import Row
 from flows.params import Data
@@ -77,6 +77,8 @@ def example(kind: Kind, n: int) -> AnyExample:
     question, origin = f"Is {n} or {n * n + 1000} more?", {"group": "g", "slice": "all", "where": "here"}
     if kind == "classification":
         return Labelled(question, ("even", "odd")[n % 2], **origin)
+    if kind == "text":
+        return Document(f"{question} {n * n + 1000}.", **origin)
     if kind == "preference":
         prompt = [{"role": "user", "content": question}]
         short, long = [[{"role": "assistant", "content": text}] for text in (f"{n}.", f"{n}, I do think.")]
