@@ -111,7 +111,7 @@ def test_train_evaluate_and_merge_use_it_and_refuse_another(calibrated: Paths, p
     calibrate.run(other, calibrated)
     assert loss(calibrated.calibrated) != first
     for stage in (evaluate, merge):
-        with pytest.raises(BaseModelError, match="was trained on the calibrated base .* give the folder artifacts/c"):
+        with pytest.raises(BaseModelError, match=r"was trained on the calibrated base .* give the folder artifacts/c"):
             stage.run(params, calibrated)
 
 
