@@ -22,7 +22,7 @@ from peftcore import (
     PeftModel,
     get_peft_model,
 )
-from peftcore.errors import ExportError, PeftError
+from peftcore.errors import ExportError, GgufError, PeftError
 from peftcore.merging import Recipe
 
 # -- merging -----------------------------------------------------------------------------------------------------------
