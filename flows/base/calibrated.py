@@ -1,9 +1,9 @@
 """The calibrated base: the base in 4 or 8 bits, rounded on training rows and kept as a folder of its own.
 
 bitsandbytes quantises a base to the same weights on each machine, so a run without calibration keeps the 16-bit base
-alone. Weights that were rounded on training rows cannot be made again so. They are an output of the calibrate stage:
-a quantised transformers folder with a tokenizer, `calibration.json` and a manifest. Without calibration that output
-holds the record alone.
+alone. The rounding of a calibrated base follows from training rows, too, so the calibrated weights are kept: as an
+output of the calibrate stage, a quantised transformers folder with a tokenizer, `calibration.json` and a manifest.
+Without calibration that output holds the record alone.
 
 The adapter's configuration names the calibrated base that the adapter was trained on, by its identity. Nothing here
 imports torch.

@@ -59,17 +59,20 @@ def adapter_and_base(adapter: Path | None, base: Path | None) -> tuple[Path, Pat
 
 def pipeline_base(paths: Paths) -> Path:
     """Return the folder of the pipeline's calibrated base, or of its base as fetched if there is none."""
+    return paths.calibrated if is_calibrated(paths.calibrated) else paths.base
+
+
+def is_calibrated(base: Path) -> bool:
+    """Return True if a folder holds a calibrated base."""
     from flows.base.calibrated import calibration_record
 
-    return paths.base if calibration_record(paths.calibrated) is None else paths.calibrated
+    return calibration_record(base) is not None
 
 
 @contextmanager
 def plain_base(base: Path) -> Iterator[Path]:
     """Give a base's folder, or a temporary folder with the dequantised weights of a calibrated base."""
-    from flows.base.calibrated import calibration_record
-
-    if calibration_record(base) is None:
+    if not is_calibrated(base):
         yield base
         return
     from flows.base.model import load_calibrated, load_tokenizer

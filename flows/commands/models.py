@@ -12,6 +12,7 @@ from flows.commands.common import (
     BaseFolder,
     adapter_and_base,
     errors,
+    is_calibrated,
     one_document,
     pipeline_base,
     plain_base,
@@ -81,6 +82,11 @@ def merge(
         from peftcore.export import merge_streaming
 
         folders = adapter_and_base(adapter, base)
+        if storage is not None and is_calibrated(folders[1]):
+            raise typer.BadParameter(
+                f"{folders[1]} is a calibrated base, whose weights are quantised already; leave the option out",
+                param_hint="--storage",
+            )
         size = int(shard_gb * 1e9)
         bar = not logs.is_quiet()
         with one_document(as_json), plain_base(folders[1]) as plain:

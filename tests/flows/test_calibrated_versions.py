@@ -170,6 +170,8 @@ def test_exports_and_merges_are_of_the_calibrated_base(
     expected = adapted.merge_and_unload()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16)
     torch.testing.assert_close(weight_of(merged), weight_of(expected), rtol=0.01, atol=1e-3)
+    refused = peftcore("merge", str(tmp_path / "no"), "--storage", "nf4")
+    assert refused.exit_code == 2 and "is a calibrated base, whose weights are quantised already" in refused.stderr
     for form in ("gguf-merged", "gguf-lora", "vllm"):
         done = peftcore("export", form, str(tmp_path / form))
         assert done.exit_code == 0, done.stderr
