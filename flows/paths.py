@@ -79,6 +79,16 @@ class Paths:
         return self.start / "adapter"
 
     @property
+    def start_calibrated(self) -> Path:
+        """That version's calibrated base; absent if that version was trained without calibration."""
+        return self.start / "calibrated"
+
+    @property
+    def calibrated(self) -> Path:
+        """The calibrated base: a quantised transformers folder and its record, or the record alone (no calibration)."""
+        return self.artifacts / "calibrated"
+
+    @property
     def training(self) -> Path:
         """Folder of the training run's log, loss curves and summary."""
         return self.artifacts / "training"

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
         export_vllm,
         merge_streaming,
     )
-    from peftcore.gguf_files import load_gguf_base
+    from peftcore.gguf_files import load_gguf_base, save_gguf_base
     from peftcore.hf_peft.auto import (
         AutoPeftModel,
         AutoPeftModelForCausalLM,
@@ -427,6 +427,7 @@ _MODULES = {
     "register_storage": "peftcore.bases",
     "replace_lora_weights_loftq": "peftcore.injection.loftq",
     "save_as_lora": "peftcore.conversion",
+    "save_gguf_base": "peftcore.gguf_files",
     "set_base_model_state_dict": "peftcore.storage.state_dict",
     "set_dropout_masks": "peftcore.kernels.dropout_masks",
     "set_peft_model_state_dict": "peftcore.storage.state_dict",
@@ -636,6 +637,7 @@ __all__ = [
     "register_storage",
     "replace_lora_weights_loftq",
     "save_as_lora",
+    "save_gguf_base",
     "set_base_model_state_dict",
     "set_dropout_masks",
     "set_peft_model_state_dict",

@@ -22,7 +22,7 @@ def file_of(module: str) -> Path:
 
 def test_the_order_is_that_of_the_work() -> None:
     order = stage_order(ROOT)
-    names = ["detect", "evaluate", "fetch", "merge", "prepare", "register", "start", "train"]
+    names = ["calibrate", "detect", "evaluate", "fetch", "merge", "prepare", "register", "start", "train"]
     assert sorted(order) == sorted(STAGES) == names, "each once: DVC also reads other files named dvc.yaml"
     assert order.index("fetch") < order.index("prepare")
     assert order[-1] == "register"

@@ -3,6 +3,9 @@
 If a function gets `labels`, the names of classes, it loads the base with a classification head. This head is randomly
 initialised and not quantised. With `labels=None` it loads the language-model head.
 
+The folder is that of the base as fetched, or of the calibrated base (`calibrated.trained_base`), whose weights are
+quantised already. A folder that does not fit `quantization.calibration` is refused.
+
 Training on a quantised base computes with dequantised weights, so evaluation and merging use the same dequantised
 weights. They are dequantised once, because a quantised forward in evaluation mode is several times slower on a CPU.
 """
@@ -29,6 +32,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging as transformers_logging
 
+from flows.base.calibrated import calibration_record, check_calibration, recorded_quantization
 from flows.base.gguf import holds_gguf, load_packed
 from flows.errors import BaseModelError
 from flows.params import Quantization
@@ -66,11 +70,14 @@ def check_base(folder: Path) -> str:
         BaseModelError: The folder is absent, or a file is damaged.
     """
     manifest = folder / MANIFEST
+    stage = "fetch" if calibration_record(folder) is None else "calibrate --force"
     if not manifest.exists():
-        raise BaseModelError(f"there is no base model in {folder}; run `peftcore stage fetch` first")
+        raise BaseModelError(f"there is no base model in {folder}; run `peftcore stage {stage}` first")
     damaged = damaged_files(folder)
     if damaged:
-        raise BaseModelError(f"{folder}: {', '.join(damaged)} is damaged or missing; run `peftcore stage fetch` again")
+        raise BaseModelError(
+            f"{folder}: {', '.join(damaged)} is damaged or missing; run `peftcore stage {stage}` again"
+        )
     return hashlib.sha256(manifest.read_bytes()).hexdigest()
 
 
@@ -116,6 +123,14 @@ def load_dequantized(folder: Path, quantization: Quantization, labels: Sequence[
     return model.dequantize(compute_dtype(quantization)).eval()
 
 
+def load_calibrated(folder: Path) -> PreTrainedModel:
+    """Load the calibrated base of a folder in the storage of its own record, dequantised."""
+    record = calibration_record(folder)
+    assert record is not None, folder
+    check_base(folder)
+    return load_dequantized(folder, recorded_quantization(record))
+
+
 def compute_dtype(quantization: Quantization) -> torch.dtype:
     """Return the dtype of activations, and of all weights that are not quantised."""
     return DTYPES[quantization.compute_dtype]
@@ -141,7 +156,10 @@ def _storage(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConf
 
 
 def _load_quantized(folder: Path, quantization: Quantization, labels: Sequence[str] | None) -> PreTrainedModel:
+    check_calibration(folder, quantization)
     dtype = compute_dtype(quantization)
+    if quantization.is_calibrated:
+        return _load(folder, dtype, None, labels)  # the folder's own configuration has the storage
     if quantization.storage == "gguf":
         return _load_gguf(folder, dtype, labels)
     model = _load(folder, dtype, _storage(quantization, dtype), labels)

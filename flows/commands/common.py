@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -42,11 +43,44 @@ BaseFolder = Annotated[
 
 
 def adapter_and_base(adapter: Path | None, base: Path | None) -> tuple[Path, Path]:
-    """Return the adapter's and the base's folder; a folder that is None is replaced by the pipeline's."""
-    if adapter is not None and base is not None:
-        return adapter, base
-    paths = Paths(find_root())
-    return adapter or paths.adapter, base or paths.base
+    """Return the adapter's and the base's folder; a folder that is None is replaced by the pipeline's.
+
+    Raises:
+        BaseModelError: The adapter was trained on another calibrated base.
+    """
+    from flows.base.calibrated import calibrated_identity, check_adapter
+
+    if adapter is None or base is None:
+        paths = Paths(find_root())
+        adapter, base = adapter or paths.adapter, base or pipeline_base(paths)
+    check_adapter(adapter, calibrated_identity(base))
+    return adapter, base
+
+
+def pipeline_base(paths: Paths) -> Path:
+    """Return the folder of the pipeline's calibrated base, or of its base as fetched if there is none."""
+    return paths.calibrated if is_calibrated(paths.calibrated) else paths.base
+
+
+def is_calibrated(base: Path) -> bool:
+    """Return True if a folder holds a calibrated base."""
+    from flows.base.calibrated import calibration_record
+
+    return calibration_record(base) is not None
+
+
+@contextmanager
+def plain_base(base: Path) -> Iterator[Path]:
+    """Give a base's folder, or a temporary folder with the dequantised weights of a calibrated base."""
+    if not is_calibrated(base):
+        yield base
+        return
+    from flows.base.model import load_calibrated, load_tokenizer
+
+    with TemporaryDirectory(prefix="peftcore-base-") as folder:
+        load_calibrated(base).save_pretrained(folder)
+        load_tokenizer(base).save_pretrained(folder)
+        yield Path(folder)
 
 
 @contextmanager

@@ -6,7 +6,17 @@ from typing import Annotated
 
 import typer
 
-from flows.commands.common import AdapterFolder, AsJson, BaseFolder, adapter_and_base, errors, one_document
+from flows.commands.common import (
+    AdapterFolder,
+    AsJson,
+    BaseFolder,
+    adapter_and_base,
+    errors,
+    is_calibrated,
+    one_document,
+    pipeline_base,
+    plain_base,
+)
 from flows.commands.exporting import Format
 from flows.paths import Paths
 from flows.runtime import logs
@@ -43,8 +53,9 @@ def export(
     with errors():
         from flows.commands.exporting import export as write
 
-        with one_document(as_json):
-            message = write(form, *adapter_and_base(adapter, base), out, gguf, dtype, rank, tolerance)
+        of_adapter, of_base = adapter_and_base(adapter, base)
+        with one_document(as_json), plain_base(of_base) as plain:
+            message = write(form, of_adapter, plain, out, gguf, dtype, rank, tolerance)
         print(json.dumps({"format": form, "path": str(out), "note": message}) if as_json else message)
 
 
@@ -71,10 +82,15 @@ def merge(
         from peftcore.export import merge_streaming
 
         folders = adapter_and_base(adapter, base)
+        if storage is not None and is_calibrated(folders[1]):
+            raise typer.BadParameter(
+                f"{folders[1]} is a calibrated base, whose weights are quantised already; leave the option out",
+                param_hint="--storage",
+            )
         size = int(shard_gb * 1e9)
         bar = not logs.is_quiet()
-        with one_document(as_json):
-            written = merge_streaming(folders[1], folders[0], out, size, dtype, storage, double_quant, progressbar=bar)
+        with one_document(as_json), plain_base(folders[1]) as plain:
+            written = merge_streaming(plain, folders[0], out, size, dtype, storage, double_quant, progressbar=bar)
         print(json.dumps({"path": str(written)}) if as_json else written)
 
 
@@ -164,7 +180,7 @@ def serve(
             paths = Paths(find_root())
             project = (paths, load_params(paths.params))
         options = ServeOptions(
-            base=base or Paths(find_root()).base,
+            base=base or _served_base(watch),
             limits=Limits(
                 max_batch,
                 max_queue,
@@ -188,3 +204,9 @@ def serve(
             keys=api_key or (),
         )
         run(options)
+
+
+def _served_base(watch: bool) -> Path:
+    """Return the pipeline's base; with --watch the base as fetched, whose calibration each version's record names."""
+    paths = Paths(find_root())
+    return paths.base if watch else pipeline_base(paths)

@@ -19,6 +19,7 @@ import pyarrow
 from pyarrow import parquet
 from pydantic import ValidationError
 
+from flows.base.calibrated import calibrated_identity
 from flows.base.identity import is_base
 from flows.data.canonical import canonical
 from flows.errors import GateError, StageError
@@ -71,7 +72,7 @@ def reevaluate_champion(
         unlearned = _not_learned(paths, registry, champion, champion_files, rows)
         if not unlearned:
             return Reevaluation(_no_rows(), len(rows))
-        base = _base(stack, paths, registry, champion, candidate)
+        base = _base(stack, paths, registry, champion, candidate, champion)
         task = _task(params, registry, champion, base, champion_files.adapter, test, len(rows), labels)
         losses = _run(task | _metrics(params, paths, candidate))
         return Reevaluation(_selected(losses, unlearned), len(rows) - len(unlearned))
@@ -100,7 +101,7 @@ def reevaluate_candidate(
         labels = _same_labels(params, registry, champion, candidate_files, champion_files)
         rows = _texts(test)[: parquet.read_metadata(champion_files.evaluation_rows).num_rows]
         unlearned = _not_learned(paths, registry, version, candidate_files, rows)
-        base = _base(stack, paths, registry, champion, candidate)
+        base = _base(stack, paths, registry, champion, candidate, version)
         task = _task(params, registry, version, base, candidate_files.adapter, test, len(rows), labels)
         if candidate.metrics["evaluation_set"] == registry.record(champion)["evaluation_set"]:
             task |= _metrics(params, paths, candidate)  # rules compare on the candidate's rows
@@ -146,8 +147,23 @@ def _not_learned(
     return {row["id"] for row in rows if row["id"] not in known and canonical(row["text"]) not in known}
 
 
-def _base(stack: ExitStack, paths: Paths, registry: RegistryReader, champion: Version, candidate: Candidate) -> Path:
-    """Return the base of both versions: the one in this working tree, or that of the champion's run."""
+def _base(
+    stack: ExitStack,
+    paths: Paths,
+    registry: RegistryReader,
+    champion: Version,
+    candidate: Candidate,
+    measured: Version,
+) -> Path:
+    """Return the base of the measured version: its calibrated one, or else the base that both versions have.
+
+    Both are taken from this working tree if it has them, or from a version's run.
+    """
+    calibrated = registry.record(measured).get("calibrated_base")
+    if calibrated is not None:
+        if calibrated_identity(paths.calibrated) == calibrated:
+            return paths.calibrated
+        return stack.enter_context(files_of(paths, registry, measured, [paths.calibrated])).calibrated
     if is_base(paths.base, candidate.metrics):
         return paths.base
     return stack.enter_context(files_of(paths, registry, champion, [paths.base])).base

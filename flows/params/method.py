@@ -134,9 +134,47 @@ class Method(Section):
         return self
 
 
+class Calibration(Section):
+    """Rounding of the quantised base on training rows, before training."""
+
+    method: Literal["none", "rounding"] = "none"
+    rows: Count = 256
+    damping: Positive = 0.01
+
+
+CALIBRATED_STORAGES = ("nf4", "fp4", "int8")
+"""Storages of bitsandbytes, whose packed format transformers saves and loads."""
+
+
 class Quantization(Section):
     """Storage of the frozen base's weights."""
 
     storage: Literal["nf4", "fp4", "int8", "gguf", "torchao_int8", "hqq4", "none"] = "nf4"
     double_quant: bool = True
     compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    calibration: Calibration = Calibration()
+
+    @property
+    def is_calibrated(self) -> bool:
+        """True if the base is rounded on training rows."""
+        return self.calibration.method != "none"
+
+    @property
+    def uncalibrated(self) -> "Quantization":
+        """The same storage without calibration."""
+        return self.model_copy(update={"calibration": Calibration()})
+
+    @model_validator(mode="after")
+    def _check_calibration(self) -> Self:
+        if self.is_calibrated and self.storage not in CALIBRATED_STORAGES:
+            reason = {
+                "none": "its weights are not rounded",
+                "gguf": "its file has no weights from before the quantisation",
+            }.get(self.storage, "it cannot be saved after the calibration")
+            raise invalid_value(
+                f"quantization.storage is {self.storage}: {reason}; give none, or storage "
+                f"{', '.join(CALIBRATED_STORAGES[:-1])} or {CALIBRATED_STORAGES[-1]}",
+                "calibration.method",
+                self.calibration.method,
+            )
+        return self

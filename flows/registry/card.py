@@ -153,9 +153,11 @@ def _lineage(record: Mapping[str, Any]) -> list[str]:
     changed = record["git"]["uncommitted"]
     more = f", with {len(changed)} uncommitted files" if changed else ""
     software = ", ".join(f"{escaped(name)} {escaped(number)}" for name, number in record["software"].items())
+    calibrated = record.get("calibrated_base")
     return [
         f"- code: commit `{record['git']['commit']}`{more}; the tag `{record['name']}@{record['version']}` holds all",
         f"- base model: `{record['base_model']}` (SHA-256)",
+        *([f"- calibrated base: `{calibrated}` (SHA-256)"] if calibrated else []),
         f"- adapter: `{record['adapter']['content']}` (SHA-256 of its manifest)",
         f"- software: {software}",
         f"- rebuild and compare: `peftcore reproduce {record['version']}`",
@@ -164,16 +166,22 @@ def _lineage(record: Mapping[str, Any]) -> list[str]:
 
 def _loading(record: Mapping[str, Any]) -> list[str]:
     kind = "SequenceClassification" if record["params"]["train"].get("objective") == "classification" else "CausalLM"
+    tag, base, calibrated, note = f"{record['name']}@{record['version']}", "BASE", [], []
+    if record.get("calibrated_base"):
+        base, calibrated = "calibrated", [f"dvc get . artifacts/calibrated --rev {tag}"]
+        note = ["The adapter fits its calibrated base alone. A base that is quantised anew is another one.", ""]
     return [
+        *note,
         "```sh",
         f"dvc artifacts get . {record['name']} --rev {record['version']} --out adapter",
+        *calibrated,
         "```",
         "",
         "```python",
         f"from transformers import AutoModelFor{kind}",
         "from peftcore import PeftModel  # or: from peft import PeftModel",
         "",
-        f'model = PeftModel.from_pretrained(AutoModelFor{kind}.from_pretrained("BASE"), "adapter")',
+        f'model = PeftModel.from_pretrained(AutoModelFor{kind}.from_pretrained("{base}"), "adapter")',
         "```",
     ]
 

@@ -10,6 +10,7 @@ PARTS = (
     "data",
     "evaluation_set",
     "base_model",
+    "calibrated_base",
     "dvc",
     "adapter",
     "git",

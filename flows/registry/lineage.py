@@ -189,6 +189,7 @@ def collect(params: Params, paths: Paths, git: Git, lock: dict[str, Any], number
         "evaluation_set": evaluation["evaluation_set"],
         "base_model": evaluation["base_model"],
         "base_manifest": evaluation.get("base_manifest"),
+        **({"calibrated_base": evaluation["calibrated_base"]} if evaluation.get("calibrated_base") else {}),
         "dvc": {out["path"]: out["md5"] for out in outs if "md5" in out},
         "params": params.model_dump(),
         "metrics": headline_metrics(paths),

@@ -54,6 +54,7 @@ class _Record(BaseModel):
     evidence: dict[Name, Sha256]
     evaluation_set: str
     base_model: str
+    calibrated_base: Sha256 | None = None
     dvc: dict[Name, str]
     params: _Params
     metrics: _Metrics

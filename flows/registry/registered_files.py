@@ -17,8 +17,8 @@ from peftcore.files import sha256
 def files_of(paths: Paths, registry: RegistryReader, version: Version, wanted: Sequence[Path]) -> Iterator[Paths]:
     """Put outputs of a version into a temporary folder, which the context manager gives and removes.
 
-    DVC verifies files that it pulls, but not files that it gets from another commit. So the evidence and the data are
-    compared with the digests of the version's record.
+    DVC verifies files that it pulls, but not files that it gets from another commit. So the evidence, the data and the
+    calibrated base are compared with the digests of the version's record.
 
     Args:
         paths: the repository.
@@ -37,9 +37,10 @@ def files_of(paths: Paths, registry: RegistryReader, version: Version, wanted: S
             for name, digest in record["evidence"].items()
             if (folder / name).is_file() and sha256(folder / name) != digest
         ]
-        data = paths.data.relative_to(paths.root).as_posix()
-        if data in names and dvc_digest(folder / data) != record["dvc"].get(data):
-            damaged.append(data)
+        for output in (paths.data, paths.calibrated):
+            name = output.relative_to(paths.root).as_posix()
+            if name in names and dvc_digest(folder / name) != record["dvc"].get(name):
+                damaged.append(name)
         for name in damaged:
             raise RegistryError(
                 f"{name} of {version.tag} differs from the registered file: DVC's cache or remote is damaged; remove "
@@ -61,8 +62,13 @@ def check_adapter(adapter: Path, registry: RegistryReader, version: Version) -> 
 def dvc_digest(folder: Path) -> str:
     """Return a folder's digest as dvc.lock has it: the MD5 of the sorted list of its files with their MD5."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    listed = [{"md5": _md5(path.read_bytes()), "relpath": path.relative_to(folder).as_posix()} for path in files]
+    listed = [{"md5": _md5_of(path), "relpath": path.relative_to(folder).as_posix()} for path in files]
     return _md5(json.dumps(sorted(listed, key=lambda one: one["relpath"]), sort_keys=True).encode()) + ".dir"
+
+
+def _md5_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
 def _md5(data: bytes) -> str:

@@ -99,7 +99,7 @@ def measure(task: Task, imported: float) -> Measured:
         import wandb  # noqa: F401
     set_seed(params.project.seed)
     started = time.perf_counter()
-    base: Any = load_for_training(Path(task.base), params.quantization, task.longest)
+    base: Any = load_for_training(Path(task.base), params.quantization.uncalibrated, task.longest)
     loading = time.perf_counter() - started
     model = get_peft_model(base, without_start(adapter_config(params, task.optimizer_steps)))
     recompute_activations(model, params.train.gradient_checkpointing)

@@ -380,6 +380,8 @@ class Retraining:
         files = [self.tree.adapter] + (
             [self.tree.labels] if champion_params["train"]["objective"] == "classification" else []
         )
+        if record.get("calibrated_base") is not None:
+            files.append(self.tree.calibrated)
         names = [path.relative_to(self.tree.root).as_posix() for path in (*files, self.tree.evaluation_rows)]
         with files_at(self.paths.root, champion.commit, names) as at:
             spread = spread_of(at / names[-1])

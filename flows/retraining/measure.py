@@ -4,7 +4,8 @@ REQUEST is a JSON file with these keys:
 
     new_files: list of file names
     rows: number of rows per file for the champion's loss
-    champion: {"root": folder of its adapter and classes, "params": parameters to measure it with}, or null
+    champion: {"root": folder of its adapter, classes and calibrated base, "params": parameters to measure it with}, or
+        null
     out: the JSON file to write
 
 A champion of another base or another kind of rows is not measured. Rows with classes unknown to the champion are
@@ -24,6 +25,7 @@ import numpy
 from scipy.spatial.distance import jensenshannon
 from scipy.stats import ks_2samp
 
+from flows.base.calibrated import calibrated_identity, check_adapter
 from flows.base.model import load_dequantized, load_tokenizer, padding_id
 from flows.data.encoders import encoder_of, label_names
 from flows.data.examples import AnyExample
@@ -73,7 +75,8 @@ def run(params: Params, paths: Paths) -> None:
     if champion := request["champion"]:
         champion_params, root = Params.model_validate(champion["params"]), Path(champion["root"])
         if champion_params.data.kind == params.data.kind:
-            for name, losses in _losses(champion_params, Paths(root), paths.base, new_files, request["rows"]).items():
+            base = Paths(root).calibrated if champion_params.quantization.is_calibrated else paths.base
+            for name, losses in _losses(champion_params, Paths(root), base, new_files, request["rows"]).items():
                 result["files"][name] |= losses
     write_atomically(Path(request["out"]), json.dumps(result, indent=2) + "\n")
 
@@ -113,6 +116,7 @@ def _losses(
 ) -> dict[str, dict[str, float]]:
     """Return the champion's loss (nats, of its own objective) on each file's first rows, with its standard error."""
     labels = class_names(params, champion)
+    check_adapter(champion.adapter, calibrated_identity(base))
     model = PeftModel.from_pretrained(load_dequantized(base, params.quantization, labels), champion.adapter).eval()
     pad = padding_id(load_tokenizer(base))
     samples = {name: _judged(rows, params.data.max_length, labels)[:count] for name, rows in new_files.items()}

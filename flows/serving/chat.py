@@ -6,12 +6,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flows.base.calibrated import calibrated_identity, check_adapter
 from flows.errors import BaseModelError, ChatError
 from flows.params import Params
 from flows.paths import Paths
 from flows.registry.project_registry import registry_of
 from flows.serving.conversation import BASE
-from flows.serving.served_base import ServedBase, load_evaluated_base
+from flows.serving.served_base import ServedBase, load_evaluated_base, load_given_base
 from flows.serving.version_files import adapter_files
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def project_models(paths: Paths, params: Params, base: Path) -> Iterator[Models]
     from peftcore.routing import AdapterStore
 
     registry = registry_of(params, paths.root)
-    model, tokenizer, loaded = load_evaluated_base(base, registry, params)
+    model, tokenizer, loaded = load_evaluated_base(base, paths, registry, params)
     store = AdapterStore(model)
     stages = {stage: holder.version for stage, holder in registry.stages().items() if holder.version is not None}
     versions = {version.number: version for version in registry.versions()}
@@ -68,12 +69,15 @@ def adapter_models(adapter: Path, base: Path) -> Iterator[Models]:
 
     Args:
         adapter: An adapter's directory.
-        base: The base's folder.
+        base: The base's folder, or that of the calibrated base.
+
+    Raises:
+        BaseModelError: The adapter was trained on another calibrated base.
     """
     from peftcore.routing import AdapterStore
-    from peftcore.serving import load_base
 
-    model, tokenizer = load_base(base, "auto")
+    check_adapter(adapter, calibrated_identity(base))
+    model, tokenizer = load_given_base(base, "auto")
     store = AdapterStore(model)
     name = adapter.resolve().name
     store.register(name, adapter)

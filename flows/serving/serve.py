@@ -8,12 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from flows.base.calibrated import calibrated_identity
 from flows.errors import RegistryError
 from flows.registry.project_registry import registry_of
 from flows.serving.adapters_folder import register_adapters
 from flows.serving.champion_watcher import ChampionWatcher, fetch_tags
 from flows.serving.options import KEYS, ServeOptions, parse_compositions
-from flows.serving.served_base import ServedBase, load_evaluated_base
+from flows.serving.served_base import ServedBase, load_evaluated_base, load_given_base
 from peftcore.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ def serve(options: ServeOptions) -> None:
     store = AdapterStore(model, options.max_loaded)
     with tempfile.TemporaryDirectory(prefix="peftcore-serve-") as folder:
         if options.adapters is not None:
-            register_adapters(store, options.adapters)
+            calibrated = calibrated_identity(options.base) if base is None else base.calibrated
+            register_adapters(store, options.adapters, calibrated)
         watcher = None
         if options.project is not None and base is not None:
             paths, params = options.project
@@ -72,10 +74,8 @@ def _load_base(options: ServeOptions) -> tuple[Any, Any, ServedBase | None]:
         ConfigError: The options exclude each other.
         BaseModelError: The champion was evaluated on another base.
     """
-    from peftcore.serving import load_base
-
     if options.project is None:
-        return *load_base(options.base, options.dtype), None
+        return *load_given_base(options.base, options.dtype), None
     paths, params = options.project
     if options.dtype != "auto":
         raise ConfigError(
@@ -87,7 +87,7 @@ def _load_base(options: ServeOptions) -> tuple[Any, Any, ServedBase | None]:
             fetch_tags(registry, options.git_remote)
         except RegistryError as error:  # the watcher's first check repeats the warning in /ready
             logger.warning("%s", error)
-    return load_evaluated_base(options.base, registry, params)
+    return load_evaluated_base(options.base, paths, registry, params)
 
 
 def _check_adapters_exist(compositions: "dict[str, Composition]", store: "AdapterStore") -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as parquet
 
+from flows.base.calibrated import calibrated_identity, check_adapter, trained_base
 from flows.base.identity import base_identity
 from flows.base.model import check_base, load_dequantized, load_tokenizer
 from flows.data.rows import Row, read_rows
@@ -45,6 +46,8 @@ def run(params: Params, paths: Paths) -> None:
         "base_model": base_identity(paths.base),
         "base_manifest": manifest,
     }
+    if (calibrated := calibrated_identity(trained_base(paths, params.quantization))) is not None:
+        context["calibrated_base"] = calibrated
     metrics = result.metrics | context
     with directory_written_atomically(paths.evaluation) as folder:
         parquet.write_table(result.table, folder / paths.evaluation_rows.name)
@@ -57,7 +60,10 @@ def run(params: Params, paths: Paths) -> None:
 def _evaluate(params: Params, paths: Paths, rows: list[Row]) -> tuple[EvaluationResult, pa.Table | None]:
     """Return the result with the metrics "control" and "latency" (None: not measured), and the control table."""
     names, tokenizer = class_names(params, paths), load_tokenizer(paths.base)
-    model = PeftModel.from_pretrained(load_dequantized(paths.base, params.quantization, names), paths.adapter)
+    base = trained_base(paths, params.quantization)
+    check_base(base)
+    check_adapter(paths.adapter, calibrated_identity(base))
+    model = PeftModel.from_pretrained(load_dequantized(base, params.quantization, names), paths.adapter)
     extra: dict[str, Any] = {"control": None, "latency": None}
     if names is not None:
         train_labels = [row["label"] for row in read_rows(paths.split("train"), ["label"])]

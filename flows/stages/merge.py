@@ -4,7 +4,8 @@ An adapter trained on a quantised base compensates for its rounding, so there ar
 that training saw, in 16 bits (dequantized); the 16-bit weights as fetched (original); and the 4- or 8-bit weights,
 whose sum is rounded again (requantized). All are compared with the unmerged model on held-out rows. So is the model
 read back from disk, unless its tensors and configuration are exactly those that were compared. For a base that is not
-quantised the three are the same. A GGUF base is its own original, and is merged into dequantised.
+quantised the three are the same. A calibrated base is merged into as training saw it, or as fetched. A GGUF base is its
+own original, and is merged into dequantised.
 """
 
 import json
@@ -13,6 +14,7 @@ from dataclasses import asdict
 
 from transformers import PreTrainedModel
 
+from flows.base.calibrated import calibrated_identity, check_adapter, trained_base
 from flows.base.model import (
     check_base,
     compute_dtype,
@@ -46,11 +48,14 @@ BATCH_SIZE = 16
 
 def run(params: Params, paths: Paths) -> None:
     """Merge; writes the merged model and the report, or nothing if the merged model is not faithful."""
-    check_base(paths.base)
+    base = trained_base(paths, params.quantization)
+    for folder in {paths.base, base}:
+        check_base(folder)
+    check_adapter(paths.adapter, calibrated_identity(base))
     rows = merged_rows(params, paths.split("test"), params.merge.rows)
     tokenizer, labels = load_tokenizer(paths.base), class_names(params, paths)
     compare = fidelity if labels is None else class_fidelity
-    adapted = PeftModel.from_pretrained(load_dequantized(paths.base, params.quantization, labels), paths.adapter)
+    adapted = PeftModel.from_pretrained(load_dequantized(base, params.quantization, labels), paths.adapter)
     reference = Reference(adapted, rows, padding_id(tokenizer), BATCH_SIZE)
     names = ONLY_CANDIDATE.get(params.quantization.storage, (*SIXTEEN_BIT, REQUANTIZED))
 
@@ -78,11 +83,11 @@ def run(params: Params, paths: Paths) -> None:
 
 
 def _merged(params: Params, paths: Paths, into: str) -> PreTrainedModel:
-    labels = class_names(params, paths)
+    labels, folder = class_names(params, paths), trained_base(paths, params.quantization)
     if into == "dequantized":
-        base = load_dequantized(paths.base, params.quantization, labels)
+        base = load_dequantized(folder, params.quantization, labels)
     elif into == REQUANTIZED:
-        base = load_for_inference(paths.base, params.quantization, labels)
+        base = load_for_inference(folder, params.quantization, labels)
     else:
         base = load_original(paths.base, compute_dtype(params.quantization), labels)
     return PeftModel.from_pretrained(base, paths.adapter).merge_and_unload(safe_merge=True)

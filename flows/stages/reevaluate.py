@@ -29,6 +29,7 @@ from pyarrow import parquet
 from transformers import PreTrainedTokenizerBase
 
 import flows.stages  # noqa: F401 - sets the variables that silence libraries, before their import
+from flows.base.calibrated import calibrated_identity, check_adapter
 from flows.base.model import check_base, load_dequantized, load_tokenizer, padding_id
 from flows.data.rows import Row, read_rows
 from flows.errors import PipelineError
@@ -67,6 +68,7 @@ def measure(task: dict[str, Any]) -> pyarrow.Table:
     params, base, test = Params.model_validate(task["params"]), Path(task["base"]), Path(task["test"])
     set_seed(params.project.seed)
     check_base(base)
+    check_adapter(Path(task["adapter"]), calibrated_identity(base))
     check_split(params, test)
     rows = read_rows(test, limit=task["rows"])
     metrics, scorers = set(task.get("metrics", ())), {}

@@ -1,6 +1,7 @@
 """start: the adapter of `train.start_from` as registered, or nothing.
 
-The rows that this adapter has learned come with it, so that prepare does not use them for evaluation.
+The rows that this adapter has learned come with it, so that prepare does not use them for evaluation, and so does the
+calibrated base that it was trained on.
 """
 
 import json
@@ -16,6 +17,7 @@ from flows.errors import RegistryError
 from flows.params import Params
 from flows.paths import Paths, Split
 from flows.registry.project_registry import registry_of
+from flows.registry.registered_files import files_of
 from flows.registry.registry import Registry
 from flows.runtime.project import files_at
 from flows.runtime.stage import start
@@ -46,6 +48,9 @@ def run(params: Params, paths: Paths) -> None:
                     "from a machine that has it, or give another version"
                 )
             shutil.copytree(adapter, folder / paths.start_adapter.name)
+        if registry.record(version).get("calibrated_base") is not None:
+            with files_of(paths, registry, version, [paths.calibrated]) as at:
+                shutil.copytree(at.calibrated, folder / paths.start_calibrated.name)
         tables = list(_learned(registry, number, paths))
         parquet.write_table(pyarrow.concat_tables(tables), folder / paths.start_learned.name)
         logger.info("training starts from %s", version.tag)

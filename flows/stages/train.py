@@ -11,6 +11,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from datasets import Dataset
 from transformers import PreTrainedModel, ProgressCallback, TrainerCallback, TrainerState
 from transformers.trainer_callback import PrinterCallback
 
+from flows.base.calibrated import calibrated_identity, check_adapter, name_of_base, trained_base
 from flows.base.model import check_base, load_for_training, load_tokenizer, padding_id
 from flows.charts.ranks import HEAT_MAP, rank_heat_map, rank_picture
 from flows.errors import StageError
@@ -88,7 +90,8 @@ def run(params: Params, paths: Paths) -> None:
 def _run(params: Params, paths: Paths, processes: PartialState) -> None:
     """Train; writes the adapter and the run's records, then removes the run's checkpoints."""
     main = processes.is_main_process
-    base = check_base(paths.base)
+    base_folder = trained_base(paths, params.quantization)
+    base = check_base(base_folder)
     rows, labels = training_rows(params, paths), class_names(params, paths)
     training_set = _training_set(params, rows["train"])
     folder = paths.checkpoints / run_key(params, paths, base)
@@ -100,16 +103,20 @@ def _run(params: Params, paths: Paths, processes: PartialState) -> None:
 
     set_seed(params.project.seed)
     longest_row = longest(params, rows)
-    model = cast(PreTrainedModel, load_for_training(paths.base, params.quantization, longest_row, labels))
+    model = cast(PreTrainedModel, load_for_training(base_folder, params.quantization, longest_row, labels))
     tokenizer = load_tokenizer(paths.base)
     pad = padding_id(tokenizer)
-    config = adapter_config(params, this.total_steps, token_rows(model, tokenizer, params.data.special_tokens))
+    config = replace(
+        adapter_config(params, this.total_steps, token_rows(model, tokenizer, params.data.special_tokens)),
+        base_model_name_or_path=name_of_base(params.base.source, base_folder),
+    )
     warm = starts_warm(paths)
     if params.method.r == "auto" and not warm:
         chats, collate = unweighted_chats(params, rows["train"]), RightPaddingCollator(pad)
         with processes.main_process_first():
             config = with_automatic_ranks(params, cast(LoraConfig, config), model, chats, collate, folder)
     if warm:
+        check_adapter(paths.start_adapter, calibrated_identity(base_folder))
         model = continue_adapter(params, paths, model, config)
     else:
         model = attach_adapter(params, model, config, paths.base)

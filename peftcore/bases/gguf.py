@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftcore.bases.gguf_blocks import FORMATS, BlockFormat
+from peftcore.bases.grid import Grid
 from peftcore.bases.plain import LinearWeight
 from peftcore.bases.storages import register_storage
 from peftcore.errors import MergeError, require_extra
@@ -141,6 +142,13 @@ class GgufWeight(LinearWeight):
                 "check the adapter, or dequantise the model first (`model.dequantize()`)"
             )
         return planes
+
+    def grid(self) -> Grid:
+        return self.layer.format.grid(self.layer.weight)
+
+    def write_codes(self, codes: Tensor) -> None:
+        planes = self.layer.format.with_codes(self.layer.weight, codes)
+        self.layer._parameters["weight"] = nn.Parameter(planes, requires_grad=False)
 
     def compute_dtype(self, x: Tensor) -> torch.dtype | None:
         trains_bias = self.layer.bias is not None and self.layer.bias.requires_grad

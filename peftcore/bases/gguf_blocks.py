@@ -1,4 +1,4 @@
-"""Block formats of GGUF files: packing, and dequantisation to the values of the `gguf` package.
+"""Block formats of GGUF files: packing, dequantisation to the values of the `gguf` package, and their grids.
 
 A quantised GGUF row is a sequence of blocks. A block holds 32 or 256 weights as codes of 4 to 8 bits, with scales in
 half precision:
@@ -23,6 +23,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from peftcore.bases.grid import Grid
+
 CHUNK = 1 << 18
 """Weights that are dequantised together on a CPU (count), so that intermediate values stay in its cache."""
 
@@ -40,6 +42,8 @@ class BlockFormat(NamedTuple):
     unpack: Callable[[Tensor], tuple[Tensor, int, Tensor, Tensor | None]]
     """From planes (n, b, o) to codes (n, s, k/s, o), the code of zero, scales (n, s, 1, o), and the offset to add in
     the scales' shape, or None. A block has s groups with a scale of their own."""
+    put: Callable[[Tensor, Tensor], None]
+    """Writes codes (n, k, o), uint8, into planes (n, b, o) in place; scales stay. The bytes of signed codes count."""
 
     @property
     def bits(self) -> float:
@@ -70,6 +74,39 @@ class BlockFormat(NamedTuple):
             chunk = slice(start, start + step)
             weight[chunk] = self._values(planes[chunk]).flatten(1, 2)
         return weight.view(-1, outputs).T
+
+    def grid(self, planes: Tensor) -> Grid:
+        """Return the values that a packed weight can take while its scales stay.
+
+        Args:
+            planes: The packed weight (n, b, o).
+        """
+        codes, zero, scales, offset = self.unpack(planes)
+        blocks, groups, weights, outputs = codes.shape
+        first, count = (-128, 256) if codes.dtype == torch.int8 else (0, 1 << self.code_bits)
+        levels = torch.arange(first, first + count, dtype=torch.float32, device=planes.device) - zero
+
+        def spread(values: Tensor) -> Tensor:
+            return values.expand(blocks, groups, weights, outputs).reshape(-1, outputs).T
+
+        return Grid(levels, spread(scales), None if offset is None else spread(offset), torch.float32)
+
+    def with_codes(self, planes: Tensor, codes: Tensor) -> Tensor:
+        """Return a copy of a packed weight with other codes.
+
+        Args:
+            planes: The packed weight (n, b, o).
+            codes: Positions (o, i) in the levels of `grid`.
+        """
+        new, codes = planes.clone(), codes.to(torch.uint8).T.reshape(len(planes), self.weights, -1)
+        signed = self.unpack(planes[:1])[0].dtype == torch.int8
+        self.put(new, codes ^ 128 if signed else codes)  # position 0 is the code -128
+        return new
+
+    @property
+    def code_bits(self) -> int:
+        """Bits of a code: the digit in the format's name."""
+        return int(self.name[1])
 
     def _values(self, planes: Tensor) -> Tensor:
         codes, zero, scales, offset = self.unpack(planes)
@@ -162,17 +199,72 @@ def _q6_k(planes: Tensor) -> tuple[Tensor, int, Tensor, None]:
     return codes.flatten(1, 3).unflatten(1, (16, 16)), 32, _halves(planes, 208) * scales, None
 
 
+def _put_nibbles(planes: Tensor, first: int, count: int, groups: int, codes: Tensor) -> None:
+    """Write the low four bits of codes (n, k, o) to `count` bytes in the order of `_nibbles`."""
+    low, high = (codes & 15).unflatten(1, (groups, 2, -1)).unbind(2)
+    planes[:, first : first + count] = (low | high << 4).flatten(1, 2)
+
+
+def _put_five_bits(planes: Tensor, first: int, codes: Tensor) -> None:
+    """Write codes (n, 32, o) with fifth bits from byte `first` on, in the order of `_five_bits`."""
+    _put_nibbles(planes, first + 4, 16, 1, codes)
+    planes[:, first : first + 4] = _bits_together((codes >> 4).unflatten(1, (4, 8)), 2, 1)
+
+
+def _bits_together(parts: Tensor, axis: int, bits: int) -> Tensor:
+    """Return the bytes whose bits from `bits` · t on are part t of an axis."""
+    pieces = parts.unbind(axis)
+    together = pieces[0].clone()
+    for index, piece in enumerate(pieces[1:], 1):
+        together |= piece << bits * index
+    return together
+
+
+def _put_q4_0(planes: Tensor, codes: Tensor) -> None:
+    _put_nibbles(planes, 2, 16, 1, codes)
+
+
+def _put_q4_1(planes: Tensor, codes: Tensor) -> None:
+    _put_nibbles(planes, 4, 16, 1, codes)
+
+
+def _put_q5_0(planes: Tensor, codes: Tensor) -> None:
+    _put_five_bits(planes, 2, codes)
+
+
+def _put_q5_1(planes: Tensor, codes: Tensor) -> None:
+    _put_five_bits(planes, 4, codes)
+
+
+def _put_q8_0(planes: Tensor, codes: Tensor) -> None:
+    planes[:, 2:] = codes
+
+
+def _put_q4_k(planes: Tensor, codes: Tensor) -> None:
+    _put_nibbles(planes, 16, 128, 4, codes)
+
+
+def _put_q5_k(planes: Tensor, codes: Tensor) -> None:
+    _put_nibbles(planes, 48, 128, 4, codes)
+    planes[:, 16:48] = _bits_together((codes >> 4).unflatten(1, (8, 32)), 1, 1)
+
+
+def _put_q6_k(planes: Tensor, codes: Tensor) -> None:
+    _put_nibbles(planes, 0, 128, 2, codes)
+    planes[:, 128:192] = _bits_together((codes >> 4).unflatten(1, (2, 4, 32)), 2, 2).flatten(1, 2)
+
+
 FORMATS = {
     one.name: one
     for one in (
-        BlockFormat("Q4_0", 2, 32, 18, _q4_0),
-        BlockFormat("Q4_1", 3, 32, 20, _q4_1),
-        BlockFormat("Q5_0", 6, 32, 22, _q5_0),
-        BlockFormat("Q5_1", 7, 32, 24, _q5_1),
-        BlockFormat("Q8_0", 8, 32, 34, _q8_0),
-        BlockFormat("Q4_K", 12, 256, 144, _q4_k),
-        BlockFormat("Q5_K", 13, 256, 176, _q5_k),
-        BlockFormat("Q6_K", 14, 256, 210, _q6_k),
+        BlockFormat("Q4_0", 2, 32, 18, _q4_0, _put_q4_0),
+        BlockFormat("Q4_1", 3, 32, 20, _q4_1, _put_q4_1),
+        BlockFormat("Q5_0", 6, 32, 22, _q5_0, _put_q5_0),
+        BlockFormat("Q5_1", 7, 32, 24, _q5_1, _put_q5_1),
+        BlockFormat("Q8_0", 8, 32, 34, _q8_0, _put_q8_0),
+        BlockFormat("Q4_K", 12, 256, 144, _q4_k, _put_q4_k),
+        BlockFormat("Q5_K", 13, 256, 176, _q5_k, _put_q5_k),
+        BlockFormat("Q6_K", 14, 256, 210, _q6_k, _put_q6_k),
     )
 }
 """{name: format}"""

@@ -46,7 +46,7 @@ class Grid:
         scale = self.scale[:, columns]
         shifted = weight if self.offset is None else weight - self.offset[:, columns]
         relative = torch.where(scale == 0, 0, shifted / scale)
-        return self._ascending_codes[torch.bucketize(relative, self._middles)]
+        return self._ascending_codes[torch.bucketize(relative.contiguous(), self._middles)]
 
     def permuted(self, order: Tensor) -> "Grid":
         """Return the grid with its columns in another order."""

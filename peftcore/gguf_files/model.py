@@ -1,4 +1,4 @@
-"""`load_gguf_base`: the model of a GGUF file, with the quantised linear layers in the file's own blocks.
+"""The model of a GGUF file, with the quantised linear layers in the file's own blocks; loading and saving.
 
 An adapter that is trained on it is trained on exactly the weights that llama.cpp serves. The file is mapped, and one
 tensor after another is brought to the model's names and order of rows. Packed rows are reordered as rows of blocks, so
@@ -7,6 +7,7 @@ they are never unpacked, and the model is never in memory in 16 bits as a whole.
 As transformers does for bitsandbytes, embeddings, output head, norms and biases are dense, in the dtype of the model.
 """
 
+import shutil
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
@@ -23,6 +24,7 @@ from transformers.quantizers.base import HfQuantizer, get_keys_to_not_convert
 from peftcore.bases.gguf import GgufLinear
 from peftcore.bases.gguf_blocks import FORMATS, BlockFormat
 from peftcore.errors import ExportError, GgufError
+from peftcore.files import file_written_atomically
 from peftcore.gguf_files.header import GgufHeader, GgufTensor, read_gguf_header
 from peftcore.gguf_files.layout import HEAD, GgufLayout, layout_of_metadata
 from peftcore.gguf_files.rope import FREQUENCIES, rope_parameters
@@ -71,6 +73,45 @@ def load_gguf_base(
         storage: Any = SimpleNamespace(quant_method="gguf")
         model.hf_quantizer = _GgufStorage(storage)
     return model.eval()
+
+
+def save_gguf_base(model: nn.Module, source: str | Path, path: str | Path) -> None:
+    """Write a copy of a GGUF file with the packed weights of a model that was loaded from it, such as calibrated ones.
+
+    All other tensors and the metadata are those of the file.
+
+    Args:
+        model: A model of `load_gguf_base`, without adapters.
+        source: The file that the model was loaded from.
+        path: The file to write; it may be `source`. On an error, an existing file stays.
+
+    Raises:
+        GgufError: The model has no packed layers, or the file is damaged or that of another model.
+    """
+    header = read_gguf_header(source)
+    for name, tensor in header.tensors.items():
+        _check_tensor(header, name, tensor)
+    layout, layers = _layout(header), dict(_gguf_layers(model))
+    if not layers:
+        raise GgufError(
+            f"save_gguf_base: this {type(model).__name__} has no packed layers; give a model of load_gguf_base that is "
+            "not dequantised"
+        )
+    with file_written_atomically(Path(path)) as new:
+        shutil.copyfile(source, new)
+        with new.open("r+b") as file:
+            for owner, layer in layers.items():
+                name = str(layout.names.get_name(f"{owner}.weight", (".weight",)))
+                tensor, block = header.tensors.get(name), layer.format
+                shape = (layer.out_features, layer.in_features)
+                if tensor is None or (tensor.shape, tensor.kind) != (shape, block.number):
+                    raise GgufError(
+                        f"{source} has no {block.name} tensor {list(shape)} for {owner}; give the file that the model "
+                        "was loaded from, and the model without adapters"
+                    )
+                rows = layout.to_file(name.rpartition(".")[0], block.rows(layer.weight.detach()))
+                file.seek(tensor.offset)
+                file.write(rows.cpu().contiguous().numpy().tobytes())
 
 
 def _layout(header: GgufHeader) -> GgufLayout:

@@ -76,7 +76,17 @@ def first(clone: Clone) -> str:
 
 
 def test_the_first_run_goes_from_data_to_a_champion(clone: Clone, first: str) -> None:
-    assert set(ran(first)) == {"fetch", "prepare", "detect", "start", "train", "evaluate", "merge", "register"}
+    assert set(ran(first)) == {
+        "fetch",
+        "prepare",
+        "detect",
+        "start",
+        "calibrate",
+        "train",
+        "evaluate",
+        "merge",
+        "register",
+    }
     assert clone.tags() == ["docstrings#champion#1", "docstrings@v0.1.0"]
     assert "docstrings v0.1.0 is champion" in first
     metrics = json.loads((clone.root / "metrics.json").read_text())

@@ -18,6 +18,8 @@ from peftcore.files import sha256
 if TYPE_CHECKING:
     import pyarrow
 
+BASE_AND_ROWS = ("evaluation_set", "base_model", "calibrated_base")
+"""Identities in the evaluation's metrics and in the record; neither has a calibrated base without calibration."""
 SIDES = ("base", "adapter")
 TOLERANCE = 1e-6
 """Relative tolerance of a mean that is summed in another order."""
@@ -51,7 +53,7 @@ def _other_files(candidate: Candidate) -> Iterator[str]:
 def _other_figures(record: Mapping[str, Any], candidate: Candidate) -> Iterator[str]:
     """Yield figures that differ between the files and the record, which the next candidate is compared with."""
     pairs = {
-        **{name: (record.get(name), candidate.metrics.get(name)) for name in ("evaluation_set", "base_model")},
+        **{name: (record.get(name), candidate.metrics.get(name)) for name in BASE_AND_ROWS},
         **{part: (record.get("metrics", {}).get(part), candidate.metrics[part]) for part in (*SIDES, "gain")},
         "scorers": (record.get("metrics", {}).get("scorers"), candidate.metrics.get("scorers")),
         "merge": (

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from params_texts import read, refusal
 
-from flows.params import Method
+from flows.params import Method, Quantization
 
 
 @pytest.mark.parametrize(
@@ -23,6 +23,8 @@ from flows.params import Method
         ("method: {schedule: {warmup_share: 0.5, final_share: 0.5}}", "method.schedule.final_share"),
         ("method: {auto: {steps: 0}}", "method.auto.steps"),
         ("quantization: {storage: nf8}", "quantization.storage"),
+        ("quantization: {calibration: {rows: 0}}", "quantization.calibration.rows"),
+        ("quantization: {calibration: {damping: 0}}", "quantization.calibration.damping"),
     ],
 )
 def test_an_impossible_value_is_refused_by_its_key(tmp_path: Path, text: str, key: str) -> None:
@@ -66,3 +68,29 @@ def test_the_same_value_may_be_given_twice() -> None:
 
 def test_lora_may_search_its_ranks(tmp_path: Path) -> None:
     assert read(tmp_path, "method: {r: auto, auto: {r: 4, tolerance: 0.01}}").method.auto.tolerance == 0.01
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{calibration: {method: roundings}}", "method: 'roundings' does not fit; did you mean rounding?"),
+        ("{calibration: {method: off}}", "method: 'off' does not fit; give one of none, rounding"),
+        ("{calibration: {row: 3}}", "row: unknown key; did you mean rows?"),
+        (
+            "{storage: none, calibration: {method: rounding}}",
+            "storage is none: its weights are not rounded; give none, or",
+        ),
+        ("{storage: gguf, calibration: {method: rounding}}", "its file has no weights from before the quantisation"),
+        ("{storage: hqq4, calibration: {method: rounding}}", "it cannot be saved after the calibration; give none, or"),
+    ],
+)
+def test_a_calibration_that_cannot_be_says_what_can(text: str, message: str, tmp_path: Path) -> None:
+    refused = refusal(tmp_path, f"quantization: {text}")
+    assert refused.startswith("params.yaml:1: quantization.calibration.") and message in refused
+
+
+def test_a_record_without_calibration_has_none(tmp_path: Path) -> None:
+    earlier = Quantization.model_validate({"storage": "nf4", "double_quant": True, "compute_dtype": "bfloat16"})
+    assert not earlier.is_calibrated and earlier == Quantization()
+    rounded = read(tmp_path, "quantization: {calibration: {method: rounding, rows: 8}}").quantization
+    assert rounded.is_calibrated and rounded.uncalibrated == Quantization()

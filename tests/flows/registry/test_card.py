@@ -88,6 +88,13 @@ def test_a_base_by_its_name_and_no_folder_of_this_machine(source: str, name: str
     assert "/home" not in text and "source: rows.jsonl" in text
 
 
+def test_a_calibrated_base_comes_with_the_adapter() -> None:
+    card = model_card(record(calibrated_base="c" * 64))
+    assert f"calibrated base: `{'c' * 64}`" in card and "A base that is quantised anew is another one." in card
+    assert "dvc get . artifacts/calibrated --rev " in card and '.from_pretrained("calibrated"), "adapter")' in card
+    assert "calibrated" not in model_card(record())
+
+
 def test_nothing_from_data_is_markup() -> None:
     hostile = "<script>|`x`\n# head [a](b)"
     slices = {f"{hostile}{number}": {"rows": number, "base_loss": 1.0, "adapter_loss": 1.0} for number in range(20)}

@@ -17,7 +17,10 @@ from flows.stages.detect import without_weights
 def test_a_process_of_the_probe_measures_the_train_stages_own_steps(
     paths: Paths, tmp_path: Path, batching: str
 ) -> None:
-    chosen = params(train={"batching": batching, "pack_tokens": 64, "gradient_checkpointing": "selective"})
+    calibrated = {"calibration": {"method": "rounding"}}  # changes no size, and the probe's base has random weights
+    chosen = params(
+        train={"batching": batching, "pack_tokens": 64, "gradient_checkpointing": "selective"}, quantization=calibrated
+    )
     work = workload(chosen, paths)
     base = tmp_path / "probe" / "base"
     write_shallow_base(without_weights(paths.base).config, base, 0)

@@ -1,4 +1,4 @@
-"""Two weeks with the real stages on a tiny base: anew, then on from the champion with replay.
+"""Two weeks with the real stages on a tiny base: anew, then on from the champion with replay; with calibration, too.
 
 The first week is the command in a process of its own, with Prefect. Later ones are the command in this process without
 Prefect's server, and DVC is forked; their stages are processes all the same.
@@ -33,8 +33,8 @@ SMALL: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-@pytest.fixture
-def clone(tmp_path: Path, write_tiny_base: Callable[[Path], Path]) -> Path:
+@pytest.fixture(params=["none", "rounding"])
+def clone(request: pytest.FixtureRequest, tmp_path: Path, write_tiny_base: Callable[[Path], Path]) -> Path:
     root = tmp_path / "clone"
     subprocess.run(["git", "clone", "--quiet", "--no-tags", str(ROOT), str(root)], check=True)
     (tmp_path / "incoming").mkdir()
@@ -42,6 +42,8 @@ def clone(tmp_path: Path, write_tiny_base: Callable[[Path], Path]) -> Path:
     params = yaml.load(root / "params.yaml")
     given = SMALL | {"base": {"source": f"path:{write_tiny_base(tmp_path / 'base')}"}}
     given |= {"retrain": {"incoming": str(tmp_path / "incoming"), "start": "champion", "on": "any", "retry_delay": 0.0}}
+    if request.param != "none":  # 4 bits are rounded in blocks of 64 inputs, and the tiny base has 32
+        given |= {"quantization": {"storage": "int8", "calibration": {"method": request.param}}}
     for section, values in given.items():
         params[section].update(values)
     params["gate"]["slices"]["max_loss_regression"] = None

@@ -20,7 +20,7 @@ from flows.data.rows import read_rows
 from flows.errors import BaseModelError, StageError
 from flows.params import Params
 from flows.paths import Paths
-from flows.stages import train
+from flows.stages import calibrate, train
 from flows.training.log import FIELDS, TrainingLog
 from peftcore import MergeError, PeftConfig, TrainingError
 from peftcore.train import fault_of_checkpoint
@@ -204,6 +204,27 @@ def test_a_run_with_other_parameters_never_resumes_a_foreign_checkpoint(prepared
     train.run(tiny_params(train={"learning_rate": 0.02}), prepared)
     records = log_of(prepared)
     assert records[0]["step"] == 1 and max(record["learning_rate"] or 0 for record in records) == 0.02
+
+
+@pytest.mark.slow
+def test_a_run_on_a_calibrated_base_resumes_on_that_base_alone(prepared: Paths, tiny_params, die_at) -> None:
+    def params(rows: int) -> Params:
+        return tiny_params(quantization={"storage": "int8", "calibration": {"method": "rounding", "rows": rows}})
+
+    calibrate.run(params(32), prepared)
+    train.run(params(32), prepared)
+    whole, records = adapter_bytes(prepared), timeless(log_of(prepared))
+    die_at(5)
+    with pytest.raises(_Killed):
+        train.run(params(32), prepared)
+    kept = {path: path.stat().st_mtime_ns for path in prepared.checkpoints.iterdir()}
+    calibrate.run(params(8), prepared)
+    train.run(params(8), prepared)
+    assert log_of(prepared)[0]["step"] == 1 and adapter_bytes(prepared) != whole
+    assert {path: path.stat().st_mtime_ns for path in prepared.checkpoints.iterdir()} == kept
+    calibrate.run(params(32), prepared)
+    train.run(params(32), prepared)
+    assert adapter_bytes(prepared) == whole and timeless(log_of(prepared)) == records
 
 
 def test_a_failure_leaves_the_adapter_of_before(trained: Paths, tiny_params) -> None:

@@ -1,4 +1,4 @@
-"""Dequantised blocks have the bits of the `gguf` package."""
+"""Dequantised blocks, and blocks with other codes, have the bits of the `gguf` package."""
 
 import gguf
 import pytest
@@ -37,3 +37,30 @@ def test_parts_that_fit_the_cache_give_the_same_values(dtype: torch.dtype, monke
     whole = block.dequantize(planes)
     monkeypatch.setattr(gguf_blocks, "CHUNK", 2 * 32 * 16)
     assert torch.equal(block.dequantize(planes, dtype), whole.to(dtype))
+
+
+@pytest.mark.parametrize("outputs", [24, 13])
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_reference_reads_written_codes_as_the_grids_values(name: str, outputs: int) -> None:
+    block = FORMATS[name]
+    planes = block.pack(random_rows(name, outputs, 512))
+    grid, before = block.grid(planes), planes.clone()
+    codes = torch.randint(0, len(grid.levels), (outputs, 512), dtype=torch.uint8)
+    new = block.with_codes(planes, codes)
+    expected = torch.from_numpy(dequantize(block.rows(new).numpy(), gguf.GGMLQuantizationType[name]))
+    assert torch.equal(grid.values(codes), expected) and not torch.equal(new, planes)
+    after = block.grid(new)
+    assert torch.equal(after.scale, grid.scale) and (grid.offset is None or torch.equal(after.offset, grid.offset))
+    assert torch.equal(planes, before), "the packed weight itself stays"
+    assert {len(grid.levels)} == {2 ** int(name[1])}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_codes_of_a_weights_own_values_are_its_blocks(name: str) -> None:
+    block = FORMATS[name]
+    planes = block.pack(random_rows(name, 16, 512))
+    weight, grid = block.dequantize(planes), block.grid(planes)
+    again = block.with_codes(planes, grid.nearest(weight))
+    if name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"):
+        assert torch.equal(again, planes)
+    assert torch.equal(block.dequantize(again), weight), "a scale of 0 leaves the code open, not the value"

@@ -11,7 +11,7 @@ from torch import nn
 from peftcore.bases import base_weight
 from peftcore.bases.grid import Grid
 
-KINDS = ["nf4", "nf4+double", "fp4", "int8"]
+KINDS = ["nf4", "nf4+double", "fp4", "int8", "Q4_0", "Q4_1", "Q8_0"]
 
 
 def test_the_nearest_code_is_the_nearest_of_all_values() -> None:

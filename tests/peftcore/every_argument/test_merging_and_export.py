@@ -22,7 +22,7 @@ from peftcore import (
     PeftModel,
     get_peft_model,
 )
-from peftcore.errors import ExportError, PeftError
+from peftcore.errors import ExportError, GgufError, PeftError
 from peftcore.merging import Recipe
 
 # -- merging -----------------------------------------------------------------------------------------------------------
@@ -238,6 +238,24 @@ def test_load_a_gguf_base(tmp_path: Path) -> None:
     options = {"model_class": AutoModelForSequenceClassification, "config": one.config}
     assert peftcore.load_gguf_base(files[0], **options).score.weight.shape == (3, 32)
     assert peftcore.load_gguf_base(files[0], device="meta").device.type == "meta"
+
+
+@checks("save_gguf_base", "model source path")
+def test_save_a_gguf_base(tmp_path: Path) -> None:
+    from gguf_models import tiny, write_gguf
+
+    from peftcore.bases import base_weight
+
+    source = write_gguf(tiny("llama", intermediate_size=64), tmp_path / "base.gguf", kind="Q8_0")
+    model: Any = peftcore.load_gguf_base(source)
+    peftcore.save_gguf_base(model, source, tmp_path / "same.gguf")
+    assert (tmp_path / "same.gguf").read_bytes() == source.read_bytes()
+    layer: Any = base_weight(model.model.layers[0].mlp.up_proj)
+    layer.write_codes(torch.full((64, 32), 200))
+    peftcore.save_gguf_base(model, source, tmp_path / "other.gguf")
+    assert (tmp_path / "other.gguf").read_bytes() != source.read_bytes()
+    with pytest.raises(GgufError, match="there is no file"):
+        peftcore.save_gguf_base(model, tmp_path / "absent.gguf", tmp_path / "other.gguf")
 
 
 @checks("export_gguf_lora", "source adapter_name file base dtype")

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from peftcore import GgufError, LoraConfig, get_peft_model, load_gguf_base
+from peftcore import GgufError, LoraConfig, calibrate_rounding, get_peft_model, load_gguf_base, save_gguf_base
 from peftcore.bases import GgufLinear
 from peftcore.export import export_gguf_lora
 from peftcore.gguf_files import model as gguf_model
@@ -257,3 +257,36 @@ def test_an_adapter_says_in_llama_cpp_what_it_says_on_the_packed_base(kind: str,
     with model.disable_adapter():
         assert typical(base, here) < CLOSE
         assert furthest(there.log_probs, here) > 1  # the adapter has an effect
+
+
+@pytest.mark.parametrize(("family", "kind"), [("llama", "Q4_0"), ("qwen2", "Q4_1"), ("phi3", "Q8_0")])
+def test_a_calibrated_base_is_saved_as_a_gguf_file(family: str, kind: str, tmp_path: Path) -> None:
+    """The file that is read back has the calibrated weights, and its logits are nearer to those before quantising."""
+    model, source = file_of(tmp_path, family, kind)
+    model.save_pretrained(tmp_path / "original")
+    loaded: Any = load_gguf_base(source)
+    torch.manual_seed(0)
+    batches = [{"input_ids": torch.randint(model.config.vocab_size, (8, 32))} for _ in range(8)]
+    calibrate_rounding(loaded, batches, tmp_path / "original", progress=False)
+    save_gguf_base(loaded, source, tmp_path / "calibrated.gguf")
+    before, after = load_gguf_base(source), load_gguf_base(tmp_path / "calibrated.gguf")
+    held_out = torch.randint(model.config.vocab_size, (16, 32))
+    with torch.no_grad():
+        assert torch.equal(after(held_out).logits, loaded(held_out).logits)
+        exact, ours, theirs = (one(held_out).logits for one in (model.eval(), after, before))
+    assert (ours - exact).norm() < 0.95 * (theirs - exact).norm()
+    readers = [gguf.GGUFReader(path) for path in (source, tmp_path / "calibrated.gguf")]
+    changed = {a.name for a, b in zip(*(r.tensors for r in readers), strict=True) if (a.data != b.data).any()}
+    assert changed and all(name.startswith("blk.") for name in changed)
+
+
+def test_only_the_models_own_file_can_be_written_anew(tmp_path: Path) -> None:
+    _, source = file_of(tmp_path)
+    loaded: Any = load_gguf_base(source)
+    foreign = write_gguf(tiny("llama", intermediate_size=32), tmp_path / "foreign.gguf", kind="Q4_1")
+    (tmp_path / "out.gguf").write_bytes(b"earlier")
+    with pytest.raises(GgufError, match=r"has no Q4_1 tensor \[64, 32\] for model\.layers\.0\.mlp"):
+        save_gguf_base(loaded, foreign, tmp_path / "out.gguf")
+    with pytest.raises(GgufError, match="this LlamaForCausalLM has no packed layers; give a model of load_gguf_base"):
+        save_gguf_base(loaded.dequantize(torch.float32), source, tmp_path / "out.gguf")
+    assert (tmp_path / "out.gguf").read_bytes() == b"earlier" and len(list(tmp_path.iterdir())) == 3

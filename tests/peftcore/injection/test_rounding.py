@@ -5,9 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import bitsandbytes as bnb
+import gguf
 import pytest
 import torch
-from quantised_layers import quantised
+from gguf.quants import dequantize, quantize
+from quantised_layers import gguf_linear, quantised, random_rows
 from torch import Tensor, nn
 
 from peftcore import (
@@ -19,9 +21,11 @@ from peftcore import (
     get_peft_model,
 )
 from peftcore.bases import base_weight
+from peftcore.bases.gguf_blocks import FORMATS
 from peftcore.injection import rounding
+from peftcore.kernels.calibrated_rounding import calibrated_codes
 
-STORAGES = ["nf4", "nf4+double", "fp4", "int8"]
+STORAGES = ["nf4", "nf4+double", "fp4", "int8", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
 
 
 def model_and_original(storage: str) -> tuple[Any, dict[str, Tensor]]:
@@ -31,6 +35,10 @@ def model_and_original(storage: str) -> tuple[Any, dict[str, Tensor]]:
     net, weights = nn.ModuleDict(), {}
     for name in ("0", "1", "idle"):
         weights[f"{name}.weight"] = torch.randn(64, 64) / 8
+        if kind in FORMATS:
+            blocks = quantize(weights[f"{name}.weight"].numpy(), gguf.GGMLQuantizationType[kind])
+            net[name] = gguf_linear(kind, torch.from_numpy(blocks))
+            continue
         layer: Any = (
             bnb.nn.Linear8bitLt(64, 64, bias=False, has_fp16_weights=False)
             if kind == "int8"
@@ -75,6 +83,30 @@ def test_outputs_come_nearer_and_the_format_stays(storage: str) -> None:
     adapted = get_peft_model(model, LoraConfig(target_modules=["0"], init_lora_weights=False))
     again = copy.deepcopy(adapted)
     torch.testing.assert_close(forward(again, {"x": held_out}), forward(adapted, {"x": held_out}))
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_gguf_blocks_hold_the_compensated_weight(kind: str) -> None:
+    """The reference reads the written blocks as the values that the compensation chose, K-quants' as well."""
+    torch.manual_seed(0)
+    block, inputs = FORMATS[kind], 256
+    layer: Any = gguf_linear(kind, random_rows(kind, 32, inputs))
+    grid, nearest = block.grid(layer.weight), layer.dequantized()
+    weight = nearest + (torch.rand(32, inputs) - 0.5) * grid.scale  # half a step away at most
+    x = torch.randn(800, inputs) @ torch.randn(inputs, inputs)
+    codes = calibrated_codes(weight, x.T @ x / 800, grid)
+    calibrate_rounding(
+        nn.ModuleDict({"0": layer}),
+        [{"x": x}],
+        {"0.weight": weight},
+        forward=lambda model, batch: model["0"](batch["x"]),
+        progress=False,
+    )
+    kept: Any = gguf.GGMLQuantizationType[kind]
+    after = torch.from_numpy(dequantize(block.rows(layer.weight).contiguous().numpy(), kept))
+    assert torch.equal(after, grid.values(codes))
+    rounded = grid.values(grid.nearest(weight))
+    assert (x @ (after - weight).T).norm() < 0.9 * (x @ (rounded - weight).T).norm()
 
 
 def test_the_state_dict_keeps_the_storages_format() -> None:
