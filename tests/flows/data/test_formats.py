@@ -223,7 +223,7 @@ def test_reasoning_in_parts_of_the_content_and_beside_an_answer() -> None:
     [
         ([USER | {"thinking": "Hm."}, ANSWER], r"turn 1 \(user\) has thinking; only the assistant"),
         ([USER, ANSWER | {"thinking": "a", "reasoning": "b"}], "two names that differ"),
-        ([USER | {"tool_calls": [{"function": {}}]}, ANSWER], "only the assistant calls tools"),
+        ([USER | {"tool_calls": [{"function": {"name": "add"}}]}, ANSWER], "only the assistant calls tools"),
         ([USER, ANSWER | {"value": "2."}], "content beside a value"),
         ([USER | {"from": "gpt"}, ANSWER], "leave one out"),
         ([USER, ANSWER | {"content": [{"type": "text", "text": "1.", "logprobs": [1]}]}], "logprobs in a part"),

@@ -97,6 +97,8 @@ def test_nothing_is_overwritten_without_force(made: Path) -> None:
 
 def test_a_project_of_texts_takes_text_files_and_packs(tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("Once upon a time.")
+    for name in ("chats", "texts"):
+        (tmp_path / name).mkdir()
     with pytest.raises(ParamsError, match=r"there is no \.jsonl, \.csv, \.parquet file"):
         create_project(tmp_path / "chats", new(tmp_path / "book.txt"))
     create_project(tmp_path / "texts", new(tmp_path / "book.txt", task="text"))
