@@ -184,3 +184,12 @@ def test_a_version_registered_by_gto_is_stepped_over(project: Any) -> None:
     with pytest.raises(RegistryError, match="not registered by `peftcore run`"):
         registry = Registry(Git(project.root), "docstrings")
         registry.record(registry.version("v1.0.0"))
+
+
+def test_a_version_names_the_runs_of_its_training_at_each_backend(project: Any) -> None:
+    path = project.root / "source" / "training" / "summary.json"
+    summary = json.loads(path.read_text()) | {"wandb_run_id": "w1", "tracking_runs": {"mlflow": "m1"}}
+    path.write_text(json.dumps(summary))
+    record = project.register()
+    assert (record["wandb_run_id"], record["tracking_runs"]) == ("w1", {"mlflow": "m1"})
+    assert "tracking_runs" not in project.register(weight=2.0), "W&B's run has a key of its own"
