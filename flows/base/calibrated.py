@@ -67,18 +67,21 @@ def trained_base(paths: Paths, quantization: Quantization) -> Path:
     """
     if not quantization.is_calibrated:
         return paths.base
-    check_calibration(paths.calibrated, quantization)
-    record = calibration_record(paths.calibrated)
-    if record is not None and record["base_model"] != base_identity(paths.base):
-        raise BaseModelError(
-            f"{paths.calibrated} was calibrated from another base than that in {paths.base}; run `peftcore stage "
-            "calibrate`"
-        )
+    check_calibration(paths.calibrated, quantization, paths.base)
     return paths.calibrated
 
 
-def check_calibration(folder: Path, quantization: Quantization) -> None:
-    """Raise BaseModelError if a folder holds no base with the calibration and the storage of `quantization`."""
+def check_calibration(folder: Path, quantization: Quantization, base: Path | None = None) -> None:
+    """Check that a folder holds a base with the calibration and the storage of `quantization`.
+
+    Args:
+        folder: The folder.
+        quantization: The storage.
+        base: Folder of the base as fetched that it has to be calibrated from; None: any.
+
+    Raises:
+        BaseModelError: The folder holds another base.
+    """
     record = calibration_record(folder)
     if record is None and quantization.is_calibrated:
         raise BaseModelError(
@@ -100,6 +103,10 @@ def check_calibration(folder: Path, quantization: Quantization) -> None:
         raise BaseModelError(
             f"{folder} was calibrated with {listed}, and the parameters have another value; run `peftcore stage "
             "calibrate`"
+        )
+    if base is not None and record["base_model"] != base_identity(base):
+        raise BaseModelError(
+            f"{folder} was calibrated from another base than that in {base}; run `peftcore stage calibrate`"
         )
 
 

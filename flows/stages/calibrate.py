@@ -9,7 +9,7 @@ import logging
 import shutil
 from pathlib import Path
 
-from flows.base.calibrated import RECORD, check_calibration, trained_base
+from flows.base.calibrated import RECORD, check_calibration
 from flows.errors import StageError
 from flows.params import Params
 from flows.paths import Paths
@@ -33,7 +33,7 @@ def run(params: Params, paths: Paths) -> None:
             _write_record(folder, {"method": "none"})
         return
     if paths.start_calibrated.is_dir():
-        check_calibration(paths.start_calibrated, params.quantization)
+        check_calibration(paths.start_calibrated, params.quantization, paths.base)
         with directory_written_atomically(paths.calibrated) as folder:
             shutil.copytree(paths.start_calibrated, folder, dirs_exist_ok=True)
         logger.info("kept the calibrated base of the version that training continues from")
@@ -43,7 +43,6 @@ def run(params: Params, paths: Paths) -> None:
         with directory_written_atomically(paths.calibrated) as folder:
             _write_record(folder, save_calibrated_base(params, paths, folder))
             write_manifest(folder)
-    trained_base(paths, params.quantization)
 
 
 def _check_start(params: Params, paths: Paths) -> None:

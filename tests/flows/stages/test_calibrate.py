@@ -20,7 +20,7 @@ from flows.paths import Paths
 from flows.stages import calibrate, evaluate, merge, train
 from peftcore import PeftModel
 from peftcore.bases import base_weight
-from peftcore.files import damaged_files, read_manifest
+from peftcore.files import damaged_files, read_manifest, write_manifest
 
 CALIBRATION = {"storage": "int8", "compute_dtype": "float32", "calibration": {"method": "rounding", "rows": 32}}
 """The tiny base has 32 inputs, and 4 bits are rounded in blocks of 64."""
@@ -120,8 +120,6 @@ def test_four_bits_on_a_wider_base(prepared: Paths, tiny_params: Callable[..., P
     """A base whose layers have whole blocks of 64 inputs, in NF4 with double quantisation, as by default."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from peftcore.files import write_manifest
-
     tokenizer = AutoTokenizer.from_pretrained(prepared.base)
     config = LlamaConfig(
         hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=len(tokenizer)
@@ -154,3 +152,10 @@ def test_a_continued_run_keeps_the_calibrated_base_of_its_version(
     half = tiny_params(quantization=CALIBRATION | {"compute_dtype": "bfloat16"})
     with pytest.raises(BaseModelError, match="was calibrated with compute_dtype float32, and the parameters have"):
         calibrate.run(half, calibrated)
+    (calibrated.base / "config.json").write_text(
+        (calibrated.base / "config.json").read_text().replace("1e-06", "1e-05")
+    )
+    write_manifest(calibrated.base)
+    with pytest.raises(BaseModelError, match="start/calibrated was calibrated from another base"):
+        calibrate.run(params, calibrated)
+    assert read_manifest(calibrated.calibrated) == first
