@@ -119,6 +119,11 @@ class Paths:
         return self.evaluation / "metrics.json"
 
     @property
+    def evaluation_suites(self) -> Path:
+        """Answers to the prompt suites, with the failed assertions; absent without suites."""
+        return self.evaluation / "suites.json"
+
+    @property
     def samples(self) -> Path:
         """Answers of both models side by side."""
         return self.evaluation / "samples.json"

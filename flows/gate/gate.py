@@ -19,6 +19,7 @@ from flows.gate.checks import figures, files, people
 from flows.gate.checks.evidence import evidence
 from flows.gate.checks.forgetting import forgetting
 from flows.gate.checks.measured import evaluation_settings
+from flows.gate.checks.suites import prompt_suite
 from flows.params import Gate, Merge
 
 DECISIVE = frozenset(
@@ -26,7 +27,7 @@ DECISIVE = frozenset(
 )
 """Checks that later checks depend on. If one fails, no further check is made."""
 COMPARING = frozenset(("against the champion", "the champion's rows", "slices"))
-"""Comparisons with the champion, made only if no earlier check has failed; so are those of `gate.rules`."""
+"""Comparisons with the champion, made only if no earlier check has failed; so are those of `gate.rules` and suites."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,10 @@ def evaluate_gate(candidate: Candidate, champion: Champion | None, gate: Gate, m
         ("the champion's rows", lambda: against.on_the_champions_rows(candidate, champion, gate, seed)),
         *((name, partial(against.rule_bound, candidate, champion, gate, rule, seed)) for name, rule in bounds.items()),
         ("slices", lambda: against.slices(candidate, champion, gate, seed)),
+        *(
+            (f"suite {name}", partial(prompt_suite, candidate, champion, gate, name))
+            for name in candidate.required_suites
+        ),
         ("forgetting", lambda: forgetting(candidate, gate, seed)),
         ("adapter size", lambda: files.adapter_size(candidate, gate)),
         ("latency", lambda: figures.latency(candidate, gate)),
@@ -108,7 +113,7 @@ def evaluate_gate(candidate: Candidate, champion: Champion | None, gate: Gate, m
     results: list[Check] = []
     for name, check in checks:
         refused = not all(each.passed for each in results)
-        if refused and (name in COMPARING or name in bounds):
+        if refused and (name in COMPARING or name in bounds or name.startswith("suite ")):
             continue
         results.append(Check(name, *check()))
         if name in DECISIVE and not results[-1].passed:

@@ -11,6 +11,7 @@ from flows.params.params import Base, Params, Project, Tracking, load_params
 from flows.params.retrain import Drift, Retrain
 from flows.params.scorers import Scorer
 from flows.params.section import Section
+from flows.params.suites import Suite, load_suites
 from flows.params.train import Classification, OnBadLoss, OnOutOfMemory, Preference, Train
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "Scorer",
     "Section",
     "Slices",
+    "Suite",
     "Tracking",
     "Train",
     "apply_overrides",
@@ -46,6 +48,7 @@ __all__ = [
     "forced",
     "left_over",
     "load_params",
+    "load_suites",
     "parameter_sets",
     "read_params",
 ]

@@ -127,6 +127,13 @@ with warnings.catch_warnings():
             return self
 
         @model_validator(mode="after")
+        def _check_suites(self) -> Self:
+            if self.evaluate.suites and self.train.objective == "classification":
+                expected = "train.objective is classification, which generates no answers; give []"
+                raise invalid_value(expected, "evaluate.suites", self.evaluate.suites)
+            return self
+
+        @model_validator(mode="after")
         def _check_rules(self) -> Self:
             figures = FIGURES[self.train.objective]
             scorers = {scorer.name: scorer for scorer in self.evaluate.scorers}

@@ -16,7 +16,7 @@ from typing import Any
 from flows.errors import GateError, RepositoryError
 from flows.evaluation.scorers.load import check_scorers
 from flows.gate.promote import Promotion, promote
-from flows.params import left_over, load_params
+from flows.params import left_over, load_params, load_suites
 from flows.paths import Paths
 from flows.registry.lineage import check_artifact_name
 from flows.review.page import write_review
@@ -103,13 +103,14 @@ def check_registrable(root: Path) -> None:
     Raises:
         RepositoryError: There is no git repository with a commit.
         RegistryError: dvc.yaml declares no adapter of the project's name.
-        ParamsError: params.yaml cannot be used.
-        StageError: A scorer of evaluate.scorers is missing.
+        ParamsError: params.yaml or a file of evaluate.suites cannot be used.
+        StageError: A scorer of evaluate.scorers, or a file that a suite names, is missing.
     """
     Git(root)
     params = load_params(Paths(root).params)
     check_artifact_name(root, params.project.name)
     check_scorers(params.evaluate.scorers, root)
+    load_suites(params.evaluate, params.data.system_prompt, root)
 
 
 def run_stages(

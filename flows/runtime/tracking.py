@@ -153,12 +153,29 @@ def mirror_version(
     try:
         slices = json.loads(paths.evaluation_metrics.read_text())["slices"]
         tracker.table("samples", json.loads(paths.samples.read_text()))
+        if paths.evaluation_suites.exists():
+            tracker.table("suites", _suite_rows(json.loads(paths.evaluation_suites.read_text())))
         tracker.table("slices", ({"slice": name, **figures} for name, figures in slices.items()))
         tracker.finish({**record["metrics"], "registry": link}, paths.adapter)
     except (OSError, ValueError, KeyError) as error:
         log.warning("Weights & Biases: the evaluation is not mirrored: %s", error)
     finally:
         tracker.close()
+
+
+def _suite_rows(suites: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield one row per answer to a prompt suite; the column `failed` is empty if the answer passes."""
+    for name, suite in suites.items():
+        for prompt in suite["prompts"]:
+            for answer in prompt["answers"]:
+                shown = {
+                    "suite": name,
+                    "id": prompt["id"],
+                    "prompt": prompt["prompt"],
+                    "must": "; ".join(prompt["must"]),
+                }
+                failed = "; ".join(answer["failed"].values())
+                yield shown | {"seed": answer["seed"], "answer": answer["text"], "failed": failed}
 
 
 @contextmanager

@@ -3,10 +3,13 @@
 Both are computed on the weights that training saw, dequantised once, with the adapter enabled and disabled. All kinds
 of rows share one layout of results; metrics that do not apply are left out. A generative model is also measured for
 forgetting on the control set and for latency. The scorers of `evaluate.scorers` add columns and figures.
+The adapter answers the prompts of `evaluate.suites`.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -23,10 +26,12 @@ from flows.evaluation.pairs import evaluate_pairs
 from flows.evaluation.result import EvaluationResult
 from flows.evaluation.scorers.load import load_scorer
 from flows.evaluation.scorers.scores import with_scores
-from flows.params import Params
+from flows.evaluation.suites.results import answer_suites, suite_checks
+from flows.params import Params, Suite, load_suites
 from flows.paths import Paths
 from flows.runtime.stage import start
 from flows.training.objectives import check_split, class_names, loss_function
+from flows.verdicts import IDENTITY, suite_figures
 from peftcore import PeftModel
 from peftcore.files import directory_written_atomically, sha256, write_atomically
 
@@ -37,7 +42,8 @@ def run(params: Params, paths: Paths) -> None:
     check_split(params, paths.split("test"))
     rows = read_rows(paths.split("test"), limit=params.evaluate.rows)
     scorers = {scorer.name: (scorer, load_scorer(scorer, paths.root)) for scorer in params.evaluate.scorers}
-    result, control = _evaluate(params, paths, rows)
+    suites = load_suites(params.evaluate, params.data.system_prompt, paths.root)
+    result, control, answered = _evaluate(params, paths, rows, suites)
     result = with_scores(result, scorers, rows, paths.root)
     context: dict[str, Any] = {"objective": params.train.objective, "loss_function": loss_function(params)}
     context |= {
@@ -46,23 +52,36 @@ def run(params: Params, paths: Paths) -> None:
         "base_manifest": manifest,
     }
     metrics = result.metrics | context
+    if answered:
+        metrics["suites"] = {
+            name: suite_figures(one) | {key: one[key] for key in IDENTITY} for name, one in answered.items()
+        }
     with directory_written_atomically(paths.evaluation) as folder:
         parquet.write_table(result.table, folder / paths.evaluation_rows.name)
         if control is not None:
             parquet.write_table(control, folder / paths.evaluation_control.name)
-        for name, content in ((paths.evaluation_metrics.name, metrics), (paths.samples.name, result.samples)):
-            write_atomically(folder / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        contents: dict[Path, Any] = {paths.evaluation_metrics: metrics, paths.samples: result.samples}
+        if answered:
+            contents[paths.evaluation_suites] = answered
+        for path, content in contents.items():
+            write_atomically(folder / path.name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def _evaluate(params: Params, paths: Paths, rows: list[Row]) -> tuple[EvaluationResult, pa.Table | None]:
-    """Return the result with the metrics "control" and "latency" (None: not measured), and the control table."""
+def _evaluate(
+    params: Params, paths: Paths, rows: list[Row], suites: Mapping[str, Suite]
+) -> tuple[EvaluationResult, pa.Table | None, dict[str, Any]]:
+    """Return the result, the table of the control set, and the content of suites.json, which is empty without suites.
+
+    The result's metrics "control" and "latency" are None if they were not measured.
+    """
+    checks = suite_checks(suites, paths.root)
     names, tokenizer = class_names(params, paths), load_tokenizer(paths.base)
     model = PeftModel.from_pretrained(load_dequantized(paths.base, params.quantization, names), paths.adapter)
     extra: dict[str, Any] = {"control": None, "latency": None}
     if names is not None:
         train_labels = [row["label"] for row in read_rows(paths.split("train"), ["label"])]
         result = evaluate_classes(params, model, tokenizer, rows, names, train_labels)
-        return replace(result, metrics=result.metrics | extra), None
+        return replace(result, metrics=result.metrics | extra), None, {}
     evaluate_rows, ids = (
         (evaluate_chats, "input_ids") if params.train.objective == "sft" else (evaluate_pairs, "chosen_input_ids")
     )
@@ -73,7 +92,8 @@ def _evaluate(params: Params, paths: Paths, rows: list[Row]) -> tuple[Evaluation
     if evaluate.latency_rows:
         prompts = [row[ids][: row["prompt_length"]] for row in rows[: evaluate.latency_rows]]
         extra["latency"] = measure_latency(model, tokenizer, prompts)
-    return replace(result, metrics=result.metrics | extra), table
+    answered = answer_suites(model, tokenizer, suites, checks, evaluate.batch_size, paths.root) if suites else {}
+    return replace(result, metrics=result.metrics | extra), table, answered
 
 
 if __name__ == "__main__":

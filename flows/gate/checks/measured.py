@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from flows.gate.candidate import Candidate, CheckResult
-from flows.params import Params
+from flows.params import Params, load_suites
+from flows.verdicts import is_same_suite
 
 
 def evaluation_settings(candidate: Candidate) -> CheckResult:
@@ -45,6 +46,7 @@ def unmeasured(record: Mapping[str, Any], metrics: Mapping[str, Any], rules: Par
     yield from _leakage(data, rules)
     yield from _control(settings, metrics, rules)
     yield from _scorers(metrics, rules, root)
+    yield from _suites(metrics, rules, root)
 
 
 def _rows(settings: Mapping[str, Any], rules: Params) -> Iterator[str]:
@@ -99,6 +101,18 @@ def _scorers(metrics: Mapping[str, Any], rules: Params, root: Path) -> Iterator[
         for key, value in scorer.identity(root).items():
             if measured.get(key) != value:
                 yield _differs(f"{key} of the scorer {scorer.name}", measured.get(key), value)
+
+
+def _suites(metrics: Mapping[str, Any], rules: Params, root: Path) -> Iterator[str]:
+    """Compare the prompt suites of the rules: content, settings and files."""
+    if rules.gate.max_new_suite_failures is None:
+        return
+    for name, suite in load_suites(rules.evaluate, rules.data.system_prompt, root).items():
+        measured = (metrics.get("suites") or {}).get(name)
+        if measured is None:
+            yield f"it was evaluated without the suite {name} of the rules"
+        elif not is_same_suite(measured, suite.identity(root)):
+            yield f"it was evaluated with other prompts, settings or files of the suite {name} than the rules have"
 
 
 def _differs(key: str, value: Any, required: Any, how: str = "") -> str:
