@@ -108,7 +108,10 @@ def test_a_wrong_assertion_is_told_what_fits_and_its_line(tmp_path: Path, assert
         ("prompts: [{prompt: a}]", "prompts.0.must: "),
         ("prompts: [{must: [{refuse: true}]}]", "give either prompt or messages"),
         ("prompts: [{messages: [{role: assistant, content: a}], must: [{refuse: true}]}]", "give user as the last one"),
-        ("prompts: [{id: a, prompt: a, must: [{refuse: true}]}, {id: a, prompt: b, must: [{refuse: true}]}]", "this id"),
+        (
+            "prompts: [{id: a, prompt: a, must: [{refuse: true}]}, {id: a, prompt: b, must: [{refuse: true}]}]",
+            "this id",
+        ),
         ("temperature: 0.5\n" + SUITE.format("refuse: true"), "greedy answers do not use it; give seeds too"),
         ("seeds: [1, 1]\n" + SUITE.format("refuse: true"), "a seed is given twice"),
         ("seeds: [1, 2]\npass_at: 3\n" + SUITE.format("refuse: true"), "there are 2 seeds, so at most 2 answers"),

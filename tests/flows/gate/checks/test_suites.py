@@ -85,9 +85,7 @@ def test_the_first_version_has_no_champion_to_share_a_failure_with(good: Candida
     [({"support": suite_result({}, {"content": "d" * 64})}, "answered another version of the suite"), ({}, "without")],
 )
 def test_a_champion_of_another_suite_answers_again(good: Candidate, registered: Any, why: str) -> None:
-    measured = replace(
-        champion_of(good), suites=registered, reevaluate_suites=lambda: {"support": suite_result(WHY)}
-    )
+    measured = replace(champion_of(good), suites=registered, reevaluate_suites=lambda: {"support": suite_result(WHY)})
     report = judge(with_suites(good, WHY), measured, **OPEN)
     assert report.passed
     assert why in check(report, NAME) and "so it was re-evaluated" in check(report, NAME)
