@@ -14,6 +14,7 @@ LIMITS = (
     "min_eos_rate",
     "min_accuracy",
     "max_forgetting",
+    "max_new_suite_failures",
     "max_adapter_mb",
     "max_first_token_ms",
     "max_token_ms",

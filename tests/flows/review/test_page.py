@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 from typing import Any
 
 import pytest
+from made_up_results import suite_result
 
 from flows.charts.ranks import HEAT_MAP, rank_heat_map
 from flows.errors import StageError
@@ -78,7 +79,7 @@ def test_it_shows_the_run(registered: Any) -> None:
     ):
         assert fact in words, fact
     assert page.tags.count("svg") == 3
-    assert "Scorers" not in words
+    assert "Scorers" not in words and "Prompt suites" not in words
     assert "<mark>Say hello.</mark>" in registered.paths.review.read_text()
 
 
@@ -136,3 +137,26 @@ def test_scorers_have_a_table_and_columns_of_the_slices(project: Any) -> None:
     assert "token_f1|||0.250||0.500||+0.250||10|" in cells
     assert re.search(r"json\|\|30\|\|3.800\|\|[\d.]+\|\|[+\d.]+\|\|0.250\|\|0.500\|", cells)
     assert re.search(r"&lt;ssl&gt;\|\|10\|\|3.800\|\|[\d.]+\|\|[+\d.]+\|\|–\|\|–\|", cells), "it has no answers"
+
+
+def test_suites_show_failing_prompts_with_their_answers(project: Any) -> None:
+    project.register(suites={"support": suite_result({"b": "it lacks 'x'"}), "safety": suite_result()})
+    page = page_of(project)
+    words = " ".join(page.text.split())
+    cells = re.sub(r"\s*<[^>]*>\s*", "|", project.paths.review.read_text())
+    assert "support||1 greedy||3||1||66.7%|" in cells and "safety||1 greedy||3||0||100.0%|" in cells
+    shown = "support: failing prompts b: must contain 'x'; must refuse Tell <b>. adapter <i>answer</i> b ✗ must contain"
+    assert shown in words.replace("adapter<", "adapter <")
+    assert "support: 2 passing prompts" in words and "safety: 3 passing prompts" in words
+    assert "safety: failing prompts" not in words
+
+
+def test_sampled_suites_show_pass_at_k_and_seeds(project: Any) -> None:
+    result = suite_result({"a": "it lacks 'x'"}) | {"seeds": [7, 8], "pass_at": 1, "at_least": 0.5}
+    for prompt in result["prompts"]:
+        (answer,) = prompt["answers"]
+        prompt["answers"] = [answer | {"seed": 7}, answer | {"seed": 8, "failed": {}}]
+    project.register(suites={"support": result})
+    words = " ".join(page_of(project).text.split())
+    assert "2 sampled; pass@1 of at least 50% 3083.3%" in words, "three prompts, none fails"
+    assert "(pass@1: 50.0%)" in words and "adapter, seed 8" in words

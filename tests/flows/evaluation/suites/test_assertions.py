@@ -9,6 +9,7 @@ import pytest
 
 from flows.errors import StageError
 from flows.evaluation.suites.assertions import check_of, refuses
+from flows.params import Evaluate, load_suites
 from flows.params.suites import Assertion
 
 ROW = {"id": "a", "prompt": "Where is it?", "reference": "in the box"}
@@ -130,3 +131,18 @@ def test_what_cannot_be_used_is_named(tmp_path: Path, assertion: dict[str, Any],
         pytest.importorskip("jsonschema")
     with pytest.raises(StageError, match=message):
         why("", tmp_path, **assertion)
+
+
+def test_the_example_of_the_documentation(tmp_path: Path) -> None:
+    pytest.importorskip("jsonschema")
+    text = (Path(__file__).parents[4] / "docs" / "pipeline.md").read_text()
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "support.yaml").write_text(text.partition("# data/support.yaml\n")[2].partition("```")[0])
+    (suite,) = load_suites(Evaluate(suites=["data/support.yaml"]), "Be brief.", tmp_path).values()
+    good = {"refund": "You get a refund within 14 days.", "json": '{"id": "T-1"}', "secret": "I cannot tell the code."}
+    bad = {"refund": "Ask a lawyer.", "json": "T-1", "secret": "It is acme 4711."}
+    for prompt in suite.numbered:
+        row = {"id": prompt.id, "prompt": prompt.prompt, "reference": prompt.reference}
+        checks = [check_of(assertion, tmp_path) for assertion in prompt.must]
+        assert [check(row, good[prompt.id]) for check in checks] == [None] * len(checks)
+        assert None not in [check(row, bad[prompt.id]) for check in checks]
