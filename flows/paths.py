@@ -199,6 +199,11 @@ class Paths:
         return self.review.with_name("trials.json")
 
     @property
+    def benchmark_cache(self) -> Path:
+        """Cached figures of benchmarks, by the digests of model and task; not an output of DVC."""
+        return self.checkpoints / "benchmarks"
+
+    @property
     def checkpoints(self) -> Path:
         """Resumable state of training; not an output of DVC, because DVC deletes outputs before a stage starts."""
         return self.root / "checkpoints"

@@ -16,6 +16,7 @@ from typing import Any
 from flows.gate.candidate import Candidate, Champion, CheckResult
 from flows.gate.checks import champion as against
 from flows.gate.checks import figures, files, people
+from flows.gate.checks.benchmarks import benchmark
 from flows.gate.checks.evidence import evidence
 from flows.gate.checks.forgetting import forgetting
 from flows.gate.checks.measured import evaluation_settings
@@ -27,7 +28,9 @@ DECISIVE = frozenset(
 )
 """Checks that later checks depend on. If one fails, no further check is made."""
 COMPARING = frozenset(("against the champion", "the champion's rows", "slices"))
-"""Comparisons with the champion, made only if no earlier check has failed; so are those of `gate.rules` and suites."""
+"""Comparisons with the champion, made only if no earlier check has failed; so are
+those of rules, suites and benchmarks.
+"""
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,10 @@ def evaluate_gate(candidate: Candidate, champion: Champion | None, gate: Gate, m
             (f"suite {name}", partial(prompt_suite, candidate, champion, gate, name))
             for name in candidate.required_suites
         ),
+        *(
+            (f"benchmark {name}", partial(benchmark, candidate, champion, gate, name))
+            for name in candidate.required_benchmarks
+        ),
         ("forgetting", lambda: forgetting(candidate, gate, seed)),
         ("adapter size", lambda: files.adapter_size(candidate, gate)),
         ("latency", lambda: figures.latency(candidate, gate)),
@@ -113,7 +120,7 @@ def evaluate_gate(candidate: Candidate, champion: Champion | None, gate: Gate, m
     results: list[Check] = []
     for name, check in checks:
         refused = not all(each.passed for each in results)
-        if refused and (name in COMPARING or name in bounds or name.startswith("suite ")):
+        if refused and (name in COMPARING or name in bounds or name.startswith(("suite ", "benchmark "))):
             continue
         results.append(Check(name, *check()))
         if name in DECISIVE and not results[-1].passed:

@@ -20,7 +20,7 @@ from flows.gate.candidate import Candidate, Champion
 from flows.gate.checks.measured import unmeasured
 from flows.gate.gate import GateReport, evaluate_gate
 from flows.gate.holdout_reuse import reuse_of
-from flows.gate.reevaluation import reevaluate_candidate, reevaluate_champion, reevaluate_suites
+from flows.gate.reevaluation import reevaluate_benchmarks, reevaluate_candidate, reevaluate_champion, reevaluate_suites
 from flows.params import Params
 from flows.paths import Paths
 from flows.registry.approvals import approvals, unsigned_approvals
@@ -231,6 +231,7 @@ def _judge(
                 reevaluate_champion=partial(reevaluate_champion, *arguments),
                 reevaluate_candidate=partial(reevaluate_candidate, *arguments),
                 reevaluate_suites=partial(reevaluate_suites, params, paths, state, version, candidate),
+                reevaluate_benchmarks=partial(reevaluate_benchmarks, params, paths, state, version, candidate),
             )
         return evaluate_gate(candidate, champion, params.gate, params.merge, params.project.seed)
 
@@ -294,6 +295,7 @@ def _candidate(
         again=again,
         reuse=reuse_of(state, version, holder),
         suites=read_json(at.evaluation_suites) if at.evaluation_suites.exists() else {},
+        required_benchmarks=tuple(benchmark.name for benchmark in params.evaluate.benchmarks),
         required_suites=tuple(Path(name).stem for name in params.evaluate.suites),
     )
 
@@ -340,6 +342,7 @@ def _champion(paths: Paths, state: RegistryReader, holder: Assignment | None, ca
         scorers=scorers,
         max_new_tokens=record["params"].get("evaluate", {}).get("max_new_tokens"),
         suites=suites,
+        benchmarks=record["metrics"].get("benchmarks") or {},
     )
 
 

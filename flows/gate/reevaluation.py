@@ -117,17 +117,41 @@ def reevaluate_suites(
     The arguments and errors are those of `reevaluate_champion`.
     """
     with ExitStack() as stack:
-        at = stack.enter_context(files_of(paths, registry, champion, [paths.adapter]))
-        check_adapter(at.adapter, registry, champion)
-        task = {
-            "version": champion.number,
-            "params": measured_with(params, registry, champion),
-            "base": str(_base(stack, paths, registry, champion, candidate).absolute()),
-            "adapter": str(at.adapter.absolute()),
-            "system_prompt": params.data.system_prompt,
-            "root": str(paths.root.absolute()),
-        }
+        task = _task_of_model(stack, params, paths, registry, champion, candidate)
+        task["system_prompt"] = params.data.system_prompt
         return _process("flows.stages.reevaluate_suites", task, "suites.json", read_json)
+
+
+def reevaluate_benchmarks(
+    params: Params, paths: Paths, registry: RegistryReader, champion: Version, candidate: Candidate
+) -> dict[str, Any]:
+    """Measure the champion on the benchmarks of the rules; returns {name: {"identity", "adapter": figures}}.
+
+    The arguments and errors are those of `reevaluate_champion`.
+    """
+    with ExitStack() as stack:
+        task = _task_of_model(stack, params, paths, registry, champion, candidate)
+        return _process("flows.stages.reevaluate_benchmarks", task, "benchmarks.json", read_json)
+
+
+def _task_of_model(
+    stack: ExitStack,
+    params: Params,
+    paths: Paths,
+    registry: RegistryReader,
+    champion: Version,
+    candidate: Candidate,
+) -> dict[str, Any]:
+    """Return the keys of a task that need the champion's model alone, not its data."""
+    at = stack.enter_context(files_of(paths, registry, champion, [paths.adapter]))
+    check_adapter(at.adapter, registry, champion)
+    return {
+        "version": champion.number,
+        "params": measured_with(params, registry, champion),
+        "base": str(_base(stack, paths, registry, champion, candidate).absolute()),
+        "adapter": str(at.adapter.absolute()),
+        "root": str(paths.root.absolute()),
+    }
 
 
 def _files(stack: ExitStack, paths: Paths, registry: RegistryReader, version: Version) -> Paths:

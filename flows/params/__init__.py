@@ -1,5 +1,6 @@
 """`params.yaml`: a typed section for each of its mappings, the reader of the file, and overrides of its keys."""
 
+from flows.params.benchmarks import Benchmark
 from flows.params.data import DEMONSTRATION, DEMONSTRATION_PROMPT, Data
 from flows.params.demonstration import left_over
 from flows.params.evaluate import Control, Evaluate, Merge
@@ -19,6 +20,7 @@ __all__ = [
     "DEMONSTRATION_PROMPT",
     "AutoRank",
     "Base",
+    "Benchmark",
     "Champion",
     "Classification",
     "Control",

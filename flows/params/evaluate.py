@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from flows.params.benchmarks import Benchmark
 from flows.params.scorers import WATCHED, Scorer
 from flows.params.section import Count, NonNegative, Probability, Section, Text, Whole, invalid_value
 
@@ -36,6 +37,7 @@ class Evaluate(Section):
     latency_rows: Whole = 4
     scorers: list[Scorer] = Field(default=[])
     suites: list[Text] = Field(default=[])
+    benchmarks: list[Benchmark] = Field(default=[])
     control: Control = Control()
 
     @model_validator(mode="after")
@@ -55,6 +57,15 @@ class Evaluate(Section):
                 raise invalid_value(expected, f"suites.{index}", path)
             if name in names[:index]:
                 raise invalid_value(f"two suites are called {name}; rename a file", f"suites.{index}", path)
+        return self
+
+    @model_validator(mode="after")
+    def _check_benchmark_names(self) -> Self:
+        names = [benchmark.name for benchmark in self.benchmarks]
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                expected = f"another benchmark is called {name}; remove one, or rename its file"
+                raise invalid_value(expected, f"benchmarks.{index}.task", self.benchmarks[index].task)
         return self
 
     @model_validator(mode="after")

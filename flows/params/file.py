@@ -152,7 +152,9 @@ def _expected(error: ErrorDetails, value: Any, schema: dict[str, Any]) -> str:
         options = [option.strip("'") for option in context["expected"].replace(" or ", ", ").split(", ")]
         return suggest(str(value), options, "give one of ")
     if kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"):
-        return "give a number " + _range(schema["properties"][error["loc"][-1]])
+        # a section that a text can stand for has two forms
+        (fields,) = [form["properties"] for form in schema.get("anyOf", [schema]) if "properties" in form]
+        return "give a number " + _range(fields[error["loc"][-1]])
     if kind in _TYPES:
         return "give " + _TYPES[kind] + _unquoted(value, kind)
     return error["msg"][0].lower() + error["msg"][1:]

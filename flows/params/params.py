@@ -127,10 +127,12 @@ with warnings.catch_warnings():
             return self
 
         @model_validator(mode="after")
-        def _check_suites(self) -> Self:
-            if self.evaluate.suites and self.train.objective == "classification":
-                expected = "train.objective is classification, which generates no answers; give []"
-                raise invalid_value(expected, "evaluate.suites", self.evaluate.suites)
+        def _check_generative(self) -> Self:
+            if self.train.objective == "classification":
+                expected = "train.objective is classification, which generates no text; give []"
+                for name in ("suites", "benchmarks"):
+                    if value := getattr(self.evaluate, name):
+                        raise invalid_value(expected, f"evaluate.{name}", value)
             return self
 
         @model_validator(mode="after")

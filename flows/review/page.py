@@ -62,6 +62,7 @@ def _content(params: Params, paths: Paths) -> dict[str, Any]:
         "promotion": read_promotion(paths, record["version"]),
         "evaluation": evaluation,
         "scorers": evaluation.get("scorers") or {},
+        "benchmarks": evaluation.get("benchmarks") or {},
         "suites": _suites(paths, evaluation.get("suites") or {}),
         "training": training,
         "slices": sorted(slices.items(), key=lambda item: (-item[1]["rows"], item[0])),

@@ -3,11 +3,13 @@
 Both are computed on the weights that training saw, dequantised once, with the adapter enabled and disabled. All kinds
 of rows share one layout of results; metrics that do not apply are left out. A generative model is also measured for
 forgetting on the control set and for latency. The scorers of `evaluate.scorers` add columns and figures.
-The adapter answers the prompts of `evaluate.suites`.
+The adapter answers the prompts of `evaluate.suites`. lm-evaluation-harness measures base and adapter on the tasks of
+`evaluate.benchmarks`.
 """
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ import pyarrow.parquet as parquet
 from flows.base.identity import base_identity
 from flows.base.model import check_base, load_dequantized, load_tokenizer
 from flows.data.rows import Row, read_rows
+from flows.evaluation.benchmarks import Harness, model_digests
 from flows.evaluation.chats import evaluate_chats
 from flows.evaluation.classes import evaluate_classes
 from flows.evaluation.control import evaluate_control
@@ -75,6 +78,7 @@ def _evaluate(
     The result's metrics "control" and "latency" are None if they were not measured.
     """
     checks = suite_checks(suites, paths.root)
+    harness = Harness(params.evaluate.benchmarks, paths.root) if params.evaluate.benchmarks else None
     names, tokenizer = class_names(params, paths), load_tokenizer(paths.base)
     model = PeftModel.from_pretrained(load_dequantized(paths.base, params.quantization, names), paths.adapter)
     extra: dict[str, Any] = {"control": None, "latency": None}
@@ -92,8 +96,25 @@ def _evaluate(
     if evaluate.latency_rows:
         prompts = [row[ids][: row["prompt_length"]] for row in rows[: evaluate.latency_rows]]
         extra["latency"] = measure_latency(model, tokenizer, prompts)
+    if harness is not None:
+        extra["benchmarks"] = _benchmarks(params, paths, harness, model, tokenizer)
     answered = answer_suites(model, tokenizer, suites, checks, evaluate.batch_size, paths.root) if suites else {}
     return replace(result, metrics=result.metrics | extra), table, answered
+
+
+def _benchmarks(params: Params, paths: Paths, harness: Harness, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """Return the metric "benchmarks": {name: {"identity", "base": figures, "adapter": figures}}."""
+    sides = {"base": (None, model.disable_adapter()), "adapter": (paths.adapter, nullcontext())}
+    figures = {}
+    for side, (adapter, context) in sides.items():
+        digests = model_digests(base_identity(paths.base), params.quantization, adapter)
+        with context:
+            size = params.evaluate.batch_size
+            figures[side] = harness.measure(model, tokenizer, size, paths.benchmark_cache, digests)
+    return {
+        one.name: {"identity": one.identity(paths.root)} | {side: figures[side][one.name] for side in sides}
+        for one in params.evaluate.benchmarks
+    }
 
 
 if __name__ == "__main__":

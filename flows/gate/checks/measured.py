@@ -47,6 +47,7 @@ def unmeasured(record: Mapping[str, Any], metrics: Mapping[str, Any], rules: Par
     yield from _control(settings, metrics, rules)
     yield from _scorers(metrics, rules, root)
     yield from _suites(metrics, rules, root)
+    yield from _benchmarks(metrics, rules, root)
 
 
 def _rows(settings: Mapping[str, Any], rules: Params) -> Iterator[str]:
@@ -113,6 +114,18 @@ def _suites(metrics: Mapping[str, Any], rules: Params, root: Path) -> Iterator[s
             yield f"it was evaluated without the suite {name} of the rules"
         elif not is_same_suite(measured, suite.identity(root)):
             yield f"it was evaluated with other prompts, settings or files of the suite {name} than the rules have"
+
+
+def _benchmarks(metrics: Mapping[str, Any], rules: Params, root: Path) -> Iterator[str]:
+    """Compare the benchmarks of the rules: task, settings and files."""
+    if rules.gate.max_benchmark_drop is None:
+        return
+    for benchmark in rules.evaluate.benchmarks:
+        measured = (metrics.get("benchmarks") or {}).get(benchmark.name)
+        if measured is None:
+            yield f"it was evaluated without the benchmark {benchmark.name} of the rules"
+        elif measured["identity"] != benchmark.identity(root):
+            yield f"it was evaluated with another form of the benchmark {benchmark.name} than the rules have"
 
 
 def _differs(key: str, value: Any, required: Any, how: str = "") -> str:

@@ -15,6 +15,7 @@ LIMITS = (
     "min_accuracy",
     "max_forgetting",
     "max_new_suite_failures",
+    "max_benchmark_drop",
     "max_adapter_mb",
     "max_first_token_ms",
     "max_token_ms",

@@ -141,7 +141,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 def test_a_classifier_answers_no_prompts(tmp_path: Path) -> None:
     text = "data: {source: a.jsonl, kind: classification}\ntrain: {objective: classification}\n"
-    assert "which generates no answers" in refusal(tmp_path, text + "evaluate: {suites: [data/a.yaml]}")
+    assert "which generates no text" in refusal(tmp_path, text + "evaluate: {suites: [data/a.yaml]}")
     assert read(tmp_path, text).evaluate.suites == []
 
 
