@@ -16,10 +16,31 @@ from flows.errors import StageError
 from flows.params.benchmarks import Benchmark
 from flows.params.file import suggest
 from flows.params.method import Quantization
+from peftcore.errors import require_extra
 from peftcore.files import MANIFEST, sha256, write_atomically
 
 Figures = dict[str, Any]
 """A benchmark of one model: {"value", "stderr" (None: the harness gives none), "metric", "higher", "rows"}."""
+
+
+def check_benchmarks(benchmarks: Sequence[Benchmark], root: Path) -> None:
+    """Check, without importing the harness, that it is installed and that the files of tasks exist.
+
+    Args:
+        benchmarks: The entries of `evaluate.benchmarks`.
+        root: The repository.
+
+    Raises:
+        MissingExtraError: The harness is not installed.
+        StageError: A file is missing.
+    """
+    if benchmarks:
+        require_extra("benchmarks", "evaluate.benchmarks", "lm_eval")
+    for benchmark in benchmarks:
+        if benchmark.is_file and not (root / benchmark.task).is_file():
+            raise StageError(
+                f"evaluate.benchmarks, {benchmark.task}: the file cannot be read; create it and `git add` it"
+            )
 
 
 class Harness:
@@ -30,18 +51,15 @@ class Harness:
         root: The repository.
 
     Raises:
-        StageError: The harness is not installed, or a task or its data cannot be found.
+        MissingExtraError: The harness is not installed.
+        StageError: A task or its data cannot be found.
     """
 
     def __init__(self, benchmarks: Sequence[Benchmark], root: Path) -> None:
-        try:
-            import lm_eval  # pyright: ignore[reportMissingImports]
-            from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
-        except ImportError as error:
-            raise StageError(
-                f"evaluate.benchmarks needs lm-evaluation-harness ({error}); install it with `pip install "
-                "'peftcore[benchmarks]'`, or give []"
-            ) from error
+        check_benchmarks(benchmarks, root)
+        import lm_eval  # pyright: ignore[reportMissingImports]
+        from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+
         self.version: str = lm_eval.__version__
         self._root = root
         self._benchmarks = benchmarks
@@ -53,8 +71,6 @@ class Harness:
     def _load(self, benchmark: Benchmark) -> None:
         """Load a task and its data, to find mistakes early."""
         at = f"evaluate.benchmarks, {benchmark.task}"
-        if benchmark.is_file and not (self._root / benchmark.task).is_file():
-            raise StageError(f"{at}: the file cannot be read; create it and `git add` it")
         if not benchmark.is_file and benchmark.task not in self._tasks.all_tasks:
             near = suggest(benchmark.task, list(self._tasks.all_tasks), "")
             known = near if near.startswith("did you") else "`lm_eval ls tasks` lists all tasks"

@@ -79,7 +79,7 @@ def test_it_shows_the_run(registered: Any) -> None:
     ):
         assert fact in words, fact
     assert page.tags.count("svg") == 3
-    assert "Scorers" not in words and "Prompt suites" not in words
+    assert "Scorers" not in words and "Prompt suites" not in words and "Benchmarks" not in words
     assert "<mark>Say hello.</mark>" in registered.paths.review.read_text()
 
 
@@ -160,3 +160,13 @@ def test_sampled_suites_show_pass_at_k_and_seeds(project: Any) -> None:
     words = " ".join(page_of(project).text.split())
     assert "2 sampled; pass@1 of at least 50% 3083.3%" in words, "three prompts, none fails"
     assert "(pass@1: 50.0%)" in words and "adapter, seed 8" in words
+
+
+def test_benchmarks_have_a_table_with_standard_errors(project: Any) -> None:
+    side = {"metric": "acc,none", "value": 0.5, "stderr": 0.05, "higher": True, "rows": 100}
+    identity = {"task": "quiz", "num_fewshot": 5, "limit": 100, "metric": None, "files": {}}
+    quiz = {"identity": identity, "base": side, "adapter": side | {"value": 0.625, "stderr": None}}
+    project.register(benchmarks={"quiz": quiz})
+    page_of(project)
+    cells = re.sub(r"\s*<[^>]*>\s*", "|", project.paths.review.read_text())
+    assert "quiz||acc,none||100||5||0.5000 ± 0.0500||0.6250||+0.125|" in cells

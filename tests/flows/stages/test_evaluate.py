@@ -19,6 +19,7 @@ from flows.params import Params
 from flows.paths import Paths
 from flows.registry.lineage import evidence
 from flows.stages import evaluate
+from flows.stages.reevaluate_benchmarks import measure
 from peftcore import CheckpointError
 from peftcore.files import sha256, write_manifest
 
@@ -224,3 +225,31 @@ def test_a_wrong_suite_stops_before_the_model_is_loaded(
     (evaluated.root / "data" / "support.yaml").write_text(SUITE.replace('contain: "zzz"', 'match: "("'))
     with pytest.raises(StageError, match=r"evaluate\.suites: must match '\('"):
         evaluate.run(params, evaluated)
+
+
+@pytest.mark.slow
+def test_benchmarks_have_figures_of_base_and_adapter(
+    evaluated: Paths, tiny_params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra benchmarks)")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    (evaluated.root / "data").mkdir(exist_ok=True)
+    rows = [{"q": f"{n} and 1?", "choices": [f"{n + 1}", f"{n}"], "answer": n % 2} for n in range(8)]
+    (evaluated.root / "data" / "quiz.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (evaluated.root / "data" / "quiz.yaml").write_text(
+        "task: quiz\ndataset_path: json\ndataset_kwargs: {data_files: {test: data/quiz.jsonl}}\ntest_split: test\n"
+        "output_type: multiple_choice\ndoc_to_text: '{{q}}'\ndoc_to_choice: choices\ndoc_to_target: answer\n"
+        "metric_list: [{metric: acc}]\n"
+    )
+    before = metrics_of(evaluated)
+    evaluate.run(tiny_params(evaluate={"benchmarks": [{"task": "data/quiz.yaml", "limit": 6}]}), evaluated)
+    metrics = metrics_of(evaluated)
+    assert set(metrics) - set(before) == {"benchmarks"}
+    quiz = metrics["benchmarks"]["quiz"]
+    assert (quiz["base"]["rows"], quiz["adapter"]["metric"], quiz["identity"]["limit"]) == (6, "acc,none", 6)
+    assert len(list(evaluated.benchmark_cache.iterdir())) == 2
+    task = {"params": tiny_params(evaluate={"benchmarks": [{"task": "data/quiz.yaml", "limit": 6}]}).model_dump()}
+    places = {"base": str(evaluated.base), "adapter": str(evaluated.adapter), "root": str(evaluated.root)}
+    again = measure(task | places)
+    assert again == {"quiz": {key: quiz[key] for key in ("identity", "adapter")}}
+    assert len(list(evaluated.benchmark_cache.iterdir())) == 2, "from the cache"
