@@ -17,6 +17,7 @@ from flows.gate.candidate import Candidate, Champion, CheckResult
 from flows.gate.checks import champion as against
 from flows.gate.checks import figures, files, people
 from flows.gate.checks.benchmarks import benchmark
+from flows.gate.checks.calibration import calibration
 from flows.gate.checks.evidence import evidence
 from flows.gate.checks.forgetting import forgetting
 from flows.gate.checks.measured import evaluation_settings
@@ -114,6 +115,9 @@ def evaluate_gate(candidate: Candidate, champion: Champion | None, gate: Gate, m
         ("merge fidelity", lambda: figures.merge_fidelity(candidate, merge)),
         ("approval", lambda: people.approval(candidate, gate)),
     ]
+    if gate.max_calibration_error is not None or candidate.metrics.get("calibration") is not None:
+        places = [name for name, _ in checks]
+        checks.insert(places.index("against the champion"), ("calibration", lambda: calibration(candidate, gate)))
     if gate.min_accuracy is not None:
         accuracy = ("accuracy", partial(figures.figure, candidate, "adapter", "accuracy", gate.min_accuracy))
         checks.insert([name for name, _ in checks].index("against the champion"), accuracy)

@@ -35,6 +35,7 @@ class Evaluate(Section):
     max_new_tokens: Count = 40
     samples: Count = 12
     latency_rows: Whole = 4
+    calibration_rows: Whole = 0
     scorers: list[Scorer] = Field(default=[])
     suites: list[Text] = Field(default=[])
     benchmarks: list[Benchmark] = Field(default=[])

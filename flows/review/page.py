@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from flows.charts.curves import headline_bars, largest, loss_curves, slice_dumbbells
+from flows.charts.curves import headline_bars, largest, loss_curves, reliability, slice_dumbbells
 from flows.charts.ranks import HEAT_MAP
 from flows.gate.promote import last_record, read_promotion
 from flows.params import Params
@@ -56,12 +56,14 @@ def _content(params: Params, paths: Paths) -> dict[str, Any]:
     record = last_record(paths)
     evaluation = read_json(paths.evaluation_metrics)
     training = read_json(paths.training_summary)
+    calibration = evaluation.get("calibration")
     slices, ranks = evaluation["slices"], paths.training / HEAT_MAP
     return {
         "record": record,
         "promotion": read_promotion(paths, record["version"]),
         "evaluation": evaluation,
         "scorers": evaluation.get("scorers") or {},
+        "calibration": calibration,
         "benchmarks": evaluation.get("benchmarks") or {},
         "suites": _suites(paths, evaluation.get("suites") or {}),
         "training": training,
@@ -76,6 +78,7 @@ def _content(params: Params, paths: Paths) -> dict[str, Any]:
             "headline": headline_bars(evaluation["base"], evaluation["adapter"]),
             "loss": loss_curves(paths.loss_curve, training["best_step"]),
             "slices": slice_dumbbells(slices),
+            "reliability": reliability(calibration["base"], calibration["adapter"]) if calibration else None,
             "ranks": Markup(ranks.read_text()) if ranks.exists() else None,
         },
     }

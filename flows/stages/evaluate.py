@@ -18,9 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as parquet
 
 from flows.base.identity import base_identity
-from flows.base.model import check_base, load_dequantized, load_tokenizer
+from flows.base.model import check_base, load_dequantized, load_tokenizer, padding_id
 from flows.data.rows import Row, read_rows
 from flows.evaluation.benchmarks import Harness, model_digests
+from flows.evaluation.calibration import token_calibration
 from flows.evaluation.chats import evaluate_chats
 from flows.evaluation.classes import evaluate_classes
 from flows.evaluation.control import evaluate_control
@@ -96,6 +97,12 @@ def _evaluate(
     if evaluate.latency_rows:
         prompts = [row[ids][: row["prompt_length"]] for row in rows[: evaluate.latency_rows]]
         extra["latency"] = measure_latency(model, tokenizer, prompts)
+    if evaluate.calibration_rows:
+        size, pad = evaluate.batch_size, padding_id(tokenizer)
+        extra["calibration"] = {}
+        for side, context in (("base", model.disable_adapter()), ("adapter", nullcontext())):
+            with context:
+                extra["calibration"][side] = token_calibration(model, rows[: evaluate.calibration_rows], pad, size)
     if harness is not None:
         extra["benchmarks"] = _benchmarks(params, paths, harness, model, tokenizer)
     answered = answer_suites(model, tokenizer, suites, checks, evaluate.batch_size, paths.root) if suites else {}

@@ -55,6 +55,7 @@ def _other_figures(record: Mapping[str, Any], candidate: Candidate) -> Iterator[
         **{name: (record.get(name), candidate.metrics.get(name)) for name in ("evaluation_set", "base_model")},
         **{part: (record.get("metrics", {}).get(part), candidate.metrics[part]) for part in (*SIDES, "gain")},
         "suites": (record.get("metrics", {}).get("suites"), candidate.metrics.get("suites")),
+        "calibration": (record.get("metrics", {}).get("calibration"), candidate.metrics.get("calibration")),
         "benchmarks": (record.get("metrics", {}).get("benchmarks"), candidate.metrics.get("benchmarks")),
         "scorers": (record.get("metrics", {}).get("scorers"), candidate.metrics.get("scorers")),
         "merge": (

@@ -58,6 +58,8 @@ def _rows(settings: Mapping[str, Any], rules: Params) -> Iterator[str]:
         "evaluate.generate_rows": rules.evaluate.generate_rows,
         "merge.rows": rules.merge.rows,
     }
+    if rules.gate.max_calibration_error is not None:
+        required["evaluate.calibration_rows"] = rules.evaluate.calibration_rows
     for key, least in required.items():
         section, _, name = key.partition(".")
         value = settings.get(section, {}).get(name, least)

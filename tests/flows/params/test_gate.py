@@ -16,6 +16,7 @@ LIMITS = (
     "max_forgetting",
     "max_new_suite_failures",
     "max_benchmark_drop",
+    "max_calibration_error",
     "max_adapter_mb",
     "max_first_token_ms",
     "max_token_ms",

@@ -79,7 +79,12 @@ def test_it_shows_the_run(registered: Any) -> None:
     ):
         assert fact in words, fact
     assert page.tags.count("svg") == 3
-    assert "Scorers" not in words and "Prompt suites" not in words and "Benchmarks" not in words
+    assert (
+        "Scorers" not in words
+        and "Prompt suites" not in words
+        and "Benchmarks" not in words
+        and "Calibration" not in words
+    )
     assert "<mark>Say hello.</mark>" in registered.paths.review.read_text()
 
 
@@ -170,3 +175,15 @@ def test_benchmarks_have_a_table_with_standard_errors(project: Any) -> None:
     page_of(project)
     cells = re.sub(r"\s*<[^>]*>\s*", "|", project.paths.review.read_text())
     assert "quiz||acc,none||100||5||0.5000 ± 0.0500||0.6250||+0.125|" in cells
+
+
+def test_calibration_has_a_reliability_plot(project: Any) -> None:
+    bins = [{"share": 0.4, "accuracy": 0.3, "confidence": 0.35}, {"share": 0.6, "accuracy": 0.8, "confidence": 0.9}]
+    side = {"ece": 0.08, "brier": 0.31, "predictions": 1234, "bins": bins}
+    project.register(calibration={"base": side | {"ece": 0.2}, "adapter": side})
+    page = page_of(project)
+    words = " ".join(page.text.split())
+    assert "for 1,234 tokens" in words and "base (ECE 0.200)" in words and "adapter (ECE 0.080)" in words
+    cells = re.sub(r"\s*<[^>]*>\s*", "|", project.paths.review.read_text())
+    assert "Expected calibration error (0 to 1)||0.2000||0.0800|" in cells
+    assert page.tags.count("svg") == 4 and all(link.startswith("#") for link in page.links)

@@ -253,3 +253,16 @@ def test_benchmarks_have_figures_of_base_and_adapter(
     again = measure(task | places)
     assert again == {"quiz": {key: quiz[key] for key in ("identity", "adapter")}}
     assert len(list(evaluated.benchmark_cache.iterdir())) == 2, "from the cache"
+
+
+def test_calibration_is_of_the_tokens_of_the_first_rows(evaluated: Paths, tiny_params) -> None:
+    before = metrics_of(evaluated)
+    evaluate.run(tiny_params(evaluate={"calibration_rows": 5}), evaluated)
+    metrics = metrics_of(evaluated)
+    assert set(metrics) - set(before) == {"calibration"}
+    tokens = sum(row["tokens"] for row in rows_of(evaluated)[:5])
+    for side in ("base", "adapter"):
+        figures = metrics["calibration"][side]
+        assert figures["predictions"] == tokens
+        assert sum(one["share"] for one in figures["bins"]) == pytest.approx(1)
+    assert metrics["calibration"]["base"] != metrics["calibration"]["adapter"]
