@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from flows.errors import StageError
-from flows.params.benchmarks import Benchmark
+from flows.params import Benchmark, Quantization
 from flows.params.file import suggest
-from flows.params.method import Quantization
 from peftcore.errors import require_extra
 from peftcore.files import MANIFEST, sha256, write_atomically
 

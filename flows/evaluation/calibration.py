@@ -48,7 +48,7 @@ class Calibration:
         self._brier += float((probabilities.square().sum(-1) - 2 * of_label + 1).sum())
 
     def figures(self) -> dict[str, Any]:
-        """Return `ece`, `brier`, the number of `predictions`, and `bins`: share, accuracy and confidence of filled bins."""
+        """Return `ece`, `brier`, the number of `predictions`, and `bins` with share, accuracy and confidence."""
         total = float(self._count.sum())
         filled = self._count > 0
         count = self._count[filled]

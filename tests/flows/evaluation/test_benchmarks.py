@@ -11,8 +11,7 @@ from flows.base.model import load_dequantized, load_tokenizer
 from flows.errors import StageError
 from flows.evaluation import benchmarks
 from flows.evaluation.benchmarks import Harness, model_digests
-from flows.params import Benchmark
-from flows.params.method import Quantization
+from flows.params import Benchmark, Quantization
 from peftcore import LoraConfig, PeftModel, get_peft_model
 from peftcore.files import write_manifest
 
