@@ -103,9 +103,9 @@ def _evaluate(
         for side, context in (("base", model.disable_adapter()), ("adapter", nullcontext())):
             with context:
                 extra["calibration"][side] = token_calibration(model, rows[: evaluate.calibration_rows], pad, size)
-    if harness is not None:
-        extra["benchmarks"] = _benchmarks(params, paths, harness, model, tokenizer)
     answered = answer_suites(model, tokenizer, suites, checks, evaluate.batch_size, paths.root) if suites else {}
+    if harness is not None:  # last, because the harness seeds all generators and may set the tokenizer's padding
+        extra["benchmarks"] = _benchmarks(params, paths, harness, model, tokenizer)
     return replace(result, metrics=result.metrics | extra), table, answered
 
 

@@ -43,3 +43,12 @@ def test_the_identity_has_the_files_that_the_task_names(tmp_path: Path) -> None:
     after = entry.identity(tmp_path)
     assert after != before and list(after["files"]) == ["data/quiz.jsonl", "data/quiz.yaml"]
     assert Benchmark(task="arc_easy").identity(tmp_path)["files"] == {}
+
+
+def test_the_example_of_the_documentation(tmp_path: Path) -> None:
+    section = (Path(__file__).parents[3] / "docs" / "pipeline.md").read_text().partition("## Benchmarks")[2]
+    entries = read(tmp_path, section.partition("```yaml")[2].partition("```")[0]).evaluate.benchmarks
+    assert [(one.name, one.num_fewshot, one.limit, one.metric) for one in entries] == [
+        ("arc_easy", None, None, None),
+        ("quiz", 5, 200, "acc_norm"),
+    ]
