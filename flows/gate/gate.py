@@ -29,7 +29,7 @@ DECISIVE = frozenset(
 )
 """Checks that later checks depend on. If one fails, no further check is made."""
 COMPARING = frozenset(("against the champion", "the champion's rows", "slices"))
-"""Comparisons with the champion, made only if no earlier check has failed. So are those of rules, suites, benchmarks."""
+"""Checks made only if no earlier check has failed, like those of suites, benchmarks and bounds of rules."""
 
 
 @dataclass(frozen=True)
