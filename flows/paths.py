@@ -129,6 +129,11 @@ class Paths:
         return self.evaluation / "metrics.json"
 
     @property
+    def evaluation_suites(self) -> Path:
+        """Answers to the prompt suites, with the failed assertions; absent without suites."""
+        return self.evaluation / "suites.json"
+
+    @property
     def samples(self) -> Path:
         """Answers of both models side by side."""
         return self.evaluation / "samples.json"
@@ -202,6 +207,11 @@ class Paths:
     def trials(self) -> Path:
         """Parameters that sweeps and trials of this clone have tried, by the digest of the prepared data."""
         return self.review.with_name("trials.json")
+
+    @property
+    def benchmark_cache(self) -> Path:
+        """Cached figures of benchmarks, by the digests of model and task; not an output of DVC."""
+        return self.checkpoints / "benchmarks"
 
     @property
     def checkpoints(self) -> Path:

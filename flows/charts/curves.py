@@ -111,6 +111,37 @@ def slice_dumbbells(slices: Mapping[str, Mapping[str, Any]]) -> Markup:
     return svg(figure, "Test loss by slice, base against adapter")
 
 
+@matplotlib.rc_context(STYLE)
+def reliability(base: Mapping[str, Any], adapter: Mapping[str, Any]) -> Markup:
+    """Draw accuracy by confidence of base and adapter; perfect calibration is the diagonal.
+
+    Args:
+        base: Figures of a calibration: `ece`, and `bins` with `share`, `accuracy` and `confidence`.
+        adapter: Those of the adapter.
+    """
+    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
+    lines, shares = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    lines.plot([0, 1], [0, 1], color=SOFT, linewidth=1, linestyle=(0, (3, 3)))
+    for name, side, color, shift in (("base", base, BASE, -0.011), ("adapter", adapter, ADAPTER, 0.011)):
+        columns = {key: [one[key] for one in side["bins"]] for key in ("confidence", "accuracy", "share")}
+        label = f"{name} (ECE {side['ece']:.3f})"
+        lines.plot(
+            columns["confidence"], columns["accuracy"], "o-", color=color, linewidth=2, markersize=5, label=label
+        )
+        shares.bar([x + shift for x in columns["confidence"]], columns["share"], width=0.02, color=color)
+    lines.set_ylabel("accuracy")
+    lines.set_ylim(0, 1)
+    lines.legend(frameon=False, loc="upper left")
+    shares.set_ylabel("share")
+    shares.set_xlabel("confidence (mean probability of the prediction)")
+    shares.set_xlim(0, 1)
+    for axes in (lines, shares):
+        axes.grid(axis="y", color=LINE, linewidth=0.8)
+        axes.set_axisbelow(True)
+        bare(axes, keep="bottom")
+    return svg(figure, "Accuracy by confidence, base against adapter")
+
+
 def largest(slices: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return the names of the slices with the most rows, at most SLICES_SHOWN."""
     return sorted(slices, key=lambda name: (-slices[name]["rows"], name))[:SLICES_SHOWN]

@@ -1,4 +1,4 @@
-"""Evaluation of labelled texts: loss, accuracy and macro-F1 of the classifier.
+"""Evaluation of labelled texts: loss, accuracy, macro-F1 and calibration of the classifier.
 
 The base has no head for these classes. So the classifier is compared with the class frequencies of the training rows:
 each class has its frequency as probability, and the most frequent class is the prediction.
@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flows.base.model import padding_id
 from flows.data.rows import Row
+from flows.evaluation.calibration import class_calibration
 from flows.evaluation.result import COMMON, EvaluationResult, common_columns, common_metrics
 from flows.evaluation.scoring import RowLosses, class_log_probs
 from flows.params import Params
@@ -62,6 +63,7 @@ def evaluate_classes(
             "macro_f1": macro_f1(labels, predictions[name]),
         }
     metrics = common_metrics(rows, losses, sides["base"], sides["adapter"], ["accuracy", "macro_f1"])
+    metrics["calibration"] = {name: class_calibration(of_classes, labels) for name, of_classes in log_probs.items()}
     table = common_columns(rows, losses["base"], losses["adapter"])
     confidences = adapter.amax(1).exp().tolist()
     for i, row in enumerate(table):

@@ -1,4 +1,4 @@
-"""Greedy generation for many prompts: batched by length, padded on the left, with a key-value cache."""
+"""Generation for many prompts, greedy or sampled: batched by length, padded on the left, with a key-value cache."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -43,6 +43,15 @@ class Answers:
         return sum(answer.tokens for answer in self.answers) / self.seconds
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """Sampling of answers; the same seed and prompts give the same answers. top_p: share of the probability to use."""
+
+    seed: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
 def generate_answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -50,8 +59,9 @@ def generate_answers(
     max_new_tokens: int,
     batch_size: int,
     bar: Any = None,
+    sampling: Sampling | None = None,
 ) -> Answers:
-    """Answer each prompt greedily.
+    """Answer each prompt.
 
     Args:
         model: A causal language model.
@@ -60,15 +70,19 @@ def generate_answers(
         max_new_tokens: Maximum tokens of an answer.
         batch_size: Prompts per batch.
         bar: Progress bar in rows.
+        sampling: How to sample the answers; None: greedily. The random state of the process stays.
     """
     end = end_token(tokenizer)
     pad = padding_id(tokenizer)
-    config = GenerationConfig(
-        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=pad, use_cache=True
-    )
+    config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=end, pad_token_id=pad, use_cache=True)
+    if sampling is None:
+        config.update(do_sample=False)
+    else:
+        # top_k: transformers' own default keeps 50 tokens only
+        config.update(do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=0)
     answers: list[Answer | None] = [None] * len(prompts)
     started = time.perf_counter()
-    with contiguous_head(model):
+    with contiguous_head(model), _seeded(sampling, model.device):
         for batch in by_length([len(prompt) for prompt in prompts], batch_size):
             inputs = _left_padded([prompts[i] for i in batch], pad, model.device)
             with torch.no_grad():
@@ -80,6 +94,17 @@ def generate_answers(
                 bar.set_postfix({"tokens/s": f"{speed:,.0f}"}, refresh=False)
                 bar.update(len(batch))
     return Answers(cast(list[Answer], answers), time.perf_counter() - started)
+
+
+@contextmanager
+def _seeded(sampling: Sampling | None, device: torch.device) -> Iterator[None]:
+    """Seed PyTorch's generators, and restore them afterwards; without sampling, do nothing."""
+    if sampling is None:
+        yield
+        return
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(sampling.seed)
+        yield
 
 
 @contextmanager

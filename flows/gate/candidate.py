@@ -68,6 +68,12 @@ class Candidate:
     again: bool = False
     """True if a person asked to judge the version again although it had lost the stage."""
     reuse: HoldoutReuse | None = None
+    suites: Mapping[str, Any] = field(default_factory=dict)
+    """Results of the prompt suites that the evaluation answered; the content of suites.json."""
+    required_suites: tuple[str, ...] = ()
+    """Names of the suites of the rules."""
+    required_benchmarks: tuple[str, ...] = ()
+    """Names of the benchmarks of the rules."""
 
 
 class Reevaluation(NamedTuple):
@@ -103,6 +109,26 @@ class Champion:
     """{name: identity of the scorer} of the champion's own evaluation."""
     max_new_tokens: int | None = None
     """Maximum tokens of the answers of the champion's own evaluation; None if its record does not say."""
+
+    suites: Mapping[str, Any] = field(default_factory=dict)
+    """Results of the prompt suites of the champion's own evaluation."""
+    reevaluate_suites: Callable[[], Mapping[str, Any]] | None = None
+    """Lets the champion answer the suites of the rules, in minutes; None if the rules forbid a re-evaluation."""
+
+    benchmarks: Mapping[str, Any] = field(default_factory=dict)
+    """{name: identity and figures} of the benchmarks of the champion's own evaluation."""
+    reevaluate_benchmarks: Callable[[], Mapping[str, Any]] | None = None
+    """Measures the champion on the benchmarks of the rules; None if the rules forbid a re-evaluation."""
+
+    @cached_property
+    def measured_benchmarks(self) -> Mapping[str, Any] | None:
+        """The champion's figures on the benchmarks of the rules, measured at the first use."""
+        return self.reevaluate_benchmarks() if self.reevaluate_benchmarks else None
+
+    @cached_property
+    def answered_suites(self) -> Mapping[str, Any] | None:
+        """The champion's answers to the suites of the rules, measured at the first use."""
+        return self.reevaluate_suites() if self.reevaluate_suites else None
 
     @cached_property
     def candidate_on_own_rows(self) -> Reevaluation | None:

@@ -16,9 +16,12 @@ from typing import Any
 from flows.gate.candidate import Candidate, Champion, CheckResult
 from flows.gate.checks import champion as against
 from flows.gate.checks import figures, files, people
+from flows.gate.checks.benchmarks import benchmark
+from flows.gate.checks.calibration import calibration
 from flows.gate.checks.evidence import evidence
 from flows.gate.checks.forgetting import forgetting
 from flows.gate.checks.measured import evaluation_settings
+from flows.gate.checks.suites import prompt_suite
 from flows.params import Gate, Merge
 
 DECISIVE = frozenset(
@@ -26,7 +29,7 @@ DECISIVE = frozenset(
 )
 """Checks that later checks depend on. If one fails, no further check is made."""
 COMPARING = frozenset(("against the champion", "the champion's rows", "slices"))
-"""Comparisons with the champion, made only if no earlier check has failed; so are those of `gate.rules`."""
+"""Checks made only if no earlier check has failed, like those of suites, benchmarks and bounds of rules."""
 
 
 @dataclass(frozen=True)
@@ -96,19 +99,30 @@ def evaluate_gate(candidate: Candidate, champion: Champion | None, gate: Gate, m
         ("the champion's rows", lambda: against.on_the_champions_rows(candidate, champion, gate, seed)),
         *((name, partial(against.rule_bound, candidate, champion, gate, rule, seed)) for name, rule in bounds.items()),
         ("slices", lambda: against.slices(candidate, champion, gate, seed)),
+        *(
+            (f"suite {name}", partial(prompt_suite, candidate, champion, gate, name))
+            for name in candidate.required_suites
+        ),
+        *(
+            (f"benchmark {name}", partial(benchmark, candidate, champion, gate, name))
+            for name in candidate.required_benchmarks
+        ),
         ("forgetting", lambda: forgetting(candidate, gate, seed)),
         ("adapter size", lambda: files.adapter_size(candidate, gate)),
         ("latency", lambda: figures.latency(candidate, gate)),
         ("merge fidelity", lambda: figures.merge_fidelity(candidate, merge)),
         ("approval", lambda: people.approval(candidate, gate)),
     ]
+    if gate.max_calibration_error is not None or candidate.metrics.get("calibration") is not None:
+        places = [name for name, _ in checks]
+        checks.insert(places.index("against the champion"), ("calibration", lambda: calibration(candidate, gate)))
     if gate.min_accuracy is not None:
         accuracy = ("accuracy", partial(figures.figure, candidate, "adapter", "accuracy", gate.min_accuracy))
         checks.insert([name for name, _ in checks].index("against the champion"), accuracy)
     results: list[Check] = []
     for name, check in checks:
         refused = not all(each.passed for each in results)
-        if refused and (name in COMPARING or name in bounds):
+        if refused and (name in COMPARING or name in bounds or name.startswith(("suite ", "benchmark "))):
             continue
         results.append(Check(name, *check()))
         if name in DECISIVE and not results[-1].passed:

@@ -20,7 +20,7 @@ from flows.gate.candidate import Candidate, Champion
 from flows.gate.checks.measured import unmeasured
 from flows.gate.gate import GateReport, evaluate_gate
 from flows.gate.holdout_reuse import reuse_of
-from flows.gate.reevaluation import reevaluate_candidate, reevaluate_champion
+from flows.gate.reevaluation import reevaluate_benchmarks, reevaluate_candidate, reevaluate_champion, reevaluate_suites
 from flows.params import EventType, Params
 from flows.paths import Paths
 from flows.registry.approvals import approvals, unsigned_approvals
@@ -237,6 +237,8 @@ def _judge(
                 champion,
                 reevaluate_champion=partial(reevaluate_champion, *arguments),
                 reevaluate_candidate=partial(reevaluate_candidate, *arguments),
+                reevaluate_suites=partial(reevaluate_suites, params, paths, state, version, candidate),
+                reevaluate_benchmarks=partial(reevaluate_benchmarks, params, paths, state, version, candidate),
             )
         return evaluate_gate(candidate, champion, params.gate, params.merge, params.project.seed)
 
@@ -306,7 +308,8 @@ def _candidate(
     tag = state.tags(version.tag)[0]
     control, record, metrics = at.evaluation_control, state.record(version), read_json(at.evaluation_metrics)
     registered = {at.root / name: digest for name, digest in record["evidence"].items()}
-    needed = {at.evaluation_metrics, at.evaluation_rows, at.merge_report, *([control] if control.exists() else [])}
+    optional = {path for path in (control, at.evaluation_suites) if path.exists()}
+    needed = {at.evaluation_metrics, at.evaluation_rows, at.merge_report, *optional}
     approved = approvals(state, version, allowed)
     return Candidate(
         name=state.name,
@@ -327,6 +330,9 @@ def _candidate(
         withdrawn=_withdrawn(state, version, params.gate.stage),
         again=again,
         reuse=reuse_of(state, version, holder),
+        suites=read_json(at.evaluation_suites) if at.evaluation_suites.exists() else {},
+        required_benchmarks=tuple(benchmark.name for benchmark in params.evaluate.benchmarks),
+        required_suites=tuple(Path(name).stem for name in params.evaluate.suites),
     )
 
 
@@ -354,8 +360,10 @@ def _champion(paths: Paths, state: RegistryReader, holder: Assignment | None, ca
     version = state.version(holder.version)
     record = state.record(version)
     scorers = record["metrics"].get("scorers") or {}
-    with files_of(paths, state, version, [paths.evaluation_rows]) as where:
+    files = [paths.evaluation_rows, *([paths.evaluation_suites] if record["metrics"].get("suites") else [])]
+    with files_of(paths, state, version, files) as where:
         rows = _read_rows(where.evaluation_rows, scorers)
+        suites = read_json(where.evaluation_suites) if paths.evaluation_suites in files else {}
     base, manifest = record["base_model"], record.get("base_manifest")
     if manifest is None and not have_same_base(candidate.metrics, record):
         base, manifest = _base_of(paths, state, version, record)
@@ -369,6 +377,8 @@ def _champion(paths: Paths, state: RegistryReader, holder: Assignment | None, ca
         content=version.content,
         scorers=scorers,
         max_new_tokens=record["params"].get("evaluate", {}).get("max_new_tokens"),
+        suites=suites,
+        benchmarks=record["metrics"].get("benchmarks") or {},
     )
 
 

@@ -9,11 +9,11 @@ its own, because nothing here imports torch.
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow
 from pyarrow import parquet
@@ -34,6 +34,7 @@ from peftcore.files import sha256
 
 CODE = Path(__file__).parents[2]
 """The folder of this package. The measuring process runs this code, whatever working tree is judged."""
+Result = TypeVar("Result")
 TEXTS = ("prompt", "text")
 """Text columns; prepared rows have one of them: the question, or the text to classify."""
 
@@ -107,6 +108,51 @@ def reevaluate_candidate(
             task |= _metrics(params, paths, candidate)  # rules compare on the candidate's rows
         losses = _run(task)
         return Reevaluation(_selected(losses, unlearned), len(rows) - len(unlearned), losses)
+
+
+def reevaluate_suites(
+    params: Params, paths: Paths, registry: RegistryReader, champion: Version, candidate: Candidate
+) -> dict[str, Any]:
+    """Let the champion answer the prompt suites of the rules; returns the content of suites.json.
+
+    The arguments and errors are those of `reevaluate_champion`.
+    """
+    with ExitStack() as stack:
+        task = _task_of_model(stack, params, paths, registry, champion, candidate)
+        task["system_prompt"] = params.data.system_prompt
+        return _process("flows.stages.reevaluate_suites", task, "suites.json", read_json)
+
+
+def reevaluate_benchmarks(
+    params: Params, paths: Paths, registry: RegistryReader, champion: Version, candidate: Candidate
+) -> dict[str, Any]:
+    """Measure the champion on the benchmarks of the rules; returns {name: {"identity", "adapter": figures}}.
+
+    The arguments and errors are those of `reevaluate_champion`.
+    """
+    with ExitStack() as stack:
+        task = _task_of_model(stack, params, paths, registry, champion, candidate)
+        return _process("flows.stages.reevaluate_benchmarks", task, "benchmarks.json", read_json)
+
+
+def _task_of_model(
+    stack: ExitStack,
+    params: Params,
+    paths: Paths,
+    registry: RegistryReader,
+    champion: Version,
+    candidate: Candidate,
+) -> dict[str, Any]:
+    """Return the keys of a task that need the champion's model alone, not its data."""
+    at = stack.enter_context(files_of(paths, registry, champion, [paths.adapter]))
+    check_adapter(at.adapter, registry, champion)
+    return {
+        "version": champion.number,
+        "params": measured_with(params, registry, champion),
+        "base": str(_base(stack, paths, registry, champion, candidate).absolute()),
+        "adapter": str(at.adapter.absolute()),
+        "root": str(paths.root.absolute()),
+    }
 
 
 def _files(stack: ExitStack, paths: Paths, registry: RegistryReader, version: Version) -> Paths:
@@ -258,14 +304,19 @@ def _no_rows() -> pyarrow.Table:
 
 def _run(task: dict[str, Any]) -> pyarrow.Table:
     """Return the rows that `flows.stages.reevaluate` measures in a subprocess. Raises StageError with its reason."""
+    return _process("flows.stages.reevaluate", task, "rows.parquet", parquet.read_table)
+
+
+def _process(module: str, task: dict[str, Any], name: str, read: Callable[[Path], Result]) -> Result:
+    """Return what a measuring module writes into a file `name`. Raises StageError with the module's reason."""
     with TemporaryDirectory(prefix="peftcore-measure-") as folder:
-        request, out = Path(folder) / "task.json", Path(folder) / "rows.parquet"
+        request, out = Path(folder) / "task.json", Path(folder) / name
         request.write_text(json.dumps(task))
-        command = [sys.executable, "-m", "flows.stages.reevaluate", str(request), str(out)]
+        command = [sys.executable, "-m", module, str(request), str(out)]
         # some libraries print to stdout, which may have to hold one JSON document only
         done = subprocess.run(command, cwd=CODE, env=stage_environment(), stdout=subprocess.DEVNULL, check=False)
         if done.returncode:
             message = out.with_suffix(".txt")
             reason = message.read_text() if message.exists() else f"exit status {done.returncode}, see its output above"
             raise StageError(f"the re-evaluation of {task['version']} failed: {reason}")
-        return parquet.read_table(out)
+        return read(out)

@@ -1,5 +1,6 @@
 """`params.yaml`: a typed section for each of its mappings, the reader of the file, and overrides of its keys."""
 
+from flows.params.benchmarks import Benchmark
 from flows.params.data import DEMONSTRATION, DEMONSTRATION_PROMPT, Data, MixedSource, source_names
 from flows.params.demonstration import left_over
 from flows.params.evaluate import Control, Evaluate, Merge
@@ -11,6 +12,7 @@ from flows.params.params import Base, Params, Project, Tracking, load_params
 from flows.params.retrain import Drift, Retrain
 from flows.params.scorers import Scorer
 from flows.params.section import Section
+from flows.params.suites import Suite, load_suites
 from flows.params.train import Classification, OnBadLoss, OnOutOfMemory, Preference, Train
 from flows.params.webhooks import EVENT_TYPES, Endpoint, EventType, Webhooks
 
@@ -20,6 +22,7 @@ __all__ = [
     "EVENT_TYPES",
     "AutoRank",
     "Base",
+    "Benchmark",
     "Champion",
     "Classification",
     "Control",
@@ -44,6 +47,7 @@ __all__ = [
     "Scorer",
     "Section",
     "Slices",
+    "Suite",
     "Tracking",
     "Train",
     "Webhooks",
@@ -52,6 +56,7 @@ __all__ = [
     "forced",
     "left_over",
     "load_params",
+    "load_suites",
     "parameter_sets",
     "read_params",
     "source_names",

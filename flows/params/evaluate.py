@@ -1,11 +1,13 @@
 """Sections `evaluate` and `merge` of params.yaml."""
 
 import re
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from flows.params.scorers import Scorer
+from flows.params.benchmarks import Benchmark
+from flows.params.scorers import WATCHED, Scorer
 from flows.params.section import Count, NonNegative, Probability, Section, Text, Whole, invalid_value
 
 
@@ -33,7 +35,10 @@ class Evaluate(Section):
     max_new_tokens: Count = 40
     samples: Count = 12
     latency_rows: Whole = 4
+    calibration_rows: Whole = 0
     scorers: list[Scorer] = Field(default=[])
+    suites: list[Text] = Field(default=[])
+    benchmarks: list[Benchmark] = Field(default=[])
     control: Control = Control()
 
     @model_validator(mode="after")
@@ -42,6 +47,26 @@ class Evaluate(Section):
         for index, name in enumerate(names):
             if name in names[:index]:
                 raise invalid_value("two scorers have this name; give another one", f"scorers.{index}.name", name)
+        return self
+
+    @model_validator(mode="after")
+    def _check_suite_files(self) -> Self:
+        names = [Path(name).stem for name in self.suites]
+        for index, (name, path) in enumerate(zip(names, self.suites, strict=True)):
+            if not re.fullmatch(r"data/(?!.*\.\.)[\w./-]+\.ya?ml", path):
+                expected = f"give {WATCHED}FILE.yaml; the evaluate stage depends on {WATCHED}"
+                raise invalid_value(expected, f"suites.{index}", path)
+            if name in names[:index]:
+                raise invalid_value(f"two suites are called {name}; rename a file", f"suites.{index}", path)
+        return self
+
+    @model_validator(mode="after")
+    def _check_benchmark_names(self) -> Self:
+        names = [benchmark.name for benchmark in self.benchmarks]
+        for index, name in enumerate(names):
+            if name in names[:index]:
+                expected = f"another benchmark is called {name}; remove one, or rename its file"
+                raise invalid_value(expected, f"benchmarks.{index}.task", self.benchmarks[index].task)
         return self
 
     @model_validator(mode="after")

@@ -35,8 +35,17 @@ SECRETS = {
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def read_params(path: Path, model: type[Model]) -> Model:
-    """Read the file at `path` as `model`. Raises ParamsError with one line per problem, in the file's order."""
+def read_params(path: Path, model: type[Model], context: Any = None) -> Model:
+    """Read the file at `path` as `model`.
+
+    Args:
+        path: A YAML file.
+        model: The model of the whole file.
+        context: Value for the validators of the model (pydantic's validation context).
+
+    Raises:
+        ParamsError: The file is missing or invalid. The message has one line per problem, in the file's order.
+    """
     try:
         text = read_limited(path, LARGEST_FILE).decode()
     except (OSError, ValueError) as error:
@@ -57,7 +66,7 @@ def read_params(path: Path, model: type[Model]) -> Model:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise ParamsError(f"{path.name}: not valid YAML: {reason}") from error
     try:
-        params = model.model_validate(data)
+        params = model.model_validate(data, context=context)
     except ValidationError as error:
         problems += [_problem(details, model, lines) for details in error.errors()]
     else:
@@ -80,7 +89,7 @@ def _refuse_secrets(root: Node, name: str) -> None:
             todo += node.value
         elif secret := next((kind for kind, form in SECRETS.items() if re.search(form, str(node.value))), None):
             raise ParamsError(
-                f"{name}:{node.start_mark.line + 1}: this looks like {secret}; params.yaml is committed, so remove "
+                f"{name}:{node.start_mark.line + 1}: this looks like {secret}; {name} is committed, so remove "
                 "the secret, revoke it, and give a new one in the environment or in .dvc/config.local"
             )
 
@@ -144,7 +153,9 @@ def _expected(error: ErrorDetails, value: Any, schema: dict[str, Any]) -> str:
         options = [option.strip("'") for option in context["expected"].replace(" or ", ", ").split(", ")]
         return suggest(str(value), options, "give one of ")
     if kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal", "finite_number"):
-        return "give a number " + _range(schema["properties"][error["loc"][-1]])
+        # a section that a text can stand for has two forms
+        (fields,) = [form["properties"] for form in schema.get("anyOf", [schema]) if "properties" in form]
+        return "give a number " + _range(fields[error["loc"][-1]])
     if kind in _TYPES:
         return "give " + _TYPES[kind] + _unquoted(value, kind)
     return error["msg"][0].lower() + error["msg"][1:]
@@ -205,6 +216,7 @@ def section_at(model: type[BaseModel], place: Place) -> type[BaseModel] | None:
         else:
             field = kind.model_fields.get(part) if _is_section(kind) else None
             kind = field.annotation if field else None
+            kind = next((one for one in get_args(kind) if _is_section(one) and type(None) in get_args(kind)), kind)
     return kind if _is_section(kind) else None
 
 

@@ -93,6 +93,9 @@ class Gate(Section):
     min_eos_rate: Probability | None = 0.9
     min_accuracy: Probability | None = None
     max_forgetting: NonNegative | None = 0.2
+    max_new_suite_failures: Whole | None = 0
+    max_benchmark_drop: NonNegative | None = None
+    max_calibration_error: Probability | None = None
     max_adapter_mb: Positive | None = None
     max_first_token_ms: Positive | None = None
     max_token_ms: Positive | None = None

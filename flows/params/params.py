@@ -146,6 +146,22 @@ with warnings.catch_warnings():
             return self
 
         @model_validator(mode="after")
+        def _check_calibration(self) -> Self:
+            if (rows := self.evaluate.calibration_rows) and self.train.objective != "sft":
+                expected = f"train.objective is {self.train.objective}, and only sft has rows of tokens; give 0"
+                raise invalid_value(expected, "evaluate.calibration_rows", rows)
+            return self
+
+        @model_validator(mode="after")
+        def _check_generative(self) -> Self:
+            if self.train.objective == "classification":
+                expected = "train.objective is classification, which generates no text; give []"
+                for name in ("suites", "benchmarks"):
+                    if value := getattr(self.evaluate, name):
+                        raise invalid_value(expected, f"evaluate.{name}", value)
+            return self
+
+        @model_validator(mode="after")
         def _check_rules(self) -> Self:
             figures = FIGURES[self.train.objective]
             scorers = {scorer.name: scorer for scorer in self.evaluate.scorers}

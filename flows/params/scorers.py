@@ -85,10 +85,10 @@ class Scorer(Section):
                 f"give a function as {WATCHED}FILE.py:FUNCTION; the evaluate stage depends on {WATCHED}"
             )
         if ":" not in scorer and scorer not in BUILT_IN:
-            installed = [entry.name for entry in importlib.metadata.entry_points(group=ENTRY_POINTS)]
-            if scorer not in installed:
-                known = suggest(scorer, [*BUILT_IN, *installed], "give one of ")
-                raise invalid_value(f"{known} (or {WATCHED}FILE.py:FUNCTION)")
+            known = known_scorers()
+            if scorer not in known:
+                fits = suggest(scorer, known, "give one of ")
+                raise invalid_value(f"{fits} (or {WATCHED}FILE.py:FUNCTION)")
         return scorer
 
     @model_validator(mode="after")
@@ -139,6 +139,11 @@ class Scorer(Section):
         files += [self.file[0]] if self.file else []
         digests = {name: sha256(root / name) if (root / name).is_file() else None for name in sorted(files)}
         return {"scorer": self.scorer, "options": dict(self.options), "on_error": self.on_error, "files": digests}
+
+
+def known_scorers() -> list[str]:
+    """Return the names of the built-in and the installed scorers."""
+    return [*BUILT_IN, *(entry.name for entry in importlib.metadata.entry_points(group=ENTRY_POINTS))]
 
 
 def _is_file(value: Any) -> bool:

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from flows.errors import GateError, RepositoryError
+from flows.evaluation.benchmarks import check_benchmarks
 from flows.evaluation.scorers.load import check_scorers
 from flows.gate.promote import Promotion, promote
-from flows.params import left_over, load_params
+from flows.params import left_over, load_params, load_suites
 from flows.paths import Paths
 from flows.registry.lineage import check_artifact_name
 from flows.review.page import write_review
@@ -103,13 +104,16 @@ def check_registrable(root: Path) -> None:
     Raises:
         RepositoryError: There is no git repository with a commit.
         RegistryError: dvc.yaml declares no adapter of the project's name.
-        ParamsError: params.yaml cannot be used.
-        StageError: A scorer of evaluate.scorers is missing.
+        ParamsError: params.yaml or a file of evaluate.suites cannot be used.
+        StageError: A scorer of evaluate.scorers, a file that a suite names, or the file of a benchmark is missing.
+        MissingExtraError: lm-evaluation-harness is not installed.
     """
     Git(root)
     params = load_params(Paths(root).params)
     check_artifact_name(root, params.project.name)
     check_scorers(params.evaluate.scorers, root)
+    load_suites(params.evaluate, params.data.system_prompt, root)
+    check_benchmarks(params.evaluate.benchmarks, root)
 
 
 def run_stages(

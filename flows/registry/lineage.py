@@ -26,7 +26,7 @@ from flows.runtime.project import changed_stages, stage_order
 from peftcore.files import MANIFEST, damaged_files, read_manifest, sha256
 
 LOCK = "dvc.lock"
-PARTS = ("objective", "loss_function", "control", "latency", "scorers")
+PARTS = ("objective", "loss_function", "control", "latency", "scorers", "suites", "benchmarks", "calibration")
 """Optional parts of an evaluation; records of older releases lack them."""
 SOFTWARE = ("torch", "transformers", "bitsandbytes", "peftcore")
 
@@ -162,8 +162,8 @@ def this_software() -> dict[str, str]:
 
 def evidence(paths: Paths) -> tuple[Path, ...]:
     """Return the files of the evaluation and the merge, by which a version is judged."""
-    control = (paths.evaluation_control,) if paths.evaluation_control.exists() else ()
-    return (paths.evaluation_metrics, paths.evaluation_rows, *control, paths.merge_report)
+    optional = [path for path in (paths.evaluation_control, paths.evaluation_suites) if path.exists()]
+    return (paths.evaluation_metrics, paths.evaluation_rows, *optional, paths.merge_report)
 
 
 def evidence_digests(paths: Paths) -> dict[str, str]:

@@ -10,12 +10,13 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from flows.charts.curves import headline_bars, largest, loss_curves, slice_dumbbells
+from flows.charts.curves import headline_bars, largest, loss_curves, reliability, slice_dumbbells
 from flows.charts.ranks import HEAT_MAP
 from flows.gate.promote import last_record, read_promotion
 from flows.params import Params
 from flows.paths import Paths
 from flows.registry.lineage import read_json
+from flows.verdicts import prompt_passes, prompt_rate
 from peftcore.files import write_atomically
 
 
@@ -55,12 +56,16 @@ def _content(params: Params, paths: Paths) -> dict[str, Any]:
     record = last_record(paths)
     evaluation = read_json(paths.evaluation_metrics)
     training = read_json(paths.training_summary)
+    calibration = evaluation.get("calibration")
     slices, ranks = evaluation["slices"], paths.training / HEAT_MAP
     return {
         "record": record,
         "promotion": read_promotion(paths, record["version"]),
         "evaluation": evaluation,
         "scorers": evaluation.get("scorers") or {},
+        "calibration": calibration,
+        "benchmarks": evaluation.get("benchmarks") or {},
+        "suites": _suites(paths, evaluation.get("suites") or {}),
         "training": training,
         "slices": sorted(slices.items(), key=lambda item: (-item[1]["rows"], item[0])),
         "slices_in_chart": len(largest(slices)),
@@ -73,9 +78,23 @@ def _content(params: Params, paths: Paths) -> dict[str, Any]:
             "headline": headline_bars(evaluation["base"], evaluation["adapter"]),
             "loss": loss_curves(paths.loss_curve, training["best_step"]),
             "slices": slice_dumbbells(slices),
+            "reliability": reliability(calibration["base"], calibration["adapter"]) if calibration else None,
             "ranks": Markup(ranks.read_text()) if ranks.exists() else None,
         },
     }
+
+
+def _suites(paths: Paths, figures: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the figures of each suite, its failing and its passing prompts."""
+    results = read_json(paths.evaluation_suites) if figures else {}
+    suites = []
+    for name, one in figures.items():
+        prompts: dict[bool, list[Any]] = {True: [], False: []}
+        for prompt in results[name]["prompts"]:
+            prompts[prompt_passes(results[name], prompt)].append(prompt | {"rate": prompt_rate(results[name], prompt)})
+        settings = {key: results[name][key] for key in ("seeds", "at_least")}
+        suites.append(one | settings | {"name": name, "failing": prompts[False], "passing": prompts[True]})
+    return suites
 
 
 def _fixed(value: float | None, digits: int = 3) -> str:

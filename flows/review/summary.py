@@ -56,6 +56,12 @@ def _figures(metrics: Mapping[str, Any], promotion: Promotion) -> Table:
         table.add_row(label, *(figure(metrics[side].get(key), form) for side in ("base", "adapter")))
     for name in metrics.get("scorers") or ():
         table.add_row(f"{name} (scorer)", *(figure(metrics[side].get(name), "{:.3f}") for side in ("base", "adapter")))
+    for name, one in (metrics.get("benchmarks") or {}).items():
+        figures = (figure(one[side]["value"], "{:.3f}") for side in ("base", "adapter"))
+        table.add_row(f"{name} ({one['adapter']['metric'].partition(',')[0]})", *figures)
+    for name, suite in (metrics.get("suites") or {}).items():
+        passed = f"{suite['prompts'] - suite['failed']} of {suite['prompts']}"
+        table.add_row(f"{name} (suite), prompts passed", "–", passed)
     return table
 
 

@@ -3,10 +3,15 @@
 Both are computed on the weights that training saw, dequantised once, with the adapter enabled and disabled. All kinds
 of rows share one layout of results; metrics that do not apply are left out. A generative model is also measured for
 forgetting on the control set and for latency. The scorers of `evaluate.scorers` add columns and figures.
+The adapter answers the prompts of `evaluate.suites`. lm-evaluation-harness measures base and adapter on the tasks of
+`evaluate.benchmarks`.
 """
 
 import json
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -14,8 +19,10 @@ import pyarrow.parquet as parquet
 
 from flows.base.calibrated import calibrated_identity, check_adapter, trained_base
 from flows.base.identity import base_identity
-from flows.base.model import check_base, load_dequantized, load_tokenizer
+from flows.base.model import check_base, load_dequantized, load_tokenizer, padding_id
 from flows.data.rows import Row, read_rows
+from flows.evaluation.benchmarks import Harness, model_digests
+from flows.evaluation.calibration import token_calibration
 from flows.evaluation.chats import evaluate_chats
 from flows.evaluation.classes import evaluate_classes
 from flows.evaluation.control import evaluate_control
@@ -24,10 +31,12 @@ from flows.evaluation.pairs import evaluate_pairs
 from flows.evaluation.result import EvaluationResult
 from flows.evaluation.scorers.load import load_scorer
 from flows.evaluation.scorers.scores import with_scores
-from flows.params import Params
+from flows.evaluation.suites.results import answer_suites, suite_checks
+from flows.params import Params, Suite, load_suites
 from flows.paths import Paths
 from flows.runtime.stage import start
 from flows.training.objectives import check_split, class_names, loss_function
+from flows.verdicts import IDENTITY, suite_figures
 from peftcore import PeftModel
 from peftcore.files import directory_written_atomically, sha256, write_atomically
 
@@ -38,7 +47,8 @@ def run(params: Params, paths: Paths) -> None:
     check_split(params, paths.split("test"))
     rows = read_rows(paths.split("test"), limit=params.evaluate.rows)
     scorers = {scorer.name: (scorer, load_scorer(scorer, paths.root)) for scorer in params.evaluate.scorers}
-    result, control = _evaluate(params, paths, rows)
+    suites = load_suites(params.evaluate, params.data.system_prompt, paths.root)
+    result, control, answered = _evaluate(params, paths, rows, suites)
     result = with_scores(result, scorers, rows, paths.root)
     context: dict[str, Any] = {"objective": params.train.objective, "loss_function": loss_function(params)}
     context |= {
@@ -49,16 +59,30 @@ def run(params: Params, paths: Paths) -> None:
     if (calibrated := calibrated_identity(trained_base(paths, params.quantization))) is not None:
         context["calibrated_base"] = calibrated
     metrics = result.metrics | context
+    if answered:
+        metrics["suites"] = {
+            name: suite_figures(one) | {key: one[key] for key in IDENTITY} for name, one in answered.items()
+        }
     with directory_written_atomically(paths.evaluation) as folder:
         parquet.write_table(result.table, folder / paths.evaluation_rows.name)
         if control is not None:
             parquet.write_table(control, folder / paths.evaluation_control.name)
-        for name, content in ((paths.evaluation_metrics.name, metrics), (paths.samples.name, result.samples)):
-            write_atomically(folder / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        contents: dict[Path, Any] = {paths.evaluation_metrics: metrics, paths.samples: result.samples}
+        if answered:
+            contents[paths.evaluation_suites] = answered
+        for path, content in contents.items():
+            write_atomically(folder / path.name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def _evaluate(params: Params, paths: Paths, rows: list[Row]) -> tuple[EvaluationResult, pa.Table | None]:
-    """Return the result with the metrics "control" and "latency" (None: not measured), and the control table."""
+def _evaluate(
+    params: Params, paths: Paths, rows: list[Row], suites: Mapping[str, Suite]
+) -> tuple[EvaluationResult, pa.Table | None, dict[str, Any]]:
+    """Return the result, the table of the control set, and the content of suites.json, which is empty without suites.
+
+    The result's metrics "control" and "latency" are None if they were not measured.
+    """
+    checks = suite_checks(suites, paths.root)
+    harness = Harness(params.evaluate.benchmarks, paths.root) if params.evaluate.benchmarks else None
     names, tokenizer = class_names(params, paths), load_tokenizer(paths.base)
     base = trained_base(paths, params.quantization)
     check_base(base)
@@ -68,7 +92,7 @@ def _evaluate(params: Params, paths: Paths, rows: list[Row]) -> tuple[Evaluation
     if names is not None:
         train_labels = [row["label"] for row in read_rows(paths.split("train"), ["label"])]
         result = evaluate_classes(params, model, tokenizer, rows, names, train_labels)
-        return replace(result, metrics=result.metrics | extra), None
+        return replace(result, metrics=result.metrics | extra), None, {}
     evaluate_rows, ids = (
         (evaluate_chats, "input_ids") if params.train.objective == "sft" else (evaluate_pairs, "chosen_input_ids")
     )
@@ -79,7 +103,31 @@ def _evaluate(params: Params, paths: Paths, rows: list[Row]) -> tuple[Evaluation
     if evaluate.latency_rows:
         prompts = [row[ids][: row["prompt_length"]] for row in rows[: evaluate.latency_rows]]
         extra["latency"] = measure_latency(model, tokenizer, prompts)
-    return replace(result, metrics=result.metrics | extra), table
+    if evaluate.calibration_rows:
+        size, pad = evaluate.batch_size, padding_id(tokenizer)
+        extra["calibration"] = {}
+        for side, context in (("base", model.disable_adapter()), ("adapter", nullcontext())):
+            with context:
+                extra["calibration"][side] = token_calibration(model, rows[: evaluate.calibration_rows], pad, size)
+    answered = answer_suites(model, tokenizer, suites, checks, evaluate.batch_size, paths.root) if suites else {}
+    if harness is not None:  # last, because the harness seeds all generators and may set the tokenizer's padding
+        extra["benchmarks"] = _benchmarks(params, paths, harness, model, tokenizer)
+    return replace(result, metrics=result.metrics | extra), table, answered
+
+
+def _benchmarks(params: Params, paths: Paths, harness: Harness, model: Any, tokenizer: Any) -> dict[str, Any]:
+    """Return the metric "benchmarks": {name: {"identity", "base": figures, "adapter": figures}}."""
+    sides = {"base": (None, model.disable_adapter()), "adapter": (paths.adapter, nullcontext())}
+    figures = {}
+    for side, (adapter, context) in sides.items():
+        digests = model_digests(base_identity(paths.base), params.quantization, adapter)
+        with context:
+            size = params.evaluate.batch_size
+            figures[side] = harness.measure(model, tokenizer, size, paths.benchmark_cache, digests)
+    return {
+        one.name: {"identity": one.identity(paths.root)} | {side: figures[side][one.name] for side in sides}
+        for one in params.evaluate.benchmarks
+    }
 
 
 if __name__ == "__main__":

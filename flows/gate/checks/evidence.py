@@ -13,6 +13,7 @@ import numpy
 
 from flows.gate.candidate import Candidate, CheckResult
 from flows.gate.rows import mean_value
+from flows.verdicts import IDENTITY, suite_figures
 from peftcore.files import sha256
 
 if TYPE_CHECKING:
@@ -55,6 +56,9 @@ def _other_figures(record: Mapping[str, Any], candidate: Candidate) -> Iterator[
     pairs = {
         **{name: (record.get(name), candidate.metrics.get(name)) for name in BASE_AND_ROWS},
         **{part: (record.get("metrics", {}).get(part), candidate.metrics[part]) for part in (*SIDES, "gain")},
+        "suites": (record.get("metrics", {}).get("suites"), candidate.metrics.get("suites")),
+        "calibration": (record.get("metrics", {}).get("calibration"), candidate.metrics.get("calibration")),
+        "benchmarks": (record.get("metrics", {}).get("benchmarks"), candidate.metrics.get("benchmarks")),
         "scorers": (record.get("metrics", {}).get("scorers"), candidate.metrics.get("scorers")),
         "merge": (
             record.get("metrics", {}).get("merge"),
@@ -82,6 +86,7 @@ def _figures_without_rows(candidate: Candidate) -> Iterator[str]:
         sign = -1 if figure == "loss" else 1
         if base.get(figure) is not None and adapter.get(figure) is not None:
             yield from _differing(f"gain.{figure}", gain, sign * (adapter[figure] - base[figure]))
+    yield from _suites_without_answers(metrics.get("suites") or {}, candidate.suites)
     yield from _slices_without_rows(metrics.get("slices") or {}, rows, tuple(metrics.get("scorers") or ()))
     if (control := metrics.get("control")) and (table := candidate.control) is not None:
         yield from _differing("control.rows", control["rows"], table.num_rows)
@@ -104,6 +109,16 @@ def _slices_without_rows(slices: Mapping[str, Any], rows: "pyarrow.Table", score
             for scorer in scorers:
                 figure = f"{side}_{scorer}"
                 yield from _differing(f"slices.{name}.{figure}", figures.get(figure), mean_value(part, scorer, side))
+
+
+def _suites_without_answers(figures: Mapping[str, Any], suites: Mapping[str, Any]) -> Iterator[str]:
+    if figures.keys() != suites.keys():
+        yield f"suites {', '.join(figures) or 'none'}, and suites.json has {', '.join(suites) or 'none'}"
+        return
+    for name, result in suites.items():
+        expected = suite_figures(result) | {key: result[key] for key in IDENTITY}
+        if not _same(figures[name], expected):
+            yield f"suites.{name} {figures[name]}, and its answers give {expected}"
 
 
 def _differing(name: str, figure: Any, from_rows: float | None) -> Iterator[str]:

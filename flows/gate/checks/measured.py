@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from flows.gate.candidate import Candidate, CheckResult
-from flows.params import Params
+from flows.params import Params, load_suites
+from flows.verdicts import is_same_suite
 
 
 def evaluation_settings(candidate: Candidate) -> CheckResult:
@@ -45,6 +46,8 @@ def unmeasured(record: Mapping[str, Any], metrics: Mapping[str, Any], rules: Par
     yield from _leakage(data, rules)
     yield from _control(settings, metrics, rules)
     yield from _scorers(metrics, rules, root)
+    yield from _suites(metrics, rules, root)
+    yield from _benchmarks(metrics, rules, root)
 
 
 def _rows(settings: Mapping[str, Any], rules: Params) -> Iterator[str]:
@@ -55,6 +58,8 @@ def _rows(settings: Mapping[str, Any], rules: Params) -> Iterator[str]:
         "evaluate.generate_rows": rules.evaluate.generate_rows,
         "merge.rows": rules.merge.rows,
     }
+    if rules.gate.max_calibration_error is not None:
+        required["evaluate.calibration_rows"] = rules.evaluate.calibration_rows
     for key, least in required.items():
         section, _, name = key.partition(".")
         value = settings.get(section, {}).get(name, least)
@@ -99,6 +104,30 @@ def _scorers(metrics: Mapping[str, Any], rules: Params, root: Path) -> Iterator[
         for key, value in scorer.identity(root).items():
             if measured.get(key) != value:
                 yield _differs(f"{key} of the scorer {scorer.name}", measured.get(key), value)
+
+
+def _suites(metrics: Mapping[str, Any], rules: Params, root: Path) -> Iterator[str]:
+    """Compare the prompt suites of the rules: content, settings and files."""
+    if rules.gate.max_new_suite_failures is None:
+        return
+    for name, suite in load_suites(rules.evaluate, rules.data.system_prompt, root).items():
+        measured = (metrics.get("suites") or {}).get(name)
+        if measured is None:
+            yield f"it was evaluated without the suite {name} of the rules"
+        elif not is_same_suite(measured, suite.identity(root)):
+            yield f"it was evaluated with other prompts, settings or files of the suite {name} than the rules have"
+
+
+def _benchmarks(metrics: Mapping[str, Any], rules: Params, root: Path) -> Iterator[str]:
+    """Compare the benchmarks of the rules: task, settings and files."""
+    if rules.gate.max_benchmark_drop is None:
+        return
+    for benchmark in rules.evaluate.benchmarks:
+        measured = (metrics.get("benchmarks") or {}).get(benchmark.name)
+        if measured is None:
+            yield f"it was evaluated without the benchmark {benchmark.name} of the rules"
+        elif measured["identity"] != benchmark.identity(root):
+            yield f"it was evaluated with another form of the benchmark {benchmark.name} than the rules have"
 
 
 def _differs(key: str, value: Any, required: Any, how: str = "") -> str:

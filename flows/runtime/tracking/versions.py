@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -70,6 +70,8 @@ def mirror_version(
     try:
         slices = json.loads(paths.evaluation_metrics.read_text())["slices"]
         tracker.table("samples", json.loads(paths.samples.read_text()))
+        if paths.evaluation_suites.exists():
+            tracker.table("suites", _suite_rows(json.loads(paths.evaluation_suites.read_text())))
         tracker.table("slices", ({"slice": name, **figures} for name, figures in slices.items()))
         tracker.register(record, commit, paths.adapter)
         tracker.finish({**record["metrics"], "registry": link}, paths.adapter)
@@ -110,6 +112,21 @@ def mirror_promotion(
                 _link(params, root, record, registry, folder)
         except Exception as error:  # wandb's, the network's and the disk's errors
             log.warning("%s: %s; the promotion is done, and no link is made", WandbRun.label, error)
+
+
+def _suite_rows(suites: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield one row per answer to a prompt suite; the column `failed` is empty if the answer passes."""
+    for name, suite in suites.items():
+        for prompt in suite["prompts"]:
+            for answer in prompt["answers"]:
+                shown = {
+                    "suite": name,
+                    "id": prompt["id"],
+                    "prompt": prompt["prompt"],
+                    "must": "; ".join(prompt["must"]),
+                }
+                failed = "; ".join(answer["failed"].values())
+                yield shown | {"seed": answer["seed"], "answer": answer["text"], "failed": failed}
 
 
 def _link(params: Params, root: Path, record: Mapping[str, Any], registry: str, adapter: Path) -> None:

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from made_up_results import suite_result
 from webhook_receiver import receiving
 
 from flows.errors import RegistryError, RepositoryError, StageError
 from flows.gate.promote import promote, read_promotion, roll_back
-from flows.params import Params
+from flows.params import Params, load_suites
 from flows.registry.registry import Registry, RegistryConflict
 from flows.runtime.git import Git
 from flows.webhooks.delivery import deliver
@@ -70,6 +71,38 @@ def test_a_rule_on_a_scorer_decides_with_the_champions_registered_scores(project
     assert promote(project.params, project.paths).outcome == "promoted"
     project.register(loss=2.5, weight=4.0)
     assert "evaluated without the scorer token_f1 of the rules" in promote(project.params, project.paths).sentence
+
+
+@pytest.mark.slow
+def test_a_new_failure_of_a_suite_refuses_and_one_of_the_champion_too_does_not(project: Any) -> None:
+    (project.root / "data").mkdir()
+    prompts = ", ".join(f"{{id: {name}, prompt: Tell, must: [{{contain: x}}]}}" for name in "abc")
+    (project.root / "data" / "support.yaml").write_text(f"prompts: [{prompts}]")
+    with project.paths.params.open("a") as file:
+        file.write("evaluate: {suites: [data/support.yaml]}\ngate: {max_new_suite_failures: 1}\n")
+    params = project.params
+    (suite,) = load_suites(params.evaluate, params.data.system_prompt, project.root).values()
+    identity = suite.identity(project.root)
+
+    def failing(*prompts: str) -> dict[str, Any]:
+        return {"support": suite_result(dict.fromkeys(prompts, "it lacks 'x'"), identity)}
+
+    project.register(suites=failing("a"))
+    assert promote(params, project.paths).outcome == "promoted", "one failure is allowed"
+    project.register(loss=2.6, weight=2.0, suites=failing("a", "b", "c"))
+    refused = promote(params, project.paths)
+    assert "suite support: 3 of 3 prompts fail, 2 of them new since v0.1.0, at most 1; new: b must" in refused.sentence
+    assert "v0.1.0 fails too: a must contain 'x' [prompt: 'Tell <a>.'" in refused.sentence
+    project.register(loss=2.6, weight=3.0, suites=failing("a", "b"))
+    assert promote(params, project.paths).outcome == "promoted"
+    project.register(loss=2.5, weight=4.0)
+    assert "evaluated without the suite support of the rules" in promote(params, project.paths).sentence
+    project.register(loss=2.5, weight=5.0, suites={"support": suite_result()})
+    assert "with other prompts, settings or files of the suite support" in promote(params, project.paths).sentence
+    project.register(loss=2.5, weight=6.0, suites=failing())
+    project.paths.evaluation_suites.unlink()
+    project.paths.evaluation_suites.write_text(json.dumps(failing("a")))
+    assert "suites.json differs from the registered file" in promote(params, project.paths).sentence
 
 
 @pytest.mark.faults("lost DVC cache or remote")

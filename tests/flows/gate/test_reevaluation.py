@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow
@@ -13,6 +14,7 @@ import torch
 from pyarrow import parquet
 
 from flows.base.model import load_dequantized, load_tokenizer
+from flows.data.chat import render
 from flows.data.rows import read_rows
 from flows.errors import RegistryError, StageError
 from flows.evaluation.generation import generate_answers
@@ -20,7 +22,7 @@ from flows.evaluation.scoring import row_losses
 from flows.gate import reevaluation
 from flows.gate.candidate import Reevaluation
 from flows.gate.promote import promote
-from flows.params import Params, load_params
+from flows.params import Params, load_params, load_suites
 from flows.paths import Paths
 from flows.registry.registered_files import dvc_digest
 from flows.registry.registry import Registry
@@ -184,6 +186,28 @@ def test_a_rule_lets_the_champion_answer_the_candidates_prompts(weeks: Paths, mo
     assert "against v0.1.0 on" in checks["length against the champion"], promotion.sentence
     assert "v0.1.0 was re-evaluated on these 10 test rows" in checks["length against the champion"]
     assert "metrics" in tasks["v0.1.0"] and "metrics" not in tasks["v0.2.0"], "compared on the candidate's rows only"
+
+
+@pytest.mark.slow
+def test_the_champion_answers_the_suites_of_the_rules_in_a_process(weeks: Paths) -> None:
+    (weeks.root / "data").mkdir(exist_ok=True)
+    (weeks.root / "data" / "support.yaml").write_text("prompts: [{prompt: How much?, must: [{contain: zzz}]}]")
+    weeks.params.write_text(PARAMS.replace("evaluate:\n", "evaluate:\n  suites: [data/support.yaml]\n"))
+    params, registry = load_params(weeks.params), Registry(Git(weeks.root), "docstrings")
+    version = registry.version("v0.1.0")
+    candidate: Any = SimpleNamespace(metrics=json.loads(weeks.evaluation_metrics.read_text()))
+    results = reevaluation.reevaluate_suites(params, weeks, registry, version, candidate)
+    (prompt,) = results["support"]["prompts"]
+    with files_at(weeks.root, version.commit, ["artifacts/adapter"]) as at:
+        model = PeftModel.from_pretrained(load_dequantized(weeks.base, params.quantization), Paths(at).adapter)
+        tokenizer = load_tokenizer(weeks.base)
+        (suite,) = load_suites(params.evaluate, params.data.system_prompt, weeks.root).values()
+        ids = tokenizer(render(tokenizer, suite.chat(suite.prompts[0]), generate=True), add_special_tokens=False)
+        (answer,) = generate_answers(model, tokenizer, [ids["input_ids"]], 4, 4).answers
+    assert prompt["answers"][0]["text"] == answer.text and prompt["answers"][0]["failed"]
+    (weeks.root / "data" / "support.yaml").write_text("prompts: []")
+    with pytest.raises(StageError, match=r"the re-evaluation of v0\.1\.0 failed: support\.yaml:1: prompts"):
+        reevaluation.reevaluate_suites(params, weeks, registry, version, candidate)
 
 
 @pytest.mark.proof

@@ -93,3 +93,10 @@ def test_an_objective_takes_the_rows_of_its_kind(tmp_path: Path, objective: str,
 @pytest.mark.parametrize("source", ["hub:a/b", "hub:a/b@main", "path:models/x", "wheel:a-b==1.0"])
 def test_each_kind_of_base_is_taken(tmp_path: Path, source: str) -> None:
     assert read(tmp_path, f"base: {{source: '{source}'}}").base.source == source
+
+
+def test_only_chats_have_tokens_whose_calibration_is_measured(tmp_path: Path) -> None:
+    text = "data: {source: a.jsonl, kind: classification}\ntrain: {objective: classification}\n"
+    told = refusal(tmp_path, text + "evaluate: {calibration_rows: 8}")
+    assert "evaluate.calibration_rows: 8 does not fit; train.objective is classification, and only sft has" in told
+    assert read(tmp_path, "evaluate: {calibration_rows: 8}").evaluate.calibration_rows == 8

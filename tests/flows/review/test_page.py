@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 from typing import Any
 
 import pytest
+from made_up_results import suite_result
 
 from flows.charts.ranks import HEAT_MAP, rank_heat_map
 from flows.errors import StageError
@@ -78,7 +79,12 @@ def test_it_shows_the_run(registered: Any) -> None:
     ):
         assert fact in words, fact
     assert page.tags.count("svg") == 3
-    assert "Scorers" not in words
+    assert (
+        "Scorers" not in words
+        and "Prompt suites" not in words
+        and "Benchmarks" not in words
+        and "Calibration" not in words
+    )
     assert "<mark>Say hello.</mark>" in registered.paths.review.read_text()
 
 
@@ -136,3 +142,48 @@ def test_scorers_have_a_table_and_columns_of_the_slices(project: Any) -> None:
     assert "token_f1|||0.250||0.500||+0.250||10|" in cells
     assert re.search(r"json\|\|30\|\|3.800\|\|[\d.]+\|\|[+\d.]+\|\|0.250\|\|0.500\|", cells)
     assert re.search(r"&lt;ssl&gt;\|\|10\|\|3.800\|\|[\d.]+\|\|[+\d.]+\|\|–\|\|–\|", cells), "it has no answers"
+
+
+def test_suites_show_failing_prompts_with_their_answers(project: Any) -> None:
+    project.register(suites={"support": suite_result({"b": "it lacks 'x'"}), "safety": suite_result()})
+    page = page_of(project)
+    words = " ".join(page.text.split())
+    cells = re.sub(r"\s*<[^>]*>\s*", "|", project.paths.review.read_text())
+    assert "support||1 greedy||3||1||66.7%|" in cells and "safety||1 greedy||3||0||100.0%|" in cells
+    shown = "support: failing prompts b: must contain 'x'; must refuse Tell <b>. adapter <i>answer</i> b ✗ must contain"
+    assert shown in words.replace("adapter<", "adapter <")
+    assert "support: 2 passing prompts" in words and "safety: 3 passing prompts" in words
+    assert "safety: failing prompts" not in words
+
+
+def test_sampled_suites_show_pass_at_k_and_seeds(project: Any) -> None:
+    result = suite_result({"a": "it lacks 'x'"}) | {"seeds": [7, 8], "pass_at": 1, "at_least": 0.5}
+    for prompt in result["prompts"]:
+        (answer,) = prompt["answers"]
+        prompt["answers"] = [answer | {"seed": 7}, answer | {"seed": 8, "failed": {}}]
+    project.register(suites={"support": result})
+    words = " ".join(page_of(project).text.split())
+    assert "2 sampled; pass@1 of at least 50% 3083.3%" in words, "three prompts, none fails"
+    assert "(pass@1: 50.0%)" in words and "adapter, seed 8" in words
+
+
+def test_benchmarks_have_a_table_with_standard_errors(project: Any) -> None:
+    side = {"metric": "acc,none", "value": 0.5, "stderr": 0.05, "higher": True, "rows": 100}
+    identity = {"task": "quiz", "num_fewshot": 5, "limit": 100, "metric": None, "files": {}}
+    quiz = {"identity": identity, "base": side, "adapter": side | {"value": 0.625, "stderr": None}}
+    project.register(benchmarks={"quiz": quiz})
+    page_of(project)
+    cells = re.sub(r"\s*<[^>]*>\s*", "|", project.paths.review.read_text())
+    assert "quiz||acc,none||100||5||0.5000 ± 0.0500||0.6250||+0.125|" in cells
+
+
+def test_calibration_has_a_reliability_plot(project: Any) -> None:
+    bins = [{"share": 0.4, "accuracy": 0.3, "confidence": 0.35}, {"share": 0.6, "accuracy": 0.8, "confidence": 0.9}]
+    side = {"ece": 0.08, "brier": 0.31, "predictions": 1234, "bins": bins}
+    project.register(calibration={"base": side | {"ece": 0.2}, "adapter": side})
+    page = page_of(project)
+    words = " ".join(page.text.split())
+    assert "for 1,234 tokens" in words and "base (ECE 0.200)" in words and "adapter (ECE 0.080)" in words
+    cells = re.sub(r"\s*<[^>]*>\s*", "|", project.paths.review.read_text())
+    assert "Expected calibration error (0 to 1)||0.2000||0.0800|" in cells
+    assert page.tags.count("svg") == 4 and all(link.startswith("#") for link in page.links)

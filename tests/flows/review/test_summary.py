@@ -83,3 +83,8 @@ def test_the_path_of_the_page_is_in_one_piece_on_a_narrow_terminal(printed: Call
 
 def test_a_missing_figure_is_a_dash() -> None:
     assert (figure(None, "{:.1%}"), figure(0.125, "{:.1%}")) == ("–", "12.5%")
+
+
+def test_suites_have_the_number_of_passed_prompts(printed: Callable[..., str]) -> None:
+    text = printed(SIDES | {"suites": {"support": {"prompts": 12, "failed": 2}}})
+    assert rows(text)["support (suite), prompts passed"] == ["–", "10 of 12"]

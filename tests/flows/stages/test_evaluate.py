@@ -13,12 +13,13 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from flows.base.identity import base_identity
-from flows.errors import StageError
+from flows.errors import ParamsError, StageError
 from flows.evaluation.scoring import row_losses
 from flows.params import Params
 from flows.paths import Paths
 from flows.registry.lineage import evidence
 from flows.stages import evaluate
+from flows.stages.reevaluate_benchmarks import measure
 from peftcore import CheckpointError
 from peftcore.files import sha256, write_manifest
 
@@ -187,3 +188,81 @@ def test_a_scorer_that_is_missing_stops_before_the_model_is_loaded(
     monkeypatch.setattr(evaluate, "load_dequantized", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(StageError, match=r"data/no\.py cannot be read"):
         evaluate.run(tiny_params(evaluate={"scorers": ["data/no.py:score"]}), evaluated)
+
+
+SUITE = """\
+prompts:
+  - {id: sum, prompt: How much is 1 and 1?, must: [{contain: "zzz"}, {not_leak: ACME-4711}]}
+  - {id: none, prompt: Say nothing., must: [{score: {scorer: length, at_least: 0}}]}
+"""
+
+
+def test_suites_are_answered_by_the_adapter_and_leave_the_other_figures_alone(evaluated: Paths, tiny_params) -> None:
+    before, rows_before = metrics_of(evaluated), evaluated.evaluation_rows.read_bytes()
+    assert not evaluated.evaluation_suites.exists()
+    (evaluated.root / "data").mkdir(exist_ok=True)
+    (evaluated.root / "data" / "support.yaml").write_text(SUITE)
+    evaluate.run(tiny_params(evaluate={"suites": ["data/support.yaml"]}), evaluated)
+    metrics, results = metrics_of(evaluated), json.loads(evaluated.evaluation_suites.read_text())
+    figures = {"prompts": 2, "failed": 1, "pass_rate": 0.5, "pass_at": 1}
+    assert metrics["suites"] == {"support": figures | {key: results["support"][key] for key in ("content", "files")}}
+    assert results["support"]["prompts"][0]["answers"][0]["failed"] == {"0": "must contain 'zzz': it lacks 'zzz'"}
+    assert set(metrics) - set(before) == {"suites"} and evaluated.evaluation_rows.read_bytes() == rows_before
+    assert evaluated.evaluation_suites in evidence(evaluated)
+    evaluate.run(tiny_params(), evaluated)
+    assert not evaluated.evaluation_suites.exists() and "suites" not in metrics_of(evaluated)
+
+
+def test_a_wrong_suite_stops_before_the_model_is_loaded(
+    evaluated: Paths, tiny_params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "load_dequantized", lambda *_: pytest.fail("the model was loaded"))
+    (evaluated.root / "data").mkdir(exist_ok=True)
+    (evaluated.root / "data" / "support.yaml").write_text(SUITE.replace("contain", "contian", 1))
+    params = tiny_params(evaluate={"suites": ["data/support.yaml"]})
+    with pytest.raises(ParamsError, match=r"support\.yaml:2: .*contian: unknown key; did you mean contain\?"):
+        evaluate.run(params, evaluated)
+    (evaluated.root / "data" / "support.yaml").write_text(SUITE.replace('contain: "zzz"', 'match: "("'))
+    with pytest.raises(StageError, match=r"evaluate\.suites: must match '\('"):
+        evaluate.run(params, evaluated)
+
+
+@pytest.mark.slow
+def test_benchmarks_have_figures_of_base_and_adapter(
+    evaluated: Paths, tiny_params, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed (extra benchmarks)")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    (evaluated.root / "data").mkdir(exist_ok=True)
+    rows = [{"q": f"{n} and 1?", "choices": [f"{n + 1}", f"{n}"], "answer": n % 2} for n in range(8)]
+    (evaluated.root / "data" / "quiz.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (evaluated.root / "data" / "quiz.yaml").write_text(
+        "task: quiz\ndataset_path: json\ndataset_kwargs: {data_files: {test: data/quiz.jsonl}}\ntest_split: test\n"
+        "output_type: multiple_choice\ndoc_to_text: '{{q}}'\ndoc_to_choice: choices\ndoc_to_target: answer\n"
+        "metric_list: [{metric: acc}]\n"
+    )
+    before = metrics_of(evaluated)
+    evaluate.run(tiny_params(evaluate={"benchmarks": [{"task": "data/quiz.yaml", "limit": 6}]}), evaluated)
+    metrics = metrics_of(evaluated)
+    assert set(metrics) - set(before) == {"benchmarks"}
+    quiz = metrics["benchmarks"]["quiz"]
+    assert (quiz["base"]["rows"], quiz["adapter"]["metric"], quiz["identity"]["limit"]) == (6, "acc,none", 6)
+    assert len(list(evaluated.benchmark_cache.iterdir())) == 2
+    task = {"params": tiny_params(evaluate={"benchmarks": [{"task": "data/quiz.yaml", "limit": 6}]}).model_dump()}
+    places = {"base": str(evaluated.base), "adapter": str(evaluated.adapter), "root": str(evaluated.root)}
+    again = measure(task | places)
+    assert again == {"quiz": {key: quiz[key] for key in ("identity", "adapter")}}
+    assert len(list(evaluated.benchmark_cache.iterdir())) == 2, "from the cache"
+
+
+def test_calibration_is_of_the_tokens_of_the_first_rows(evaluated: Paths, tiny_params) -> None:
+    before = metrics_of(evaluated)
+    evaluate.run(tiny_params(evaluate={"calibration_rows": 5}), evaluated)
+    metrics = metrics_of(evaluated)
+    assert set(metrics) - set(before) == {"calibration"}
+    tokens = sum(row["tokens"] for row in rows_of(evaluated)[:5])
+    for side in ("base", "adapter"):
+        figures = metrics["calibration"][side]
+        assert figures["predictions"] == tokens
+        assert sum(one["share"] for one in figures["bins"]) == pytest.approx(1)
+    assert metrics["calibration"]["base"] != metrics["calibration"]["adapter"]

@@ -10,6 +10,7 @@ import pyarrow
 from pyarrow import parquet
 from safetensors.numpy import save_file
 
+from flows.verdicts import suite_figures
 from peftcore.files import write_manifest
 
 SCORED = {
@@ -26,12 +27,14 @@ def write_results(
     row_changes: Sequence[float] = (0.0,) * 40,
     row_slices: Sequence[str] = ("json",) * 30 + ("<ssl>",) * 10,
     scores: Mapping[str, tuple[float, float]] = {},
+    suites: Mapping[str, Any] = {},
     **metrics: Any,
 ) -> None:
     """What the stages before register leave: an adapter of weights `weight`, a test loss of `loss` nats a token.
 
     row_changes, row_slices: of the 40 test rows, what is added to their losses, and where they belong.
     scores: {built-in scorer: scores of base and adapter}, of ten answers each.
+    suites: content of evaluation/suites.json.
     metrics: other values for the keys of evaluation/metrics.json; the rows are such that its figures follow from them.
     """
     for name in ("adapter", "data", "evaluation", "training"):
@@ -57,6 +60,13 @@ def write_results(
             columns[f"{name}_{scorer}"] = [value + 0.01 * (-1) ** n for n in range(10)] + [None] * 30
     if scores:
         metrics["scorers"] = {name: SCORED | {"scorer": name} for name in scores}
+    if suites:
+        metrics["suites"] = {
+            name: suite_figures(one) | {key: one[key] for key in ("content", "files")} for name, one in suites.items()
+        }
+        (folder / "evaluation" / "suites.json").write_text(json.dumps(suites))
+    else:
+        (folder / "evaluation" / "suites.json").unlink(missing_ok=True)
     parquet.write_table(pyarrow.table(columns), folder / "evaluation" / "rows.parquet")
     control = {"id": [f"text{n}" for n in range(8)], "tokens": [100] * 8, "base_loss": [3.0] * 8}
     parquet.write_table(pyarrow.table(control | {"adapter_loss": [2.9] * 8}), folder / "evaluation" / "control.parquet")
@@ -113,6 +123,28 @@ def _write_adapter(folder: Path, weight: float) -> None:
     save_file(tensors, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     write_manifest(folder)
+
+
+def suite_result(failed: Mapping[str, str] = {}, identity: Mapping[str, Any] = {}) -> dict[str, Any]:
+    """A suite of three prompts a, b and c with one greedy answer each. failed: {prompt: why it fails}."""
+    prompts = [
+        {
+            "id": name,
+            "prompt": f"Tell <{name}>.",
+            "must": ["must contain 'x'", "must refuse"],
+            "answers": [
+                {
+                    "seed": None,
+                    "text": f"<i>answer</i> {name}",
+                    "ended": True,
+                    "failed": {"0": f"must contain 'x': {failed[name]}"} if name in failed else {},
+                }
+            ],
+        }
+        for name in "abc"
+    ]
+    settings = {"seeds": [], "pass_at": 1, "at_least": 1.0}
+    return {"content": "c" * 64, "files": {}} | dict(identity) | settings | {"prompts": prompts}
 
 
 SAMPLE = {

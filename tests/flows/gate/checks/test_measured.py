@@ -80,3 +80,22 @@ MEASURED = {"scorer": "token_f1", "options": {}, "on_error": "stop", "files": {}
 )
 def test_the_scorer_of_a_rule_has_to_be_the_same(scorers: dict[str, Any], missing: str) -> None:
     assert found({"control": CONTROL, "scorers": scorers}, RULED) == missing
+
+
+QUIZ = {"evaluate": {"benchmarks": [{"task": "quiz", "limit": 100}]}, "gate": {"max_benchmark_drop": 0.1}}
+IDENTITY = {"task": "quiz", "num_fewshot": None, "limit": 100, "metric": None, "files": {}}
+
+
+def test_the_benchmark_of_a_limit_has_to_be_the_same() -> None:
+    assert found({"control": CONTROL, "benchmarks": {"quiz": {"identity": IDENTITY}}}, QUIZ) == ""
+    assert found(rules=QUIZ) == "it was evaluated without the benchmark quiz of the rules"
+    fewer = {"quiz": {"identity": IDENTITY | {"limit": 5}}}
+    assert "with another form of the benchmark quiz" in found({"control": CONTROL, "benchmarks": fewer}, QUIZ)
+    assert found(rules=QUIZ | {"gate": {}}) == "", "without a limit it is shown only"
+
+
+def test_a_limit_on_calibration_needs_as_many_rows() -> None:
+    rules = {"evaluate": {"calibration_rows": 64}, "gate": {"max_calibration_error": 0.1}}
+    told = "evaluate.calibration_rows 8, and the rules have at least 64"
+    assert told in found(rules=rules, evaluate={"calibration_rows": 8})
+    assert found(rules=rules | {"gate": {}}, evaluate={"calibration_rows": 8}) == ""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import wandb
+from made_up_results import suite_result, write_results
 
 from flows.params import Params
 from flows.paths import Paths
@@ -168,6 +169,19 @@ def test_a_version_is_mirrored_with_its_samples_slices_and_registry_link(opened,
         },
     }
     assert opened.run.finished == [0] and opened.given[0]["config"]["evaluates"] == "t1"
+
+
+def test_suites_are_mirrored_as_a_table_of_answers(opened, tmp_path: Path) -> None:
+    paths = Paths(tmp_path)
+    write_results(paths.artifacts, suites={"support": suite_result({"b": "it lacks 'x'"})})
+    opened.run.log_artifact = lambda artifact: None
+    mirror_version(Params(), paths, RECORD, "c0ffee", {})
+    tables = {name: table for values, _ in opened.run.logged for name, table in values.items()}
+    assert tables["suites"].columns == ["suite", "id", "prompt", "must", "seed", "answer", "failed"]
+    must = "must contain 'x'; must refuse"
+    failed = "must contain 'x': it lacks 'x'"
+    assert tables["suites"].data[1] == ["support", "b", "Tell <b>.", must, None, "<i>answer</i> b", failed]
+    assert [row[-1] for row in tables["suites"].data] == ["", failed, ""]
 
 
 def test_what_was_not_tracked_in_training_is_not_mirrored_later(opened, tmp_path: Path) -> None:

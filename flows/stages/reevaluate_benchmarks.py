@@ -1,0 +1,62 @@
+"""Benchmarks of an adapter, as in the evaluate stage.
+
+    python -m flows.stages.reevaluate_benchmarks TASK.json BENCHMARKS.json
+
+Keys of TASK.json:
+    params: the parameters of the adapter's run, with the caller's section `evaluate`.
+    base, adapter: folders.
+    root: the repository, with the files of the tasks and the cache.
+
+BENCHMARKS.json gets {name: identity, and figures of the adapter}. After a PeftError or PipelineError, BENCHMARKS.txt
+has the message, and the exit status is 1. Progress goes to stderr.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import flows.stages  # noqa: F401 - sets the variables that silence libraries, before their import
+from flows.base.identity import base_identity
+from flows.base.model import check_base, load_dequantized, load_tokenizer
+from flows.errors import PipelineError
+from flows.evaluation.benchmarks import Harness, model_digests
+from flows.params import Params
+from flows.paths import Paths
+from flows.runtime.processes import watch_parent
+from flows.runtime.stage import set_seed
+from peftcore import PeftModel
+from peftcore.errors import PeftError
+
+
+def main() -> None:
+    """Measure the benchmarks that the task file describes, and write them or the message of a known error."""
+    watch_parent()
+    task, output = map(Path, sys.argv[1:])
+    try:
+        results = measure(json.loads(task.read_text()))
+    except (PeftError, PipelineError) as error:
+        output.with_suffix(".txt").write_text(str(error))
+        sys.exit(1)
+    output.write_text(json.dumps(results))
+
+
+def measure(task: dict[str, Any]) -> dict[str, Any]:
+    """Return {name: {"identity", "adapter": figures}} of the task's adapter."""
+    params, base, adapter = Params.model_validate(task["params"]), Path(task["base"]), Path(task["adapter"])
+    paths = Paths(Path(task["root"]))
+    harness = Harness(params.evaluate.benchmarks, paths.root)
+    set_seed(params.project.seed)
+    check_base(base)
+    model = PeftModel.from_pretrained(load_dequantized(base, params.quantization), adapter)
+    digests = model_digests(base_identity(base), params.quantization, adapter)
+    size = params.evaluate.batch_size
+    figures = harness.measure(model, load_tokenizer(base), size, paths.benchmark_cache, digests)
+    return {
+        one.name: {"identity": one.identity(paths.root), "adapter": figures[one.name]}
+        for one in params.evaluate.benchmarks
+    }
+
+
+if __name__ == "__main__":
+    main()
