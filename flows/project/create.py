@@ -8,7 +8,7 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -19,7 +19,8 @@ from ruamel.yaml import YAML
 
 from flows.errors import ParamsError, RepositoryError
 from flows.params import Params, load_params
-from flows.params.section import HUB
+from flows.params.data import DEMONSTRATION
+from flows.params.section import HUB, Section
 from flows.paths import Paths
 from flows.project.presets import Hardware, Task, preset
 from flows.runtime.git import GitError, git_output
@@ -77,7 +78,8 @@ class NewProject:
     name: str
     """Name of the adapter in the registry."""
     data: str
-    """A .jsonl, .csv or .parquet file or a folder of them, from the current folder, or hub:NAME[@REVISION]."""
+    """A .jsonl, .csv or .parquet file or a folder of them, from the current folder; hub:NAME[@REVISION]; or
+    stdlib:docstrings."""
     base: str
     """Base model, as `base.source` of params.yaml."""
     task: Task
@@ -147,6 +149,32 @@ def create_project(root: Path, project: NewProject, force: bool = False) -> list
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         write_atomically(root / name, text)
     return [*copied, *files]
+
+
+def values_of(file: Path) -> dict[str, Any]:
+    """Return {section.key: value} of a YAML file with some of the keys of params.yaml.
+
+    A relative `data.source` starts from the file's folder and becomes absolute.
+
+    Raises:
+        ParamsError: The file cannot be read, or has an unknown key or a wrong value.
+    """
+    load_params(file)
+    values = dict(_leaves(YAML(typ="safe").load(file), Params(), ""))
+    source = values.get("data.source")
+    if source is not None and source != DEMONSTRATION and not re.fullmatch(HUB, source):
+        values["data.source"] = str(file.resolve().parent / Path(source).expanduser())
+    return values
+
+
+def _leaves(values: Mapping[str, Any], section: Section, before: str) -> Iterator[tuple[str, Any]]:
+    """Yield (section.key, value) of the keys below a section that are no sections themselves."""
+    for key, value in values.items():
+        inner = getattr(section, key)
+        if isinstance(inner, Section):
+            yield from _leaves(value or {}, inner, f"{before}{key}.")
+        else:
+            yield f"{before}{key}", value
 
 
 def upgraded_files(root: Path) -> dict[str, str]:
@@ -308,7 +336,7 @@ def _check_params(text: str) -> None:
 
 def _data_source(root: Path, data: str) -> tuple[str, dict[str, Path]]:
     """Return `data.source`, and {path in the project: file} of the files to copy into the project's folder `data`."""
-    if re.fullmatch(HUB, data):
+    if data == DEMONSTRATION or re.fullmatch(HUB, data):
         return data, {}
     path = Path(data).expanduser().resolve()
     files = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
