@@ -1,9 +1,9 @@
 """Merge RoCoFT and compare the outputs before and after, on a tiny Llama with random weights."""
 
 import torch
+from acme_rocoft import RocoftConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from acme_rocoft import RocoftConfig
 from peftcore import PeftModel, get_peft_model
 
 torch.manual_seed(0)

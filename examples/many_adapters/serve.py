@@ -15,6 +15,7 @@ from typing import Any
 
 import httpx
 import torch
+from transformers import AutoModelForCausalLM
 
 from flows.base.model import load_tokenizer
 from flows.data.docstrings import Pair, pairs, prompt
@@ -22,7 +23,6 @@ from flows.params import Params
 from flows.paths import Paths
 from flows.stages import fetch
 from peftcore import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
 
 PACKAGES = ("asyncio", "email", "unittest")
 IGNORED = -100

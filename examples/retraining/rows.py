@@ -1,4 +1,4 @@
-"""Write data/weeks/week1.jsonl to week3.jsonl: docstrings of an installed package; the answers of week 3 are mixed up."""
+"""Write data/weeks/week1.jsonl to week3.jsonl: docstrings of a package; the answers of week 3 are mixed up."""
 
 import importlib.util
 import json
