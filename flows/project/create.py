@@ -176,7 +176,7 @@ def _leaves(values: Mapping[str, Any], section: Section, before: str) -> Iterato
     for key, value in values.items():
         inner = getattr(section, key)
         if isinstance(inner, Section):
-            yield from _leaves(value or {}, inner, f"{before}{key}.")
+            yield from _leaves(value, inner, f"{before}{key}.")
         else:
             yield f"{before}{key}", value
 
