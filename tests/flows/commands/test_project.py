@@ -82,9 +82,13 @@ def test_upgrade_is_for_projects_of_init(here: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_pipeline_runs_in_a_folder_of_its_own(rows: Path, tiny_base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["tickets", "repository/projects/tickets"])
+def test_a_pipeline_runs_in_a_folder_of_its_own(place: str, rows: Path, tiny_base: Path, tmp_path: Path) -> None:
     """From init to a registered version, then once more with nothing to do, and by DVC alone."""
-    folder = tmp_path / "tickets"
+    folder = tmp_path / place
+    folder.mkdir(parents=True)
+    if "projects" in place:
+        subprocess.run(["git", "init", "--quiet", str(tmp_path / "repository")], check=True)
 
     def run(*command: str | Path, code: int = 0) -> str:
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])

@@ -9,8 +9,10 @@ import pytest
 
 from flows.errors import RepositoryError
 from flows.gate.promote import promote
+from flows.paths import Paths
 from flows.pipeline.projects import COLUMNS, statuses, write_projects_page
 from flows.registry.project_registry import registry_of
+from flows.retraining.tree import remove_working_tree, working_tree
 from flows.runtime.git import Git
 from flows.runtime.inputs import uncommitted_files
 from flows.runtime.project import files_at, project_roots
@@ -66,6 +68,18 @@ def test_a_working_tree_is_the_project_s_folder_with_its_cache(two_projects: tup
         assert tree.parts[-2:] == ("projects", "mail")
         assert (tree / "params.yaml").is_file()
         assert str(mail.root / ".dvc" / "cache") in (tree / ".dvc" / "config.local").read_text()
+    assert not tree.exists()
+
+
+def test_a_retraining_works_in_the_project_s_folder_of_its_tree(two_projects: tuple[Any, Any]) -> None:
+    mail, _ = two_projects
+    tree = working_tree(mail.root)
+    assert tree.parts[-2:] == ("projects", "mail") and (tree / "dvc.yaml").is_file()
+    checkpoint = Paths(tree).checkpoints / "one"
+    checkpoint.mkdir(parents=True)
+    mail.git("commit", "--quiet", "--allow-empty", "--message=Another")
+    assert working_tree(mail.root) == tree and checkpoint.is_dir(), "another commit's tree has the checkpoints"
+    remove_working_tree(mail.root)
     assert not tree.exists()
 
 
