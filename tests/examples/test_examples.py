@@ -17,6 +17,7 @@ ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 FOLDERS = sorted(page.parent.name for page in EXAMPLES.glob("*/README.md"))
 slow = [pytest.mark.slow, pytest.mark.timeout(1800)]
+proof = [pytest.mark.proof, pytest.mark.timeout(1800)]
 SMALL = {
     "python train.py": "python train.py --steps 2 --batch-size 4 --rows 16",
     "python serve.py": "python serve.py --steps 2",
@@ -87,9 +88,9 @@ def outcome(home: Path, name: str) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("folder", "name"),
     [
-        pytest.param("docstrings", "docstrings", marks=slow),
+        pytest.param("docstrings", "docstrings", marks=proof),
         pytest.param("classification", "errors", marks=slow),
-        pytest.param("preference", "faithful", marks=slow),
+        pytest.param("preference", "faithful", marks=proof),
     ],
 )
 def test_an_example_of_the_pipeline_runs(
@@ -100,7 +101,7 @@ def test_an_example_of_the_pipeline_runs(
     assert outcome(tmp_path / "home", name)["training"]["steps"] >= 1
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.timeout(1800)
 def test_the_gguf_base_stays_packed_and_the_adapter_is_exported(
     examples: Path, shell: Callable[..., str], tmp_path: Path
@@ -135,7 +136,7 @@ def test_embeddings(examples: Path, shell: Callable[..., str]) -> None:
     assert all(0 < value <= 1 for side in ("encoder", "adapter") for value in figures[side].values())
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.timeout(1800)
 def test_many_adapters_are_served(examples: Path, base_source: str, shell: Callable[..., str]) -> None:
     shell(script(examples / "many_adapters", base_source), examples / "many_adapters")

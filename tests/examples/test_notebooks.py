@@ -1,4 +1,4 @@
-"""The notebooks run from their first cell to their last one, and are committed without output."""
+"""The notebooks run from their first cell to their last one, on a tiny base, and are committed without output."""
 
 import json
 import sys
@@ -31,8 +31,8 @@ def test_a_notebook_has_text_and_no_output(notebook: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_a_notebook_runs(notebook: Path, base_source: str, shell: Callable[..., str], tmp_path: Path) -> None:
+def test_a_notebook_runs(notebook: Path, tiny_base: Path, shell: Callable[..., str], tmp_path: Path) -> None:
     # a process runs the cells in one namespace, as a kernel does
     code = "\n\n".join("".join(cell["source"]) for cell in cells(notebook, "code"))
     (tmp_path / "cells.py").write_text(code)
-    shell(f"{sys.executable} cells.py", tmp_path, PEFTCORE_EXAMPLE_STEPS="2", PEFTCORE_EXAMPLE_BASE=base_source)
+    shell(f"{sys.executable} cells.py", tmp_path, PEFTCORE_EXAMPLE_STEPS="2", PEFTCORE_EXAMPLE_BASE=f"path:{tiny_base}")
