@@ -15,6 +15,7 @@ PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md")),
     *sorted(DOCS.rglob("*.md")),
     *(ROOT / folder / "README.md" for folder in ("benchmarks", "data", "peftcore/methods")),
+    *sorted((ROOT / "examples").rglob("README.md")),
 ]
 HISTORY = DOCS / "mended-defects.md"
 """The record of an earlier state, which names files as they were then."""

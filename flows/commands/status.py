@@ -1,11 +1,14 @@
 """The tables of `peftcore status`."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from flows.pipeline.projects import ProjectStatus
 
 SHOWN = 4
 """Changes of a stage that are listed."""
@@ -28,6 +31,16 @@ def print_status(status: Mapping[str, Any]) -> None:
     console.print(f"next: {escape(status['next_step'])}")
     for hint in status["hints"]:
         console.print(f"[yellow]{escape(hint)}[/]")
+
+
+def print_statuses(rows: "Sequence[ProjectStatus]") -> None:
+    """Print one line for each project of a repository."""
+    from flows.pipeline.projects import COLUMNS
+
+    table = Table(*COLUMNS)
+    for row in rows:
+        table.add_row(*(escape(cell) for cell in row.cells()))
+    Console(highlight=False).print(table)
 
 
 def _facts(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -1,5 +1,8 @@
 """Makes a folder a project of its own (`peftcore init`), and brings its files up to date (`peftcore upgrade`).
 
+A folder `projects/NAME` of a git repository becomes one of several projects: with a DVC repository, parameters and
+versions of its own, and the git repository of all.
+
 Everything is checked before the first file is written, and no file that exists is overwritten without `force`.
 """
 
@@ -8,7 +11,7 @@ import io
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -19,11 +22,12 @@ from ruamel.yaml import YAML
 
 from flows.errors import ParamsError, RepositoryError
 from flows.params import Params, load_params
-from flows.params.section import HUB
+from flows.params.data import DEMONSTRATION
+from flows.params.section import HUB, Section
 from flows.paths import Paths
 from flows.project.presets import Hardware, Task, preset
 from flows.runtime.git import GitError, git_output
-from flows.runtime.project import dvc, find_root
+from flows.runtime.project import PROJECTS, dvc, project_roots
 from flows.runtime.stage_code import FILE as STAGES
 from flows.runtime.stage_code import stage_file
 from flows.runtime.stage_dependencies import PACKAGES, module_of
@@ -80,7 +84,8 @@ class NewProject:
     name: str
     """Name of the adapter in the registry."""
     data: str
-    """A .jsonl, .csv or .parquet file or a folder of them, from the current folder, or hub:NAME[@REVISION]."""
+    """A .jsonl, .csv or .parquet file or a folder of them, from the current folder; hub:NAME[@REVISION]; or
+    stdlib:docstrings."""
     base: str
     """Base model, as `base.source` of params.yaml."""
     task: Task
@@ -116,7 +121,8 @@ def create_project(root: Path, project: NewProject, force: bool = False) -> list
         RepositoryError: The folder is inside of another project or git repository, or files exist; nothing is written.
         ParamsError: The data, the base or the name cannot be used; nothing is written.
     """
-    _check_place(root)
+    is_nested = _check_place(root)
+    _check_name_is_free(root, project.name)
     source, copied = _data_source(root, project.data, project.task)
     remote = _default_remote(root)
     _check_params(params := params_text(project, source, remote))
@@ -125,15 +131,15 @@ def create_project(root: Path, project: NewProject, force: bool = False) -> list
         "dvc.yaml": (pipeline := pipeline_text(project.name)),
         STAGES: stage_file(_stages(pipeline)),
         SCHEMA: schema_text(),
-        WORKFLOW: _template("gate.yml"),
+        **_workflow(is_nested),
     }
     existing = [name for name in (*files, *copied) if (root / name).exists()]
     if existing and not force:
         raise RepositoryError(f"{', '.join(existing)} exist in {root}; --force overwrites them")
-    if not (root / ".git").exists():
+    if not is_nested and not (root / ".git").exists():
         git_output(root, "init", "--quiet")
     if not (root / ".dvc").is_dir():
-        dvc(root, "init", "--quiet")
+        dvc(root, "init", "--quiet", *(["--subdir"] if is_nested else []))
         files[".dvc/config"] = DVC_CONFIG
     if not (root / "README.md").exists():
         files["README.md"] = readme_text(project, source)
@@ -152,6 +158,32 @@ def create_project(root: Path, project: NewProject, force: bool = False) -> list
     return [*copied, *files]
 
 
+def values_of(file: Path) -> dict[str, Any]:
+    """Return {section.key: value} of a YAML file with some of the keys of params.yaml.
+
+    A relative `data.source` starts from the file's folder and becomes absolute.
+
+    Raises:
+        ParamsError: The file cannot be read, or has an unknown key or a wrong value.
+    """
+    load_params(file)
+    values = dict(_leaves(YAML(typ="safe").load(file), Params(), ""))
+    source = values.get("data.source")
+    if source is not None and source != DEMONSTRATION and not re.fullmatch(HUB, source):
+        values["data.source"] = str(file.resolve().parent / Path(source).expanduser())
+    return values
+
+
+def _leaves(values: Mapping[str, Any], section: Section, before: str) -> Iterator[tuple[str, Any]]:
+    """Yield (section.key, value) of the keys below a section that are no sections themselves."""
+    for key, value in values.items():
+        inner = getattr(section, key)
+        if isinstance(inner, Section):
+            yield from _leaves(value, inner, f"{before}{key}.")
+        else:
+            yield f"{before}{key}", value
+
+
 def upgraded_files(root: Path) -> dict[str, str]:
     """Return {path: new text} of the files of `OWNED` that differ from what the installed version writes.
 
@@ -167,7 +199,7 @@ def upgraded_files(root: Path) -> dict[str, str]:
         "dvc.yaml": pipeline,
         STAGES: stage_file(_stages(pipeline)),
         SCHEMA: schema_text(),
-        WORKFLOW: _template("gate.yml"),
+        **_workflow(is_nested=not (root / ".git").exists()),
     }
     return {
         name: text for name, text in new.items() if not (root / name).is_file() or (root / name).read_text() != text
@@ -278,6 +310,11 @@ def _template(name: str) -> str:
     return (resources.files("flows.project") / "templates" / name).read_text(encoding="utf-8")
 
 
+def _workflow(is_nested: bool) -> dict[str, str]:
+    """Return {path: text} of the CI workflow; GitHub reads none in a folder of a repository."""
+    return {} if is_nested else {WORKFLOW: _template("gate.yml")}
+
+
 def _yaml() -> YAML:
     yaml = YAML()
     yaml.width, yaml.preserve_quotes = 120, True
@@ -309,20 +346,38 @@ def _with_lines(file: Path, lines: Sequence[str]) -> str:
 # -- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _check_place(root: Path) -> None:
-    """Check that the folder is no part of another project or git repository. Raises RepositoryError."""
+def _check_place(root: Path) -> bool:
+    """Return True for a folder `projects/NAME` of a git repository, False for one that is or will be its own.
+
+    Raises:
+        RepositoryError: The folder is part of another project, or elsewhere in a git repository.
+    """
+    try:
+        top = Path(git_output(root, "rev-parse", "--show-toplevel").strip()).resolve()
+    except GitError:
+        top = root.resolve()
+    if root.resolve().parent == top / PROJECTS:
+        return True
     for folder in root.resolve().parents:
         if (folder / "dvc.yaml").is_file() and (folder / ".dvc").is_dir():
-            raise RepositoryError(f"{root} is inside of the project {find_root(folder)}; choose a folder outside of it")
-    try:
-        top = Path(git_output(root, "rev-parse", "--show-toplevel").strip())
-    except GitError:
-        return
-    if top.resolve() != root.resolve():
+            raise RepositoryError(f"{root} is inside of the project {folder}; choose a folder outside of it")
+    if top != root.resolve():
         raise RepositoryError(
-            f"{root} is inside of the git repository {top}; run this in {top}, or make a repository of its own here "
-            "with `git init`"
+            f"{root} is inside of the git repository {top}; for one of several projects of it choose "
+            f"{top / PROJECTS / root.name}, or run this in {top}, or make a repository of its own here with `git init`"
         )
+    return False
+
+
+def _check_name_is_free(root: Path, name: str) -> None:
+    """Raise ParamsError if another project of the git repository has the name: their versions would be mixed up."""
+    try:
+        others = [one for one in project_roots(root) if one != root.resolve()]
+    except RepositoryError:  # no git repository, or no other project
+        return
+    for other in others:
+        if load_params(Paths(other).params).project.name == name:
+            raise ParamsError(f"the name {name!r} is that of the project {other}; give another --name")
 
 
 def _check_params(text: str) -> None:
@@ -335,7 +390,7 @@ def _check_params(text: str) -> None:
 
 def _data_source(root: Path, data: str, task: Task) -> tuple[str, dict[str, Path]]:
     """Return `data.source`, and {path in the project: file} of the files to copy into the project's folder `data`."""
-    if re.fullmatch(HUB, data):
+    if data == DEMONSTRATION or re.fullmatch(HUB, data):
         return data, {}
     path = Path(data).expanduser().resolve()
     files = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []

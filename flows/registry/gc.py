@@ -226,7 +226,9 @@ def _locked(root: Path, excluded: list[Path]) -> Iterator[list["Repo"]]:
     from dvc.lock import LockError
     from dvc.repo import Repo, lock_repo
 
-    folders = [root, *(tree for tree in _working_trees(Git(root)) if tree != root and (tree / ".dvc").is_dir())]
+    git = Git(root)
+    trees = [tree / git.prefix for tree in _working_trees(git)]
+    folders = [root, *(tree for tree in trees if tree != root and (tree / ".dvc").is_dir())]
     log = logging.getLogger("dvc")
     with warnings.catch_warnings(), ExitStack() as stack:
         # DVC uses a deprecated function of its trie library

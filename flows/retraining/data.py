@@ -23,7 +23,7 @@ from flows.registry.project_registry import registry_of
 from flows.registry.reader import RegistryReader, Version
 from flows.runtime.git import Git, GitError
 from flows.runtime.inputs import check_source_is_tracked
-from flows.runtime.project import dvc
+from flows.runtime.project import dvc, get_output
 from peftcore.files import sha256, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -203,7 +203,7 @@ class Source:
         shutil.rmtree(self.place, ignore_errors=True)
         newest = next((version for version in before if self.files_of(version)), None)
         if newest is not None:
-            dvc(self.root, "get", str(self.root), self.name, "--rev", newest.commit, "--out", str(self.place))
+            get_output(self.root, newest.commit, self.name, self.place)
         self.place.mkdir(parents=True, exist_ok=True)
         skipped = {}
         for path in sorted(folder.rglob("*")):

@@ -44,16 +44,17 @@ def only_one(root: Path) -> Iterator[None]:
 
 
 def working_tree(root: Path) -> Path:
-    """Return the working tree at HEAD: the tree of an interrupted retraining at the same commit, else a new one.
+    """Return the project's folder in the working tree at HEAD.
 
-    A new tree takes over the checkpoints of the tree before. Each checkpoint names the inputs of its run.
+    The tree of an interrupted retraining at the same commit is used again; otherwise a new one is made. It takes
+    over the checkpoints of the tree before. Each checkpoint names the inputs of its run.
     """
     folder, note, saved = home(root) / "tree", home(root) / "tree.json", home(root) / "checkpoints"
-    commit = Git(root).head()
+    commit, project = (git := Git(root)).head(), folder / git.prefix
     interrupted = json.loads(note.read_text()) if note.exists() and (folder / ".git").exists() else None
     if interrupted == {"commit": commit}:
-        return folder
-    checkpoints = Paths(folder).checkpoints
+        return project
+    checkpoints = Paths(project).checkpoints
     if checkpoints.is_dir():
         shutil.rmtree(saved, ignore_errors=True)
         checkpoints.rename(saved)
@@ -62,7 +63,7 @@ def working_tree(root: Path) -> Path:
     if saved.is_dir():  # also after this function was killed
         saved.rename(checkpoints)
     write_atomically(note, json.dumps({"commit": commit}) + "\n")
-    return folder
+    return project
 
 
 def note_unfinished(root: Path, started: str) -> None:

@@ -118,11 +118,12 @@ class Versions:
 
         warnings: list[str] = []
         texts: list[str] = []
-        system = DVCFileSystem(str(self.paths.root), rev=commit)
+        # of one of several projects DVC would clone the project's folder, and only the repository around it is one
+        system = DVCFileSystem(str(self.git.top), rev=commit, subrepos=bool(self.git.prefix))
         for path in (self.paths.training_log, self.paths.loss_curve, self.paths.samples):
             name = path.relative_to(self.paths.root).as_posix()
             try:
-                texts.append(str(system.read_text(name, encoding="utf-8")))
+                texts.append(str(system.read_text(f"{self.git.prefix}{name}", encoding="utf-8")))
             except Exception as error:  # DVC raises its own, its filesystems' and its remotes' errors
                 texts.append("")
                 if path != self.paths.training_log or not isinstance(error, FileNotFoundError):

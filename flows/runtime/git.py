@@ -40,10 +40,12 @@ class GitError(RepositoryError):
 
 
 class Git:
-    """A repository, with `root` as its top folder.
+    """A git repository, seen from the folder of a project: its top, or a folder below with a DVC repository of its own.
+
+    Paths that methods take and return are relative to `root`.
 
     Raises:
-        RepositoryError: `root` is not the top of a git repository with a commit.
+        RepositoryError: `root` is neither, or the git repository has no commit.
     """
 
     def __init__(self, root: Path) -> None:
@@ -57,11 +59,13 @@ class Git:
                 f"{root} is not in a git repository; versions are git tags, so clone the repository, "
                 "or run `git init` and make a first commit"
             ) from error
-        if top.resolve() != root.resolve():
+        if top.resolve() != root.resolve() and not (root / ".dvc").is_dir():
             raise RepositoryError(
-                f"the pipeline is in {root}, but its git repository begins at {top}; "
-                "registering needs both in one folder, so move the pipeline to a repository of its own"
+                f"the pipeline is in {root}, but its git repository begins at {top}; make {root} one of several "
+                "projects of the repository with `peftcore init`, or move it to a repository of its own"
             )
+        self.top = top
+        self.prefix = self.run("rev-parse", "--show-prefix").strip()
         try:
             self.run("rev-parse", "--verify", "--quiet", "HEAD^{commit}")
         except GitError as error:
@@ -83,7 +87,7 @@ class Git:
 
     def show(self, commit: str, path: str) -> str:
         """Return a file's text in `commit`. Raises GitError if it is absent."""
-        return self.run("show", f"{commit}:{path}")
+        return self.run("show", f"{commit}:{self.prefix}{path}")
 
     def snapshot(self, update: Sequence[str], add: Sequence[str], contents: Mapping[str, str], message: str) -> str:
         """Create a commit on top of HEAD that no branch points to; returns its hash.
@@ -122,7 +126,7 @@ class Git:
         """Add {path: text} to an index and write its tree; returns the tree's hash."""
         for path, text in contents.items():
             blob = self.run("hash-object", "-w", "--stdin", stdin=text, **index).strip()
-            self.run("update-index", "--add", "--cacheinfo", f"100644,{blob},{path}", **index)
+            self.run("update-index", "--add", "--cacheinfo", f"100644,{blob},{self.prefix}{path}", **index)
         return self.run("write-tree", **index).strip()
 
     def commit(self, paths: Sequence[str], message: str) -> None:

@@ -23,7 +23,8 @@ def uncommitted_files(
     """
     patterns = [*paths, *(f":(exclude){name}" for name in excluded)]
     lines = git.run("status", "--porcelain", "-z", "--no-renames", *options, "--", *patterns).split("\0")
-    return sorted(line[3:] for line in lines if line)
+    # `git status` names files from the top of the repository
+    return sorted(line[3:].removeprefix(git.prefix) for line in lines if line)
 
 
 def unused_changes(git: Git) -> str:

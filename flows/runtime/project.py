@@ -18,6 +18,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from flows.errors import RepositoryError
+from flows.runtime.git import git_output
 
 DVC = (sys.executable, "-m", "dvc")
 """DVC of the running environment, independent of PATH."""
@@ -48,6 +49,29 @@ def find_root(start: Path | None = None) -> Path:
         f"no pipeline in {start} or above it (dvc.yaml beside a .dvc folder); "
         "go to the folder of a project, or make this one with `peftcore init`"
     )
+
+
+PROJECTS = "projects"
+"""Folder at the top of a git repository with several projects, each in a folder of its own."""
+
+
+def project_roots(start: Path | None = None) -> list[Path]:
+    """Return the projects of the git repository around `start` (default: the current folder), by name.
+
+    A project is a folder in `projects`, or the top of the repository, with dvc.yaml and .dvc.
+
+    Raises:
+        RepositoryError: There is no git repository or no project.
+    """
+    start = (start or Path.cwd()).resolve()
+    top = Path(git_output(start, "rev-parse", "--show-toplevel").strip())
+    folders = [top, *sorted((top / PROJECTS).glob("*"))]
+    roots = [folder for folder in folders if (folder / "dvc.yaml").is_file() and (folder / ".dvc").is_dir()]
+    if not roots:
+        raise RepositoryError(
+            f"{top} has no project, neither here nor in {PROJECTS}/; make one with `peftcore init {PROJECTS}/NAME`"
+        )
+    return roots
 
 
 def stage_environment() -> dict[str, str]:
@@ -142,5 +166,25 @@ def files_at(root: Path, commit: str, names: list[str]) -> Iterator[Path]:
         for name in names:
             target = Path(folder) / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            dvc(root, "get", str(root), name, "--rev", commit, "--out", str(target))
+            get_output(root, commit, name, target)
         yield Path(folder)
+
+
+def get_output(root: Path, commit: str, name: str, target: Path) -> None:
+    """Copy the DVC output `name` of `commit` to `target`, from DVC's cache or remote. Raises RepositoryError."""
+    if (root / ".git").exists():
+        dvc(root, "get", str(root), name, "--rev", commit, "--out", str(target))
+        return
+    # `dvc get` clones the folder that it is given, and this one is not the top of its git repository
+    from dvc.exceptions import DvcException
+    from dvc.fs import download
+    from dvc.repo import Repo
+
+    try:
+        with warnings.catch_warnings(), Repo(str(root)) as repo:
+            warnings.filterwarnings("ignore", "_NoneStep.value", DeprecationWarning)
+            repo.fetch(targets=[str(root / name)], revs=[commit])
+            with repo.switch(commit):
+                download(repo.dvcfs, name, str(target))
+    except (DvcException, OSError) as error:
+        raise RepositoryError(f"DVC cannot get {name} of {commit[:10]}: {error.__cause__ or error}") from error

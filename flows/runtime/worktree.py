@@ -23,25 +23,34 @@ hosts share the temporary folder."""
 
 @contextmanager
 def worktree_at(root: Path, commit: str) -> Iterator[Path]:
-    """Yield a temporary working tree at `commit`, which is removed afterwards."""
+    """Yield the project's folder in a temporary working tree at `commit`, which is removed afterwards."""
     with TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-{_host()}-") as parent:
         folder = Path(parent) / "tree"
-        add_worktree(root, folder, commit)
+        project = add_worktree(root, folder, commit)
         try:
-            yield folder
+            yield project
         finally:
             remove_worktree(root, folder)
 
 
-def add_worktree(root: Path, folder: Path, commit: str) -> None:
-    """Check out `commit` in the new folder `folder`, on no branch. Raises RepositoryError."""
+def add_worktree(root: Path, folder: Path, commit: str) -> Path:
+    """Check out `commit` in the new folder `folder`, on no branch; returns the project's folder in it.
+
+    Raises:
+        RepositoryError: The working tree could not be created, or `commit` does not have the project.
+    """
     git = Git(root)
     git.run("worktree", "prune")
     try:
         git.run("worktree", "add", "--quiet", "--detach", str(folder), commit)
     except GitError as error:
         raise RepositoryError(f"no working tree of {commit[:10]} could be created in {folder}: {error}") from error
-    _share_dvc(root, folder)
+    project = folder / git.prefix
+    if not (project / ".dvc").is_dir():
+        remove_worktree(root, folder)
+        raise RepositoryError(f"commit {commit[:10]} has no project {git.prefix or root.name}; commit its files first")
+    _share_dvc(root, project)
+    return project
 
 
 def remove_worktree(root: Path, folder: Path) -> None:

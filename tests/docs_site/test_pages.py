@@ -21,6 +21,7 @@ HISTORY = DOCS / "mended-defects.md"
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "data/README.md")),
     *(page for page in sorted(DOCS.rglob("*.md")) if page != HISTORY),
+    *sorted((ROOT / "examples").rglob("README.md")),
 ]
 LONG = ("merge-and-export", "qlora")
 

@@ -159,6 +159,26 @@ def template(forked_dvc: ForkedDvc, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture
+def two_projects(template: Path, tmp_path: Path) -> tuple[Project, Project]:
+    """One git repository with `projects/mail` and `projects/sql`, each after its stage `make`."""
+    top = tmp_path / "repository"
+    projects = []
+    for name in ("mail", "sql"):
+        root = top / "projects" / name
+        shutil.copytree(template, root, symlinks=True, ignore=shutil.ignore_patterns(".git", "tmp"))
+        for file in ("params.yaml", "dvc.yaml"):
+            (root / file).write_text((root / file).read_text().replace("docstrings", name))
+        projects.append(Project(root))
+    first, second = projects
+    first.git("-c", "init.defaultBranch=main", "init", "--quiet", root=top)
+    first.git("config", "user.name", "Ada", root=top)
+    first.git("config", "user.email", "ada@example.org", root=top)
+    first.git("add", "--all", root=top)
+    first.git("commit", "--quiet", "--message=Start", root=top)
+    return first, second
+
+
+@pytest.fixture
 def registered(registered_template: Path, tmp_path: Path) -> Project:
     """`project` with v0.1.0 registered."""
     root = tmp_path / "project"

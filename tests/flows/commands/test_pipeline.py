@@ -22,6 +22,18 @@ def test_status_tells_stages_and_champion(here: Any) -> None:
     assert "docstrings: champion is v0.1.0" in text
 
 
+def test_status_of_all_projects(two_projects: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(two_projects[0].root.parents[1])
+    table = peftcore("status", "--all", "--page", "projects.html").stdout
+    assert "projects/mail" in table and "projects/sql" in table
+    assert "projects/sql" in Path("projects.html").read_text()
+    told = json.loads(peftcore("status", "--all", "--json").stdout)
+    assert [one["name"] for one in told] == ["mail", "sql"]
+    assert peftcore("status", "--page", "one.html").exit_code == 2
+    monkeypatch.chdir(tmp_path)
+    assert peftcore("status", "--all").exit_code == 1
+
+
 @pytest.mark.slow
 def test_a_run_told_as_json_is_one_document_whatever_came_of_it(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_server(*_: object) -> NoReturn:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from command_line import peftcore
 
+from flows.params import load_params
 from flows.runtime.stage_code import FILE
 
 ROOT = Path(__file__).parents[3]
@@ -30,6 +31,22 @@ def test_init_says_what_it_wrote_and_what_comes_next(rows: Path, tmp_path: Path)
     again = peftcore("init", str(tmp_path / "My tickets"), "--data", str(rows), "--force")
     assert again.exit_code == 0, again.stderr
     assert "peftcore run" in again.stdout
+
+
+def test_files_of_parameters_describe_the_project_and_a_later_one_wins(rows: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("project: {name: sums}\ndata: {source: rows.jsonl}\ntrain: {max_steps: 9, epochs: 2.0}\n")
+    second.write_text("train: {max_steps: 2}\n")
+    folder = tmp_path / "new"
+    done = peftcore("init", str(folder), "--params", str(first), "--params", str(second), "--json")
+    assert done.exit_code == 0, done.stderr
+    params = load_params(folder / "params.yaml")
+    assert json.loads(done.stdout)["name"] == params.project.name == "sums"
+    assert (params.train.max_steps, params.train.epochs, params.data.source) == (2, 2.0, "data/rows.jsonl")
+    named = peftcore("init", str(tmp_path / "other"), "--params", str(first), "--name", "adds")
+    assert named.exit_code == 0 and load_params(tmp_path / "other" / "params.yaml").project.name == "adds"
+    missing = peftcore("init", str(tmp_path / "none"), "--params", str(second))
+    assert missing.exit_code == 1 and "--data FILE" in missing.stderr
 
 
 @pytest.mark.parametrize(
@@ -65,9 +82,13 @@ def test_upgrade_is_for_projects_of_init(here: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_pipeline_runs_in_a_folder_of_its_own(rows: Path, tiny_base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["tickets", "repository/projects/tickets"])
+def test_a_pipeline_runs_in_a_folder_of_its_own(place: str, rows: Path, tiny_base: Path, tmp_path: Path) -> None:
     """From init to a registered version, then once more with nothing to do, and by DVC alone."""
-    folder = tmp_path / "tickets"
+    folder = tmp_path / place
+    folder.mkdir(parents=True)
+    if "projects" in place:
+        subprocess.run(["git", "init", "--quiet", str(tmp_path / "repository")], check=True)
 
     def run(*command: str | Path, code: int = 0) -> str:
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])

@@ -16,12 +16,14 @@ from flows.project.create import (
     IGNORED,
     SCHEMA,
     STAGES,
+    WORKFLOW,
     NewProject,
     create_project,
     difference,
     name_from,
     pipeline_text,
     upgraded_files,
+    values_of,
 )
 from flows.runtime.project import dvc, stage_order
 from flows.runtime.stage_dependencies import PACKAGES
@@ -203,3 +205,50 @@ def test_an_upgrade_adds_keys_that_stages_track_to_params_yaml(made: Path) -> No
 )
 def test_a_name_is_made_of_the_folder(folder: str, name: str) -> None:
     assert name_from(Path(folder)) == name
+
+
+def test_a_folder_below_projects_becomes_one_of_several_projects(tmp_path: Path) -> None:
+    git(tmp_path, "init", "--quiet")
+    mail, sql, other = (tmp_path / "projects" / name for name in ("mail", "sql", "other"))
+    for folder in (mail, sql, other):
+        folder.mkdir(parents=True)
+    for folder in (mail, sql):
+        assert WORKFLOW not in create_project(folder, new("hub:ORG/ROWS", name=folder.name))
+        assert (folder / ".dvc").is_dir() and not (folder / ".git").exists()
+        assert upgraded_files(folder) == {}
+        assert stage_order(folder)[-1] == "register"
+    with pytest.raises(ParamsError, match=r"'mail' is that of the project .*mail"):
+        create_project(other, new("hub:ORG/ROWS", name="mail"))
+    assert not list(other.iterdir())
+    (inner := mail / "inner").mkdir()
+    with pytest.raises(RepositoryError, match="inside of the project"):
+        create_project(inner, new("hub:ORG/ROWS"))
+
+
+def test_a_file_of_parameters_has_some_keys_and_its_data_beside_it(tmp_path: Path) -> None:
+    data = rows(tmp_path / "data")
+    file = tmp_path / "params.yaml"
+    file.write_text(
+        "project: {name: mail}\ndata: {source: data/rows.jsonl}\nevaluate: {control: {rows: 4}}\n"
+        "method: {options: {use_dora: true}}\n"
+    )
+    values = values_of(file)
+    assert values == {
+        "project.name": "mail",
+        "data.source": str(data),
+        "evaluate.control.rows": 4,
+        "method.options": {"use_dora": True},
+    }
+    (folder := tmp_path / "project").mkdir()
+    create_project(folder, new(values["data.source"], name="mail", values=values))
+    params = load_params(folder / "params.yaml")
+    assert params.data.source == "data/rows.jsonl" and params.evaluate.control.rows == 4
+    assert params.method.options == {"use_dora": True}
+    file.write_text("train: {epoch: 1}\n")
+    with pytest.raises(ParamsError, match="did you mean epochs"):
+        values_of(file)
+
+
+def test_the_standard_library_is_data_too(tmp_path: Path) -> None:
+    create_project(tmp_path, new("stdlib:docstrings"))
+    assert load_params(tmp_path / "params.yaml").data.source == "stdlib:docstrings"
