@@ -11,28 +11,29 @@ from datasets import Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from flows.data.chat import ChatTokenizer
-from flows.data.examples import AnyExample, Example, Labelled, Message, Preference
-from flows.data.tokens import IGNORED, AnyTokens, PairTokens, TextTokens, Tokens
+from flows.data.examples import AnyExample, Example, Labelled, Message, Preference, UnpairedPreference
+from flows.data.tokens import IGNORED, AnswerTokens, AnyTokens, PairTokens, TextTokens, Tokens
 from flows.errors import DataError
 from flows.params import Data
 
-Kind = Literal["chat", "preference", "classification"]
+Kind = Literal["chat", "preference", "unpaired_preference", "classification"]
 _IDS = List(Value("int32"))
 _TEXT = Value("string")
 _ORIGIN = {"id": _TEXT, "group": _TEXT, "slice": _TEXT}
 _WEIGHT = {"weight": Value("float32")}
+_ANSWER = {
+    **{"prompt": _TEXT, "completion": _TEXT, "prompt_length": Value("int32")},
+    **{"input_ids": _IDS, "labels": _IDS},
+}
 COLUMNS: dict[Kind, Features] = {
-    "chat": Features(
-        _ORIGIN
-        | {"prompt": _TEXT, "completion": _TEXT, "prompt_length": Value("int32"), "input_ids": _IDS, "labels": _IDS}
-        | _WEIGHT
-    ),
+    "chat": Features(_ORIGIN | _ANSWER | _WEIGHT),
     "preference": Features(
         _ORIGIN
         | {"prompt": _TEXT, "chosen": _TEXT, "rejected": _TEXT, "prompt_length": Value("int32")}
         | {f"{side}_{part}": _IDS for side in ("chosen", "rejected") for part in ("input_ids", "labels")}
         | _WEIGHT
     ),
+    "unpaired_preference": Features(_ORIGIN | _ANSWER | {"desirable": Value("bool")} | _WEIGHT),
     "classification": Features(
         _ORIGIN | {"text": _TEXT, "input_ids": _IDS, "label": Value("int32"), "label_name": _TEXT} | _WEIGHT
     ),
@@ -102,6 +103,28 @@ class PreferenceEncoder:
         return len(self.chats.tokenize([*example.prompt, *turns], example.tools).input_ids)
 
 
+class UnpairedPreferenceEncoder:
+    """Answers with a mark; every assistant turn after the prompt is supervised."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.chats = ChatTokenizer(tokenizer)
+
+    def encode(self, example: UnpairedPreference) -> AnswerTokens:
+        """Tokenise a prompt with its answer."""
+        turns = [*example.prompt, *example.completion]
+        tokens = self.chats.tokenize(turns, example.tools, len(example.prompt))
+        start, decode = _first_supervised(tokens), self.chats.tokenizer.decode
+        prompt, completion = (str(decode(ids)) for ids in (tokens.input_ids[:start], tokens.input_ids[start:-1]))
+        return AnswerTokens(tokens.input_ids, tokens.labels, start, prompt, completion.strip(), example.desirable)
+
+    def shorten(self, example: UnpairedPreference, limit: int) -> UnpairedPreference | None:
+        """Return the example with its prompt cut to fit; None if impossible."""
+        end = len(example.prompt)
+        turns = [*example.prompt, *example.completion]
+        shorter = self.chats.shorten(turns, limit, example.tools, before=end)
+        return None if shorter is None else replace(example, prompt=shorter[:end])
+
+
 class LabelledEncoder:
     """Texts, tokenised for a classifier with the tokenizer's own special tokens."""
 
@@ -141,6 +164,8 @@ def encoder_of(data: Data, tokenizer: PreTrainedTokenizerBase, labels: list[str]
     """Return the encoder of `data.kind`. labels: names of all classes, for classification."""
     if data.kind == "classification":
         return LabelledEncoder(tokenizer, labels)
+    if data.kind == "unpaired_preference":
+        return UnpairedPreferenceEncoder(tokenizer)
     return PreferenceEncoder(tokenizer) if data.kind == "preference" else ChatEncoder(tokenizer, data)
 
 

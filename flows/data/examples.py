@@ -1,4 +1,4 @@
-"""One example of any source, by kind: a chat, a preference pair, or a labelled text."""
+"""One example of any source, by kind: a chat, a preference pair, an answer with a label, or a labelled text."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +42,16 @@ class Preference(Origin):
 
 
 @dataclass(frozen=True)
+class UnpairedPreference(Origin):
+    """A chat up to an answer, and one continuation that ends with an assistant turn; desirable: it is a good one."""
+
+    prompt: list[Message]
+    completion: list[Message]
+    desirable: bool
+    tools: list[dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
 class Labelled(Origin):
     """A text and the name of its class."""
 
@@ -49,7 +59,7 @@ class Labelled(Origin):
     label: str
 
 
-AnyExample = Example | Preference | Labelled
+AnyExample = Example | Preference | UnpairedPreference | Labelled
 
 
 def question_and_answer(prompt: str, completion: str, system_prompt: str | None) -> list[Message]:

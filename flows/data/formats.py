@@ -1,4 +1,4 @@
-"""Formats of a row: chats in the formats of OpenAI, ShareGPT and Alpaca, preference pairs, and labelled texts.
+"""Formats of a row: chats in the formats of OpenAI, ShareGPT and Alpaca, preferences, and labelled texts.
 
 Each function takes a row's columns and raises FaultyRow with the problem and what fits. A null column counts as absent,
 because Parquet gives every row all columns.
@@ -26,6 +26,7 @@ _DEEPEST = 32
 _UNREAD = ("reasoning_content", "reasoning", "thinking", "thoughts", "function_call", "refusal", "audio", "images")
 """Keys of a turn that hold reasoning or media, which no template here shows."""
 _OTHER_KINDS = {"preference": ("chosen", "rejected"), "classification": ("text", "label")}
+"""{data.kind: columns that only rows of this kind have}"""
 
 
 class FaultyRow(Exception):
@@ -80,6 +81,39 @@ def preference(row: dict[str, Any]) -> tuple[list[Message], list[Message], list[
         if answer[0]["role"] != "assistant":
             raise FaultyRow("its chosen and rejected differ before an assistant turn; only answers may differ")
     return prompt, chosen, rejected
+
+
+def unpaired_preference(row: dict[str, Any]) -> tuple[list[Message], list[Message], bool]:
+    """Return the chat up to the answer, the answer, and True if its label says that the answer is a good one.
+
+    The answer is `completion`, text or turns after `prompt`; in whole chats it is the last turn.
+    """
+    if row.get("label") is None:
+        if all(row.get(column) is not None for column in _OTHER_KINDS["preference"]):
+            raise FaultyRow("it has chosen and rejected; set data.kind to preference")
+        raise FaultyRow(
+            "it has no label; a row of data.kind unpaired_preference has prompt, completion and label (true for a good "
+            "answer, false for a bad one)" + spelled_otherwise(row, ["label"])
+        )
+    desirable = _flag(row["label"])
+    if row.get("prompt") is None or row.get("completion") is None:
+        turns = chat(row)
+        return turns[:-1], turns[-1:], desirable
+    prompt, completion = _turns_of(row, "prompt", "user"), _turns_of(row, "completion", "assistant")
+    if row.get("system"):
+        prompt = [{"role": "system", "content": _text(row, "system")}, *prompt]
+    _check_order([*prompt, *completion])
+    if completion[0]["role"] != "assistant":
+        raise FaultyRow("its completion does not begin with an assistant turn")
+    return prompt, completion, desirable
+
+
+def _flag(label: Any) -> bool:
+    """Return a label as True or False; CSV holds it as text."""
+    flag = {"true": True, "1": True, "false": False, "0": False}.get(str(label).strip().lower())
+    if flag is None:
+        raise FaultyRow(f"its label is {label!r:.80}; give true for a good answer, or false for a bad one")
+    return flag
 
 
 def labelled(row: dict[str, Any]) -> tuple[str, str]:

@@ -12,7 +12,15 @@ from typing import Any
 from flows.base.hub import DownloadError, download
 from flows.data import docstrings, files, formats
 from flows.data.canonical import canonical
-from flows.data.examples import AnyExample, Example, Labelled, Message, Preference, with_system_prompt
+from flows.data.examples import (
+    AnyExample,
+    Example,
+    Labelled,
+    Message,
+    Preference,
+    UnpairedPreference,
+    with_system_prompt,
+)
 from flows.data.formats import FaultyRow, spelled_otherwise
 from flows.errors import DataError
 from flows.params import Data
@@ -83,6 +91,11 @@ def _example(data: Data, where: str, row: dict[str, Any]) -> AnyExample:
         origin = _origin(data, where, row, prompt)
         prompt = with_system_prompt(prompt, data.system_prompt)
         return Preference(prompt, chosen, rejected, formats.tools(row), **origin)
+    if data.kind == "unpaired_preference":
+        prompt, completion, desirable = formats.unpaired_preference(row)
+        origin = _origin(data, where, row, prompt)
+        prompt = with_system_prompt(prompt, data.system_prompt)
+        return UnpairedPreference(prompt, completion, desirable, formats.tools(row), **origin)
     turns = formats.chat(row)
     messages = with_system_prompt(turns, data.system_prompt)
     return Example(messages, formats.tools(row), **_origin(data, where, row, turns[:-1]))

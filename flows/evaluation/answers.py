@@ -56,7 +56,9 @@ class Answered:
         }
 
 
-def sampled_prompts(rows: Sequence[Row], ids: str, reference: str, params: Params) -> list[Prompt]:
+def sampled_prompts(
+    rows: Sequence[Row], ids: str, reference: str, params: Params, among: Sequence[int] | None = None
+) -> list[Prompt]:
     """Return the prompts of a random sample of the rows.
 
     Args:
@@ -64,9 +66,11 @@ def sampled_prompts(rows: Sequence[Row], ids: str, reference: str, params: Param
         ids: Name of the column with the token ids of prompt and reference answer.
         reference: Name of the column with the text of the reference answer.
         params: The parameters of the run, with the size and the seed of the sample.
+        among: Indices of the rows to sample from. None: all.
     """
-    count = min(params.evaluate.generate_rows, len(rows))
-    sampled = sorted(random.Random(params.project.seed).sample(range(len(rows)), count))
+    candidates = range(len(rows)) if among is None else among
+    count = min(params.evaluate.generate_rows, len(candidates))
+    sampled = sorted(random.Random(params.project.seed).sample(candidates, count))
     return [Prompt(i, rows[i][ids][: rows[i]["prompt_length"]], rows[i][reference]) for i in sampled]
 
 

@@ -18,7 +18,7 @@ class Data(Section):
     renamed: ClassVar = {"fresh": "data.new_files", "unproven": "data.quarantined"}
 
     source: str = DEMONSTRATION
-    kind: Literal["chat", "preference", "classification"] = "chat"
+    kind: Literal["chat", "preference", "unpaired_preference", "classification"] = "chat"
     supervise: Literal["all", "last"] = "all"
     system_prompt: str | None = None
     max_length: Annotated[int, Field(ge=8)] = 320

@@ -14,6 +14,7 @@ KINDS = {
     "dpo": "preference",
     "orpo": "preference",
     "simpo": "preference",
+    "kto": "unpaired_preference",
     "classification": "classification",
 }
 """{train.objective: the data.kind that it needs}"""
@@ -37,6 +38,22 @@ class Preference(Section):
         return self
 
 
+class Kto(Section):
+    """Options of the objective kto."""
+
+    loss: Literal["kto", "apo_zero_unpaired"] = "kto"
+    beta: Positive = 0.1
+    desirable_weight: NonNegative = 1.0
+    undesirable_weight: NonNegative = 1.0
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> Self:
+        if not self.desirable_weight + self.undesirable_weight:
+            expected = "desirable_weight and undesirable_weight are both 0; give at least one above 0"
+            raise invalid_value(expected, "desirable_weight", self.desirable_weight)
+        return self
+
+
 class Classification(Section):
     """Options of the objective classification."""
 
@@ -46,8 +63,9 @@ class Classification(Section):
 class Train(Section):
     """Options of a training run."""
 
-    objective: Literal["sft", "dpo", "orpo", "simpo", "classification"] = "sft"
+    objective: Literal["sft", "dpo", "orpo", "simpo", "kto", "classification"] = "sft"
     preference: Preference = Preference()
+    kto: Kto = Kto()
     classification: Classification = Classification()
     epochs: Positive = 1.0
     batch_size: Count = 8
@@ -74,6 +92,13 @@ class Train(Section):
     max_rollbacks: Count = 3
     max_steps: Count | None = None
     start_from: Annotated[str, Field(pattern=r"^v\d+\.\d+\.\d+$")] | None = None
+
+    @model_validator(mode="after")
+    def _check_kto_batch(self) -> Self:
+        if self.objective == "kto" and self.kto.loss == "kto" and self.batch_size < 2:
+            expected = "kto compares a prompt with the answers of other rows of its batch; give 2 or more"
+            raise invalid_value(expected, "batch_size", self.batch_size)
+        return self
 
     @field_validator("gradient_checkpointing", mode="before")
     @classmethod

@@ -23,10 +23,11 @@ from flows.evaluation.pairs import evaluate_pairs
 from flows.evaluation.result import EvaluationResult
 from flows.evaluation.scorers.load import load_scorer
 from flows.evaluation.scorers.scores import with_scores
+from flows.evaluation.unpaired import evaluate_unpaired
 from flows.params import Params
 from flows.paths import Paths
 from flows.runtime.stage import start
-from flows.training.objectives import check_split, class_names, loss_function
+from flows.training.objectives import check_split, class_names, loss_function, rows_of
 from peftcore import PeftModel
 from peftcore.files import directory_written_atomically, sha256, write_atomically
 
@@ -63,9 +64,10 @@ def _evaluate(params: Params, paths: Paths, rows: list[Row]) -> tuple[Evaluation
         train_labels = [row["label"] for row in read_rows(paths.split("train"), ["label"])]
         result = evaluate_classes(params, model, tokenizer, rows, names, train_labels)
         return replace(result, metrics=result.metrics | extra), None
-    evaluate_rows, ids = (
-        (evaluate_chats, "input_ids") if params.train.objective == "sft" else (evaluate_pairs, "chosen_input_ids")
-    )
+    evaluate_rows = {"chat": evaluate_chats, "unpaired_preference": evaluate_unpaired, "preference": evaluate_pairs}[
+        rows_of(params).kind
+    ]
+    ids = "chosen_input_ids" if evaluate_rows is evaluate_pairs else "input_ids"
     result, table = evaluate_rows(params, model, tokenizer, rows), None
     evaluate = params.evaluate
     if evaluate.control.source is not None:

@@ -48,6 +48,7 @@ from flows.training.objectives import (
     longest,
     padded_collator,
     start_batch,
+    start_rows,
     trainer_of,
     training_collator,
     training_rows,
@@ -205,7 +206,7 @@ def _start_from_data(params: Params, model: Any, rows: Dataset, pad: int, origin
     if not model.peft_config["default"].needs_data:
         return
     size = params.train.batch_size
-    firsts = [rows[i] for i in range(min(len(rows), BATCHES_FOR_START * size))]
+    firsts = start_rows(params, rows, BATCHES_FOR_START * size)
     batches = [start_batch(params, firsts[first : first + size], pad) for first in range(0, len(firsts), size)]
     needs_original = model.peft_config["default"].needs_original
     initialize_from_data(model, batches, model_path=original if needs_original else None)

@@ -12,6 +12,8 @@ from peftcore.train.batches import (
     LengthGroupedSampler,
     PreferenceCollator,
     RightPaddingCollator,
+    UnpairedPreferenceCollator,
+    mismatched_answers,
 )
 from peftcore.train.checkpoints import fault_of_checkpoint, last_good_checkpoint
 from peftcore.train.classification import (
@@ -21,6 +23,8 @@ from peftcore.train.classification import (
     macro_f1,
 )
 from peftcore.train.fault_policy import FaultPolicy
+from peftcore.train.kto import Kto, kto_reference_point, kto_weight_range
+from peftcore.train.kto_trainer import UNPAIRED_COLUMNS, KtoTrainer, KtoTrainerMixin
 from peftcore.train.linear_cross_entropy import linear_cross_entropy
 from peftcore.train.losses import row_sums, supervised_positions, token_losses
 from peftcore.train.packing import PackedCollator, Packs, PackSampler, check_packable
@@ -28,13 +32,14 @@ from peftcore.train.preference import Dpo, Orpo, PairLogProbs, PreferenceObjecti
 from peftcore.train.preference_trainer import PAIR_COLUMNS, PreferenceTrainer, PreferenceTrainerMixin
 from peftcore.train.rank_search import RankSearch, find_ranks
 from peftcore.train.recomputation import SELECTED, Mode, recompute_activations
-from peftcore.train.reference import pair_log_probs, reference_acting, reference_model
+from peftcore.train.reference import pair_log_probs, reference_acting, reference_model, row_log_probs
 from peftcore.train.supervised_head import supervised_logits
 from peftcore.train.trainer import AdapterTrainer, AdapterTrainerMixin
 
 __all__ = [
     "PAIR_COLUMNS",
     "SELECTED",
+    "UNPAIRED_COLUMNS",
     "WEIGHT",
     "AdapterTrainer",
     "AdapterTrainerMixin",
@@ -44,6 +49,9 @@ __all__ = [
     "Dpo",
     "FaultPolicy",
     "FusedAdamW",
+    "Kto",
+    "KtoTrainer",
+    "KtoTrainerMixin",
     "LengthGroupedSampler",
     "Mode",
     "Orpo",
@@ -58,17 +66,22 @@ __all__ = [
     "RankSearch",
     "RightPaddingCollator",
     "SimPo",
+    "UnpairedPreferenceCollator",
     "balanced_class_weights",
     "check_packable",
     "fault_of_checkpoint",
     "find_ranks",
+    "kto_reference_point",
+    "kto_weight_range",
     "last_good_checkpoint",
     "linear_cross_entropy",
     "macro_f1",
+    "mismatched_answers",
     "pair_log_probs",
     "recompute_activations",
     "reference_acting",
     "reference_model",
+    "row_log_probs",
     "row_sums",
     "supervised_logits",
     "supervised_positions",

@@ -71,13 +71,19 @@ def reference_acting(model: Any, adapter: str | None = None) -> Iterator[None]:
     """
     active = list(model.active_adapters)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(training_flags_restored(model))
         if adapter is None:
             stack.enter_context(model.disable_adapter())
         else:
             stack.callback(activate, model, active)  # unlike the model's method, this changes no requires_grad
             activate(model, adapter)
+        stack.enter_context(inference_mode(model))
+        yield
+
+
+@contextlib.contextmanager
+def inference_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode without gradients; the training flags are restored on exit."""
+    with torch.no_grad(), training_flags_restored(model):
         model.eval()
         yield
 
@@ -88,6 +94,20 @@ def pair_log_probs(model: nn.Module, batch: Mapping[str, Any]) -> PairLogProbs:
     sums, tokens = row_sums(*token_losses(model, inputs, batch["labels"].flatten(0, 1)))
     (chosen, rejected), (chosen_tokens, rejected_tokens) = (each.view(-1, 2).unbind(1) for each in (-sums, tokens))
     return PairLogProbs(chosen, rejected, chosen_tokens, rejected_tokens)
+
+
+def row_log_probs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each row's log-probability of its supervised tokens, (B,) in nats, and their number, (B,).
+
+    Args:
+        model: A causal language model.
+        input_ids: Token ids (B, T), padded on the right.
+        attention_mask: 1 for tokens and 0 for padding, (B, T).
+        labels: (B, T), -100 at positions that are not supervised.
+    """
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    sums, tokens = row_sums(*token_losses(model, inputs, labels))
+    return -sums, tokens
 
 
 def stored_log_probs(batch: Mapping[str, Any], policy: PairLogProbs) -> PairLogProbs | None:
