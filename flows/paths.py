@@ -79,6 +79,16 @@ class Paths:
         return self.start / "adapter"
 
     @property
+    def teacher_source(self) -> Path:
+        """Version of the teacher; absent if no version is the teacher."""
+        return self.start / "teacher.json"
+
+    @property
+    def teacher_adapter(self) -> Path:
+        """That version's adapter."""
+        return self.start / "teacher"
+
+    @property
     def training(self) -> Path:
         """Folder of the training run's log, loss curves and summary."""
         return self.artifacts / "training"

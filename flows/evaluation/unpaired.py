@@ -35,7 +35,7 @@ UNPAIRED = (
 
 @dataclass(frozen=True)
 class AnswerScores:
-    """Loss, margin (nats), accuracy (0, 1/2 or 1) and reward of each row under one model, and the reference point (nats)."""
+    """Loss, margin (nats), accuracy (0, 1/2 or 1) and reward of each row under one model, and the reference point."""
 
     losses: RowLosses
     margins: Tensor

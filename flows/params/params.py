@@ -15,10 +15,8 @@ from flows.params.gate import FIGURES, Gate, Register
 from flows.params.method import Method, Quantization
 from flows.params.retrain import Retrain
 from flows.params.scorers import BUILT_IN
-from flows.params.section import HUB, Name, Section, Text, invalid_value
+from flows.params.section import MODEL, Name, Section, Text, invalid_value
 from flows.params.train import KINDS, Train
-
-_BASE = rf"wheel:\w[\w.-]*==[\w.+!-]+(#sha256=[0-9a-f]{{64}})?|{HUB}|path:.+"
 
 
 class Project(Section):
@@ -36,7 +34,7 @@ class Base(Section):
     @field_validator("source")
     @classmethod
     def _check_source(cls, source: str) -> str:
-        if not re.fullmatch(_BASE, source):
+        if not re.fullmatch(MODEL, source):
             raise invalid_value(
                 "give wheel:NAME==VERSION (and #sha256=HEX, if it is known), hub:NAME, hub:NAME@REVISION, path:FOLDER "
                 "or path:FILE.gguf"

@@ -55,6 +55,7 @@ from flows.training.objectives import (
     unweighted_chats,
 )
 from flows.training.run import Run, optimizer_steps, run_key
+from flows.training.teacher import load_teacher
 from flows.training.warm_start import continue_adapter, starts_warm
 from flows.validation.findings import require_valid
 from peftcore import LoraConfig, TrainingError, check_mergeable, initialize_from_data
@@ -103,6 +104,7 @@ def _run(params: Params, paths: Paths, processes: PartialState) -> None:
     model = cast(PreTrainedModel, load_for_training(paths.base, params.quantization, longest_row, labels))
     pad = padding_id(load_tokenizer(paths.base))
     config = adapter_config(params, this.total_steps)
+    teacher = load_teacher(params, paths, model, longest_row)
     warm = starts_warm(paths)
     if params.method.r == "auto" and not warm:
         chats, collate = unweighted_chats(params, rows["train"]), RightPaddingCollator(pad)
@@ -121,7 +123,7 @@ def _run(params: Params, paths: Paths, processes: PartialState) -> None:
     try:
         for record in records:
             tracker.log(record)
-        trainer_class, options = trainer_of(params, rows["train"], labels)
+        trainer_class, options = trainer_of(params, rows["train"], labels, teacher)
         options |= {"train_dataset": training_set, "eval_dataset": rows["validation"]}
         options["data_collator"] = training_collator(params, padded_collator(params, pad))
         trainer = _trainer(params, this, model, trainer_class, options, tracker if main else None)

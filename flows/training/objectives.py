@@ -2,7 +2,7 @@
 
 | objective | rows (data.kind) | model | loss |
 |---|---|---|---|
-| sft | chat | causal | cross entropy of supervised tokens |
+| sft | chat | causal | cross entropy of supervised tokens; with a teacher also `peftcore.train.distillation` |
 | dpo, orpo, simpo | preference | causal | preference loss, `peftcore.train.preference` |
 | kto | unpaired_preference | causal | KTO loss, `peftcore.train.kto` |
 | classification | classification | sequence classifier | cross entropy of classes |
@@ -30,6 +30,8 @@ from peftcore.train import (
     AdapterTrainer,
     ClassificationCollator,
     ClassificationTrainer,
+    Distillation,
+    DistillationTrainer,
     Dpo,
     Kto,
     KtoTrainer,
@@ -230,13 +232,16 @@ def _warn_of_imbalance(kto: Kto, desirable: int, undesirable: int) -> None:
         )
 
 
-def trainer_of(params: Params, rows: Dataset, labels: list[str] | None) -> tuple[type[AdapterTrainer], dict[str, Any]]:
+def trainer_of(
+    params: Params, rows: Dataset, labels: list[str] | None, teacher: Any = None
+) -> tuple[type[AdapterTrainer], dict[str, Any]]:
     """Return the trainer's class, and its arguments besides AdapterTrainer's.
 
     Args:
         params: The parameters of the run.
         rows: Training rows.
         labels: Names of the classes, if the objective has classes.
+        teacher: A model to distil from; None with a teacher in the parameters: the base.
     """
     if rows_of(params) is PAIRS:
         options: dict[str, Any] = {
@@ -253,4 +258,7 @@ def trainer_of(params: Params, rows: Dataset, labels: list[str] | None) -> tuple
         balanced = params.train.classification.class_weights == "balanced"
         weights = balanced_class_weights(rows["label"], len(labels)) if balanced else None
         return cast(type[AdapterTrainer], ClassificationTrainer), {"class_weights": weights}
+    if params.train.distillation.teacher is not None:
+        weights = Distillation(**params.train.distillation.model_dump(exclude={"teacher"}))
+        return cast(type[AdapterTrainer], DistillationTrainer), {"distillation": weights, "teacher": teacher}
     return AdapterTrainer, {}

@@ -56,6 +56,6 @@ def run_key(params: Params, paths: Paths, base: str) -> str:
     """Return a digest of everything that determines a run, so that only a checkpoint of the same run is resumed."""
     sections = params.model_dump(include={"base", "method", "quantization", "train"})
     data = [sha256(paths.split(name)) for name in ("train", "validation")]
-    start = [read_manifest(paths.start_adapter)] if paths.start_adapter.is_dir() else []
+    start = [read_manifest(at) for at in (paths.start_adapter, paths.teacher_adapter) if at.is_dir()]
     content = json.dumps([params.project.seed, sections, base, data, *start], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]

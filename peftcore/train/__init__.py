@@ -22,6 +22,8 @@ from peftcore.train.classification import (
     balanced_class_weights,
     macro_f1,
 )
+from peftcore.train.distillation import Distillation, DistillationTrainer, DistillationTrainerMixin
+from peftcore.train.divergence import token_divergences
 from peftcore.train.fault_policy import FaultPolicy
 from peftcore.train.kto import Kto, kto_reference_point, kto_weight_range
 from peftcore.train.kto_trainer import UNPAIRED_COLUMNS, KtoTrainer, KtoTrainerMixin
@@ -32,7 +34,7 @@ from peftcore.train.preference import Dpo, Orpo, PairLogProbs, PreferenceObjecti
 from peftcore.train.preference_trainer import PAIR_COLUMNS, PreferenceTrainer, PreferenceTrainerMixin
 from peftcore.train.rank_search import RankSearch, find_ranks
 from peftcore.train.recomputation import SELECTED, Mode, recompute_activations
-from peftcore.train.reference import pair_log_probs, reference_acting, reference_model, row_log_probs
+from peftcore.train.reference import pair_log_probs, reference_acting, reference_model, row_log_probs, shared_copy
 from peftcore.train.supervised_head import supervised_logits
 from peftcore.train.trainer import AdapterTrainer, AdapterTrainerMixin
 
@@ -46,6 +48,9 @@ __all__ = [
     "ClassificationCollator",
     "ClassificationTrainer",
     "ClassificationTrainerMixin",
+    "Distillation",
+    "DistillationTrainer",
+    "DistillationTrainerMixin",
     "Dpo",
     "FaultPolicy",
     "FusedAdamW",
@@ -83,7 +88,9 @@ __all__ = [
     "reference_model",
     "row_log_probs",
     "row_sums",
+    "shared_copy",
     "supervised_logits",
     "supervised_positions",
+    "token_divergences",
     "token_losses",
 ]

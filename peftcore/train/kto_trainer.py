@@ -68,7 +68,7 @@ class KtoObjective(ReferenceObjective):
         rows = [inputs.get(f"{MISMATCHED}{name}") for name in _INPUTS]
         if not self.kto.uses_reference_point or rows[0] is None:
             return torch.zeros(0, device=inputs["input_ids"].device)
-        batch = dict(zip(_INPUTS, rows, strict=True))
+        batch: dict[str, Any] = dict(zip(_INPUTS, rows, strict=True))
         parts = split_rows(batch, self.trainer.splitter.rows_at_once or len(rows[0]))
         ratios = []
         for part in parts:

@@ -51,6 +51,14 @@ def reference_model(model: Any, share_base: bool = True) -> Any:
     return reference.requires_grad_(False).eval()
 
 
+def shared_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of a model with the same parameter tensors, for another adapter on the same weights.
+
+    The copy costs the model's buffers and module objects only. Changes of a parameter in place change both models.
+    """
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
 def _calls(function: Any, model: nn.Module) -> bool:
     """Return True if a function refers to a method of the model; a copy of the function would refer to it too."""
     inner: Callable[..., Any] | None = getattr(function, "__func__", function)

@@ -38,7 +38,12 @@ def test_without_labels_no_token_is_supervised() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "prefixes", "question"),
-    [("chat", [""], "prompt"), ("preference", ["chosen_", "rejected_"], "prompt"), ("classification", [""], "text")],
+    [
+        ("chat", [""], "prompt"),
+        ("preference", ["chosen_", "rejected_"], "prompt"),
+        ("unpaired_preference", [""], "prompt"),
+        ("classification", [""], "text"),
+    ],
 )
 def test_each_row_is_read_as_it_was_written(patient: Any, kind: str, prefixes: list[str], question: str) -> None:
     well = patient(kind)

@@ -22,7 +22,7 @@ def answers(count: int, weights: list[float] | None = None, seed: int = 0) -> li
 def trainer(model: Any, folder: Path, rows: list[dict[str, Any]], **options: Any) -> KtoTrainer:
     """A quiet trainer of answers; options: of KtoTrainer where it takes them, else training arguments."""
     names = ("objective", "reference", "ref_adapter_name", "callbacks", "data_collator", "faults")
-    own = {"reference": "base"} | {name: options.pop(name) for name in names if name in options}
+    own: dict[str, Any] = {"reference": "base"} | {name: options.pop(name) for name in names if name in options}
     steps: dict[str, Any] = {"max_steps": 3, "per_device_train_batch_size": 4, "prediction_loss_only": True}
     made = KtoTrainer(
         model=model,

@@ -83,7 +83,9 @@ def test_a_run_is_trls(tmp_path: Path, loss: Any) -> None:
     ]
     for name in ("bf16", "gradient_checkpointing"):
         options.pop(name)
-    ours = trainer(adapted(init_lora_weights=True), tmp_path, tokens, objective=Kto(beta=0.3, loss=loss, **weights), **options)
+    ours = trainer(
+        adapted(init_lora_weights=True), tmp_path, tokens, objective=Kto(beta=0.3, loss=loss, **weights), **options
+    )
     theirs.train()
     ours.train()
     records = [[r for r in made.state.log_history if "loss" in r] for made in (ours, theirs)]
@@ -113,7 +115,8 @@ def test_a_step_is_the_mean_over_all_accumulated_answers(
     loss = (losses_by_hand(plain, rows, kto, 8 // accumulation) * weighed).sum() / weighed.sum()
     loss.backward()
     model = adapted().double()
-    options = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
+    options: dict[str, Any] = {"per_device_train_batch_size": 8 // accumulation}
+    options["gradient_accumulation_steps"] = accumulation
     options["train_sampling_strategy"] = "sequential"
     made = trainer(model, tmp_path, rows, objective=kto, **SGD, **options)
     made.train()
