@@ -90,7 +90,7 @@ def score_and_answer(
         rows: Prepared rows of the test split.
         prompts: The prompts to answer.
         evaluate: The section `evaluate` of params.yaml.
-        score: `row_losses` or `pairs_log_probs`.
+        score: `row_losses`, `pairs_log_probs` or `answers_log_probs`.
 
     Returns:
         {"base": scores, "adapter": scores}, and the answers under the same keys.

@@ -125,9 +125,11 @@ class AnswerLogProbs:
 
 @torch.no_grad()
 def answers_log_probs(
-    model: nn.Module, rows: Sequence[Row], pad: int, batch_size: int, bar: Any = None, max_length: int | None = None
+    model: nn.Module, rows: Sequence[Row], pad: int, batch_size: int, bar: Any = None
 ) -> AnswerLogProbs:
     """Return the log-probabilities of all rows' answers, and of mismatched ones for KTO's reference point.
+
+    A prompt with a mismatched answer is cut off at the length of the longest row.
 
     Args:
         model: A causal language model.
@@ -135,9 +137,9 @@ def answers_log_probs(
         pad: Token id of padding.
         batch_size: Answers per forward pass.
         bar: Progress bar that counts rows.
-        max_length: Maximum tokens of a prompt with a mismatched answer; the rest is cut off. None: no limit.
     """
-    sequences: list[Row] = [*rows, *mismatched_answers(rows, max_length)]
+    longest = max(len(row["input_ids"]) for row in rows)
+    sequences: list[Row] = [*rows, *mismatched_answers(rows, longest)]
     collate, device = RightPaddingCollator(pad), next(model.parameters()).device
     values, tokens = torch.zeros(len(sequences), dtype=torch.float64), [0] * len(sequences)
     for batch in by_length([len(row["input_ids"]) for row in sequences], batch_size):

@@ -8,7 +8,6 @@ Answers are generated for prompts of desirable rows, whose answers are the refer
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -78,8 +77,7 @@ def evaluate_unpaired(
             "or a larger evaluate.rows"
         )
     prompts = sampled_prompts(rows, "input_ids", "completion", params, good)
-    score = partial(answers_log_probs, max_length=params.data.max_length)
-    log_probs, answered = score_and_answer(model, tokenizer, rows, prompts, evaluate, score)
+    log_probs, answered = score_and_answer(model, tokenizer, rows, prompts, evaluate, answers_log_probs)
     scores = {name: answer_scores(kto, rows, side, log_probs["base"]) for name, side in log_probs.items()}
     sides: dict[str, dict[str, float]] = {
         name: {

@@ -31,6 +31,9 @@ FIGURES: Mapping[str, Mapping[str, Direction]] = {
 }
 """{objective: {figure that its evaluation has for each row: the better direction}}; `ended` is the EOS rate."""
 
+DIVERGENCE = "divergence"
+"""Figure of the objective sft with a teacher; lower is better."""
+
 
 class Register(Section):
     """Remotes and signing key of a registration."""

@@ -18,6 +18,7 @@ from flows.data.rows import Row, read_rows
 from flows.evaluation.chats import evaluate_chats
 from flows.evaluation.classes import evaluate_classes
 from flows.evaluation.control import evaluate_control
+from flows.evaluation.divergence import with_divergence
 from flows.evaluation.latency import measure_latency
 from flows.evaluation.pairs import evaluate_pairs
 from flows.evaluation.result import EvaluationResult
@@ -69,6 +70,8 @@ def _evaluate(params: Params, paths: Paths, rows: list[Row]) -> tuple[Evaluation
     ]
     ids = "chosen_input_ids" if evaluate_rows is evaluate_pairs else "input_ids"
     result, table = evaluate_rows(params, model, tokenizer, rows), None
+    if params.train.distillation.teacher is not None:
+        result = with_divergence(result, params, paths, model, tokenizer, rows)
     evaluate = params.evaluate
     if evaluate.control.source is not None:
         table, extra["control"] = evaluate_control(evaluate.control, paths.root, model, tokenizer, evaluate.batch_size)

@@ -127,10 +127,9 @@ def adapter_values(
         losses = RowLosses(means.tolist(), [len(row["input_ids"]) for row in rows], _weights(rows))
         return losses, {"adapter_prediction": log_probs.argmax(1).tolist()}
     if params.train.objective == "kto":
-        limit = params.data.max_length
-        model_side = answers_log_probs(model, rows, pad, size, bar, limit)
+        model_side = answers_log_probs(model, rows, pad, size, bar)
         with model.disable_adapter():
-            base_side = answers_log_probs(model, rows, pad, size, max_length=limit)
+            base_side = answers_log_probs(model, rows, pad, size)
         scores = answer_scores(kto_objective(params), rows, model_side, base_side)
         columns = {"adapter_margin": scores.margins.tolist(), "adapter_accuracy": scores.accuracies.tolist()}
         return scores.losses, columns

@@ -125,7 +125,7 @@ def _run(params: Params, paths: Paths, processes: PartialState) -> None:
             tracker.log(record)
         trainer_class, options = trainer_of(params, rows["train"], labels, teacher)
         options |= {"train_dataset": training_set, "eval_dataset": rows["validation"]}
-        options["data_collator"] = training_collator(params, padded_collator(params, pad))
+        options["data_collator"] = training_collator(params, padded_collator(params, pad, longest_row))
         trainer = _trainer(params, this, model, trainer_class, options, tracker if main else None)
         with bars_closed():
             _train(trainer, this, params.train.patience)

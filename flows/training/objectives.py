@@ -136,10 +136,10 @@ def class_names(params: Params, paths: Paths) -> list[str] | None:
     return cast(list[str], json.loads(paths.labels.read_text()))
 
 
-def padded_collator(params: Params, pad: int) -> RightPaddingCollator:
-    """Return the collator of padded batches of the objective's rows."""
+def padded_collator(params: Params, pad: int, longest_row: int) -> RightPaddingCollator:
+    """Return the collator of padded batches of the objective's rows. longest_row: its length in tokens."""
     if rows_of(params) is ANSWERS:
-        return UnpairedPreferenceCollator(pad, max_length=params.data.max_length)
+        return UnpairedPreferenceCollator(pad, max_length=longest_row)
     kinds = {"chat": RightPaddingCollator, "preference": PreferenceCollator, "classification": ClassificationCollator}
     return kinds[rows_of(params).kind](pad)
 
@@ -218,6 +218,11 @@ def kto_objective(params: Params) -> Kto:
     return Kto(options.beta, options.loss, options.desirable_weight, options.undesirable_weight)
 
 
+def distillation_of(params: Params) -> Distillation:
+    """Return the weights and the divergence of training with a teacher."""
+    return Distillation(**params.train.distillation.model_dump(exclude={"teacher"}))
+
+
 def _warn_of_imbalance(kto: Kto, desirable: int, undesirable: int) -> None:
     """Log a warning if the weights do not balance the two kinds of answers as the KTO paper recommends."""
     if not (desirable and undesirable and kto.desirable_weight and kto.undesirable_weight):
@@ -259,6 +264,6 @@ def trainer_of(
         weights = balanced_class_weights(rows["label"], len(labels)) if balanced else None
         return cast(type[AdapterTrainer], ClassificationTrainer), {"class_weights": weights}
     if params.train.distillation.teacher is not None:
-        weights = Distillation(**params.train.distillation.model_dump(exclude={"teacher"}))
-        return cast(type[AdapterTrainer], DistillationTrainer), {"distillation": weights, "teacher": teacher}
+        options = {"distillation": distillation_of(params), "teacher": teacher}
+        return cast(type[AdapterTrainer], DistillationTrainer), options
     return AdapterTrainer, {}

@@ -37,20 +37,27 @@ def load_teacher(params: Params, paths: Paths, base: nn.Module, longest: int) ->
     if distillation.teacher is None or distillation.teacher == "base":
         return None
     if distillation.version is None:
-        return _other_model(distillation.teacher, paths)
-    written = paths.teacher_source
-    version = json.loads(written.read_text())["version"] if written.exists() else None
-    if version != distillation.version:
-        raise StageError(
-            f"{KEY} is {distillation.version}, and {paths.start} has {version or 'none'}; run `peftcore stage start`"
-        )
+        return load_other_model(distillation.teacher, paths)
+    check_teacher(params, paths)
     changes_base = params.method.init != "default" or "init_lora_weights" in params.method.options
     copy: Any = load_for_training(paths.base, params.quantization, longest) if changes_base else shared_copy(base)
     return PeftModel.from_pretrained(copy, paths.teacher_adapter)
 
 
-def _other_model(source: str, paths: Paths) -> nn.Module:
-    """Return another causal language model, in bfloat16 as its source has it."""
+def check_teacher(params: Params, paths: Paths) -> None:
+    """Raise StageError if the start stage has not written the adapter of the version that is the teacher."""
+    expected, written = params.train.distillation.version, paths.teacher_source
+    version = json.loads(written.read_text())["version"] if written.exists() else None
+    if version != expected:
+        raise StageError(f"{KEY} is {expected}, and {paths.start} has {version or 'none'}; run `peftcore stage start`")
+
+
+def load_other_model(source: str, paths: Paths) -> nn.Module:
+    """Return another causal language model in bfloat16 that has the base's tokens.
+
+    Raises:
+        StageError: The model cannot be loaded, or its tokenizer differs from the base's.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         try:
             model, tokenizer = load(source, obtain(source, paths.root, Path(scratch)))

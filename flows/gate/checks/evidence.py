@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 SIDES = ("base", "adapter")
 TOLERANCE = 1e-6
 """Relative tolerance of a mean that is summed in another order."""
-MEANS = ("rouge_l", "ended", "accuracy")
+MEANS = ("rouge_l", "ended", "accuracy", "divergence")
 """Figures that are means over the rows that have a value, besides those of the scorers."""
 
 

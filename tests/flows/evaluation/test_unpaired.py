@@ -65,7 +65,8 @@ def test_losses_and_rewards_compare_the_adapter_with_its_base(
 ) -> None:
     result = evaluate_unpaired(params, adapted, tokenizer, rows)
     table, base, adapter = result.table.to_pylist(), result.metrics["base"], result.metrics["adapter"]
-    point = max(0.0, sum(ratios(adapted, mismatched_answers(rows))) / len(rows))
+    longest = max(len(row["input_ids"]) for row in rows)
+    point = max(0.0, sum(ratios(adapted, mismatched_answers(rows, longest))) / len(rows))
     assert adapter["kl"] == pytest.approx(point, abs=1e-9)
     for line, ratio, (_, _, desirable) in zip(table, ratios(adapted, rows), TEXTS, strict=True):
         margin = ratio - point if desirable else point - ratio
