@@ -18,7 +18,7 @@ from flows.params import Params
 from flows.paths import Paths
 from flows.runtime.progress import progress
 from flows.training.objectives import distillation_of
-from flows.training.teacher import check_teacher, load_other_model
+from flows.training.teacher_files import check_teacher, load_other_model
 from peftcore.train import RightPaddingCollator, reference_acting, row_sums, supervised_logits, supervised_positions
 
 TEACHER = "teacher"

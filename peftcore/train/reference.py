@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftcore.bases.quantized import keep_quantized_weights_trainable
 from peftcore.errors import TrainingError
 from peftcore.injection.activation import activate
 from peftcore.injection.adapter_set import adapter_set
@@ -54,8 +55,10 @@ def reference_model(model: Any, share_base: bool = True) -> Any:
 def shared_copy(model: nn.Module) -> nn.Module:
     """Return a copy of a model with the same parameter tensors, for another adapter on the same weights.
 
-    The copy costs the model's buffers and module objects only. Changes of a parameter in place change both models.
+    The copy costs the model's buffers and module objects only. Changes of a parameter in place change both models, so
+    bitsandbytes is kept from repacking 4-bit weights of either model for inference on the CPU.
     """
+    keep_quantized_weights_trainable(model)
     return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
