@@ -40,7 +40,7 @@ OPTIONAL_COLUMNS = (
     *(
         f"{side}_{name}"
         for side in ("base", "adapter")
-        for name in ("rouge_l", "ended", "margin", "prediction", "accuracy")
+        for name in ("rouge_l", "ended", "margin", "prediction", "accuracy", "divergence")
     ),
 )
 """Columns of the evaluation's rows that some objectives have."""

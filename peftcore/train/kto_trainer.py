@@ -59,9 +59,11 @@ class KtoObjective(ReferenceObjective):
         trainer = self.trainer
         inputs = dict(trainer._prepare_inputs(inputs))
         with trainer.compute_loss_context_manager():
-            point = kto_reference_point(self.mismatched_log_ratios(model, inputs))
+            ratios = self.mismatched_log_ratios(model, inputs)
+        mean = ratios.mean() if len(ratios) else ratios.new_zeros(())
         inputs = {name: value for name, value in inputs.items() if not name.startswith(MISMATCHED)}
-        return inputs | {_POINT: cast(Tensor, trainer.accelerator.reduce(point, "mean"))}
+        mean = cast(Tensor, trainer.accelerator.reduce(mean, "mean"))  # over processes
+        return inputs | {_POINT: kto_reference_point(mean[None])}
 
     def mismatched_log_ratios(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """Return the log-ratios of the mismatched answers, (E,) without gradients; (0,) if the loss needs none."""

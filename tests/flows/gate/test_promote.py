@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from flows.errors import RegistryError, StageError
-from flows.gate.promote import promote, read_promotion, roll_back
+from flows.gate.checks.evidence import MEANS, SIDES
+from flows.gate.promote import OPTIONAL_COLUMNS, promote, read_promotion, roll_back
 from flows.params import Params
 from flows.registry.registry import Registry, RegistryConflict
 from flows.runtime.git import Git
@@ -344,3 +345,7 @@ def test_a_tag_whose_record_is_of_another_version_is_no_version(registered: Any)
     with pytest.raises(RegistryError, match=r"docstrings@v9\.0\.0 is at the commit of docstrings@v0\.1\.0"):
         promote(registered.params, registered.paths, version="v9.0.0")
     assert champion(registered) == "v0.1.0"
+
+
+def test_the_gate_reads_the_columns_from_which_figures_follow() -> None:
+    assert {f"{side}_{figure}" for side in SIDES for figure in MEANS} <= set(OPTIONAL_COLUMNS)
