@@ -36,7 +36,7 @@ def test_init_says_what_it_wrote_and_what_comes_next(rows: Path, tmp_path: Path)
     ("options", "said"),
     [
         ([], "--data FILE"),
-        (["--data", "{rows}", "--task", "poetry"], "chat, preference, classification"),
+        (["--data", "{rows}", "--task", "poetry"], "chat, preference, unpaired_preference, classification"),
         (["--data", "{rows}", "--hardware", "tpu"], "cpu, gpu"),
     ],
 )
