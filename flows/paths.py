@@ -88,6 +88,15 @@ class Paths:
         """The calibrated base: a quantised transformers folder and its record, or the record alone (no calibration)."""
         return self.artifacts / "calibrated"
 
+    def teacher_source(self) -> Path:
+        """Version of the teacher; absent if no version is the teacher."""
+        return self.start / "teacher.json"
+
+    @property
+    def teacher_adapter(self) -> Path:
+        """That version's adapter."""
+        return self.start / "teacher"
+
     @property
     def training(self) -> Path:
         """Folder of the training run's log, loss curves and summary."""

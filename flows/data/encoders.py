@@ -11,21 +11,21 @@ from datasets import Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from flows.data.chat import ChatTokenizer, Shown, end_token
-from flows.data.examples import AnyExample, Document, Example, Labelled, Message, Preference
-from flows.data.tokens import IGNORED, AnyTokens, PairTokens, TextTokens, Tokens
+from flows.data.examples import AnyExample, Document, Example, Labelled, Message, Preference, UnpairedPreference
+from flows.data.tokens import IGNORED, AnswerTokens, AnyTokens, PairTokens, TextTokens, Tokens
 from flows.errors import DataError
 from flows.params import Data
 
-Kind = Literal["chat", "text", "preference", "classification"]
+Kind = Literal["chat", "text", "preference", "unpaired_preference", "classification"]
 _IDS = List(Value("int32"))
 _TEXT = Value("string")
 _ORIGIN = {"id": _TEXT, "group": _TEXT, "slice": _TEXT}
 _WEIGHT = {"weight": Value("float32")}
-_CHAT = Features(
-    _ORIGIN
-    | {"prompt": _TEXT, "completion": _TEXT, "prompt_length": Value("int32"), "input_ids": _IDS, "labels": _IDS}
-    | _WEIGHT
-)
+_ANSWER = {
+    **{"prompt": _TEXT, "completion": _TEXT, "prompt_length": Value("int32")},
+    **{"input_ids": _IDS, "labels": _IDS},
+}
+_CHAT = Features(_ORIGIN | _ANSWER | _WEIGHT)
 COLUMNS: dict[Kind, Features] = {
     "chat": _CHAT,
     "text": _CHAT,
@@ -35,6 +35,7 @@ COLUMNS: dict[Kind, Features] = {
         | {f"{side}_{part}": _IDS for side in ("chosen", "rejected") for part in ("input_ids", "labels")}
         | _WEIGHT
     ),
+    "unpaired_preference": Features(_ORIGIN | _ANSWER | {"desirable": Value("bool")} | _WEIGHT),
     "classification": Features(
         _ORIGIN | {"text": _TEXT, "input_ids": _IDS, "label": Value("int32"), "label_name": _TEXT} | _WEIGHT
     ),
@@ -106,6 +107,28 @@ class PreferenceEncoder(Encoder):
 
     def _length(self, example: Preference, turns: list[Message]) -> int:
         return len(self.chats.tokenize([*example.prompt, *turns], example.tools).input_ids)
+
+
+class UnpairedPreferenceEncoder(Encoder):
+    """Answers with a mark; every assistant turn after the prompt is supervised."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, reasoning: Shown = "all") -> None:
+        self.chats = ChatTokenizer(tokenizer, reasoning=reasoning)
+
+    def encode(self, example: UnpairedPreference) -> AnswerTokens:
+        """Tokenise a prompt with its answer."""
+        turns = [*example.prompt, *example.completion]
+        tokens = self.chats.tokenize(turns, example.tools, len(example.prompt))
+        start, decode = _first_supervised(tokens), self.chats.tokenizer.decode
+        prompt, completion = (str(decode(ids)) for ids in (tokens.input_ids[:start], tokens.input_ids[start:-1]))
+        return AnswerTokens(tokens.input_ids, tokens.labels, start, prompt, completion.strip(), example.desirable)
+
+    def shorten(self, example: UnpairedPreference, limit: int) -> UnpairedPreference | None:
+        """Return the example with its prompt cut to fit; None if impossible."""
+        end = len(example.prompt)
+        turns = [*example.prompt, *example.completion]
+        shorter = self.chats.shorten(turns, limit, example.tools, before=end)
+        return None if shorter is None else replace(example, prompt=shorter[:end])
 
 
 class LabelledEncoder(Encoder):
@@ -209,6 +232,8 @@ def encoder_of(data: Data, tokenizer: PreTrainedTokenizerBase, labels: list[str]
         return DocumentEncoder(tokenizer)
     if data.kind == "preference":
         return PreferenceEncoder(tokenizer, _shown(data))
+    if data.kind == "unpaired_preference":
+        return UnpairedPreferenceEncoder(tokenizer, _shown(data))
     return ChatEncoder(tokenizer, data)
 
 

@@ -1,4 +1,4 @@
-"""One example of any source, by kind: a chat, a preference pair, a labelled text, or a plain text."""
+"""One example of any source: a chat, a preference pair, an answer with a label, a labelled text, or a plain text."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -46,6 +46,16 @@ class Preference(Origin):
 
 
 @dataclass(frozen=True)
+class UnpairedPreference(Origin):
+    """A chat up to an answer, and one continuation that ends with an assistant turn; desirable: it is a good one."""
+
+    prompt: list[Message]
+    completion: list[Message]
+    desirable: bool
+    tools: list[dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True)
 class Labelled(Origin):
     """A text and the name of its class."""
 
@@ -60,7 +70,7 @@ class Document(Origin):
     text: str
 
 
-AnyExample = Example | Preference | Labelled | Document
+AnyExample = Example | Preference | UnpairedPreference | Labelled | Document
 
 
 def question_and_answer(prompt: str, completion: str, system_prompt: str | None) -> list[Message]:

@@ -1,4 +1,4 @@
-"""Formats of a row: chats in the formats of OpenAI, ShareGPT and Alpaca, preference pairs, and labelled texts.
+"""Formats of a row: chats in the formats of OpenAI, ShareGPT and Alpaca, preferences, and labelled texts.
 
 Each function takes a row's columns and raises FaultyRow with the problem and what fits. A null column or field counts
 as absent, because Parquet gives every row all columns. `flows.data.turns` reads the turns of a chat.
@@ -15,6 +15,7 @@ __all__ = ["FaultyRow", "chat", "document", "labelled", "preference", "spelled_o
 ONE_TURN = {"prompt": "completion", "question": "answer", "instruction": "output"}
 """{column of the question: column of the answer}; an `instruction` may have an `input`, as in Alpaca."""
 _OTHER_KINDS = {"preference": ("chosen", "rejected"), "classification": ("text", "label")}
+"""{data.kind: columns that only rows of this kind have}"""
 
 
 def chat(row: dict[str, Any], ignored: Collection[str] = ()) -> list[Message]:
@@ -80,6 +81,44 @@ def preference(
         if answer[0]["role"] != "assistant":
             raise FaultyRow("its chosen and rejected differ before an assistant turn; only answers may differ")
     return prompt, chosen, rejected
+
+
+def unpaired_preference(
+    row: dict[str, Any], ignored: Collection[str] = ()
+) -> tuple[list[Message], list[Message], bool]:
+    """Return the chat up to the answer, the answer, and True if its label says that the answer is a good one.
+
+    The answer is `completion`, text or turns after `prompt`; in whole chats it is the last turn.
+
+    ignored: fields of a turn that are left out.
+    """
+    if row.get("label") is None:
+        if all(row.get(column) is not None for column in _OTHER_KINDS["preference"]):
+            raise FaultyRow("it has chosen and rejected; set data.kind to preference")
+        raise FaultyRow(
+            "it has no label; a row of data.kind unpaired_preference has prompt, completion and label (true for a good "
+            "answer, false for a bad one)" + spelled_otherwise(row, ["label"])
+        )
+    desirable = _flag(row["label"])
+    if row.get("prompt") is None or row.get("completion") is None:
+        turns = chat(row, ignored)
+        return turns[:-1], turns[-1:], desirable
+    prompt, completion = _prompt(row, ignored), _turns_of(row, "completion", "assistant", ignored)
+    if reasoning := _reasoning(row):
+        completion = [*completion[:-1], *read_turns([completion[-1] | reasoning], ignored)]
+    prompt = [*_system(row, prompt), *prompt]
+    check_order([*prompt, *completion])
+    if completion[0]["role"] != "assistant":
+        raise FaultyRow("its completion does not begin with an assistant turn")
+    return prompt, completion, desirable
+
+
+def _flag(label: Any) -> bool:
+    """Return a label as True or False; CSV holds it as text."""
+    flag = {"true": True, "1": True, "false": False, "0": False}.get(str(label).strip().lower())
+    if flag is None:
+        raise FaultyRow(f"its label is {label!r:.80}; give true for a good answer, or false for a bad one")
+    return flag
 
 
 def labelled(row: dict[str, Any]) -> tuple[str, str]:
@@ -170,10 +209,14 @@ def _prompt(row: dict[str, Any], ignored: Collection[str]) -> list[Message]:
 
 def _one_turn(row: dict[str, Any], question: str, answer: str, ignored: Collection[str]) -> list[Message]:
     history, user = _history(row), {"role": "user", "content": _question(row, question)}
-    reasoning = {name: row[name] for name in REASONING[:2] if row.get(name)}
-    last = {"role": "assistant", "content": _text(row, answer)} | reasoning
+    last = {"role": "assistant", "content": _text(row, answer)} | _reasoning(row)
     turns = [*history, user, *read_turns([last], ignored, len(history) + 2)]
     return [*_system(row, turns), *turns]
+
+
+def _reasoning(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the columns of a row that hold the reasoning of its answer."""
+    return {name: row[name] for name in REASONING[:2] if row.get(name)}
 
 
 def _question(row: dict[str, Any], column: str) -> str:

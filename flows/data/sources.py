@@ -13,7 +13,16 @@ from typing import Any
 from flows.base.hub import DownloadError, download
 from flows.data import docstrings, files, formats
 from flows.data.canonical import canonical
-from flows.data.examples import AnyExample, Document, Example, Labelled, Message, Preference, with_system_prompt
+from flows.data.examples import (
+    AnyExample,
+    Document,
+    Example,
+    Labelled,
+    Message,
+    Preference,
+    UnpairedPreference,
+    with_system_prompt,
+)
 from flows.data.formats import FaultyRow, spelled_otherwise
 from flows.data.turns import REASONING
 from flows.errors import DataError
@@ -114,6 +123,11 @@ def _example(data: Data, where: str, row: dict[str, Any]) -> AnyExample:
         origin = _origin(data, where, row, prompt)
         prompt = with_system_prompt(prompt, data.system_prompt)
         return Preference(prompt, chosen, rejected, formats.tools(row), **origin)
+    if data.kind == "unpaired_preference":
+        prompt, completion, desirable = formats.unpaired_preference(row, ignored)
+        origin = _origin(data, where, row, prompt)
+        prompt = with_system_prompt(prompt, data.system_prompt)
+        return UnpairedPreference(prompt, completion, desirable, formats.tools(row), **origin)
     turns = formats.chat(row, ignored)
     messages = with_system_prompt(turns, data.system_prompt)
     return Example(messages, formats.tools(row), **_origin(data, where, row, turns[:-1]))

@@ -1,4 +1,4 @@
-"""Examples as token ids: a chat with labels, a preference pair, or a text with its class."""
+"""Examples as token ids: a chat with labels, a preference pair, a marked answer, or a text with its class."""
 
 import hashlib
 from dataclasses import dataclass
@@ -112,6 +112,23 @@ class PairTokens:
         return vars(self) | {
             f"{side}_{name}": values for side, part in named for name, values in zip(PART, part, strict=True)
         }
+
+
+@dataclass(frozen=True)
+class AnswerTokens(Tokens):
+    """A prompt with one answer, all of whose assistant turns are supervised; desirable: the answer is a good one."""
+
+    desirable: bool
+
+    @property
+    def id(self) -> str:
+        """Digest of the row's text and its mark."""
+        return _identity(self.prompt, self.answer)
+
+    @property
+    def answer(self) -> str:
+        """Text of the answer with its mark, so that an answer marked in both ways is no duplicate."""
+        return f"{self.completion}\n{'desirable' if self.desirable else 'undesirable'}"
 
 
 @dataclass(frozen=True)

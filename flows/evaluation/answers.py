@@ -56,7 +56,9 @@ class Answered:
         }
 
 
-def sampled_prompts(rows: Sequence[Row], ids: str, reference: str, params: Params) -> list[Prompt]:
+def sampled_prompts(
+    rows: Sequence[Row], ids: str, reference: str, params: Params, among: Sequence[int] | None = None
+) -> list[Prompt]:
     """Return the prompts of a random sample of the rows.
 
     Args:
@@ -64,9 +66,11 @@ def sampled_prompts(rows: Sequence[Row], ids: str, reference: str, params: Param
         ids: Name of the column with the token ids of prompt and reference answer.
         reference: Name of the column with the text of the reference answer.
         params: The parameters of the run, with the size and the seed of the sample.
+        among: Indices of the rows to sample from. None: all.
     """
-    count = min(params.evaluate.generate_rows, len(rows))
-    sampled = sorted(random.Random(params.project.seed).sample(range(len(rows)), count))
+    candidates = range(len(rows)) if among is None else among
+    count = min(params.evaluate.generate_rows, len(candidates))
+    sampled = sorted(random.Random(params.project.seed).sample(candidates, count))
     return [Prompt(i, rows[i][ids][: rows[i]["prompt_length"]], rows[i][reference]) for i in sampled]
 
 
@@ -86,7 +90,7 @@ def score_and_answer(
         rows: Prepared rows of the test split.
         prompts: The prompts to answer.
         evaluate: The section `evaluate` of params.yaml.
-        score: `row_losses` or `pairs_log_probs`.
+        score: `row_losses`, `pairs_log_probs` or `answers_log_probs`.
 
     Returns:
         {"base": scores, "adapter": scores}, and the answers under the same keys.

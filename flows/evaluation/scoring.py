@@ -15,7 +15,9 @@ from peftcore.train import (
     PairLogProbs,
     PreferenceCollator,
     RightPaddingCollator,
+    mismatched_answers,
     pair_log_probs,
+    row_log_probs,
     row_sums,
     token_losses,
 )
@@ -107,6 +109,48 @@ def pairs_log_probs(model: nn.Module, rows: Sequence[Row], pad: int, batch_size:
         if bar is not None:
             bar.update(len(batch))
     return PairLogProbs(*columns)
+
+
+@dataclass(frozen=True)
+class AnswerLogProbs:
+    """Log-probabilities of answers in nats, (rows,) in float64: of each row's own, and of the row before it in the set.
+
+    tokens: supervised tokens of each row's own answer.
+    """
+
+    own: Tensor
+    mismatched: Tensor
+    tokens: list[int]
+
+
+@torch.no_grad()
+def answers_log_probs(
+    model: nn.Module, rows: Sequence[Row], pad: int, batch_size: int, bar: Any = None
+) -> AnswerLogProbs:
+    """Return the log-probabilities of all rows' answers, and of mismatched ones for KTO's reference point.
+
+    A prompt with a mismatched answer is cut off at the length of the longest row.
+
+    Args:
+        model: A causal language model.
+        rows: Prepared unpaired preferences.
+        pad: Token id of padding.
+        batch_size: Answers per forward pass.
+        bar: Progress bar that counts rows.
+    """
+    longest = max(len(row["input_ids"]) for row in rows)
+    sequences: list[Row] = [*rows, *mismatched_answers(rows, longest)]
+    collate, device = RightPaddingCollator(pad), next(model.parameters()).device
+    values, tokens = torch.zeros(len(sequences), dtype=torch.float64), [0] * len(sequences)
+    for batch in by_length([len(row["input_ids"]) for row in sequences], batch_size):
+        columns = collate([{name: sequences[i][name] for name in ("input_ids", "labels")} for i in batch])
+        sums, counts = row_log_probs(model, **{name: tensor.to(device) for name, tensor in columns.items()})
+        values[batch] = sums.double().cpu()
+        for i, count in zip(batch, counts.tolist(), strict=True):
+            tokens[i] = count
+        if bar is not None:
+            bar.update(sum(i < len(rows) for i in batch))
+    return AnswerLogProbs(values[: len(rows)], values[len(rows) :], tokens[: len(rows)])
 
 
 @torch.no_grad()

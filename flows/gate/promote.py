@@ -39,7 +39,11 @@ PromotionOutcome = Literal["promoted", "already", "refused", "would promote", "r
 _REPORT = "Gate report: "
 OPTIONAL_COLUMNS = (
     *("slice", "weight", "base_loss", "label"),
-    *(f"{side}_{name}" for side in ("base", "adapter") for name in ("rouge_l", "ended", "margin", "prediction")),
+    *(
+        f"{side}_{name}"
+        for side in ("base", "adapter")
+        for name in ("rouge_l", "ended", "margin", "prediction", "accuracy", "divergence")
+    ),
 )
 """Columns of the evaluation's rows that some objectives have."""
 CONTROL_COLUMNS = ("tokens", "base_loss", "adapter_loss")

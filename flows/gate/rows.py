@@ -9,18 +9,17 @@ if TYPE_CHECKING:
 def row_values(table: "pyarrow.Table", metric: str, side: str = "adapter") -> list[float | None] | None:
     """Return a metric's value for each row, None for rows without one; None if the table does not have the metric.
 
-    The values of accuracy are 1 for a pair whose chosen answer is preferred, and for a text whose class is predicted.
+    The values of accuracy are 1 for a pair whose chosen answer is preferred, and for a text whose class is predicted;
+    a table of unpaired preferences has the values as a column.
 
     Args:
         table: The rows of an evaluation or a re-evaluation.
         metric: A figure or the name of a scorer.
         side: base or adapter.
     """
-    if metric == "accuracy":
-        return _accuracy(table, side)
     column = f"{side}_{metric}"
     if column not in table.column_names:
-        return None
+        return _accuracy(table, side) if metric == "accuracy" else None
     return [None if value is None else float(value) for value in table.column(column).to_pylist()]
 
 

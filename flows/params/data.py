@@ -72,7 +72,7 @@ class Data(Section):
 
     source: str = DEMONSTRATION
     mixture: list[MixedSource] = Field(default=[])
-    kind: Literal["chat", "text", "preference", "classification"] = "chat"
+    kind: Literal["chat", "text", "preference", "unpaired_preference", "classification"] = "chat"
     supervise: Literal["all", "last"] = "all"
     reasoning: Literal["all", "supervised", "none"] = "all"
     ignored_fields: list[Text] = Field(default=[])

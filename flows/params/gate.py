@@ -26,9 +26,13 @@ FIGURES: Mapping[str, Mapping[str, Direction]] = {
     "dpo": _PAIRS,
     "orpo": _PAIRS,
     "simpo": _PAIRS,
+    "kto": _PAIRS,
     "classification": {"loss": "lower", "accuracy": "higher"},
 }
 """{objective: {figure that its evaluation has for each row: the better direction}}; `ended` is the EOS rate."""
+
+DIVERGENCE = "divergence"
+"""Figure of the objective sft with a teacher; lower is better."""
 
 
 class Register(Section):

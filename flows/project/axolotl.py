@@ -65,7 +65,7 @@ def _datasets(sets: Any, config: Config) -> Mapping[str, Any]:
             raise NoCounterpart("data_files names several files; put them into one folder and give --data FOLDER")
         (files,) = files
     source = data_of(str(files or one["path"]), config)
-    if config.values.get("rl"):  # preference pairs; columns other than chosen and rejected are errors of `prepare`
+    if config.values.get("rl"):  # preferences; columns of other names are errors of `prepare`
         return source
     if kind not in OF_CHATS:
         raise NoCounterpart(f"rows of the type {kind!r}; these fit: {', '.join(OF_CHATS)}")
@@ -121,7 +121,10 @@ def _preferences(kind: str, config: Config) -> Mapping[str, Any]:
     if kind == "simpo":
         margin = {"train.preference.gamma": number(config.values.get("simpo_gamma") or 0.5)}
         return {TASK: "preference", "train.objective": "simpo", **margin, **beta}
-    raise NoCounterpart(f"{kind}; dpo, ipo, orpo and simpo have one")
+    if kind == "kto":
+        beta = {"train.kto.beta": number(config.values["rl_beta"])} if config.values.get("rl_beta") else {}
+        return {TASK: "unpaired_preference", "train.objective": "kto", **beta}
+    raise NoCounterpart(f"{kind}; dpo, ipo, orpo, simpo and kto have one")
 
 
 def _special_tokens(tokens: Mapping[str, Any], _: Config) -> Mapping[str, Any]:
@@ -192,6 +195,8 @@ RULES: Mapping[str, Rule] = {
     "rl": _preferences,
     "rl_beta": lambda value, _: {},  # read with rl
     "simpo_gamma": lambda value, _: {},  # read with rl
+    "kto_desirable_weight": as_number("train.kto.desirable_weight"),
+    "kto_undesirable_weight": as_number("train.kto.undesirable_weight"),
     "cpo_alpha": as_number("train.preference.rpo_alpha"),
     "orpo_alpha": as_number("train.preference.beta"),
     "dpo_label_smoothing": as_number("train.preference.label_smoothing"),

@@ -39,6 +39,7 @@ COLUMNS = {
     "tools": ("tools",),
     "chosen": ("chosen",),
     "rejected": ("rejected",),
+    "kto_tag": ("label",),
 }
 """{role of a column in dataset_info.json: names of columns that the pipeline reads}"""
 LOSSES = ("sigmoid", "hinge", "ipo")
@@ -74,8 +75,15 @@ def _dataset(names: str, config: Config) -> Mapping[str, Any]:
 def _stage(stage: str, config: Config) -> Mapping[str, Any]:
     if stage == "sft":
         return {TASK: "chat", "train.objective": "sft"}
+    if stage == "kto":
+        weights = {
+            "train.kto.desirable_weight": number(config.values.get("kto_chosen_weight", 1.0)),
+            "train.kto.undesirable_weight": number(config.values.get("kto_rejected_weight", 1.0)),
+        }
+        beta = {"train.kto.beta": number(config.values.get("pref_beta", 0.1))}
+        return {TASK: "unpaired_preference", "train.objective": "kto", **beta, **weights}
     if stage != "dpo":
-        raise NoCounterpart(f"the stage {stage}; sft and dpo have one")
+        raise NoCounterpart(f"the stage {stage}; sft, dpo and kto have one")
     loss, beta = config.values.get("pref_loss", "sigmoid"), number(config.values.get("pref_beta", 0.1))
     if loss == "orpo":
         return {TASK: "preference", "train.objective": "orpo", "train.preference.beta": beta}
@@ -141,6 +149,8 @@ RULES: Mapping[str, Rule] = {
     "stage": _stage,
     "pref_loss": lambda value, _: {},  # read with stage
     "pref_beta": lambda value, _: {},
+    "kto_chosen_weight": lambda value, _: {},  # read with stage
+    "kto_rejected_weight": lambda value, _: {},
     "simpo_gamma": lambda value, _: {},
     "pref_ftx": as_number("train.preference.rpo_alpha"),
     "dpo_label_smoothing": as_number("train.preference.label_smoothing"),

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-Task = Literal["chat", "text", "preference", "classification"]
+Task = Literal["chat", "text", "preference", "unpaired_preference", "classification"]
 Hardware = Literal["cpu", "gpu"]
 TASKS: tuple[Task, ...] = get_args(Task)
 HARDWARE: tuple[Hardware, ...] = get_args(Hardware)
@@ -38,6 +38,12 @@ BY_TASK: Mapping[Task, Values] = {
         "train.learning_rate": 5.0e-5,
         "evaluate.max_new_tokens": 128,
         "gate.min_accuracy": 0.55,
+    },
+    "unpaired_preference": {
+        "data.kind": "unpaired_preference",
+        "train.objective": "kto",
+        "train.learning_rate": 5.0e-5,
+        "evaluate.max_new_tokens": 128,
     },
     "classification": {
         "data.kind": "classification",

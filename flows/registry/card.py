@@ -24,6 +24,9 @@ _FIGURES = {
     "ended": "EOS rate: share of answers that end before the token limit",
     "accuracy": "accuracy",
     "macro_f1": "macro F1",
+    "divergence": "divergence from the teacher, nats per token",
+    "reward_desirable": "mean reward of good answers",
+    "reward_undesirable": "mean reward of bad answers",
     "reward_accuracy": "reward accuracy: share of pairs whose chosen answer gets the higher reward",
 }
 """{key in the metrics: label}; other figures are labelled by their key."""

@@ -114,6 +114,11 @@ def estimate(
     """
     if params.train.objective != "sft":
         raise EstimateError(f"train.objective is {params.train.objective}; only sft can be estimated")
+    if params.train.distillation.teacher is not None:
+        raise EstimateError(
+            f"train.distillation.teacher is {params.train.distillation.teacher}, whose forward passes are not "
+            "estimated; estimate with null, and add the teacher's memory: a version's adapter, or a model's weights"
+        )
     if params.quantization.storage == "gguf":
         raise EstimateError(
             "quantization.storage is gguf, whose formats differ by tensor and cannot be estimated; for an upper bound, "

@@ -21,6 +21,7 @@ FIGURES = (
     ("macro-F1", "macro_f1", "{:.3f}"),
     ("margin (nats)", "margin", "{:.3f}"),
     ("reward accuracy", "reward_accuracy", "{:.1%}"),
+    ("divergence from the teacher", "divergence", "{:.4f}"),
     ("tokens per second", "tokens_per_second", "{:.0f}"),
 )
 """(label, key of metrics.json, format); figures that the objective lacks are left out."""

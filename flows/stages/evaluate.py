@@ -26,16 +26,18 @@ from flows.evaluation.calibration import token_calibration
 from flows.evaluation.chats import evaluate_chats
 from flows.evaluation.classes import evaluate_classes
 from flows.evaluation.control import evaluate_control
+from flows.evaluation.divergence import with_divergence
 from flows.evaluation.latency import measure_latency
 from flows.evaluation.pairs import evaluate_pairs
 from flows.evaluation.result import EvaluationResult
 from flows.evaluation.scorers.load import load_scorer
 from flows.evaluation.scorers.scores import with_scores
 from flows.evaluation.suites.results import answer_suites, suite_checks
+from flows.evaluation.unpaired import evaluate_unpaired
 from flows.params import Params, Suite, load_suites
 from flows.paths import Paths
 from flows.runtime.stage import start
-from flows.training.objectives import check_split, class_names, loss_function
+from flows.training.objectives import check_split, class_names, loss_function, rows_of
 from flows.verdicts import IDENTITY, suite_figures
 from peftcore import PeftModel
 from peftcore.files import directory_written_atomically, sha256, write_atomically
@@ -93,10 +95,13 @@ def _evaluate(
         train_labels = [row["label"] for row in read_rows(paths.split("train"), ["label"])]
         result = evaluate_classes(params, model, tokenizer, rows, names, train_labels)
         return replace(result, metrics=result.metrics | extra), None, {}
-    evaluate_rows, ids = (
-        (evaluate_chats, "input_ids") if params.train.objective == "sft" else (evaluate_pairs, "chosen_input_ids")
-    )
+    evaluate_rows = {"chat": evaluate_chats, "unpaired_preference": evaluate_unpaired, "preference": evaluate_pairs}[
+        rows_of(params).kind
+    ]
+    ids = "chosen_input_ids" if evaluate_rows is evaluate_pairs else "input_ids"
     result, table = evaluate_rows(params, model, tokenizer, rows), None
+    if params.train.distillation.teacher is not None:
+        result = with_divergence(result, params, paths, model, tokenizer, rows)
     evaluate = params.evaluate
     if evaluate.control.source is not None:
         table, extra["control"] = evaluate_control(evaluate.control, paths.root, model, tokenizer, evaluate.batch_size)

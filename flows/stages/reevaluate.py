@@ -38,12 +38,20 @@ from flows.evaluation.pairs import pair_margins
 from flows.evaluation.scorers.load import load_scorer
 from flows.evaluation.scorers.scores import ScoredAnswer, score_answers
 from flows.evaluation.scorers.texts import Score
-from flows.evaluation.scoring import RowLosses, class_log_probs, pairs_log_probs, rouge_l, row_losses
+from flows.evaluation.scoring import (
+    RowLosses,
+    answers_log_probs,
+    class_log_probs,
+    pairs_log_probs,
+    rouge_l,
+    row_losses,
+)
+from flows.evaluation.unpaired import answer_scores
 from flows.params import Params, Scorer
 from flows.runtime.processes import watch_parent
 from flows.runtime.progress import progress
 from flows.runtime.stage import set_seed
-from flows.training.objectives import check_split, preference_objective
+from flows.training.objectives import check_split, kto_objective, preference_objective, rows_of
 from peftcore import PeftModel
 from peftcore.errors import PeftError
 
@@ -120,6 +128,13 @@ def adapter_values(
         means = -log_probs.gather(1, labels)[:, 0]
         losses = RowLosses(means.tolist(), [len(row["input_ids"]) for row in rows], _weights(rows))
         return losses, {"adapter_prediction": log_probs.argmax(1).tolist()}
+    if params.train.objective == "kto":
+        model_side = answers_log_probs(model, rows, pad, size, bar)
+        with model.disable_adapter():
+            base_side = answers_log_probs(model, rows, pad, size)
+        scores = answer_scores(kto_objective(params), rows, model_side, base_side)
+        columns = {"adapter_margin": scores.margins.tolist(), "adapter_accuracy": scores.accuracies.tolist()}
+        return scores.losses, columns
     log_probs, objective = pairs_log_probs(model, rows, pad, size, bar), preference_objective(params)
     with model.disable_adapter():
         reference = pairs_log_probs(model, rows, pad, size)
@@ -138,7 +153,7 @@ def _answers(
     scorers: dict[str, tuple[Scorer, Score]],
 ) -> dict[str, list[Any]]:
     """Return columns with ROUGE-L, the end and the scores of the adapter's answers; None for other rows."""
-    ids, reference = ("input_ids", "completion") if params.train.objective == "sft" else PAIR_COLUMNS
+    ids, reference = PAIR_COLUMNS if rows_of(params).kind == "preference" else ("input_ids", "completion")
     wanted = set(task["answered"])
     at = [index for index, row in enumerate(rows) if row["id"] in wanted]
     prompts = [rows[index][ids][: rows[index]["prompt_length"]] for index in at]

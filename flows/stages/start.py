@@ -1,7 +1,7 @@
-"""start: the adapter of `train.start_from` as registered, or nothing.
+"""start: the adapters of `train.start_from` and `train.distillation.teacher` as registered, or nothing.
 
-The rows that this adapter has learned come with it, so that prepare does not use them for evaluation, and so does the
-calibrated base that it was trained on.
+The rows that the adapter to continue has learned come with it, so that prepare does not use them for evaluation, and so
+does the calibrated base that it was trained on.
 """
 
 import json
@@ -31,29 +31,39 @@ QUESTIONS, ANSWERS = ("prompt", "text"), ("completion", "chosen", "label_name")
 
 
 def run(params: Params, paths: Paths) -> None:
-    """Write `paths.start`. Raises RegistryError if the version is unknown or its adapter is not as registered."""
-    number = params.train.start_from
+    """Write `paths.start`. Raises RegistryError if a version is unknown or its adapter is not as registered."""
+    number, teacher = params.train.start_from, params.train.distillation.version
     with directory_written_atomically(paths.start) as folder:
         (folder / paths.start_source.name).write_text(json.dumps({"version": number}) + "\n")
+        if teacher is not None:
+            registry = registry_of(params, paths.root)
+            _copy_adapter(registry, teacher, paths, folder / paths.teacher_adapter.name, "train.distillation.teacher")
+            (folder / paths.teacher_source.name).write_text(json.dumps({"version": teacher}) + "\n")
         if number is None:
             return
         registry = registry_of(params, paths.root)
+        _copy_adapter(registry, number, paths, folder / paths.start_adapter.name, "train.start_from")
         version = registry.version(number)
-        name = paths.adapter.relative_to(paths.root).as_posix()
-        with files_at(paths.root, version.commit, [name]) as at:
-            adapter = at / name
-            if damaged_files(adapter) or read_manifest(adapter) != registry.record(version)["adapter"]["files"]:
-                raise RegistryError(
-                    f"train.start_from: the adapter of {version.tag} is not what was registered; `dvc push` it again "
-                    "from a machine that has it, or give another version"
-                )
-            shutil.copytree(adapter, folder / paths.start_adapter.name)
         if registry.record(version).get("calibrated_base") is not None:
             with files_of(paths, registry, version, [paths.calibrated]) as at:
                 shutil.copytree(at.calibrated, folder / paths.start_calibrated.name)
         tables = list(_learned(registry, number, paths))
         parquet.write_table(pyarrow.concat_tables(tables), folder / paths.start_learned.name)
         logger.info("training starts from %s", version.tag)
+
+
+def _copy_adapter(registry: Registry, number: str, paths: Paths, target: Path, key: str) -> None:
+    """Copy a version's adapter as it was registered. key: the parameter that names the version."""
+    version = registry.version(number)
+    name = paths.adapter.relative_to(paths.root).as_posix()
+    with files_at(paths.root, version.commit, [name]) as at:
+        adapter = at / name
+        if damaged_files(adapter) or read_manifest(adapter) != registry.record(version)["adapter"]["files"]:
+            raise RegistryError(
+                f"{key}: the adapter of {version.tag} is not what was registered; `dvc push` it again from a machine "
+                "that has it, or give another version"
+            )
+        shutil.copytree(adapter, target)
 
 
 def _learned(registry: Registry, number: str, paths: Paths) -> Iterator[pyarrow.Table]:

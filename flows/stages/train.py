@@ -51,12 +51,14 @@ from flows.training.objectives import (
     longest,
     padded_collator,
     start_batch,
+    start_rows,
     trainer_of,
     training_collator,
     training_rows,
     unweighted_chats,
 )
 from flows.training.run import Run, optimizer_steps, run_key
+from flows.training.teacher import load_teacher
 from flows.training.warm_start import continue_adapter, starts_warm
 from flows.validation.findings import require_valid
 from peftcore import LoraConfig, TrainingError, check_mergeable, initialize_from_data
@@ -110,6 +112,7 @@ def _run(params: Params, paths: Paths, processes: PartialState) -> None:
         adapter_config(params, this.total_steps, token_rows(model, tokenizer, params.data.special_tokens)),
         base_model_name_or_path=name_of_base(params.base.source, base_folder),
     )
+    teacher = load_teacher(params, paths, model, longest_row)
     warm = starts_warm(paths)
     if params.method.r == "auto" and not warm:
         chats, collate = unweighted_chats(params, rows["train"]), RightPaddingCollator(pad)
@@ -137,9 +140,9 @@ def _run(params: Params, paths: Paths, processes: PartialState) -> None:
     try:
         for record in records:
             tracker.log(record)
-        trainer_class, options = trainer_of(params, rows["train"], labels)
+        trainer_class, options = trainer_of(params, rows["train"], labels, teacher)
         options |= {"train_dataset": training_set, "eval_dataset": rows["validation"]}
-        options["data_collator"] = training_collator(params, padded_collator(params, pad))
+        options["data_collator"] = training_collator(params, padded_collator(params, pad, longest_row))
         trainer = _trainer(params, this, model, trainer_class, options, tracker if main else None)
         with bars_closed():
             _train(trainer, this, params.train.patience)
@@ -224,7 +227,7 @@ def _start_from_data(params: Params, model: Any, rows: Dataset, pad: int, origin
     if not model.peft_config["default"].needs_data:
         return
     size = params.train.batch_size
-    firsts = [rows[i] for i in range(min(len(rows), BATCHES_FOR_START * size))]
+    firsts = start_rows(params, rows, BATCHES_FOR_START * size)
     batches = [start_batch(params, firsts[first : first + size], pad) for first in range(0, len(firsts), size)]
     needs_original = model.peft_config["default"].needs_original
     initialize_from_data(model, batches, model_path=original if needs_original else None)

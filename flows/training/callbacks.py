@@ -89,7 +89,7 @@ class WriteLog(TrainerCallback):
         seconds = round(time.monotonic() - self.started, 3)
         common = {"step": state.global_step, "epoch": state.epoch, "seconds": seconds}
         if "eval_loss" in logs:
-            self.mirror(self.log.append(**common, validation_loss=logs["eval_loss"], **_accuracies(logs, "eval_")))
+            self.mirror(self.log.append(**common, validation_loss=logs["eval_loss"], **_metrics(logs, "eval_")))
         elif "loss" in logs:
             tokens = int(state.num_input_tokens_seen) - (self.tokens or 0)
             record = self.log.append(
@@ -98,7 +98,7 @@ class WriteLog(TrainerCallback):
                 learning_rate=logs["learning_rate"],
                 grad_norm=logs.get("grad_norm"),
                 regularizer=logs.get("regularizer"),
-                **_accuracies(logs),
+                **_metrics(logs),
                 tokens_per_second=round(tokens / self.stepping, 1) if self.stepping else None,
                 peak_memory=peak_memory(args.device),
                 loss_scale=logs.get("loss_scale"),
@@ -108,10 +108,11 @@ class WriteLog(TrainerCallback):
             self.tokens, self.stepping = int(state.num_input_tokens_seen), 0.0
 
 
-def _accuracies(logs: dict[str, Any], prefix: str = "") -> dict[str, float | None]:
-    """Return the accuracy and the reward margin of a log, for preference pairs and classes."""
+def _metrics(logs: dict[str, Any], prefix: str = "") -> dict[str, float | None]:
+    """Return the metrics of an objective in a log: accuracy and reward margin, or the divergence from a teacher."""
     accuracy = logs.get(f"{prefix}rewards/accuracies", logs.get(f"{prefix}accuracy"))
-    return {"accuracy": accuracy, "reward_margin": logs.get(f"{prefix}rewards/margins")}
+    margin, divergence = logs.get(f"{prefix}rewards/margins"), logs.get(f"{prefix}divergence")
+    return {"accuracy": accuracy, "reward_margin": margin, "divergence": divergence}
 
 
 class ShowProgress(TrainerCallback):

@@ -27,6 +27,7 @@ FIELDS = (
     "learning_rate",
     "grad_norm",
     "regularizer",
+    "divergence",
     "accuracy",
     "reward_margin",
     "tokens_per_second",
@@ -37,8 +38,9 @@ FIELDS = (
     "rollbacks",
     "seconds",
 )
-"""Fields of a record, in order. accuracy: share of correct pairs or texts; reward_margin: of preference pairs.
-peak_memory: maximum bytes so far, of the GPU's allocator, or of the process without a GPU."""
+"""Fields of a record, in order. divergence: from the teacher (mean nats per token). accuracy: share of correct pairs,
+answers or texts. reward_margin: of preferences. peak_memory: maximum bytes so far, of the GPU's allocator, or of the
+process without a GPU."""
 Record = dict[str, Any]
 
 

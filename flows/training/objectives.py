@@ -2,12 +2,14 @@
 
 | objective | rows (data.kind) | model | loss |
 |---|---|---|---|
-| sft | chat, text | causal | cross entropy of supervised tokens |
+| sft | chat, text | causal | cross entropy of supervised tokens; with a teacher also `peftcore.train.distillation` |
 | dpo, orpo, simpo | preference | causal | preference loss, `peftcore.train.preference` |
+| kto | unpaired_preference | causal | KTO loss, `peftcore.train.kto` |
 | classification | classification | sequence classifier | cross entropy of classes |
 """
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -23,11 +25,16 @@ from flows.paths import Paths, Split
 from peftcore import TaskType
 from peftcore.train import (
     PAIR_COLUMNS,
+    UNPAIRED_COLUMNS,
     WEIGHT,
     AdapterTrainer,
     ClassificationCollator,
     ClassificationTrainer,
+    Distillation,
+    DistillationTrainer,
     Dpo,
+    Kto,
+    KtoTrainer,
     Orpo,
     PackedCollator,
     PreferenceCollator,
@@ -35,8 +42,12 @@ from peftcore.train import (
     PreferenceTrainer,
     RightPaddingCollator,
     SimPo,
+    UnpairedPreferenceCollator,
     balanced_class_weights,
+    kto_weight_range,
 )
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,8 +62,9 @@ class Rows:
 
 CHATS = Rows("chat", ("input_ids", "labels"), ("input_ids",), TaskType.CAUSAL_LM)
 PAIRS = Rows("preference", PAIR_COLUMNS, ("chosen_input_ids", "rejected_input_ids"), TaskType.CAUSAL_LM)
+ANSWERS = Rows("unpaired_preference", UNPAIRED_COLUMNS, ("input_ids",), TaskType.CAUSAL_LM)
 LABELLED = Rows("classification", ("input_ids", "label"), ("input_ids",), TaskType.SEQ_CLS)
-ROWS_OF = {"sft": CHATS, "dpo": PAIRS, "orpo": PAIRS, "simpo": PAIRS, "classification": LABELLED}
+ROWS_OF = {"sft": CHATS, "dpo": PAIRS, "orpo": PAIRS, "simpo": PAIRS, "kto": ANSWERS, "classification": LABELLED}
 """{train.objective: its rows}"""
 
 
@@ -69,8 +81,9 @@ def check_split(params: Params, path: Path) -> None:
         expected, columns = rows_of(params), set(parquet.read_schema(path).names)
     except (OSError, pyarrow.ArrowException) as error:
         raise StageError(f"{path} is damaged ({error}); run `peftcore stage prepare` again") from error
-    if not set(expected.columns) <= columns:
-        kind = next((rows.kind for rows in (PAIRS, LABELLED, CHATS) if set(rows.columns) <= columns), "other")
+    kinds = (PAIRS, ANSWERS, LABELLED, CHATS)  # answers also have the columns of chats
+    kind = next((rows.kind for rows in kinds if set(rows.columns) <= columns), "other")
+    if kind != expected.kind:
         raise StageError(
             f"train.objective is {params.train.objective}, which needs {expected.kind} rows, and {path} holds {kind} "
             f"rows; set data.kind: {expected.kind} and run `peftcore stage prepare` again, or choose another objective"
@@ -98,6 +111,8 @@ def merged_rows(params: Params, path: Path, limit: int) -> list[Row]:
     """
     check_split(params, path)
     rows = read_rows(path, list(rows_of(params).columns), limit)
+    if rows_of(params) is ANSWERS:
+        return [{"input_ids": row["input_ids"], "labels": row["labels"]} for row in rows]
     return [_chosen(row) for row in rows] if rows_of(params) is PAIRS else rows
 
 
@@ -121,8 +136,10 @@ def class_names(params: Params, paths: Paths) -> list[str] | None:
     return cast(list[str], json.loads(paths.labels.read_text()))
 
 
-def padded_collator(params: Params, pad: int) -> RightPaddingCollator:
-    """Return the collator of padded batches of the objective's rows."""
+def padded_collator(params: Params, pad: int, longest_row: int) -> RightPaddingCollator:
+    """Return the collator of padded batches of the objective's rows. longest_row: its length in tokens."""
+    if rows_of(params) is ANSWERS:
+        return UnpairedPreferenceCollator(pad, max_length=longest_row)
     kinds = {"chat": RightPaddingCollator, "preference": PreferenceCollator, "classification": ClassificationCollator}
     return kinds[rows_of(params).kind](pad)
 
@@ -155,6 +172,13 @@ def unweighted_chats(params: Params, rows: Dataset) -> list[Row]:
     return cast(list[Row], rows.select_columns(list(CHATS.columns)).to_list())
 
 
+def start_rows(params: Params, rows: Dataset, count: int) -> list[Row]:
+    """Return at most `count` training rows for a data-driven initialisation; of marked answers the desirable ones."""
+    if rows_of(params) is ANSWERS:
+        rows = rows.select([number for number, desirable in enumerate(rows["desirable"]) if desirable])
+    return [rows[number] for number in range(min(len(rows), count))]
+
+
 def start_batch(params: Params, rows: list[Row], pad: int) -> dict[str, Any]:
     """Return the forward's arguments for a data-driven initialisation; of pairs the chosen answers."""
     if rows_of(params) is PAIRS:
@@ -167,6 +191,8 @@ def loss_function(params: Params) -> str:
     """Return a description of the test loss; losses of two runs are comparable if descriptions and rows are equal."""
     if rows_of(params) is PAIRS:
         return repr(preference_objective(params))
+    if rows_of(params) is ANSWERS:
+        return repr(kto_objective(params))
     return "cross entropy of classes" if rows_of(params) is LABELLED else "cross entropy of tokens"
 
 
@@ -186,13 +212,41 @@ def preference_objective(params: Params) -> PreferenceObjective:
     )
 
 
-def trainer_of(params: Params, rows: Dataset, labels: list[str] | None) -> tuple[type[AdapterTrainer], dict[str, Any]]:
+def kto_objective(params: Params) -> Kto:
+    """Return the KTO loss of the parameters."""
+    options = params.train.kto
+    return Kto(options.beta, options.loss, options.desirable_weight, options.undesirable_weight)
+
+
+def distillation_of(params: Params) -> Distillation:
+    """Return the weights and the divergence of training with a teacher."""
+    return Distillation(**params.train.distillation.model_dump(exclude={"teacher"}))
+
+
+def _warn_of_imbalance(kto: Kto, desirable: int, undesirable: int) -> None:
+    """Log a warning if the weights do not balance the two kinds of answers as the KTO paper recommends."""
+    if not (desirable and undesirable and kto.desirable_weight and kto.undesirable_weight):
+        return
+    low, high = kto_weight_range(desirable, undesirable)
+    ratio = kto.desirable_weight / kto.undesirable_weight
+    if desirable != undesirable and not round(low, 2) <= round(ratio, 2) <= round(high, 2):
+        log.warning(
+            "%d training answers are desirable and %d are not: train.kto.desirable_weight should be %.2f to %.2f times "
+            "undesirable_weight (arXiv:2402.01306, eq. 8), and it is %.2f times",
+            *(desirable, undesirable, low, high, ratio),
+        )
+
+
+def trainer_of(
+    params: Params, rows: Dataset, labels: list[str] | None, teacher: Any = None
+) -> tuple[type[AdapterTrainer], dict[str, Any]]:
     """Return the trainer's class, and its arguments besides AdapterTrainer's.
 
     Args:
         params: The parameters of the run.
         rows: Training rows.
         labels: Names of the classes, if the objective has classes.
+        teacher: A model to distil from; None with a teacher in the parameters: the base.
     """
     if rows_of(params) is PAIRS:
         options: dict[str, Any] = {
@@ -201,8 +255,15 @@ def trainer_of(params: Params, rows: Dataset, labels: list[str] | None) -> tuple
             "precompute_reference": params.train.preference.precompute_reference,
         }
         return cast(type[AdapterTrainer], PreferenceTrainer), options
+    if rows_of(params) is ANSWERS:
+        kto, desirable = kto_objective(params), sum(rows["desirable"])
+        _warn_of_imbalance(kto, desirable, len(rows) - desirable)
+        return cast(type[AdapterTrainer], KtoTrainer), {"objective": kto, "reference": "base"}
     if labels is not None:
         balanced = params.train.classification.class_weights == "balanced"
         weights = balanced_class_weights(rows["label"], len(labels)) if balanced else None
         return cast(type[AdapterTrainer], ClassificationTrainer), {"class_weights": weights}
+    if params.train.distillation.teacher is not None:
+        options = {"distillation": distillation_of(params), "teacher": teacher}
+        return cast(type[AdapterTrainer], DistillationTrainer), options
     return AdapterTrainer, {}

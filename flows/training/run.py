@@ -58,6 +58,6 @@ def run_key(params: Params, paths: Paths, base: str) -> str:
     if params.data.special_tokens:
         sections["special_tokens"] = params.data.special_tokens
     data = [sha256(paths.split(name)) for name in ("train", "validation")]
-    start = [read_manifest(paths.start_adapter)] if paths.start_adapter.is_dir() else []
+    start = [read_manifest(at) for at in (paths.start_adapter, paths.teacher_adapter) if at.is_dir()]
     content = json.dumps([params.project.seed, sections, base, data, *start], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -1,11 +1,11 @@
-"""Checks of weights, classes, and the two sides of preference pairs."""
+"""Checks of weights, classes, and good and bad answers of preferences."""
 
 from collections import defaultdict
 
 import numpy
 
 from flows.validation.findings import Finding, make_finding
-from flows.validation.prepared import Prepared
+from flows.validation.prepared import SHOWN, Prepared
 
 EFFECTIVE = 0.5
 """Effective share of the rows under their weights, (Σw)² / (n Σw²) (Kish 1965), below which few rows dominate."""
@@ -63,6 +63,61 @@ def classes(prepared: Prepared) -> Finding:
         fix="give more rows of each class, or more data.train_rows"
         if error
         else "give more rows of the rare class, or larger weights to its rows",
+    )
+
+
+def desirable(prepared: Prepared) -> Finding:
+    """Check that every split has desirable and undesirable answers, and that neither kind is rare in training."""
+    shares = {split: float(table.columns["desirable"].mean()) for split, table in prepared.splits.items()}
+    one_kind = [split for split, share in shares.items() if share in (0.0, 1.0)]
+    share = shares["train"]
+    rows = len(prepared.splits["train"].ids)
+    return make_finding(
+        "desirable answers",
+        f"{share:.1%} of {rows:,} training rows"
+        + (f"; only one kind of answers in {', '.join(one_kind)}" if one_kind else ""),
+        share,
+        error=bool(one_kind),
+        warning=min(share, 1 - share) < RARE,
+        fix="every split needs good and bad answers: give rows of the other kind, or larger splits"
+        if one_kind
+        else "give more rows of the rare kind, or weigh it by train.kto.desirable_weight or undesirable_weight",
+    )
+
+
+def contradictory_answers(prepared: Prepared) -> Finding:
+    """Check that no answer of training is marked as desirable in one row and as undesirable in another."""
+    table = prepared.splits["train"]
+    marks_of: dict[tuple[str, str], set[bool]] = defaultdict(set)
+    for question, answer, mark in zip(table.questions, table.answers, table.columns["desirable"], strict=True):
+        marks_of[" ".join(question.split()), " ".join(answer.split())].add(bool(mark))
+    both = [answer for answer, marks in marks_of.items() if len(marks) > 1]
+    return make_finding(
+        "contradictions",
+        f"{len(both)} of {len(marks_of)} answers are marked in both ways",
+        len(both) / len(marks_of),
+        warning=bool(both),
+        fix="such an answer teaches nothing: keep the label of most raters",
+        examples=tuple(answer[:80] for _, answer in both[:SHOWN]),
+    )
+
+
+def answer_lengths(prepared: Prepared) -> Finding:
+    """Check that length alone does not separate desirable from undesirable training answers."""
+    table = prepared.splits["train"]
+    (sequences,), marks = table.sequences, table.columns["desirable"].astype(bool)
+    tokens = sequences.per_row(sequences.supervised)
+    good, bad = tokens[marks], numpy.sort(tokens[~marks])
+    share = 0.5
+    if len(good) and len(bad):  # the probability that a desirable answer is longer; equal lengths count half
+        shorter, not_longer = (numpy.searchsorted(bad, good, side=side) for side in ("left", "right"))
+        share = float((shorter + not_longer).mean() / (2 * len(bad)))
+    return make_finding(
+        "length of good answers",
+        f"longer than a bad one with probability {share:.0%}",
+        share,
+        warning=not 1 - ONE_SIDED <= share <= ONE_SIDED,
+        fix="the model would learn length instead of quality: add rows of the other kind",
     )
 
 

@@ -38,6 +38,13 @@ CHECKS: dict[str, tuple[Check, ...]] = {
     "chat": (*_CHAT, *_ANY),
     "text": (masks.supervised, masks.mask, template.special_tokens, template.round_trip, *_ANY),
     "preference": (*_CHAT, balance.equal_pairs, balance.pair_lengths, *_ANY),
+    "unpaired_preference": (
+        *_CHAT,
+        balance.desirable,
+        balance.contradictory_answers,
+        balance.answer_lengths,
+        *_ANY,
+    ),
     "classification": (template.special_tokens, template.round_trip, balance.classes, balance.contradictions, *_ANY),
 }
 """{data.kind: its checks, in order}"""

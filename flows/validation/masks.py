@@ -42,7 +42,7 @@ def mask(prepared: Prepared) -> Finding:
         strange = (sequences.labels != IGNORED) & (sequences.labels != sequences.ids)
         answer = _from(sequences, table.columns["prompt_length"])
         holes = answer & ~sequences.supervised
-        if prepared.data.kind == "preference":
+        if prepared.data.kind in ("preference", "unpaired_preference"):
             holes = sequences.supervised & ~answer
         rows = sequences.per_row(strange | holes) > 0
         wrong += int(rows.sum())

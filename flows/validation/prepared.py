@@ -19,14 +19,26 @@ from flows.paths import SPLITS, Split
 
 SHOWN = 5
 """Number of rows that a finding gives as examples."""
-_QUESTION = {"chat": "prompt", "text": "prompt", "preference": "prompt", "classification": "text"}
-_ANSWERS = {
-    "chat": ("completion",),
-    "text": ("completion",),
-    "preference": ("chosen", "rejected"),
-    "classification": ("label_name",),
+_PROMPT_LENGTH = ("prompt_length",)
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Columns of one kind of rows: question, answers, prefixes of their token ids and labels, and further ones."""
+
+    question: str
+    answers: tuple[str, ...]
+    sequences: tuple[str, ...] = ("",)
+    others: tuple[str, ...] = _PROMPT_LENGTH
+
+
+_COLUMNS = {
+    "chat": _Columns("prompt", ("completion",)),
+    "text": _Columns("prompt", ("completion",)),
+    "preference": _Columns("prompt", ("chosen", "rejected"), ("chosen_", "rejected_")),
+    "unpaired_preference": _Columns("prompt", ("completion",), others=(*_PROMPT_LENGTH, "desirable")),
+    "classification": _Columns("text", ("label_name",), others=("label",)),
 }
-_SEQUENCES = {"chat": ("",), "text": ("",), "preference": ("chosen_", "rejected_"), "classification": ("",)}
 
 
 @dataclass(frozen=True)
@@ -82,7 +94,7 @@ class Table:
     weights: numpy.ndarray
     sequences: list[Sequences]
     columns: dict[str, Any]
-    """Further columns of a kind: prompt_length, label."""
+    """Further columns of a kind: prompt_length, desirable, label."""
 
     def named(self, rows: numpy.ndarray) -> tuple[str, ...]:
         """Return the ids of the first SHOWN rows that a mask (rows,) selects."""
@@ -142,20 +154,19 @@ def read_prepared(folder: Path, report: dict[str, Any], tokenizer: PreTrainedTok
 
 
 def _table(table: pa.Table, data: Data) -> Table:
-    answers = {column: _texts(table, column) for column in _ANSWERS[data.kind]}
+    kind = _COLUMNS[data.kind]
+    answers = {column: _texts(table, column) for column in kind.answers}
     sequences = [
-        _sequences(table, prefix, list(texts))
-        for prefix, texts in zip(_SEQUENCES[data.kind], answers.values(), strict=True)
+        _sequences(table, prefix, list(texts)) for prefix, texts in zip(kind.sequences, answers.values(), strict=True)
     ]
-    others = ("label",) if data.kind == "classification" else ("prompt_length",)
     return Table(
         ids=_texts(table, "id"),
         groups=_texts(table, "group"),
-        questions=_texts(table, _QUESTION[data.kind]),
+        questions=_texts(table, kind.question),
         answers=["\n".join(texts) for texts in zip(*answers.values(), strict=True)],
         weights=table["weight"].to_numpy(),
         sequences=sequences,
-        columns={name: table[name].to_numpy() for name in others},
+        columns={name: table[name].to_numpy() for name in kind.others},
     )
 
 

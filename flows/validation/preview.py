@@ -1,4 +1,4 @@
-"""Rows and findings in the terminal: prompts dim, supervised text green, rejected answers red."""
+"""Rows and findings in the terminal: prompts dim, supervised text green, rejected and undesirable answers red."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -51,6 +51,8 @@ def _texts(row: Row, tokenizer: PreTrainedTokenizerBase, kind: Kind) -> list[Tex
         return [Text.assemble((row["text"], CONTEXT), (f" → {row['label_name']}", LEARNED))]
     if kind in ("chat", "text"):
         return [_coloured(row, "", tokenizer, CONTEXT, LEARNED)]
+    if kind == "unpaired_preference":
+        return [_coloured(row, "", tokenizer, CONTEXT, LEARNED if row["desirable"] else REJECTED)]
     return [
         _coloured(row, "chosen_", tokenizer, CONTEXT, LEARNED),
         _coloured(row, "rejected_", tokenizer, None, REJECTED),

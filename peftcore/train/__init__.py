@@ -12,6 +12,8 @@ from peftcore.train.batches import (
     LengthGroupedSampler,
     PreferenceCollator,
     RightPaddingCollator,
+    UnpairedPreferenceCollator,
+    mismatched_answers,
 )
 from peftcore.train.checkpoints import fault_of_checkpoint, last_good_checkpoint
 from peftcore.train.classification import (
@@ -20,7 +22,11 @@ from peftcore.train.classification import (
     balanced_class_weights,
     macro_f1,
 )
+from peftcore.train.distillation import Distillation, DistillationTrainer, DistillationTrainerMixin
+from peftcore.train.divergence import token_divergences
 from peftcore.train.fault_policy import FaultPolicy
+from peftcore.train.kto import Kto, kto_reference_point, kto_weight_range
+from peftcore.train.kto_trainer import UNPAIRED_COLUMNS, KtoTrainer, KtoTrainerMixin
 from peftcore.train.linear_cross_entropy import linear_cross_entropy
 from peftcore.train.losses import row_sums, supervised_positions, token_losses
 from peftcore.train.packing import PackedCollator, Packs, PackSampler, check_packable
@@ -28,22 +34,29 @@ from peftcore.train.preference import Dpo, Orpo, PairLogProbs, PreferenceObjecti
 from peftcore.train.preference_trainer import PAIR_COLUMNS, PreferenceTrainer, PreferenceTrainerMixin
 from peftcore.train.rank_search import RankSearch, find_ranks
 from peftcore.train.recomputation import SELECTED, Mode, recompute_activations
-from peftcore.train.reference import pair_log_probs, reference_acting, reference_model
+from peftcore.train.reference import pair_log_probs, reference_acting, reference_model, row_log_probs, shared_copy
 from peftcore.train.supervised_head import supervised_logits
 from peftcore.train.trainer import AdapterTrainer, AdapterTrainerMixin
 
 __all__ = [
     "PAIR_COLUMNS",
     "SELECTED",
+    "UNPAIRED_COLUMNS",
     "WEIGHT",
     "AdapterTrainer",
     "AdapterTrainerMixin",
     "ClassificationCollator",
     "ClassificationTrainer",
     "ClassificationTrainerMixin",
+    "Distillation",
+    "DistillationTrainer",
+    "DistillationTrainerMixin",
     "Dpo",
     "FaultPolicy",
     "FusedAdamW",
+    "Kto",
+    "KtoTrainer",
+    "KtoTrainerMixin",
     "LengthGroupedSampler",
     "Mode",
     "Orpo",
@@ -58,19 +71,26 @@ __all__ = [
     "RankSearch",
     "RightPaddingCollator",
     "SimPo",
+    "UnpairedPreferenceCollator",
     "balanced_class_weights",
     "check_packable",
     "fault_of_checkpoint",
     "find_ranks",
+    "kto_reference_point",
+    "kto_weight_range",
     "last_good_checkpoint",
     "linear_cross_entropy",
     "macro_f1",
+    "mismatched_answers",
     "pair_log_probs",
     "recompute_activations",
     "reference_acting",
     "reference_model",
+    "row_log_probs",
     "row_sums",
+    "shared_copy",
     "supervised_logits",
     "supervised_positions",
+    "token_divergences",
     "token_losses",
 ]

@@ -1,4 +1,4 @@
-"""Batches of rows of similar length, padded on the right: texts, preference pairs, labelled texts.
+"""Batches of rows of similar length, padded on the right: texts, preference pairs, marked answers, labelled texts.
 
 The rows of a batch are neighbours in a length-sorted pool, so there is little padding. The batches come in random
 order, so training does not go from short to long rows. The order depends only on (seed, epoch): a resumed run sees the
@@ -21,6 +21,9 @@ WEIGHT = "weight"
 """Column of a dataset and key of a batch: weights of rows, or of the tokens of a packed row."""
 REFERENCE_COLUMNS = ("reference_chosen", "reference_rejected")
 """Columns of pairs: the reference model's log-probabilities (nats) of the chosen and the rejected answer."""
+
+MISMATCHED = "mismatched_"
+"""Prefix of columns and of keys of a batch: a row's prompt with the answer of another row."""
 
 
 class LengthGroupedSampler(Sampler[int]):
@@ -115,6 +118,74 @@ class PreferenceCollator(RightPaddingCollator):
             if column in rows[0]:
                 batch[column] = torch.tensor([row[column] for row in rows])
         return batch
+
+
+@dataclass
+class UnpairedPreferenceCollator(RightPaddingCollator):
+    """Collator of E rows {"input_ids", "labels", "desirable"} of single answers, labels -100 on the prompt.
+
+    Each prompt is also joined with the answer of the row before it in the batch, for KTO's reference point, if there
+    are several rows. Rows that already have `mismatched_input_ids` and `mismatched_labels` keep them.
+
+    Args:
+        max_length: Maximum tokens of such a row; the rest is cut off. None: no limit.
+    """
+
+    max_length: int | None = None
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Return the padded rows, `desirable` and `weight` (E,), and the mismatched rows under MISMATCHED names."""
+        batch = self._padded(rows)
+        batch["desirable"] = torch.tensor([bool(row["desirable"]) for row in rows])
+        batch[WEIGHT] = _weights(rows)
+        if f"{MISMATCHED}input_ids" in rows[0]:
+            others = [{name: row[f"{MISMATCHED}{name}"] for name in ("input_ids", "labels")} for row in rows]
+        else:
+            others = mismatched_answers(rows, self.max_length) if len(rows) > 1 else []
+        if others:
+            batch |= {f"{MISMATCHED}{name}": tensor for name, tensor in self._padded(others).items()}
+        return batch
+
+
+def mismatched_answers(rows: Sequence[Mapping[str, Any]], max_length: int | None = None) -> list[dict[str, list[int]]]:
+    """Return each row's prompt with the answer of the row before it, the first with the last, as TRL joins them.
+
+    Args:
+        rows: {"input_ids", "labels"}; a prompt ends before the first label that is not -100.
+        max_length: Maximum tokens of a result; the rest is cut off. None: no limit.
+    """
+    starts = [
+        next((i for i, label in enumerate(row["labels"]) if label != IGNORED), len(row["labels"])) for row in rows
+    ]
+    results = []
+    for number, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        other, begin = rows[number - 1], starts[number - 1]
+        ids = [*row["input_ids"][:start], *other["input_ids"][begin:]]
+        labels = [*[IGNORED] * start, *other["labels"][begin:]]
+        results.append({"input_ids": ids[:max_length], "labels": labels[:max_length]})
+    return results
+
+
+def with_mismatched_answers(rows: Any, max_length: int | None = None) -> Any:
+    """Return rows with each prompt joined with the answer of the row before it in the set, as MISMATCHED columns.
+
+    Args:
+        rows: A datasets.Dataset, a sequence of mappings, a dictionary of these, or None.
+        max_length: See `mismatched_answers`.
+    """
+    if rows is None:
+        return None
+    if isinstance(rows, dict):
+        return {name: with_mismatched_answers(each, max_length) for name, each in rows.items()}
+    others = mismatched_answers(list(rows), max_length)
+    if not hasattr(rows, "add_column"):
+        return [
+            {**row, **{f"{MISMATCHED}{name}": values for name, values in other.items()}}
+            for row, other in zip(rows, others, strict=True)
+        ]
+    for name in ("input_ids", "labels"):
+        rows = rows.add_column(f"{MISMATCHED}{name}", [other[name] for other in others])
+    return rows
 
 
 @dataclass

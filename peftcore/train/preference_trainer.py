@@ -6,7 +6,7 @@ margins, accuracies and log-probabilities.
 Shapes: P pairs.
 """
 
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from accelerate.utils import gather_object
@@ -14,69 +14,39 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import Trainer
 
-from peftcore.errors import TrainingError
-from peftcore.injection.adapter_set import adapter_set
 from peftcore.train.batches import REFERENCE_COLUMNS, WEIGHT, LengthGroupedSampler
-from peftcore.train.example_objective import ExampleObjective
-from peftcore.train.model_loss import has_causal_loss
 from peftcore.train.preference import Dpo, PairLogProbs, PreferenceObjective
-from peftcore.train.reference import (
-    pair_log_probs,
-    reference_acting,
-    reference_model,
-    stored_log_probs,
-    with_reference_columns,
-)
+from peftcore.train.reference import pair_log_probs, stored_log_probs, with_reference_columns
+from peftcore.train.reference_objective import Reference, ReferenceObjective
 from peftcore.train.trainer import AdapterTrainerMixin
 
-Reference = Literal["start", "base"]
 PAIR_COLUMNS = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
 """Columns of a pair: token ids and labels of both answers, each behind the prompt."""
 
 
-class PairObjective(ExampleObjective):
+class PairObjective(ReferenceObjective):
     """Weighted mean of a preference loss over pairs.
 
     Args:
         trainer: The trainer that minimises this objective.
         pair_loss: `Dpo(...)`, `Orpo(...)`, `SimPo(...)` or another loss of pairs.
-        reference: "start" or "base"; see `PreferenceTrainerMixin`.
+        reference: "start" or "base"; see `ReferenceObjective`.
         ref_adapter_name: A frozen adapter that is the reference instead.
     """
 
     collator_name = "PreferenceCollator"
+    examples = "preference pairs"
 
     def __init__(
         self, trainer: Any, pair_loss: PreferenceObjective, reference: Reference, ref_adapter_name: str | None
     ) -> None:
-        super().__init__(trainer)
+        super().__init__(trainer, reference, ref_adapter_name)
         self.pair_loss = pair_loss
-        self.reference = reference
-        self.ref_adapter_name = ref_adapter_name
-        self.start_model: Any = None
-        """Frozen copy of the model as it was when the trainer was made, if that is the reference."""
 
-    def check(self) -> None:
-        """Raise TrainingError also for a model without next-token logits, or a trained reference adapter."""
-        super().check()
-        model, name = self.trainer.adapted_model, self.ref_adapter_name
-        if not has_causal_loss(model):
-            raise TrainingError(f"preference pairs need a causal language model; {type(model).__name__} is not one")
-        if name is not None:
-            adapters = adapter_set(model)
-            adapters.require(name)
-            if any(parameter.requires_grad for parameter in adapters.parameters(name)):
-                raise TrainingError(
-                    f"the reference adapter {name!r} is trained; load it with is_trainable=False, or freeze it with "
-                    "set_requires_grad"
-                )
-        if self.reference == "start" and name is None and self.pair_loss.uses_reference:
-            if self.trainer.is_fsdp_enabled:
-                raise TrainingError(
-                    "reference='start' keeps a copy of the model that shares the base's weights, and FSDP shards "
-                    "those; give reference='base' if the adapter is new, or ref_adapter_name, a frozen adapter"
-                )
-            self.start_model = reference_model(model)
+    @property
+    def uses_reference(self) -> bool:
+        """True for DPO, IPO and hinge; False for ORPO and SimPO."""
+        return self.pair_loss.uses_reference
 
     def columns(self, signature: list[str]) -> list[str]:
         """Return the columns of the dataset that the loss reads, whatever the model's signature."""
@@ -96,11 +66,8 @@ class PairObjective(ExampleObjective):
 
     def reference_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> PairLogProbs:
         """Return the reference's log-probabilities of a batch, without gradients."""
-        if self.start_model is not None:
-            with torch.no_grad():
-                return pair_log_probs(self.start_model, inputs)
-        with reference_acting(self.trainer.adapted_model, self.ref_adapter_name):
-            return pair_log_probs(model, inputs)
+        with self.reference_in_effect(model) as reference:
+            return pair_log_probs(reference, inputs)
 
     def with_reference(self, rows: Any) -> Any:
         """Return rows with the reference's log-probabilities as columns; each process computes a part of the batches.
@@ -156,8 +123,6 @@ class PreferenceTrainerMixin(AdapterTrainerMixin):
         precompute_reference: bool = False,
         **kwargs: Any,
     ) -> None:
-        if reference not in get_args(Reference):
-            raise TrainingError(f"reference must be one of {', '.join(get_args(Reference))}; got {reference!r}")
         self.objective = Dpo() if objective is None else objective
         self._reference_options: tuple[Reference, str | None] = reference, ref_adapter_name
         super().__init__(*args, **kwargs)

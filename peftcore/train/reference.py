@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftcore.bases.quantized import keep_quantized_weights_trainable
 from peftcore.errors import TrainingError
 from peftcore.injection.activation import activate
 from peftcore.injection.adapter_set import adapter_set
@@ -51,6 +52,16 @@ def reference_model(model: Any, share_base: bool = True) -> Any:
     return reference.requires_grad_(False).eval()
 
 
+def shared_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of a model with the same parameter tensors, for another adapter on the same weights.
+
+    The copy costs the model's buffers and module objects only. Changes of a parameter in place change both models, so
+    bitsandbytes is kept from repacking 4-bit weights of either model for inference on the CPU.
+    """
+    keep_quantized_weights_trainable(model)
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+
+
 def _calls(function: Any, model: nn.Module) -> bool:
     """Return True if a function refers to a method of the model; a copy of the function would refer to it too."""
     inner: Callable[..., Any] | None = getattr(function, "__func__", function)
@@ -71,13 +82,19 @@ def reference_acting(model: Any, adapter: str | None = None) -> Iterator[None]:
     """
     active = list(model.active_adapters)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(training_flags_restored(model))
         if adapter is None:
             stack.enter_context(model.disable_adapter())
         else:
             stack.callback(activate, model, active)  # unlike the model's method, this changes no requires_grad
             activate(model, adapter)
+        stack.enter_context(inference_mode(model))
+        yield
+
+
+@contextlib.contextmanager
+def inference_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode without gradients; the training flags are restored on exit."""
+    with torch.no_grad(), training_flags_restored(model):
         model.eval()
         yield
 
@@ -88,6 +105,20 @@ def pair_log_probs(model: nn.Module, batch: Mapping[str, Any]) -> PairLogProbs:
     sums, tokens = row_sums(*token_losses(model, inputs, batch["labels"].flatten(0, 1)))
     (chosen, rejected), (chosen_tokens, rejected_tokens) = (each.view(-1, 2).unbind(1) for each in (-sums, tokens))
     return PairLogProbs(chosen, rejected, chosen_tokens, rejected_tokens)
+
+
+def row_log_probs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each row's log-probability of its supervised tokens, (B,) in nats, and their number, (B,).
+
+    Args:
+        model: A causal language model.
+        input_ids: Token ids (B, T), padded on the right.
+        attention_mask: 1 for tokens and 0 for padding, (B, T).
+        labels: (B, T), -100 at positions that are not supervised.
+    """
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+    sums, tokens = row_sums(*token_losses(model, inputs, labels))
+    return -sums, tokens
 
 
 def stored_log_probs(batch: Mapping[str, Any], policy: PairLogProbs) -> PairLogProbs | None:

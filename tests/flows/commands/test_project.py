@@ -53,7 +53,7 @@ def test_files_of_parameters_describe_the_project_and_a_later_one_wins(rows: Pat
     ("options", "said"),
     [
         ([], "--data FILE"),
-        (["--data", "{rows}", "--task", "poetry"], "chat, text, preference, classification"),
+        (["--data", "{rows}", "--task", "poetry"], "chat, text, preference, unpaired_preference, classification"),
         (["--data", "{rows}", "--hardware", "tpu"], "cpu, gpu"),
     ],
 )

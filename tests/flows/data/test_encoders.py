@@ -6,7 +6,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from flows.data.encoders import DocumentEncoder, LabelledEncoder, PreferenceEncoder, encoder_of, label_names
-from flows.data.examples import Document, Labelled, Message, Preference
+from flows.data.examples import Document, Labelled, Message, Preference, UnpairedPreference
 from flows.data.tokens import IGNORED, length
 from flows.errors import DataError
 from flows.params import Data
@@ -46,6 +46,21 @@ def test_the_longer_of_a_pair_decides_how_much_of_the_question_stays(tokenizer: 
     assert length(encoder.encode(shorter)) == 100
     assert (shorter.chosen, shorter.rejected) == (long.chosen, long.rejected)
     assert encoder.shorten(pair("x", says("y" * 200), says("no")), 100) is None
+
+
+def test_a_marked_answer_is_supervised_as_a_whole_and_its_prompt_is_cut(tokenizer: PreTrainedTokenizerBase) -> None:
+    encoder = encoder_of(Data(source="a.jsonl", kind="unpaired_preference", supervise="last"), tokenizer, [])
+    prompt = [{"role": "user", "content": "a"}, *says("b", "x" * 200)]
+    good, bad = (UnpairedPreference(prompt, says("d", "e", "f"), mark, **ORIGIN) for mark in (True, False))
+    tokens: Any = encoder.encode(good)
+    supervised = tokenizer.decode([label for label in tokens.labels if label != IGNORED])
+    assert supervised == "d<|im_end|>f<|im_end|>" and tokens.columns()["desirable"] is True
+    assert tokens.prompt.endswith("<|im_start|>assistant\n") and tokens.completion.startswith("d<|im_end|>")
+    other = encoder.encode(bad)
+    assert tokens.id != other.id and tokens.answer != other.answer and tokens.question == other.question
+    shorter = encoder.shorten(good, 150)
+    assert shorter is not None and length(encoder.encode(shorter)) == 150
+    assert encoder.shorten(good, 20) is None
 
 
 def test_a_text_is_cut_from_its_end(tokenizer: PreTrainedTokenizerBase) -> None:

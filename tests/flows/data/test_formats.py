@@ -277,3 +277,45 @@ def test_functions_are_tools() -> None:
 def test_other_fields_stay_for_the_template() -> None:
     chat = formats.chat({"messages": [USER | {"name": "Ada", "id": 7}, ANSWER | {"mood": "calm"}]}, ["id"])
     assert chat == [USER | {"name": "Ada"}, ANSWER | {"mood": "calm"}]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": USER["content"], "completion": ANSWER["content"]},
+        {"prompt": [USER], "completion": [ANSWER]},
+        {"prompt": [USER], "completion": ANSWER["content"]},
+        {"messages": [USER, ANSWER]},
+        {"question": USER["content"], "answer": ANSWER["content"]},
+        {"instruction": USER["content"], "output": ANSWER["content"]},
+    ],
+)
+@pytest.mark.parametrize("label", [True, 1, "true", "True", "1"])
+def test_the_same_answer_with_a_label(row: dict[str, Any], label: Any) -> None:
+    assert formats.unpaired_preference(row | {"label": label}) == ([USER], [ANSWER], True)
+    assert formats.unpaired_preference(row | {"label": False}) == ([USER], [ANSWER], False)
+
+
+def test_a_system_prompt_of_the_row_comes_before_a_labelled_answer() -> None:
+    row = {"prompt": "One?", "completion": "1.", "system": "Be brief.", "label": "0"}
+    prompt, _, desirable = formats.unpaired_preference(row)
+    assert [turn["role"] for turn in prompt] == ["system", "user"] and not desirable
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        ({"prompt": "a", "completion": "b"}, r"it has no label; a row of .* \(true for a good answer, false for a bad"),
+        ({"prompt": "a", "completion": "b", "Label": True}, "write 'Label' as label"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "set data.kind to preference"),
+        ({"prompt": "a", "completion": "b", "label": "good"}, "its label is 'good'; give true for a good answer"),
+        ({"prompt": "a", "completion": "b", "label": 2}, "its label is 2; give true"),
+        ({"prompt": "a", "completion": "b", "label": 0.5}, "its label is 0.5; give true"),
+        ({"prompt": "a", "label": True}, "it has no completion"),
+        ({"prompt": "a", "completion": [USER, ANSWER], "label": True}, "does not begin with an assistant turn"),
+        ({"messages": [USER], "label": True}, "its last turn is not the assistant's"),
+    ],
+)
+def test_an_answer_with_a_label_that_cannot_be_used(row: dict[str, Any], fault: str) -> None:
+    with pytest.raises(FaultyRow, match=fault):
+        formats.unpaired_preference(row)

@@ -85,6 +85,7 @@ def test_groups_and_slices_are_columns(tmp_path: Path) -> None:
         ("chat", [{"prompt": f"Is {n} or {n * n}?", "completion": f"{n}."} for n in range(20)]),
         ("chat", [{"messages": [{"role": "user", "content": f"{n}?"}, CHAT[1]]} for n in range(20)]),
         ("preference", [{"prompt": f"Is {n}?", "chosen": f"{n}.", "rejected": "no"} for n in range(20)]),
+        ("unpaired_preference", [{"prompt": f"Is {n}?", "completion": f"{n}.", "label": True} for n in range(20)]),
         ("classification", [{"text": f"Is {n}?", "label": "odd"} for n in range(20)]),
     ],
 )

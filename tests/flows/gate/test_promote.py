@@ -11,7 +11,8 @@ from made_up_results import suite_result
 from webhook_receiver import receiving
 
 from flows.errors import RegistryError, RepositoryError, StageError
-from flows.gate.promote import promote, read_promotion, roll_back
+from flows.gate.checks.evidence import MEANS, SIDES
+from flows.gate.promote import OPTIONAL_COLUMNS, promote, read_promotion, roll_back
 from flows.params import Params, load_suites
 from flows.registry.registry import Registry, RegistryConflict
 from flows.runtime.git import Git
@@ -463,3 +464,7 @@ def test_promotion_and_rollback_are_mirrored_after_their_tag(champions: Any, mon
     monkeypatch.setattr("flows.gate.promote.mirror_promotion", mirror)
     roll_back(champions.params, champions.paths, "it swears")
     assert mirrored == [(champion(champions), champion(champions), True)]
+
+
+def test_the_gate_reads_the_columns_from_which_figures_follow() -> None:
+    assert {f"{side}_{figure}" for side in SIDES for figure in MEANS} <= set(OPTIONAL_COLUMNS)

@@ -100,3 +100,12 @@ def test_a_rule_may_be_on_a_figure_of_the_objective(tmp_path: Path) -> None:
     data = "data: {source: a.jsonl, kind: classification}\ntrain: {objective: classification}\n"
     (rule,) = read(tmp_path, f"{data}gate: {{rules: [{{metric: accuracy, bound: 0}}]}}").gate.rules
     assert rule.compares and rule.direction == "higher"
+
+
+def test_only_a_limit_may_be_on_the_divergence_and_only_with_a_teacher(tmp_path: Path) -> None:
+    teacher = "train: {distillation: {teacher: base}}\n"
+    rule = "gate: {rules: [{metric: divergence, direction: lower, RULE: 0.05}]}\n"
+    (read_rule,) = read(tmp_path, teacher + rule.replace("RULE", "limit")).gate.rules
+    assert not read_rule.compares
+    assert "the champion may have another teacher" in refusal(tmp_path, teacher + rule.replace("RULE", "bound"))
+    assert "nothing computes it" in refusal(tmp_path, rule.replace("RULE", "limit"))

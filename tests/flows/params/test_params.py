@@ -83,7 +83,13 @@ def test_a_records_renamed_keys_keep_their_values() -> None:
 
 @pytest.mark.parametrize(
     ("objective", "kind"),
-    [("dpo", "preference"), ("orpo", "preference"), ("simpo", "preference"), ("classification", "classification")],
+    [
+        ("dpo", "preference"),
+        ("orpo", "preference"),
+        ("simpo", "preference"),
+        ("kto", "unpaired_preference"),
+        ("classification", "classification"),
+    ],
 )
 def test_an_objective_takes_the_rows_of_its_kind(tmp_path: Path, objective: str, kind: str) -> None:
     params = read(tmp_path, f"train: {{objective: {objective}}}\ndata: {{source: a.jsonl, kind: {kind}}}")

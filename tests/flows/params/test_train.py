@@ -23,6 +23,13 @@ from flows.params.train import KINDS
         ("{max_steps: 0}", "max_steps"),
         ("{start_from: champion}", "start_from"),
         ("{start_from: v1.0}", "start_from"),
+        ("{kto: {beta: 0}}", "kto.beta"),
+        ("{kto: {desirable_weight: 0, undesirable_weight: 0}}", "kto.desirable_weight"),
+        ("{objective: kto, batch_size: 1}", "batch_size"),
+        ("{distillation: {teacher: champion}}", "distillation.teacher"),
+        ("{distillation: {weight: 0}}", "distillation.weight"),
+        ("{distillation: {beta: 1}}", "distillation.beta"),
+        ("{objective: dpo, distillation: {teacher: base}}", "distillation.teacher"),
         ("{preference: {beta: 0}}", "preference.beta"),
         ("{preference: {label_smoothing: 0.5}}", "preference.label_smoothing"),
         ("{preference: {loss: ipo, label_smoothing: 0.1}}", "preference.label_smoothing"),
@@ -46,6 +53,16 @@ def test_gradient_checkpointing_is_a_mode_or_on_or_off(tmp_path: Path, given: st
 def test_smoothing_belongs_to_the_sigmoid_loss(tmp_path: Path) -> None:
     preference = read(tmp_path, "train: {preference: {label_smoothing: 0.1}}").train.preference
     assert (preference.loss, preference.label_smoothing) == ("sigmoid", 0.1)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "version"),
+    [("base", None), ("v0.1.0", "v0.1.0"), ("hub:org/large@main", None), ("path:models/large", None)],
+)
+def test_a_teacher_is_a_version_or_a_model(tmp_path: Path, teacher: str, version: str | None) -> None:
+    distillation = read(tmp_path, f"train: {{distillation: {{teacher: '{teacher}'}}}}").train.distillation
+    assert (distillation.teacher, distillation.version) == (teacher, version)
+    assert Train().distillation.version is None
 
 
 def test_all_processes_are_those_of_every_node() -> None:

@@ -99,6 +99,7 @@ def test_what_a_file_leaves_out_has_axolotls_default(tmp_path: Path) -> None:
         ("rl: ipo\nrl_beta: 0.2", {"train.objective": "dpo", "train.preference.loss": "ipo"}),
         ("rl: orpo\norpo_alpha: 0.2", {"train.objective": "orpo", "train.preference.beta": 0.2}),
         ("rl: simpo\nrl_beta: 2\nsimpo_gamma: 1", {"train.objective": "simpo", "train.preference.gamma": 1.0}),
+        ("rl: kto\nrl_beta: 0.2\nkto_desirable_weight: 2", {"train.kto.beta": 0.2, "train.kto.desirable_weight": 2.0}),
         ("gradient_checkpointing: offload", {"train.gradient_checkpointing": "offload"}),
         ("val_set_size: 100", {"data.validation_rows": 100}),
         ("peft_use_dora: true", {"method.options.use_dora": True}),
@@ -114,7 +115,7 @@ def test_single_keys(text: str, values: dict[str, Any], tmp_path: Path) -> None:
     [
         ("neftune_noise_alpha: 5", "neftune_noise_alpha"),
         ("train_on_inputs: true", "train_on_inputs"),
-        ("rl: kto", "rl"),
+        ("rl: gdpo", "rl"),
         ("warmup_steps: 10", "warmup_steps"),
         ("adam_beta2: 0.95", "adam_beta2"),
         ("special_tokens: {eos_token: x}", "special_tokens"),

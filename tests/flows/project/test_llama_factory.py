@@ -87,6 +87,7 @@ def test_a_file_is_translated_whole(tmp_path: Path) -> None:
         ("stage: dpo\npref_loss: ipo\npref_beta: 0.2", {"train.preference.loss": "ipo", "train.preference.beta": 0.2}),
         ("stage: dpo\npref_loss: orpo", {"train.objective": "orpo"}),
         ("stage: dpo\npref_loss: simpo\npref_beta: 2", {"train.preference.beta": 2.0, "train.preference.gamma": 0.5}),
+        ("stage: kto\nkto_chosen_weight: 2", {"train.kto.beta": 0.1, "train.kto.desirable_weight": 2.0}),
         ("pissa_init: true\npissa_iter: 4", {"method.options.init_lora_weights": "pissa_niter_4"}),
         ("additional_target: embed_tokens,lm_head", {"method.options.modules_to_save": ["embed_tokens", "lm_head"]}),
         ("mask_history: true", {"data.supervise": "last"}),

@@ -106,6 +106,8 @@ def test_a_base_that_a_path_names_needs_no_fetch(paths: Paths) -> None:
 def test_what_cannot_be_planned_is_refused(paths: Paths) -> None:
     with pytest.raises(EstimateError, match="objective is dpo; only sft"):
         estimate(params(data={"kind": "preference", "source": "rows.jsonl"}, train={"objective": "dpo"}), paths)
+    with pytest.raises(EstimateError, match=r"teacher is base, whose forward passes are not estimated"):
+        estimate(params(train={"distillation": {"teacher": "base"}}), paths, probe=False)
     with pytest.raises(EstimateError, match=r"storage is gguf.*estimate with storage int8"):
         estimate(params(quantization={"storage": "gguf"}), paths, probe=False)
     with pytest.raises(EstimateError, match=r"method: .*no_such"):

@@ -23,6 +23,7 @@ from peftcore import PeftConfig, PeftModel
 
 PAIRS: dict[str, Any] = {"kind": "preference", "near_duplicates": "keep"}
 CHARACTERS = {"scorer": "length", "name": "characters", "options": {"unit": "characters"}}
+MARKED: dict[str, Any] = {"kind": "unpaired_preference", "near_duplicates": "keep"}
 TEXTS: dict[str, Any] = {"kind": "classification", "near_duplicates": "keep"}
 
 
@@ -30,6 +31,12 @@ def answers(number: int) -> dict[str, Any]:
     book = f"book{number // 4}"
     prompt = f"How much is {number} and 1?"
     return {"prompt": prompt, "chosen": f"{number + 1}.", "rejected": "I do not know.", "book": book}
+
+
+def marked(number: int) -> dict[str, Any]:
+    good = number % 2 == 0
+    row = {"prompt": f"How much is {number} and 1?", "completion": f"{number + 1}." if good else "I do not know."}
+    return row | {"label": good, "book": f"book{number // 4}"}
 
 
 def text(number: int) -> dict[str, Any]:
@@ -43,7 +50,7 @@ def made(tmp_path: Path, tiny_base: Path, tiny_params: Callable[..., Params]) ->
     """`made(objective, train={...})`: parameters of that objective, and its rows prepared."""
 
     def make(objective: str, **sections: dict[str, Any]) -> tuple[Params, Paths]:
-        kind, row = (TEXTS, text) if objective == "classification" else (PAIRS, answers)
+        kind, row = {"classification": (TEXTS, text), "kto": (MARKED, marked)}.get(objective, (PAIRS, answers))
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row(n)) + "\n" for n in range(100)))
         sections["train"] = {"objective": objective, **sections.get("train", {})}
         params = tiny_params(data=kind, evaluate={"scorers": [CHARACTERS, "exact_match"]}, **sections)
@@ -100,6 +107,35 @@ def test_pairs_are_trained_judged_and_merged(made: Callable[..., tuple[Params, P
     assert metrics["loss_function"].startswith("Dpo(beta=0.5" if objective == "dpo" else "Orpo(beta=0.5")
     assert {"rouge_l", "ended", "tokens_per_second"} < adapter.keys() and metrics["generated_rows"] == 6
     assert json.loads(paths.samples.read_text())[0].keys() == {"id", "slice", "prompt", "reference", "base", "adapter"}
+    assert_measured_alike(params, paths, rows)
+    merge.run(params, paths)
+    assert json.loads(paths.merge_report.read_text())["tokens"] > 0
+
+
+def test_marked_answers_are_trained_judged_and_merged(made: Callable[..., tuple[Params, Paths]]) -> None:
+    params, paths = made("kto", train={"kto": {"beta": 0.5}})
+    train.run(params, paths)
+    log = [json.loads(line) for line in paths.training_log.read_text().splitlines()]
+    assert all(record["accuracy"] is not None for record in log)
+    assert log[-1]["reward_margin"] > 0.1
+    evaluate.run(params, paths)
+    metrics, rows = metrics_of(paths), parquet.read_table(paths.evaluation_rows).to_pylist()
+    base, adapter = metrics["base"], metrics["adapter"]
+    for name, side in (("base", base), ("adapter", adapter)):
+        for metric in ("loss", "accuracy", "margin"):
+            assert side[metric] == pytest.approx(sum(row[f"{name}_{metric}"] for row in rows) / len(rows)), metric
+    assert base["loss"] == 0.5 and base["accuracy"] == 0.5 and base["margin"] == 0  # the base is the reference
+    assert adapter["loss"] < 0.45 and adapter["accuracy"] > 0.5
+    rewards = {good: [row["reward"] for row in rows if row["desirable"] is good] for good in (True, False)}
+    means = {good: sum(values) / len(values) for good, values in rewards.items()}
+    assert adapter["reward_margin"] == pytest.approx(means[True] - means[False])
+    for row in rows:  # the loss of equation 7, from the row's reward and the reference point
+        gain = (row["reward"] - 0.5 * adapter["kl"]) * (1 if row["desirable"] else -1)
+        assert row["adapter_loss"] == pytest.approx(1 / (1 + math.exp(gain)))
+        assert row["adapter_margin"] == pytest.approx(gain / 0.5)
+    answered = [row for row in rows if row["adapter_answer"] is not None]
+    assert answered and all(row["desirable"] for row in answered)
+    assert metrics["loss_function"].startswith("Kto(beta=0.5")
     assert_measured_alike(params, paths, rows)
     merge.run(params, paths)
     assert json.loads(paths.merge_report.read_text())["tokens"] > 0

@@ -43,6 +43,17 @@ def test_nothing_or_a_versions_adapter_in_a_working_tree_as_well(project: Any) -
         assert read_manifest(Paths(tree).start_adapter) == first
 
 
+def test_a_teacher_comes_with_its_adapter_alone(project: Any) -> None:
+    first = project.register(weight=2.0)["adapter"]["files"]
+    distillation = project.params.train.distillation.model_copy(update={"teacher": "v0.1.0"})
+    train = project.params.train.model_copy(update={"distillation": distillation})
+    start.run(project.params.model_copy(update={"train": train}), project.paths)
+    assert read_manifest(project.paths.teacher_adapter) == first
+    assert json.loads(project.paths.teacher_source.read_text()) == {"version": "v0.1.0"}
+    assert json.loads(project.paths.start_source.read_text()) == {"version": None}
+    assert not project.paths.start_adapter.exists() and not project.paths.start_learned.exists()
+
+
 def test_a_version_that_is_unknown_or_damaged_leaves_what_was_there(project: Any) -> None:
     project.register(weight=2.0)
     start.run(with_start(project, "v0.1.0"), project.paths)

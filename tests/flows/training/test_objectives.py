@@ -11,8 +11,28 @@ import pytest
 from flows.errors import StageError
 from flows.params import Params
 from flows.paths import Paths
-from flows.training.objectives import class_names, loss_function, preference_objective, trainer_of, training_rows
-from peftcore.train import AdapterTrainer, ClassificationTrainer, Dpo, Orpo, PreferenceTrainer, SimPo
+from flows.training.objectives import (
+    class_names,
+    kto_objective,
+    loss_function,
+    merged_rows,
+    preference_objective,
+    start_rows,
+    trainer_of,
+    training_rows,
+)
+from peftcore.train import (
+    AdapterTrainer,
+    ClassificationTrainer,
+    Distillation,
+    DistillationTrainer,
+    Dpo,
+    Kto,
+    KtoTrainer,
+    Orpo,
+    PreferenceTrainer,
+    SimPo,
+)
 
 CHAT = {"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}
 
@@ -22,6 +42,7 @@ KINDS = {
     "dpo": "preference",
     "orpo": "preference",
     "simpo": "preference",
+    "kto": "unpaired_preference",
     "classification": "classification",
 }
 
@@ -48,7 +69,7 @@ def test_weights_are_kept_only_where_one_is_not_one(tmp_path: Path) -> None:
     assert none["train"].to_list() == [CHAT]
 
 
-@pytest.mark.parametrize("objective", ["dpo", "orpo", "simpo", "classification"])
+@pytest.mark.parametrize("objective", ["dpo", "orpo", "simpo", "kto", "classification"])
 def test_rows_of_another_kind_are_refused(tmp_path: Path, objective: str) -> None:
     kind = KINDS[objective]  # as the parameters have it, and the rows that were prepared before have not
     with pytest.raises(
@@ -73,9 +94,11 @@ def test_losses_that_cannot_be_compared_have_other_words() -> None:
         loss_function(params("dpo", preference={"beta": 0.3})),
         loss_function(params("orpo")),
         loss_function(params("simpo")),
+        loss_function(params("kto")),
+        loss_function(params("kto", kto={"undesirable_weight": 0.5})),
         loss_function(params("classification")),
     ]
-    assert len(set(said)) == 6
+    assert len(set(said)) == 8
     assert loss_function(params("sft", batch_size=3)) == said[0]
 
 
@@ -95,6 +118,60 @@ def test_each_objective_has_its_trainer(tmp_path: Path) -> None:
         params("classification", classification={"class_weights": "balanced"}), labels, ["a", "b"]
     )
     assert kind is ClassificationTrainer and options["class_weights"] == pytest.approx([0.75, 1.5])
+
+
+def test_chats_with_a_teacher_have_a_trainer_of_their_own(tmp_path: Path) -> None:
+    rows = training_rows(params("sft"), written(tmp_path, [CHAT]))["train"]
+    given = {
+        "teacher": "v0.1.0",
+        "divergence": "jsd",
+        "weight": 0.5,
+        "nll_weight": 0.0,
+        "temperature": 2.0,
+        "beta": 0.3,
+    }
+    teacher = object()
+    kind, options = trainer_of(params("sft", distillation=given), rows, None, teacher)
+    assert kind is DistillationTrainer
+    assert options == {"distillation": Distillation("jsd", 0.5, 0.0, 2.0, 0.3), "teacher": teacher}
+
+
+MARKED = [{"input_ids": [1, 2, n], "labels": [-100, 2, n], "desirable": n % 3 == 0} for n in range(3, 12)]
+
+
+def test_kto_has_its_loss_and_trainer(tmp_path: Path) -> None:
+    given = {"loss": "apo_zero_unpaired", "beta": 0.3, "desirable_weight": 2.0, "undesirable_weight": 0.5}
+    expected = Kto(0.3, "apo_zero_unpaired", 2.0, 0.5)
+    assert kto_objective(params("kto", kto=given)) == expected
+    rows = training_rows(params("kto"), written(tmp_path, MARKED))["train"]
+    assert trainer_of(params("kto", kto=given), rows, None) == (
+        KtoTrainer,
+        {"objective": expected, "reference": "base"},
+    )
+
+
+@pytest.mark.parametrize(("weight", "warns"), [(1.0, True), (2.0, False), (2.6, False), (3.0, True)])
+def test_weights_that_do_not_balance_the_answers_are_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, weight: float, warns: bool
+) -> None:
+    rows = training_rows(params("kto"), written(tmp_path, MARKED))["train"]  # three of nine are desirable
+    trainer_of(params("kto", kto={"desirable_weight": weight}), rows, None)
+    assert bool(caplog.records) is warns
+    if warns:
+        assert "desirable_weight should be 2.00 to 2.67 times" in caplog.text
+
+
+def test_only_good_answers_start_an_adapter_and_all_compare_a_merged_model(tmp_path: Path) -> None:
+    paths = written(tmp_path, MARKED)
+    rows = training_rows(params("kto"), paths)["train"]
+    assert [row["input_ids"][2] for row in start_rows(params("kto"), rows, 2)] == [3, 6]
+    compared = merged_rows(params("kto"), paths.split("train"), 4)
+    assert compared == [{name: row[name] for name in ("input_ids", "labels")} for row in MARKED[:4]]
+
+
+def test_marked_answers_are_no_chats(tmp_path: Path) -> None:
+    with pytest.raises(StageError, match=r"sft, which needs chat rows, .* holds unpaired_preference rows"):
+        training_rows(params("sft"), written(tmp_path, MARKED))
 
 
 def test_classes_are_those_that_prepare_wrote(tmp_path: Path) -> None:

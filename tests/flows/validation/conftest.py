@@ -12,7 +12,15 @@ from pyarrow import parquet
 from transformers import PreTrainedTokenizerBase
 
 from flows.data.encoders import COLUMNS, Kind, encoder_of
-from flows.data.examples import AnyExample, Document, Example, Labelled, Preference, question_and_answer
+from flows.data.examples import (
+    AnyExample,
+    Document,
+    Example,
+    Labelled,
+    Preference,
+    UnpairedPreference,
+    question_and_answer,
+)
 from flows.data.report import data_report
 from flows.data.splits import Row
 from flows.params import Data
@@ -84,4 +92,7 @@ def example(kind: Kind, n: int) -> AnyExample:
         short, long = [[{"role": "assistant", "content": text}] for text in (f"{n}.", f"{n}, I do think.")]
         chosen, rejected = (short, long) if n % 2 else (long, short)
         return Preference(prompt, chosen, rejected, **origin)
+    if kind == "unpaired_preference":
+        (prompt, answer), good = question_and_answer(question, f"{n * n + 1000}.", None), n % 3 != 1
+        return UnpairedPreference([prompt], [answer], good, **origin)
     return Example(question_and_answer(question, f"{n * n + 1000}.", None), **origin)

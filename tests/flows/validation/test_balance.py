@@ -1,11 +1,20 @@
-"""Weights, classes and pairs."""
+"""Weights, classes, and good and bad answers."""
 
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from flows.validation.balance import classes, contradictions, equal_pairs, pair_lengths, weights
+from flows.validation.balance import (
+    answer_lengths,
+    classes,
+    contradictions,
+    contradictory_answers,
+    desirable,
+    equal_pairs,
+    pair_lengths,
+    weights,
+)
 
 
 @pytest.mark.parametrize(
@@ -77,3 +86,47 @@ def test_always_longer_chosen_answers_are_a_warning(patient: Any) -> None:
         ill.change("train", column, lambda rows: [row + [70] * 30 for row in rows])
     found = ill.look(pair_lengths)
     assert (found.severity, found.value) == ("warning", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("split", "change", "severity"),
+    [
+        ("train", lambda rows: [True] * len(rows), "error"),
+        ("test", lambda rows: [False] * len(rows), "error"),
+        ("train", lambda rows: [False] + [True] * (len(rows) - 1), "warning"),
+        ("train", lambda rows: [number % 5 == 0 for number in range(len(rows))], "ok"),
+    ],
+)
+def test_every_split_needs_good_and_bad_answers(
+    patient: Any, split: str, change: Callable[[list[bool]], list[bool]], severity: str
+) -> None:
+    ill = patient("unpaired_preference")
+    ill.change(split, "desirable", change)
+    found = ill.look(desirable)
+    assert found.severity == severity
+    if split == "test":
+        assert "only one kind of answers in test" in found.figure
+    else:
+        marks = change([True] * 40)
+        assert found.value == pytest.approx(sum(marks) / 40)
+
+
+def test_an_answer_that_is_marked_in_both_ways_is_a_warning(patient: Any) -> None:
+    ill = patient("unpaired_preference")
+    assert ill.look(contradictory_answers).severity == "ok"
+    for column in ("prompt", "completion"):
+        ill.change("train", column, lambda rows: [rows[0], rows[0], *rows[2:]])  # the marks of rows 0 and 1 differ
+    found = ill.look(contradictory_answers)
+    assert found.severity == "warning" and found.figure.startswith("1 of 39 answers")
+
+
+def test_good_answers_that_are_always_longer_are_a_warning(patient: Any) -> None:
+    ill = patient("unpaired_preference")
+    for column in ("input_ids", "labels"):
+        ill.change(
+            "train", column, lambda rows: [row + [70] * 30 * (number % 3 != 1) for number, row in enumerate(rows)]
+        )
+    found = ill.look(answer_lengths)
+    assert (found.severity, found.value) == ("warning", 1.0)
+    ill.change("train", "desirable", lambda rows: [not row for row in rows])
+    assert ill.look(answer_lengths).value == 0.0

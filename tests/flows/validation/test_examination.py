@@ -8,7 +8,7 @@ from flows.errors import StageError
 from flows.validation.examination import CHECKS
 
 
-@pytest.mark.parametrize("kind", ["chat", "text", "preference", "classification"])
+@pytest.mark.parametrize("kind", list(CHECKS))
 def test_healthy_rows_are_well(patient: Any, kind: str) -> None:
     findings = patient(kind).examine()
     assert [str(finding) for finding in findings.of("error", "warning")] == []

@@ -42,6 +42,7 @@ def test_without_labels_no_token_is_supervised() -> None:
         ("chat", [""], "prompt"),
         ("text", [""], "prompt"),
         ("preference", ["chosen_", "rejected_"], "prompt"),
+        ("unpaired_preference", [""], "prompt"),
         ("classification", [""], "text"),
     ],
 )

@@ -21,6 +21,7 @@ def styled(patient: Any, kind: str) -> list[tuple[str, str]]:
     [
         ("chat", [("more?", "dim"), ("1000.<|im_end|>", "green")]),
         ("preference", [("more?", "dim"), ("0, I do think.<|im_end|>", "green"), ("0.<|im_end|>", "red")]),
+        ("unpaired_preference", [("more?", "dim"), ("1000.<|im_end|>", "green")]),
         ("classification", [("more?", "dim"), (" → even", "green")]),
     ],
 )
@@ -29,6 +30,12 @@ def test_colours_tell_what_is_learned(patient: Any, kind: str, parts: list[tuple
     assert [style for _, style in found] == [style for _, style in parts]
     for (shown, _), (text, _) in zip(found, parts, strict=True):
         assert text in shown
+
+
+def test_an_undesirable_answer_is_red(patient: Any) -> None:
+    ill = patient("unpaired_preference")
+    ill.change("train", "desirable", lambda rows: [False] * len(rows))
+    assert [style for _, style in styled(ill, "unpaired_preference")] == ["dim", "red"]
 
 
 def test_none_can_be_asked_for(patient: Any) -> None:

@@ -97,13 +97,14 @@ def test_a_loss_of_rows_without_weight_is_nan_on_both_sides(make: Callable[..., 
     ("columns", "right"),
     [
         ({"adapter_margin": [0.5] * 30 + [0.0] * 10}, 0.75),
+        ({"adapter_margin": [0.0] * 40, "adapter_accuracy": [1.0] * 20 + [0.5] * 20}, 0.75),
         ({"label": ["warm"] * 40, "adapter_prediction": ["warm"] * 10 + ["cold"] * 30}, 0.25),
     ],
 )
 def test_accuracy_follows_from_margins_or_predictions(
     make: Callable[..., Candidate], columns: dict[str, Any], right: float
 ) -> None:
-    """A margin of 0 prefers neither answer."""
+    """A margin of 0 prefers neither answer; a column of accuracies counts as it is."""
     candidate = make()
     rows = candidate.rows.drop_columns(["label", "base_prediction", "adapter_prediction"])
     for name, values in columns.items():
