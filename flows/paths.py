@@ -88,6 +88,7 @@ class Paths:
         """The calibrated base: a quantised transformers folder and its record, or the record alone (no calibration)."""
         return self.artifacts / "calibrated"
 
+    @property
     def teacher_source(self) -> Path:
         """Version of the teacher; absent if no version is the teacher."""
         return self.start / "teacher.json"

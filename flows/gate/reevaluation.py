@@ -149,7 +149,7 @@ def _task_of_model(
     return {
         "version": champion.number,
         "params": measured_with(params, registry, champion),
-        "base": str(_base(stack, paths, registry, champion, candidate).absolute()),
+        "base": str(_base(stack, paths, registry, champion, candidate, champion).absolute()),
         "adapter": str(at.adapter.absolute()),
         "root": str(paths.root.absolute()),
     }

@@ -125,7 +125,7 @@ def _benchmarks(params: Params, paths: Paths, harness: Harness, model: Any, toke
     sides = {"base": (None, model.disable_adapter()), "adapter": (paths.adapter, nullcontext())}
     figures = {}
     for side, (adapter, context) in sides.items():
-        digests = model_digests(base_identity(paths.base), params.quantization, adapter)
+        digests = model_digests(base_identity(trained_base(paths, params.quantization)), params.quantization, adapter)
         with context:
             size = params.evaluate.batch_size
             figures[side] = harness.measure(model, tokenizer, size, paths.benchmark_cache, digests)
