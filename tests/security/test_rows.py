@@ -100,12 +100,18 @@ def test_a_special_token_in_a_row_never_becomes_one(turn: dict[str, Any], tools:
         ChatTokenizer(tokenizer).tokenize(messages, tools)
 
 
-def test_a_template_that_comes_with_a_row_is_not_looked_at(tmp_path: Path) -> None:
+def test_a_template_that_comes_with_a_row_is_not_looked_at(tmp_path: Path, tokenizer) -> None:
     (tmp_path / "data").mkdir()
     row = ROW | {"chat_template": "{{ 1 / 0 }}", "messages": [*TURNS[:1], TURNS[1] | {"chat_template": "{{ 1 / 0 }}"}]}
     (tmp_path / "data" / "rows.jsonl").write_text(json.dumps(row))
     (example,) = read_examples(Data(source="data/rows.jsonl", system_prompt=None), tmp_path)
-    assert vars(example)["messages"] == TURNS
+    turns = vars(example)["messages"]
+    assert [turn["content"] for turn in turns] == [turn["content"] for turn in TURNS]
+    assert "chat_template" not in vars(example)
+    with pytest.raises(
+        DataError, match="chat_template"
+    ):  # a field of a turn, as any other that the template does not show
+        ChatTokenizer(tokenizer).tokenize(turns, None)
 
 
 def test_a_pipe_among_the_files_is_passed_over(tmp_path: Path) -> None:

@@ -48,15 +48,13 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Registered:
         def run(self, *_: str) -> str:
             return ""
 
-    def get(_: Path, command: str, *arguments: str) -> None:
-        assert command == "get"
-        out = Path(arguments[-1])
+    def get(_root: Path, _commit: str, _name: str, out: Path) -> None:
         out.mkdir(parents=True)
         for path in (tmp_path / "kept").iterdir():
             (out / path.name).write_bytes(path.read_bytes())
 
     monkeypatch.setattr(data, "Git", Tracked)
-    monkeypatch.setattr(data, "dvc", get)
+    monkeypatch.setattr(data, "get_output", get)
     return made
 
 

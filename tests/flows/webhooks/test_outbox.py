@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from flows.errors import RepositoryError
-from flows.runtime.worktree import add_worktree, remove_worktree
+from flows.runtime.git import Git
 from flows.webhooks.events import Event, TagProof
 from flows.webhooks.outbox import Outbox, outbox_path
 
@@ -69,9 +69,8 @@ def test_an_outbox_that_cannot_be_used_is_named_with_a_way_out(tmp_path: Path) -
 
 def test_all_working_trees_share_one_outbox(repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tree = tmp_path / "tree"
-    add_worktree(repository, tree, "HEAD")
+    Git(repository).run("worktree", "add", "--quiet", str(tree))
     assert outbox_path(tree).resolve() == outbox_path(repository).resolve()
     assert outbox_path(repository).is_relative_to(repository / ".git")
-    remove_worktree(repository, tree)
     monkeypatch.setenv("PEFTCORE_OUTBOX", str(tmp_path / "elsewhere"))
     assert outbox_path(repository) == tmp_path / "elsewhere"
