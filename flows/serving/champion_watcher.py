@@ -133,8 +133,10 @@ class ChampionWatcher:
             self.warnings.pop(subject, None)
 
     def _run(self) -> None:
+        from peftcore.serving import in_own_thread  # needs the extra `serve`
+
         while not self._ended.wait(self._seconds):
-            self.check_and_warn()
+            in_own_thread(self.check_and_warn).result()
 
 
 def fetch_tags(registry: Registry, remote: str) -> None:

@@ -34,12 +34,12 @@ def serve(options: ServeOptions) -> None:
         PeftError, PipelineError: The base, an adapter or an option cannot be served.
     """
     from peftcore.routing import AdapterStore
-    from peftcore.serving import check_servable, checked_keys, make_service
+    from peftcore.serving import check_servable, checked_keys, in_own_thread, make_service
     from peftcore.serving import serve as run
 
     compositions = parse_compositions(options.mixtures)
     keys = checked_keys([*options.keys, *(os.environ[KEYS].split(",") if KEYS in os.environ else ())])
-    model, tokenizer, base = _load_base(options)
+    model, tokenizer, base = in_own_thread(_load_base, options).result()
     store = AdapterStore(model, options.max_loaded)
     with tempfile.TemporaryDirectory(prefix="peftcore-serve-") as folder:
         if options.adapters is not None:
@@ -53,7 +53,7 @@ def serve(options: ServeOptions) -> None:
             watcher = ChampionWatcher(
                 paths, name, params.gate.stage, store, base, Path(folder), options.seconds, check, options.git_remote
             )
-            watcher.check()
+            in_own_thread(watcher.check).result()
         _check_adapters_exist(compositions, store)
         served_name = options.name or options.base.resolve().name
         warnings = None if watcher is None else watcher.warnings

@@ -8,7 +8,17 @@ require_extra("serve", "peftcore.serving", "fastapi", "jinja2", "prometheus_clie
 from peftcore.serving.catalog import check_servable
 from peftcore.serving.limits import Limits
 from peftcore.serving.middleware import checked_keys
+from peftcore.serving.own_thread import in_own_thread
 from peftcore.serving.server import serve
 from peftcore.serving.service import Service, load_base, make_service
 
-__all__ = ["Limits", "Service", "check_servable", "checked_keys", "load_base", "make_service", "serve"]
+__all__ = [
+    "Limits",
+    "Service",
+    "check_servable",
+    "checked_keys",
+    "in_own_thread",
+    "load_base",
+    "make_service",
+    "serve",
+]

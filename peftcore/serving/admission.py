@@ -14,11 +14,12 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, wait
 
 from peftcore.serving.catalog import Catalog, ModelLease
 from peftcore.serving.errors import AdapterFailedError, NoRoomError, QueueFullError, ServingError
 from peftcore.serving.generation import Generation
+from peftcore.serving.own_thread import in_own_thread
 
 LOAD_WAIT = 0.005
 """Seconds that the engine waits for an adapter; enough for an adapter that is already in the model."""
@@ -52,7 +53,9 @@ class Admission:
         self._loaded: deque[Generation] = deque()
         self._full = False
         """True if adapters in use fill the model, and none has been released since."""
-        self._loaders = ThreadPoolExecutor(2 * rows, "adapter-load")
+        self._loaders = threading.BoundedSemaphore(2 * rows)
+        """Limits the threads that load at the same time."""
+        self._closed = False
 
     def __len__(self) -> int:
         return self._waiting_count() + len(self._loading) + len(self._loaded)
@@ -132,8 +135,8 @@ class Admission:
         self._drop_abandoned()
 
     def close(self) -> None:
-        """Stop the worker threads."""
-        self._loaders.shutdown(wait=False, cancel_futures=True)
+        """Load nothing more; loads that have begun run on."""
+        self._closed = True
 
     def _drop_abandoned(self) -> None:
         with self._lock:
@@ -150,12 +153,18 @@ class Admission:
         while len(self._loading) + len(self._loaded) < room:
             if (generation := self._next(running)) is None:
                 break
-            future = self._loaders.submit(self._catalog.acquire, generation.model)
+            future = in_own_thread(self._load, generation.model)
             self._loading[generation] = future
             loading.append(future)
         for future in loading:
             future.add_done_callback(lambda _: self._wake())
         return loading
+
+    def _load(self, model: str) -> ModelLease:
+        with self._loaders:
+            if self._closed:
+                raise CancelledError
+            return self._catalog.acquire(model)
 
     def _next(self, running: Sequence[Generation]) -> Generation | None:
         """Remove and return the first waiting request of the model with the fewest requests in progress."""

@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 
 from peftcore.serving.errors import BadRequestError, ServingError
 from peftcore.serving.middleware import CLIENT_GONE, AccessMiddleware
+from peftcore.serving.own_thread import in_own_thread
 from peftcore.serving.protocol import (
     ChatRequest,
     CompletionRequest,
@@ -102,7 +103,7 @@ def _add_models(app: FastAPI, service: Service) -> None:
 def _add_loading(app: FastAPI, service: Service) -> None:
     @app.post("/v1/load_lora_adapter")
     async def load(body: LoadRequest) -> Response:
-        await asyncio.to_thread(service.load_adapter, body)
+        await asyncio.wrap_future(in_own_thread(service.load_adapter, body))
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
     @app.post("/v1/unload_lora_adapter")
