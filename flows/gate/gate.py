@@ -129,8 +129,8 @@ def evaluate_gate(candidate: Candidate, champion: Champion | None, gate: Gate, m
         refused = not all(each.passed for each in results)
         if refused and (name in COMPARING or name in bounds or name.startswith(("suite ", "benchmark "))):
             continue
-        passed, detail, *figures = check()
-        results.append(Check(name, passed, detail, figures[0] if figures else None))
+        passed, detail, *further = check()
+        results.append(Check(name, passed, detail, further[0] if further else None))
         if name in DECISIVE and not results[-1].passed:
             break
     return GateReport(candidate.version, champion.version if champion else None, tuple(results))
