@@ -32,7 +32,7 @@ from flows.registry.registered_files import check_adapter, files_of
 from flows.registry.registry import Registry
 from flows.registry.signatures import allowed_signers, signature_of
 from flows.registry.synchronise import synchronise
-from flows.runtime.tracking import mirror_promotion
+from flows.runtime.tracking import mirror_judgement, mirror_promotion
 from flows.webhooks import Event, TagProof, announce, announced, try_to_deliver
 from peftcore.files import MANIFEST, damaged_files, sha256, write_atomically
 
@@ -126,6 +126,7 @@ def promote(
     else:
         report = _judge(params, paths, state, target, holder, version is None, again)
         promotion = _decide(params, registry, target, report, state, dry_run, push_to)
+        _mirror_judge(params, paths, state.record(target), report, dry_run)
     if not dry_run:
         write_atomically(paths.promotion, json.dumps(promotion.as_dict(), indent=2) + "\n")
     return promotion
@@ -295,6 +296,13 @@ def _mirror(params: Params, root: Path, state: RegistryReader, version: Version)
             yield where.adapter
 
     mirror_promotion(params, root, state.record(version), adapter)
+
+
+def _mirror_judge(params: Params, paths: Paths, record: dict[str, Any], report: GateReport, dry_run: bool) -> None:
+    """Mirror the judge's figures to the tracking backends, if there are any."""
+    figures = next((check.figures for check in report.checks if check.name == "judge"), None)
+    if figures is not None and not dry_run:
+        mirror_judgement(params, paths, record, figures)
 
 
 def _event(kind: EventType, promotion: Promotion, previous: str | None, key: list[Any], **further: Any) -> Event:
