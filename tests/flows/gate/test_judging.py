@@ -9,6 +9,7 @@ import numpy
 import pyarrow
 import pytest
 from pyarrow import parquet
+from ruamel.yaml import YAML
 from scipy.stats import binom
 
 from flows.errors import StageError
@@ -182,3 +183,28 @@ def test_a_judge_that_fails_and_other_test_rows_are_errors(paths: Paths) -> None
     with pytest.raises(StageError, match="differs from the test rows"):
         judge_answers(params_of(), paths, registry, other, None, PAIRS)
     assert not paths.judgement.exists()
+
+
+def test_the_example_of_the_documentation_works(paths: Paths) -> None:
+    text = (Path(__file__).parents[3] / "docs" / "promotion.md").read_text().split("### Judge")[1]
+    section = YAML(typ="safe").load(text.split("```yaml\n")[1].split("```")[0])
+    assert Params.model_validate(section).gate.judge.model == "judge-7b"
+    (paths.root / "data" / "judge.py").write_text(text.split("```python\n")[1].split("```")[0])
+    registry: Any = None
+    pairs = [AnswerPair("r0", "1234", "123", "1"), AnswerPair("r1", "1", "12345", "2"), AnswerPair("r2", "1", "2", "3")]
+    figures = judge_answers(
+        params_of(callable="data/judge.py:prefer"), paths, registry, candidate_of(paths), None, pairs
+    )
+    assert (figures["won"], figures["lost"], figures["tied"]) == (1, 1, 1)
+
+
+def test_the_power_of_the_documentation_is_right() -> None:
+    """A candidate as good as the champion passes a margin of 0.1 in half of the cases with 70 decided prompts."""
+    won, lost = ("first", "second"), ("second", "first")
+    for decided, least, most in ((70, 0.4, 0.6), (270, 0.93, 0.97)):
+        passing = [
+            count
+            for count in range(decided + 1)
+            if judge_figures(rows_of(*[won] * count, *[lost] * (decided - count)), 0.95)["lower_bound"] > 0.4
+        ]
+        assert least < sum(binom.pmf(passing, decided, 0.5)) < most
