@@ -224,6 +224,16 @@ class Paths:
         return self.checkpoints / "benchmarks"
 
     @property
+    def judge_cache(self) -> Path:
+        """Cached verdicts of the judge, by the digest of judge, prompt and answers; not an output of DVC."""
+        return self.checkpoints / "judge"
+
+    @property
+    def judgement(self) -> Path:
+        """Answers and verdicts of the last comparison by the judge, for the review page."""
+        return self.review.with_name("judge.json")
+
+    @property
     def checkpoints(self) -> Path:
         """Resumable state of training; not an output of DVC, because DVC deletes outputs before a stage starts."""
         return self.root / "checkpoints"

@@ -1,6 +1,6 @@
 """The two sides of the gate's comparison: the version to judge, and the version that holds the stage now."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 CheckResult = tuple[bool, str]
 """(passed, detail) of one check. The detail says what was measured and what is allowed."""
+ResultWithFigures = tuple[bool, str, Mapping[str, Any]]
+"""A `CheckResult` and the figures behind its detail, which the report keeps."""
 
 
 class HoldoutReuse(NamedTuple):
@@ -76,6 +78,15 @@ class Candidate:
     """Names of the benchmarks of the rules."""
 
 
+class AnswerPair(NamedTuple):
+    """Answers of both versions to the prompt of one test row. id: of the row; reference: the known answer."""
+
+    id: str
+    reference: str
+    candidate: str
+    champion: str
+
+
 class Reevaluation(NamedTuple):
     """Losses of one version on the other version's test rows; tables with id, tokens, adapter_loss."""
 
@@ -119,6 +130,9 @@ class Champion:
     """{name: identity and figures} of the benchmarks of the champion's own evaluation."""
     reevaluate_benchmarks: Callable[[], Mapping[str, Any]] | None = None
     """Measures the champion on the benchmarks of the rules; None if the rules forbid a re-evaluation."""
+
+    judge_answers: Callable[[Sequence[AnswerPair]], Mapping[str, Any]] | None = None
+    """Lets the judge of the rules compare answers, and returns the figures; None without a judge."""
 
     @cached_property
     def measured_benchmarks(self) -> Mapping[str, Any] | None:

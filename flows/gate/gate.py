@@ -13,13 +13,14 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-from flows.gate.candidate import Candidate, Champion, CheckResult
+from flows.gate.candidate import Candidate, Champion, CheckResult, ResultWithFigures
 from flows.gate.checks import champion as against
 from flows.gate.checks import figures, files, people
 from flows.gate.checks.benchmarks import benchmark
 from flows.gate.checks.calibration import calibration
 from flows.gate.checks.evidence import evidence
 from flows.gate.checks.forgetting import forgetting
+from flows.gate.checks.judge import judged
 from flows.gate.checks.measured import evaluation_settings
 from flows.gate.checks.suites import prompt_suite
 from flows.params import Gate, Merge
@@ -28,7 +29,7 @@ DECISIVE = frozenset(
     ("not withdrawn", "allowed files", "manifest", "evidence", "evaluation settings", "signature", "finite weights")
 )
 """Checks that later checks depend on. If one fails, no further check is made."""
-COMPARING = frozenset(("against the champion", "the champion's rows", "slices"))
+COMPARING = frozenset(("against the champion", "the champion's rows", "slices", "judge"))
 """Checks made only if no earlier check has failed, like those of suites, benchmarks and bounds of rules."""
 
 
@@ -39,6 +40,8 @@ class Check:
     name: str
     passed: bool
     detail: str
+    figures: Mapping[str, Any] | None = None
+    """Figures behind the detail, which only some checks give."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,8 @@ class GateReport:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the report as values that JSON can hold."""
-        return {**asdict(self), "passed": self.passed, "reason": self.reason}
+        checks = [{key: value for key, value in asdict(check).items() if value is not None} for check in self.checks]
+        return {**asdict(self), "checks": checks, "passed": self.passed, "reason": self.reason}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> "GateReport":
@@ -82,7 +86,7 @@ def evaluate_gate(candidate: Candidate, champion: Champion | None, gate: Gate, m
     """
     rules = [rule for rule in gate.rules if rule.limit is not None or rule.gain is not None]
     bounds = {f"{rule.metric} against the champion": rule for rule in gate.rules if rule.bound is not None}
-    checks: list[tuple[str, Callable[[], CheckResult]]] = [
+    checks: list[tuple[str, Callable[[], CheckResult | ResultWithFigures]]] = [
         ("not withdrawn", lambda: people.not_withdrawn(candidate, gate)),
         ("allowed files", lambda: files.allowed_files(candidate)),
         ("manifest", lambda: files.manifest(candidate)),
@@ -107,6 +111,7 @@ def evaluate_gate(candidate: Candidate, champion: Champion | None, gate: Gate, m
             (f"benchmark {name}", partial(benchmark, candidate, champion, gate, name))
             for name in candidate.required_benchmarks
         ),
+        *([("judge", lambda: judged(candidate, champion, gate))] if gate.judge.is_on else []),
         ("forgetting", lambda: forgetting(candidate, gate, seed)),
         ("adapter size", lambda: files.adapter_size(candidate, gate)),
         ("latency", lambda: figures.latency(candidate, gate)),
@@ -124,7 +129,8 @@ def evaluate_gate(candidate: Candidate, champion: Champion | None, gate: Gate, m
         refused = not all(each.passed for each in results)
         if refused and (name in COMPARING or name in bounds or name.startswith(("suite ", "benchmark "))):
             continue
-        results.append(Check(name, *check()))
+        passed, detail, *further = check()
+        results.append(Check(name, passed, detail, further[0] if further else None))
         if name in DECISIVE and not results[-1].passed:
             break
     return GateReport(candidate.version, champion.version if champion else None, tuple(results))

@@ -20,6 +20,7 @@ from flows.gate.candidate import Candidate, Champion
 from flows.gate.checks.measured import unmeasured
 from flows.gate.gate import GateReport, evaluate_gate
 from flows.gate.holdout_reuse import reuse_of
+from flows.gate.judging import judge_answers
 from flows.gate.reevaluation import reevaluate_benchmarks, reevaluate_candidate, reevaluate_champion, reevaluate_suites
 from flows.params import EventType, Params
 from flows.paths import Paths
@@ -31,7 +32,7 @@ from flows.registry.registered_files import check_adapter, files_of
 from flows.registry.registry import Registry
 from flows.registry.signatures import allowed_signers, signature_of
 from flows.registry.synchronise import synchronise
-from flows.runtime.tracking import mirror_promotion
+from flows.runtime.tracking import mirror_judgement, mirror_promotion
 from flows.webhooks import Event, TagProof, announce, announced, try_to_deliver
 from peftcore.files import MANIFEST, damaged_files, sha256, write_atomically
 
@@ -125,6 +126,7 @@ def promote(
     else:
         report = _judge(params, paths, state, target, holder, version is None, again)
         promotion = _decide(params, registry, target, report, state, dry_run, push_to)
+        _mirror_judge(params, paths, state.record(target), report, dry_run)
     if not dry_run:
         write_atomically(paths.promotion, json.dumps(promotion.as_dict(), indent=2) + "\n")
     return promotion
@@ -233,9 +235,13 @@ def _judge(
     wanted = (paths.adapter, *(paths.root / name for name in state.record(chosen)["evidence"]))
     with nullcontext(paths) if from_run else files_of(paths, state, chosen, wanted) as where:
         candidate = _candidate(params, paths, state, chosen, holder, where, again)
-        champion = _champion(paths, state, holder, candidate)
+        champion = _champion(params, paths, state, holder, candidate)
+        taken_from = None if from_run else chosen
+        if champion is not None and params.gate.judge.is_on:
+            judge = partial(judge_answers, params, paths, state, candidate, taken_from)
+            champion = replace(champion, judge_answers=judge)
         if champion is not None and params.gate.champion.reevaluate:
-            version, taken_from = state.version(champion.version), None if from_run else chosen
+            version = state.version(champion.version)
             arguments = (params, paths, state, version, candidate, taken_from)
             champion = replace(
                 champion,
@@ -292,6 +298,13 @@ def _mirror(params: Params, root: Path, state: RegistryReader, version: Version)
     mirror_promotion(params, root, state.record(version), adapter)
 
 
+def _mirror_judge(params: Params, paths: Paths, record: dict[str, Any], report: GateReport, dry_run: bool) -> None:
+    """Mirror the judge's figures to the tracking backends, if there are any."""
+    figures = next((check.figures for check in report.checks if check.name == "judge"), None)
+    if figures is not None and not dry_run:
+        mirror_judgement(params, paths, record, figures)
+
+
 def _event(kind: EventType, promotion: Promotion, previous: str | None, key: list[Any], **further: Any) -> Event:
     """Return the webhook's event of a verdict. previous: the stage's holder before; key: see `Event`."""
     data = {**promotion.as_dict(), "summary": promotion.sentence, "previous": previous, **further}
@@ -325,7 +338,7 @@ def _candidate(
         record=record,
         unmeasured=tuple(unmeasured(record, metrics, params, paths.root)),
         merge=read_json(at.merge_report),
-        rows=_read_rows(at.evaluation_rows, metrics.get("scorers") or ()),
+        rows=_read_rows(params, at.evaluation_rows, metrics.get("scorers") or ()),
         control=_read_table(control, CONTROL_COLUMNS) if control.exists() else None,
         content=version.content,
         signature=signature_of(state.git, tag, allowed) if allowed else None,
@@ -351,7 +364,9 @@ def _withdrawn(state: RegistryReader, version: Version, stage: str) -> str | Non
     return None
 
 
-def _champion(paths: Paths, state: RegistryReader, holder: Assignment | None, candidate: Candidate) -> Champion | None:
+def _champion(
+    params: Params, paths: Paths, state: RegistryReader, holder: Assignment | None, candidate: Candidate
+) -> Champion | None:
     """Return the facts about the stage's holder; None if the stage is free."""
     if holder is None:
         return None
@@ -366,7 +381,7 @@ def _champion(paths: Paths, state: RegistryReader, holder: Assignment | None, ca
     scorers = record["metrics"].get("scorers") or {}
     files = [paths.evaluation_rows, *([paths.evaluation_suites] if record["metrics"].get("suites") else [])]
     with files_of(paths, state, version, files) as where:
-        rows = _read_rows(where.evaluation_rows, scorers)
+        rows = _read_rows(params, where.evaluation_rows, scorers)
         suites = read_json(where.evaluation_suites) if paths.evaluation_suites in files else {}
     base, manifest = record["base_model"], record.get("base_manifest")
     if manifest is None and not have_same_base(candidate.metrics, record):
@@ -403,9 +418,10 @@ def _base_of(paths: Paths, state: RegistryReader, version: Version, record: dict
         return base_identity(where.base), manifest
 
 
-def _read_rows(path: Path, scorers: Iterable[str]) -> pyarrow.Table:
-    scores = [f"{side}_{name}" for name in scorers for side in ("base", "adapter")]
-    return _read_table(path, ("id", "tokens", "adapter_loss"), (*OPTIONAL_COLUMNS, *scores))
+def _read_rows(params: Params, path: Path, scorers: Iterable[str]) -> pyarrow.Table:
+    further = [f"{side}_{name}" for name in scorers for side in ("base", "adapter")]
+    further += ["adapter_answer", "reference"] if params.gate.judge.is_on else []
+    return _read_table(path, ("id", "tokens", "adapter_loss"), (*OPTIONAL_COLUMNS, *further))
 
 
 def _read_table(path: Path, columns: Sequence[str], optional: Sequence[str] = ()) -> pyarrow.Table:

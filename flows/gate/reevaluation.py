@@ -67,7 +67,7 @@ def reevaluate_champion(
         candidate_files = (
             paths if taken_from is None else stack.enter_context(files_of(paths, registry, taken_from, [paths.data]))
         )
-        test = _test_rows(candidate_files, candidate.metrics["evaluation_set"], candidate.version)
+        test = test_file(candidate_files, candidate.metrics["evaluation_set"], candidate.version)
         labels = _same_labels(params, registry, champion, candidate_files, champion_files)
         rows = _texts(test)[: candidate.rows.num_rows]
         unlearned = _not_learned(paths, registry, champion, champion_files, rows)
@@ -98,14 +98,14 @@ def reevaluate_candidate(
     with ExitStack() as stack:
         champion_files = stack.enter_context(files_of(paths, registry, champion, [paths.data, paths.evaluation_rows]))
         candidate_files = paths if taken_from is None else _files(stack, paths, registry, version)
-        test = _test_rows(champion_files, registry.record(champion)["evaluation_set"], champion.number)
+        test = test_file(champion_files, registry.record(champion)["evaluation_set"], champion.number)
         labels = _same_labels(params, registry, champion, candidate_files, champion_files)
         rows = _texts(test)[: parquet.read_metadata(champion_files.evaluation_rows).num_rows]
         unlearned = _not_learned(paths, registry, version, candidate_files, rows)
         base = _base(stack, paths, registry, champion, candidate, version)
         task = _task(params, registry, version, base, candidate_files.adapter, test, len(rows), labels)
         if candidate.metrics["evaluation_set"] == registry.record(champion)["evaluation_set"]:
-            task |= _metrics(params, paths, candidate)  # rules compare on the candidate's rows
+            task |= _metrics(params, paths, candidate)  # rules and the judge compare on the candidate's rows
         losses = _run(task)
         return Reevaluation(_selected(losses, unlearned), len(rows) - len(unlearned), losses)
 
@@ -120,7 +120,7 @@ def reevaluate_suites(
     with ExitStack() as stack:
         task = _task_of_model(stack, params, paths, registry, champion, candidate)
         task["system_prompt"] = params.data.system_prompt
-        return _process("flows.stages.reevaluate_suites", task, "suites.json", read_json)
+        return run_process("flows.stages.reevaluate_suites", task, "suites.json", read_json)
 
 
 def reevaluate_benchmarks(
@@ -132,7 +132,7 @@ def reevaluate_benchmarks(
     """
     with ExitStack() as stack:
         task = _task_of_model(stack, params, paths, registry, champion, candidate)
-        return _process("flows.stages.reevaluate_benchmarks", task, "benchmarks.json", read_json)
+        return run_process("flows.stages.reevaluate_benchmarks", task, "benchmarks.json", read_json)
 
 
 def _task_of_model(
@@ -162,7 +162,8 @@ def _files(stack: ExitStack, paths: Paths, registry: RegistryReader, version: Ve
     return at
 
 
-def _test_rows(data: Paths, evaluation_set: str, version: str) -> Path:
+def test_file(data: Paths, evaluation_set: str, version: str) -> Path:
+    """Return the file of the test rows of an evaluation. Raises StageError if it is missing or another one."""
     test = data.split("test")
     if not test.exists() or sha256(test) != evaluation_set:
         raise StageError(
@@ -238,8 +239,9 @@ def _task(
 
 
 def _metrics(params: Params, paths: Paths, candidate: Candidate) -> dict[str, Any]:
-    """Return the keys of a task that ask for the metrics that `gate.rules` compare; empty without such rules."""
+    """Return the keys of a task that ask for answers and metrics; empty without a judge, and rules that compare."""
     metrics = [rule.metric for rule in params.gate.rules if rule.compares and rule.metric != "loss"]
+    metrics += ["answer"] if params.gate.judge.is_on else []
     if not metrics:
         return {}
     answers = candidate.rows.column("adapter_ended") if "adapter_ended" in candidate.rows.column_names else None
@@ -304,11 +306,25 @@ def _no_rows() -> pyarrow.Table:
 
 def _run(task: dict[str, Any]) -> pyarrow.Table:
     """Return the rows that `flows.stages.reevaluate` measures in a subprocess. Raises StageError with its reason."""
-    return _process("flows.stages.reevaluate", task, "rows.parquet", parquet.read_table)
+    return run_process("flows.stages.reevaluate", task, "rows.parquet", parquet.read_table)
 
 
-def _process(module: str, task: dict[str, Any], name: str, read: Callable[[Path], Result]) -> Result:
-    """Return what a measuring module writes into a file `name`. Raises StageError with the module's reason."""
+def run_process(
+    module: str, task: dict[str, Any], name: str, read: Callable[[Path], Result], work: str | None = None
+) -> Result:
+    """Return what a measuring module writes.
+
+    Args:
+        module: The module, run as `python -m MODULE TASK.json NAME`.
+        task: Content of TASK.json.
+        name: Name of the output file.
+        read: Reader of the output file.
+        work: The work in words, for the message; None: the re-evaluation of the task's version.
+
+    Raises:
+        StageError: The module failed; the message has its reason.
+    """
+    work = f"the re-evaluation of {task['version']}" if work is None else work
     with TemporaryDirectory(prefix="peftcore-measure-") as folder:
         request, out = Path(folder) / "task.json", Path(folder) / name
         request.write_text(json.dumps(task))
@@ -318,5 +334,5 @@ def _process(module: str, task: dict[str, Any], name: str, read: Callable[[Path]
         if done.returncode:
             message = out.with_suffix(".txt")
             reason = message.read_text() if message.exists() else f"exit status {done.returncode}, see its output above"
-            raise StageError(f"the re-evaluation of {task['version']} failed: {reason}")
+            raise StageError(f"{work} failed: {reason}")
         return read(out)

@@ -5,6 +5,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
+from flows.params.judge import Judge
 from flows.params.section import (
     Confidence,
     Finite,
@@ -109,6 +110,7 @@ class Gate(Section):
     champion: Champion = Champion()
     slices: Slices = Slices()
     rules: list[Rule] = Field(default=[])
+    judge: Judge = Judge()
 
     @model_validator(mode="after")
     def _check_one_rule_per_metric(self) -> Self:

@@ -157,6 +157,10 @@ with warnings.catch_warnings():
                 for name in ("suites", "benchmarks"):
                     if value := getattr(self.evaluate, name):
                         raise invalid_value(expected, f"evaluate.{name}", value)
+                if self.gate.judge.is_on:
+                    expected = "train.objective is classification, which generates no answers to judge; remove it"
+                    name = "endpoint" if self.gate.judge.endpoint else "callable"
+                    raise invalid_value(expected, f"gate.judge.{name}", getattr(self.gate.judge, name))
             return self
 
         @model_validator(mode="after")

@@ -12,12 +12,12 @@ from markupsafe import Markup
 
 from flows.charts.curves import headline_bars, largest, loss_curves, reliability, slice_dumbbells
 from flows.charts.ranks import HEAT_MAP
-from flows.gate.promote import last_record, read_promotion
+from flows.gate.promote import Promotion, last_record, read_promotion
 from flows.params import Params
 from flows.paths import Paths
 from flows.registry.lineage import read_json
 from flows.verdicts import prompt_passes, prompt_rate
-from peftcore.files import write_atomically
+from peftcore.files import sha256, write_atomically
 
 
 def write_review(params: Params, paths: Paths) -> Path:
@@ -58,9 +58,11 @@ def _content(params: Params, paths: Paths) -> dict[str, Any]:
     training = read_json(paths.training_summary)
     calibration = evaluation.get("calibration")
     slices, ranks = evaluation["slices"], paths.training / HEAT_MAP
+    promotion = read_promotion(paths, record["version"])
     return {
         "record": record,
-        "promotion": read_promotion(paths, record["version"]),
+        "promotion": promotion,
+        "judge": _judge(paths, promotion),
         "evaluation": evaluation,
         "scorers": evaluation.get("scorers") or {},
         "calibration": calibration,
@@ -82,6 +84,19 @@ def _content(params: Params, paths: Paths) -> dict[str, Any]:
             "ranks": Markup(ranks.read_text()) if ranks.exists() else None,
         },
     }
+
+
+def _judge(paths: Paths, promotion: Promotion | None) -> dict[str, Any] | None:
+    """Return the figures of the judge's comparison, and its rows if this clone has them; None without a comparison."""
+    checks = promotion.report.checks if promotion is not None and promotion.report else ()
+    figures = next((check.figures for check in checks if check.name == "judge"), None)
+    if figures is None:
+        return None
+    is_written = paths.judgement.exists() and sha256(paths.judgement) == figures["verdicts"]
+    # StrictUndefined: an endpoint has no callable, and a callable no endpoint
+    identity = dict.fromkeys(("model", "endpoint", "callable", "served")) | figures["identity"]
+    rows = read_json(paths.judgement)["rows"] if is_written else []
+    return {"figures": {**figures, "identity": identity}, "rows": rows}
 
 
 def _suites(paths: Paths, figures: dict[str, Any]) -> list[dict[str, Any]]:

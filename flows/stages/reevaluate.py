@@ -152,7 +152,7 @@ def _answers(
     rows: list[Row],
     scorers: dict[str, tuple[Scorer, Score]],
 ) -> dict[str, list[Any]]:
-    """Return columns with ROUGE-L, the end and the scores of the adapter's answers; None for other rows."""
+    """Return columns with text, ROUGE-L, end and scores of the adapter's answers; None for other rows."""
     ids, reference = PAIR_COLUMNS if rows_of(params).kind == "preference" else ("input_ids", "completion")
     wanted = set(task["answered"])
     at = [index for index, row in enumerate(rows) if row["id"] in wanted]
@@ -166,6 +166,7 @@ def _answers(
     rouge = rouge_l([one.reference for one in answers], [one.answer for one in answers])
     ended = [answer.has_eos for answer in output.answers]
     return {
+        "adapter_answer": _placed(at, [one.answer for one in answers], len(rows)),
         "adapter_rouge_l": _placed(at, rouge, len(rows)),
         "adapter_ended": _placed(at, ended, len(rows)),
         **_scores(task, scorers, answers, at, len(rows)),

@@ -46,7 +46,7 @@ def load_scorer(scorer: Scorer, root: Path) -> Score:
             return make(**options)
         except (ValueError, TypeError, OSError) as error:
             raise StageError(f"evaluate.scorers, {scorer.name}: {error}") from error
-    function = _of_file(scorer, root) if scorer.file else _installed(scorer)
+    function = load_function(*scorer.file, root, _entry(scorer)) if scorer.file else _installed(scorer)
     try:
         inspect.signature(function).bind("prompt", "answer", "reference", {}, **options)
     except TypeError as error:
@@ -72,41 +72,49 @@ def check_scorers(scorers: Sequence[Scorer], root: Path) -> None:
             load_scorer(scorer, root)
             continue
         path, function = scorer.file
-        tree = _parsed(scorer, root / path)
-        names = _defined(tree)
+        names = _defined(_parsed(_entry(scorer), root / path))
         if function not in names:
-            raise _no_function(scorer, path, function, names)
+            raise _no_function(_entry(scorer), path, function, names)
 
 
-def _parsed(scorer: Scorer, path: Path) -> ast.Module:
+def _entry(scorer: Scorer) -> str:
+    return f"evaluate.scorers, {scorer.name}"
+
+
+def _parsed(entry: str, path: Path) -> ast.Module:
     try:
         return ast.parse(path.read_bytes(), str(path))
     except OSError as error:
-        raise StageError(
-            f"evaluate.scorers, {scorer.name}: {path} cannot be read ({error.strerror}); create it and `git add` it"
-        ) from error
+        raise StageError(f"{entry}: {path} cannot be read ({error.strerror}); create it and `git add` it") from error
     except (SyntaxError, ValueError) as error:
-        raise StageError(f"evaluate.scorers, {scorer.name}: {path} is not valid Python: {error}") from error
+        raise StageError(f"{entry}: {path} is not valid Python: {error}") from error
 
 
-def _of_file(scorer: Scorer, root: Path) -> Callable[..., Any]:
-    assert scorer.file is not None
-    name, function = scorer.file
+def load_function(name: str, function: str, root: Path, entry: str) -> Callable[..., Any]:
+    """Return a function of a Python file of the repository.
+
+    Args:
+        name: Path of the file, relative to `root`.
+        function: Name of the function.
+        root: The repository.
+        entry: The entry of params.yaml that names the function, for the messages.
+
+    Raises:
+        StageError: The file cannot be read or imported, or lacks the function.
+    """
     path = root / name
-    module = ModuleType(f"peftcore_scorer_{path.stem}")
+    module = ModuleType(f"peftcore_{path.stem}")
     module.__file__ = str(path)
     # not imported as a module: that would write compiled files into data/, on which stages depend
-    program = compile(_parsed(scorer, path), str(path), "exec")
+    program = compile(_parsed(entry, path), str(path), "exec")
     try:
         exec(program, module.__dict__)
     except Exception as error:
-        raise StageError(
-            f"evaluate.scorers, {scorer.name}: {name} fails when it is imported: {type(error).__name__}: {error}"
-        ) from error
+        raise StageError(f"{entry}: {name} fails when it is imported: {type(error).__name__}: {error}") from error
     value = getattr(module, function, None)
     if not callable(value):
         callables = [key for key, one in vars(module).items() if callable(one) and not key.startswith("__")]
-        raise _no_function(scorer, name, function, callables)
+        raise _no_function(entry, name, function, callables)
     return value
 
 
@@ -121,9 +129,9 @@ def _installed(scorer: Scorer) -> Callable[..., Any]:
         ) from error
 
 
-def _no_function(scorer: Scorer, path: str, function: str, names: Sequence[str]) -> StageError:
+def _no_function(entry: str, path: str, function: str, names: Sequence[str]) -> StageError:
     known = suggest(function, list(names), "it has ") if names else "it has none"
-    return StageError(f"evaluate.scorers, {scorer.name}: {path} has no function {function}; {known}")
+    return StageError(f"{entry}: {path} has no function {function}; {known}")
 
 
 def _defined(tree: ast.Module) -> list[str]:

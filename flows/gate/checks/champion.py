@@ -40,7 +40,7 @@ def against_the_champion(candidate: Candidate, champion: Champion | None, gate: 
     refusal = _not_comparable(candidate, champion, gate)
     if refusal:
         return False, refusal
-    if _is_same_adapter(candidate, champion):
+    if is_same_adapter(candidate, champion):
         return _evaluated_again(candidate, champion, gate)
     try:
         candidate_rows, champion_rows, how = _rows(candidate, champion)
@@ -107,10 +107,10 @@ def rule_bound(candidate: Candidate, champion: Champion | None, gate: Gate, rule
 
     if champion is None or rule.bound is None:
         return True, f"no {gate.stage} yet"
-    if _is_same_adapter(candidate, champion):
+    if is_same_adapter(candidate, champion):
         return True, f"it is the adapter of {champion.version}"
     try:
-        candidate_rows, champion_rows, how = _metric_rows(candidate, champion, rule.metric)
+        candidate_rows, champion_rows, how = metric_rows(candidate, champion, rule.metric)
     except GateError as error:
         return False, str(error)
     weights, ours, theirs, _ = paired_values(candidate_rows, champion_rows, rule.metric, rule.direction)
@@ -138,7 +138,7 @@ def slices(candidate: Candidate, champion: Champion | None, gate: Gate, seed: in
         return True, f"no {gate.stage} yet"
     if rule.max_loss_regression is None and not rules:
         return True, "no limit set"
-    if _is_same_adapter(candidate, champion):
+    if is_same_adapter(candidate, champion):
         return True, f"it is the adapter of {champion.version}"
     compared, limits = [], []
     if rule.max_loss_regression is not None:
@@ -146,7 +146,7 @@ def slices(candidate: Candidate, champion: Champion | None, gate: Gate, seed: in
         limits.append(f"at most {rule.max_loss_regression:g}")
     try:
         for one in rules:
-            tables = _metric_rows(candidate, champion, one.metric)[:2]
+            tables = metric_rows(candidate, champion, one.metric)[:2]
             compared.append(Compared(one.metric, one.direction, one.slice_bound or 0.0, *tables))
             limits.append(f"{one.metric} at most {one.slice_bound:g}")
     except GateError as error:
@@ -171,7 +171,7 @@ def _in_words(one: "SliceDifference") -> str:
     return f"{one.name} {one.mean:+.3f} {'nats' if one.metric == 'loss' else f'in {one.metric}'}"
 
 
-def _metric_rows(candidate: Candidate, champion: Champion, metric: str) -> "tuple[pyarrow.Table, pyarrow.Table, str]":
+def metric_rows(candidate: Candidate, champion: Champion, metric: str) -> "tuple[pyarrow.Table, pyarrow.Table, str]":
     """Return the tables of candidate and champion with comparable values of a metric, and a note.
 
     Raises:
@@ -206,7 +206,8 @@ def _incomparable(candidate: Candidate, champion: Champion, metric: str) -> str 
     return None
 
 
-def _is_same_adapter(candidate: Candidate, champion: Champion) -> bool:
+def is_same_adapter(candidate: Candidate, champion: Champion) -> bool:
+    """Return True if both versions have the same weights."""
     return candidate.content is not None and candidate.content == champion.content
 
 
@@ -255,7 +256,7 @@ def _not_comparable(candidate: Candidate, champion: Champion, gate: Gate) -> str
     elif (
         _has_other_rows(candidate, champion)
         and champion.reevaluate_champion is None
-        and not _is_same_adapter(candidate, champion)
+        and not is_same_adapter(candidate, champion)
     ):
         what = "test set"
     else:

@@ -5,7 +5,15 @@ continues without that backend.
 """
 
 from flows.runtime.tracking.tracker import Backend, Tracker
-from flows.runtime.tracking.versions import mirror_promotion, mirror_version
+from flows.runtime.tracking.versions import mirror_judgement, mirror_promotion, mirror_version
 from flows.runtime.tracking.wandb_run import EVALUATES, LOGIN_SECONDS
 
-__all__ = ["EVALUATES", "LOGIN_SECONDS", "Backend", "Tracker", "mirror_promotion", "mirror_version"]
+__all__ = [
+    "EVALUATES",
+    "LOGIN_SECONDS",
+    "Backend",
+    "Tracker",
+    "mirror_judgement",
+    "mirror_promotion",
+    "mirror_version",
+]

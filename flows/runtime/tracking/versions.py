@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -112,6 +112,47 @@ def mirror_promotion(
                 _link(params, root, record, registry, folder)
         except Exception as error:  # wandb's, the network's and the disk's errors
             log.warning("%s: %s; the promotion is done, and no link is made", WandbRun.label, error)
+
+
+def mirror_judgement(params: Params, paths: Paths, record: Mapping[str, Any], figures: Mapping[str, Any]) -> None:
+    """Mirror the judge's figures, and its verdicts as a table, to the backends that have the training run.
+
+    Args:
+        params: The parameters.
+        paths: The project's files, with the verdicts.
+        record: The judged version's record.
+        figures: The figures of the gate's check.
+    """
+    tracking, trained, name = params.tracking, tracked_runs(record), f"{record['name']} {record['version']} judge"
+    backends: list[Backend] = [backend for backend in tracking.backends if backend in trained]
+    if not backends:
+        return
+    tracker = Tracker(
+        tracking.project,
+        tracking.mode,
+        {"version": record["version"]},
+        paths.root,
+        trained.get("wandb"),
+        name,
+        backends,
+        tracking.mlflow_uri,
+        trained,
+    )
+    try:
+        tracker.table("judge_verdicts", _judge_rows(json.loads(paths.judgement.read_text(encoding="utf-8"))["rows"]))
+        tracker.finish({"judge": figures})
+    except (OSError, ValueError, KeyError) as error:
+        log.warning("the judge's verdicts are not mirrored: %s", error)
+    finally:
+        tracker.close()
+
+
+def _judge_rows(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield one row per judged prompt; the choices are None for equal answers."""
+    for row in rows:
+        choices = [reply["choice"] for reply in row["replies"]] or [None, None]
+        shown = {key: row[key] for key in ("id", "prompt", "reference", "candidate", "champion", "outcome")}
+        yield shown | {"candidate_first": choices[0], "champion_first": choices[1]}
 
 
 def _suite_rows(suites: Mapping[str, Any]) -> Iterator[dict[str, Any]]:

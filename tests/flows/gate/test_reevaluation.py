@@ -210,6 +210,40 @@ def test_the_champion_answers_the_suites_of_the_rules_in_a_process(weeks: Paths)
         reevaluation.reevaluate_suites(params, weeks, registry, version, candidate)
 
 
+@pytest.mark.slow
+def test_the_judge_compares_answers_to_prompts_that_the_champion_has_not_learned(weeks: Paths) -> None:
+    (weeks.root / "data").mkdir(exist_ok=True)
+    calls = weeks.root / "calls"
+    (weeks.root / "data" / "judge.py").write_text(
+        "def prefer(prompt, first, second, reference):\n"
+        f"    open({str(calls)!r}, 'a').write(prompt + '\\n')\n"
+        "    return 'first' if first < second else 'second'\n"
+    )
+    judge = "gate:\n  judge: {callable: 'data/judge.py:prefer', margin: 0.49}\n"
+    weeks.params.write_text(PARAMS.replace("gate:\n", judge))
+    params = load_params(weeks.params)
+    first = promote(params, weeks, dry_run=True)
+    assert first.report is not None
+    (check,) = [one for one in first.report.checks if one.name == "judge"]
+    assert "without a readable verdict" not in check.detail and "was re-evaluated on these 10 test rows" in check.detail
+    rows = json.loads(weeks.judgement.read_text())["rows"]
+    test = {row["id"]: row for row in read_rows(weeks.split("test"), limit=10)}
+    table = parquet.read_table(weeks.evaluation_rows, columns=["id", "adapter_answer"]).to_pylist()
+    answers = {row["id"]: row["adapter_answer"] for row in table}
+    assert rows and all(row["candidate"] == answers[row["id"]] for row in rows)
+    assert all(row["prompt"] == test[row["id"]]["prompt"] for row in rows)
+    for row in rows:
+        one, other = row["candidate"], row["champion"]
+        assert row["outcome"] == ("equal" if one == other else "won" if one < other else "lost")
+    asked = calls.read_text()
+    assert asked.count("\n") == 2 * sum(row["outcome"] != "equal" for row in rows) > 0
+    again = promote(params, weeks)
+    assert again.report == first.report and calls.read_text() == asked, "the verdicts come from the cache"
+    if again.tag is not None:
+        tag = Git(weeks.root).run("tag", "--list", "--format=%(contents)", again.tag)
+        assert '"callable": "data/judge.py:prefer"' in tag and sha256(weeks.judgement) in tag
+
+
 @pytest.mark.proof
 def test_a_measurement_that_fails_says_why(weeks: Paths) -> None:
     (weeks.base / "config.json").unlink()

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
 
@@ -10,8 +11,11 @@ from made_up_results import suite_result
 
 from flows.charts.ranks import HEAT_MAP, rank_heat_map
 from flows.errors import StageError
+from flows.gate.gate import Check
+from flows.gate.judging import judge_figures
 from flows.gate.promote import promote
 from flows.review.page import write_review
+from peftcore.files import sha256
 
 VOID = {"meta", "br", "hr", "img", "link"}
 
@@ -187,3 +191,32 @@ def test_calibration_has_a_reliability_plot(project: Any) -> None:
     cells = re.sub(r"\s*<[^>]*>\s*", "|", project.paths.review.read_text())
     assert "Expected calibration error (0 to 1)||0.2000||0.0800|" in cells
     assert page.tags.count("svg") == 4 and all(link.startswith("#") for link in page.links)
+
+
+def test_the_judges_verdicts_have_a_section(project: Any) -> None:
+    project.register()
+    promotion = promote(project.params, project.paths)
+    assert promotion.report is not None
+    replies = [{"choice": "first", "text": ""}, {"choice": "second", "text": ""}]
+    row = {
+        "id": "r1",
+        "prompt": "<b>Why?",
+        "reference": "r",
+        "candidate": "Because.",
+        "champion": "So.",
+        "outcome": "won",
+    }
+    figures = judge_figures([row | {"replies": replies}], 0.95)
+    text = json.dumps({"rows": [row | {"replies": replies}]})
+    project.paths.judgement.write_text(text)
+    identity = {"endpoint": "http://h/v1", "model": "judge-7b", "served": ["judge-7b-q4"]}
+    figures |= {"identity": identity, "verdicts": sha256(project.paths.judgement)}
+    checks = (*promotion.report.checks, Check("judge", True, "in words", figures))
+    judged = replace(promotion, report=replace(promotion.report, checks=checks, champion="v0.0.9"))
+    project.paths.promotion.write_text(json.dumps(judged.as_dict()))
+    words = " ".join(page_of(project).text.split())
+    assert "judge-7b at http://h/v1 (served: judge-7b-q4) compared the answers with those of v0.0.9" in words
+    assert "the first answer got 50.0% of the choices" in words
+    assert "r1: won (first order: first, second order: second) <b>Why?" in words
+    project.paths.judgement.write_text("{}")
+    assert "<b>Why?" not in page_of(project).text, "verdicts of another comparison"

@@ -1,5 +1,6 @@
 """What happens to a version later is mirrored to the backends that have its training."""
 
+import json
 import logging
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 import wandb
 
 from flows.params import Params
-from flows.runtime.tracking import mirror_promotion
+from flows.paths import Paths
+from flows.runtime.tracking import mirror_judgement, mirror_promotion
 from flows.runtime.tracking import versions as module
 from flows.runtime.tracking.versions import tracked_runs
 
@@ -124,3 +126,42 @@ def test_an_alias_that_cannot_be_set_is_a_warning(
     record = {**RECORD, "tracking_runs": {"mlflow": "m1"}}
     mirror_promotion(params_of(backends=["mlflow"]), tmp_path, record, lambda: pytest.fail("nothing is uploaded"))
     assert "MLflow: no such model; the promotion is done, and the alias champion is not set" in caplog.text
+
+
+def test_the_judges_figures_and_verdicts_are_mirrored(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tables: dict[str, list[Any]] = {}
+    summaries: list[Any] = []
+
+    class Recorder:
+        def __init__(self, *_: Any) -> None:
+            return
+
+        def table(self, name: str, rows: Any) -> None:
+            tables[name] = list(rows)
+
+        def finish(self, summary: Any) -> None:
+            summaries.append(summary)
+
+        def close(self) -> None:
+            return
+
+    monkeypatch.setattr(module, "Tracker", Recorder)
+    paths = Paths(tmp_path)
+    paths.judgement.parent.mkdir(parents=True)
+    texts = {key: key for key in ("id", "prompt", "reference", "candidate", "champion")}
+    replies = [{"choice": "first", "text": ""}, {"choice": "second", "text": ""}]
+    rows = [texts | {"outcome": "won", "replies": replies}, texts | {"outcome": "equal", "replies": []}]
+    paths.judgement.write_text(json.dumps({"rows": rows}))
+    mirror_judgement(params_of(), paths, RECORD, {"won": 1})
+    assert summaries == [{"judge": {"won": 1}}]
+    assert [(row["candidate_first"], row["champion_first"]) for row in tables["judge_verdicts"]] == [
+        ("first", "second"),
+        (None, None),
+    ]
+    paths.judgement.unlink()
+    mirror_judgement(params_of(), paths, RECORD, {"won": 1})
+    assert "the judge's verdicts are not mirrored" in caplog.text and len(summaries) == 1
+    mirror_judgement(params_of(), paths, {**RECORD, "wandb_run_id": None}, {"won": 1})
+    assert len(summaries) == 1, "the version has no tracked run"
