@@ -5,7 +5,7 @@ from flows.params.data import DEMONSTRATION, DEMONSTRATION_PROMPT, Data, MixedSo
 from flows.params.demonstration import left_over
 from flows.params.evaluate import Control, Evaluate, Merge
 from flows.params.file import read_params
-from flows.params.gate import Champion, Gate, Register, Rule, Slices
+from flows.params.gate import Champion, Gate, LookSequence, Register, Rule, Slices
 from flows.params.method import AutoRank, Method, Quantization
 from flows.params.overrides import apply_overrides, check_overrides, forced, parameter_sets
 from flows.params.params import Base, Params, Project, Tracking, load_params
@@ -32,6 +32,7 @@ __all__ = [
     "Evaluate",
     "EventType",
     "Gate",
+    "LookSequence",
     "Merge",
     "Method",
     "MixedSource",
