@@ -4,11 +4,13 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 from gate_cases import champion_of, check, judge, reason
 from numpy.random import default_rng
+from params_texts import read
 
 from flows.gate.candidate import Candidate
 from flows.gate.promote import promote
@@ -18,7 +20,16 @@ from flows.pipeline.status import status
 from flows.registry.project_registry import registry_of
 
 EVEN = LookSequence(alpha=0.05, looks=52)
+PAGE = Path(__file__).parents[3] / "docs" / "promotion.md"
 DECREASING = LookSequence(alpha=0.05, looks=52, spending="decreasing")
+
+
+def test_the_example_in_the_documents_is_the_even_sequence(tmp_path: Path) -> None:
+    section = PAGE.read_text().partition("### Sequential looks")[2]
+    sequence = read(tmp_path, section.partition("```yaml")[2].partition("```")[0]).gate.sequence
+    assert sequence == EVEN
+    look = Look(3, 1, level_of(sequence, 3) * part_for(1), left_after(sequence, 3))
+    assert look.in_words(sequence) in " ".join(section.split())
 
 
 def test_even_levels_of_a_period_add_up_to_alpha() -> None:
