@@ -1,6 +1,6 @@
 """How often a year of weekly candidates ends with a false promotion, with and without control over the sequence.
 
-    python -m benchmarks.looks                 # results/looks.md and looks.json; a quarter of an hour
+    python -m benchmarks.looks                 # results/looks.md and looks.json; some minutes
     python -m benchmarks.looks --years 50 --draws 50    # a quick look
 
 A year is 52 candidates, one after another on the same --rows test rows. A row's difference from the champion is
