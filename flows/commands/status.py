@@ -54,6 +54,8 @@ def _facts(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if candidate := status["candidate"]:
         reason = f": {candidate['reason']}" if candidate["reason"] else ""
         yield "newest", f"{candidate['version']}, {candidate['verdict']}{reason}"
+    if looks := status["looks"]:
+        yield "looks", looks["in_words"]
     if last := status["retraining"]["last"]:
         yield "retraining", f"{last['outcome']} {last['finished']}: {last['reason']}"
     if schedule := status["retraining"]["schedule"]:

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from flows.gate.sequence import Look
 from flows.registry.signatures import Signature
 
 if TYPE_CHECKING:
@@ -70,6 +71,8 @@ class Candidate:
     again: bool = False
     """True if a person asked to judge the version again although it had lost the stage."""
     reuse: HoldoutReuse | None = None
+    look: Look | None = None
+    """Place in the sequence of looks; None if `gate.sequence.alpha` is null."""
     suites: Mapping[str, Any] = field(default_factory=dict)
     """Results of the prompt suites that the evaluation answered; the content of suites.json."""
     required_suites: tuple[str, ...] = ()

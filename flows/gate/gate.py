@@ -23,6 +23,7 @@ from flows.gate.checks.forgetting import forgetting
 from flows.gate.checks.judge import judged
 from flows.gate.checks.measured import evaluation_settings
 from flows.gate.checks.suites import prompt_suite
+from flows.gate.sequence import at_look
 from flows.params import Gate, Merge
 
 DECISIVE = frozenset(
@@ -84,6 +85,7 @@ def evaluate_gate(candidate: Candidate, champion: Champion | None, gate: Gate, m
         merge: the limits on the merged model's fidelity.
         seed: seed of the bootstrap's resamples, so that two versions always get the same verdict.
     """
+    look, compared = candidate.look, at_look(gate, candidate.look)
     rules = [rule for rule in gate.rules if rule.limit is not None or rule.gain is not None]
     bounds = {f"{rule.metric} against the champion": rule for rule in gate.rules if rule.bound is not None}
     checks: list[tuple[str, Callable[[], CheckResult | ResultWithFigures]]] = [
@@ -99,9 +101,12 @@ def evaluate_gate(candidate: Candidate, champion: Champion | None, gate: Gate, m
         ("gain in ROUGE-L", lambda: figures.figure(candidate, "gain", "rouge_l", gate.min_rouge_l_gain)),
         ("EOS rate", lambda: figures.eos_rate(candidate, gate)),
         *((f"rule on {rule.metric}", partial(figures.rule_limits, candidate, rule)) for rule in rules),
-        ("against the champion", lambda: against.against_the_champion(candidate, champion, gate, seed)),
-        ("the champion's rows", lambda: against.on_the_champions_rows(candidate, champion, gate, seed)),
-        *((name, partial(against.rule_bound, candidate, champion, gate, rule, seed)) for name, rule in bounds.items()),
+        ("against the champion", lambda: against.against_the_champion(candidate, champion, compared, seed)),
+        ("the champion's rows", lambda: against.on_the_champions_rows(candidate, champion, compared, seed)),
+        *(
+            (name, partial(against.rule_bound, candidate, champion, compared, rule, seed))
+            for name, rule in bounds.items()
+        ),
         ("slices", lambda: against.slices(candidate, champion, gate, seed)),
         *(
             (f"suite {name}", partial(prompt_suite, candidate, champion, gate, name))
@@ -124,6 +129,9 @@ def evaluate_gate(candidate: Candidate, champion: Champion | None, gate: Gate, m
     if gate.min_accuracy is not None:
         accuracy = ("accuracy", partial(figures.figure, candidate, "adapter", "accuracy", gate.min_accuracy))
         checks.insert([name for name, _ in checks].index("against the champion"), accuracy)
+    if look is not None:
+        sequence = ("looks", lambda: (True, look.in_words(gate.sequence)))
+        checks.insert([name for name, _ in checks].index("against the champion"), sequence)
     results: list[Check] = []
     for name, check in checks:
         refused = not all(each.passed for each in results)

@@ -22,6 +22,7 @@ from flows.gate.gate import GateReport, evaluate_gate
 from flows.gate.holdout_reuse import reuse_of
 from flows.gate.judging import judge_answers
 from flows.gate.reevaluation import reevaluate_benchmarks, reevaluate_candidate, reevaluate_champion, reevaluate_suites
+from flows.gate.sequence import look_of
 from flows.params import EventType, Params
 from flows.paths import Paths
 from flows.registry.approvals import approvals, unsigned_approvals
@@ -347,6 +348,7 @@ def _candidate(
         withdrawn=_withdrawn(state, version, params.gate.stage),
         again=again,
         reuse=reuse_of(state, version, holder),
+        look=look_of(state, version, params.gate),
         suites=read_json(at.evaluation_suites) if at.evaluation_suites.exists() else {},
         required_benchmarks=tuple(benchmark.name for benchmark in params.evaluate.benchmarks),
         required_suites=tuple(Path(name).stem for name in params.evaluate.suites),

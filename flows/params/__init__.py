@@ -5,7 +5,7 @@ from flows.params.data import DEMONSTRATION, DEMONSTRATION_PROMPT, Data, MixedSo
 from flows.params.demonstration import left_over
 from flows.params.evaluate import Control, Evaluate, Merge
 from flows.params.file import read_params
-from flows.params.gate import Champion, Gate, Register, Rule, Slices
+from flows.params.gate import Champion, Gate, LookSequence, Register, Rule, Slices
 from flows.params.judge import Judge
 from flows.params.method import AutoRank, Method, Quantization
 from flows.params.overrides import apply_overrides, check_overrides, forced, parameter_sets
@@ -34,6 +34,7 @@ __all__ = [
     "EventType",
     "Gate",
     "Judge",
+    "LookSequence",
     "Merge",
     "Method",
     "MixedSource",

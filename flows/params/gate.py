@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from flows.params.judge import Judge
 from flows.params.section import (
     Confidence,
+    Count,
     Finite,
     Name,
     NonNegative,
@@ -64,6 +65,15 @@ class Slices(Section):
     min_rows: Annotated[int, Field(ge=2)] = 10
 
 
+class LookSequence(Section):
+    """Control of the error over a sequence of candidates; alpha None: each one is compared at the same confidence."""
+
+    alpha: Confidence | None = None
+    spending: Literal["even", "decreasing"] = "even"
+    looks: Count = 52
+    scope: Literal["project", "test_rows"] = "project"
+
+
 class Rule(Section):
     """Limits on one metric of the evaluation: a figure of `FIGURES`, or a scorer of evaluate.scorers."""
 
@@ -108,6 +118,7 @@ class Gate(Section):
     allowed_signers: Text | None = None
     approvals: Whole = 0
     champion: Champion = Champion()
+    sequence: LookSequence = LookSequence()
     slices: Slices = Slices()
     rules: list[Rule] = Field(default=[])
     judge: Judge = Judge()

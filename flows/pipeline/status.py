@@ -9,11 +9,13 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from configparser import RawConfigParser
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from zoneinfo import ZoneInfo
 
+from flows.gate.sequence import look_of
 from flows.params import Params
 from flows.paths import Paths
 from flows.registry.project_registry import registry_of
@@ -31,6 +33,7 @@ def status(params: Params, paths: Paths) -> dict[str, Any]:
         A JSON object; sizes are in bytes, times are ISO 8601 in UTC.
         running: [{what, pid, task, since}] of running processes.
         last_run, champion, candidate: None if there is none.
+        looks: place of the newest version in the sequence of looks; None if `gate.sequence.alpha` is null.
         retraining: {last: the last entry of the history, schedule: the schedule or None}.
         disk: free space and sizes.
         hints: commands for leftovers of killed processes.
@@ -44,6 +47,7 @@ def status(params: Params, paths: Paths) -> dict[str, Any]:
         "last_run": last_run(paths),
         "champion": _champion(registry, params.gate.stage),
         "candidate": _candidate(registry, paths),
+        "looks": _looks(registry, params),
         "retraining": {"last": _last_retraining(paths), "schedule": _schedule(paths)},
         "disk": _disk(registry.git, paths),
         "hints": list(_hints(paths)),
@@ -119,6 +123,13 @@ def _candidate(registry: RegistryReader, paths: Paths) -> dict[str, Any] | None:
     verdict = "promoted" if held else judged["outcome"] if judged else "not judged here"
     reason = (judged["report"] or {}).get("reason") if judged and not held else None
     return {"version": newest.number, "since": _date(newest.created), "verdict": verdict, "reason": reason}
+
+
+def _looks(registry: RegistryReader, params: Params) -> dict[str, Any] | None:
+    """Return the newest version's place in the sequence of looks, also in words."""
+    evaluated = registry.records(registry.versions()[-1:])
+    look = next((look_of(registry, version, params.gate) for version in evaluated), None)
+    return None if look is None else asdict(look) | {"in_words": look.in_words(params.gate.sequence)}
 
 
 def _last_retraining(paths: Paths) -> dict[str, Any] | None:

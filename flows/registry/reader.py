@@ -124,6 +124,14 @@ class RegistryReader(ABC):
         versions = [Version(f"v{number}", tag.name, tag.commit, tag.created, tag.message) for number, tag in alive]
         return sorted(versions, key=lambda version: version.parts)
 
+    def versions_ever(self) -> list[Version]:
+        """Return the registered versions, lowest number first, withdrawn versions too."""
+        tags = {event.version: event.tag for event in self._deciding() if event.version and not event.cancelled}
+        versions = [
+            Version(f"v{number}", tag.name, tag.commit, tag.created, tag.message) for number, tag in tags.items()
+        ]
+        return sorted(versions, key=lambda version: version.parts)
+
     def version(self, number: str) -> Version:
         """Return the version with a number such as v0.1.0. Raises RegistryError that lists the versions there are."""
         versions = {version.number: version for version in self.versions()}
@@ -189,6 +197,11 @@ class RegistryReader(ABC):
         numbers = self._numbers()
         events = [event for event in self._deciding() if event.stage == stage and not event.cancelled]
         return [_assignment(stage, event, numbers) for event in events]
+
+    def stage_changes(self, stage: str) -> list[int]:
+        """Return the dates (seconds since 1970) of the tags that gave or withdrew a stage, or withdrew a version."""
+        events = self._deciding()
+        return [one.tag.created for one in events if one.stage == stage or (one.version and one.cancelled)]
 
     def withdrawn(self, stage: str) -> dict[str, str]:
         """Return {version: tag and reason} of versions that lost a stage and did not get it again.

@@ -1,8 +1,8 @@
 """Work in a thread that ends with it.
 
-Each thread that computes with several cores keeps its own helper threads of OpenMP. As soon as a process has more of
-them than cores, OpenMP's barriers sleep instead of spin, and a decoding step on a CPU takes up to twice as long. So only
-the engine's thread may keep such helpers, and whatever loads weights runs here.
+Each thread that computes with several cores keeps its own helper threads of OpenMP. If a process has more of them than
+cores, OpenMP's barriers sleep instead of spin, and a decoding step on a CPU takes up to twice as long. So only the
+engine's thread may keep such helpers, and whatever loads weights runs here.
 """
 
 from collections.abc import Callable

@@ -13,6 +13,7 @@ from flows.base.identity import have_same_base
 from flows.errors import GateError
 from flows.gate.candidate import Candidate, Champion, CheckResult
 from flows.gate.rows import row_values
+from flows.gate.sequence import percent
 from flows.params import Gate, Rule
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def against_the_champion(candidate: Candidate, champion: Champion | None, gate: 
     rule = gate.champion
     mean, upper = paired_bootstrap(weights, ours, theirs, rule.confidence, rule.resamples, seed)
     return upper < rule.max_loss_regression, (
-        f"loss {mean:+.4f} nats against {champion.version} on {len(weights)} rows, {rule.confidence:.0%} upper "
+        f"loss {mean:+.4f} nats against {champion.version} on {len(weights)} rows, {percent(rule.confidence)} upper "
         f"bound {bound_in_words(upper, f'to be below {rule.max_loss_regression:g}')}{how}{_reuse(candidate)}"
     )
 
@@ -89,7 +90,7 @@ def on_the_champions_rows(candidate: Candidate, champion: Champion | None, gate:
     learned = f"the candidate has learned {count} of them" if few else f"without {count} that the candidate has learned"
     detail = (
         f"loss {mean:+.4f} nats against {champion.version} on {len(weights)} test rows of {champion.version} "
-        f"({learned}), {rule.confidence:.0%} upper bound {bound_in_words(upper, f'to be below {limit:g}')}"
+        f"({learned}), {percent(rule.confidence)} upper bound {bound_in_words(upper, f'to be below {limit:g}')}"
     )
     if upper < limit:
         return True, detail
@@ -119,9 +120,10 @@ def rule_bound(candidate: Candidate, champion: Champion | None, gate: Gate, rule
     settings = gate.champion
     regression, upper = paired_bootstrap(weights, ours, theirs, settings.confidence, settings.resamples, seed)
     difference = regression if rule.direction == "lower" else -regression
+    bound = bound_in_words(upper, f"to be below {rule.bound:g}")
     return upper < rule.bound, (
-        f"{rule.metric} {difference:+.4f} against {champion.version} on {len(weights)} rows, {settings.confidence:.0%} "
-        f"upper bound of the regression {bound_in_words(upper, f'to be below {rule.bound:g}')}{how}"
+        f"{rule.metric} {difference:+.4f} against {champion.version} on {len(weights)} rows, "
+        f"{percent(settings.confidence)} upper bound of the regression {bound}{how}"
     )
 
 

@@ -13,6 +13,7 @@ NOTHING: dict[str, Any] = {
     "last_run": None,
     "champion": None,
     "candidate": None,
+    "looks": None,
     "retraining": {"last": None, "schedule": None},
     "disk": {"free": 5e9, "cache": 1_500_000, "checkpoints": 0, "worktrees": {}},
     "hints": [],
@@ -48,6 +49,7 @@ def test_each_fact_has_its_line(shown: Any) -> None:
         last_run={"outcome": "failed", "failed_task": "merge", "finished": "today", "seconds": {"train": 2.04}},
         champion={"version": "v0.1.0", "stage": "champion", "since": "monday", "test_loss": 2.7004},
         candidate={"version": "v0.1.1", "verdict": "refused", "reason": "too slow"},
+        looks={"in_words": "look 2: level 0.001; 0.048 of the budget of 0.05 is left"},
         retraining={
             "last": {"outcome": "kept", "finished": "then", "reason": "no gain"},
             "schedule": {"next": "soon", "cron": "0 3 * * 1", "timezone": "UTC"},
@@ -58,6 +60,7 @@ def test_each_fact_has_its_line(shown: Any) -> None:
         "run train (process 7); dvc (process 8)",
         "failed at merge, today; seconds train 2.0",
         "v0.1.0 since monday, test loss 2.700 nats",
+        "look 2: level 0.001; 0.048 of the budget of 0.05 is left",
         "v0.1.1, refused: too slow",
         "kept then: no gain",
         "soon (0 3 * * 1, UTC)",
