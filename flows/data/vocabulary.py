@@ -8,9 +8,8 @@ its row (`trainable_token_indices`), which is saved with the adapter.
 from pathlib import Path
 
 import torch
-from tokenizers import AddedToken
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
 
 from flows.data.chat import render
 from flows.errors import BaseModelError, DataError
