@@ -135,7 +135,7 @@ def test_metrics_that_rules_compare_are_measured_on_the_answered_rows(task: dict
     more = {"metrics": ["length", "rouge_l"], "answered": answered, "max_new_tokens": 3, "root": "."}
     table = measure(task | {"params": params.model_dump()} | more)
     assert table.column_names[:4] == ["id", "tokens", "weight", "adapter_loss"]
-    assert table.column_names[4:] == ["adapter_rouge_l", "adapter_ended", "adapter_length"]
+    assert table.column_names[4:] == ["adapter_answer", "adapter_rouge_l", "adapter_ended", "adapter_length"]
     for column in ("adapter_rouge_l", "adapter_ended", "adapter_length"):
         assert [value is not None for value in table[column].to_pylist()] == [False, True, False, False, True]
     assert table.select(["id", "tokens", "weight", "adapter_loss"]).equals(measure(task)), "the losses stay"
