@@ -28,7 +28,6 @@ _modules_at_freeze = 0
 
 
 LONGEST_SLOW_FILES = (
-    "examples/test_examples.py",
     "flows/test_end_to_end.py",
     "flows/commands/test_project.py",
     "flows/stages/test_train_processes.py",

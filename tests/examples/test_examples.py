@@ -16,8 +16,6 @@ from flows.project.create import values_of
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 FOLDERS = sorted(page.parent.name for page in EXAMPLES.glob("*/README.md"))
-slow = [pytest.mark.slow, pytest.mark.timeout(1800)]
-proof = [pytest.mark.proof, pytest.mark.timeout(1800)]
 SMALL = {
     "python train.py": "python train.py --steps 2 --batch-size 4 --rows 16",
     "python serve.py": "python serve.py --steps 2",
@@ -85,13 +83,11 @@ def outcome(home: Path, name: str) -> dict[str, Any]:
     return json.loads((home / name / "metrics.json").read_text())
 
 
+@pytest.mark.proof
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("folder", "name"),
-    [
-        pytest.param("docstrings", "docstrings", marks=proof),
-        pytest.param("classification", "errors", marks=slow),
-        pytest.param("preference", "faithful", marks=proof),
-    ],
+    [("docstrings", "docstrings"), ("classification", "errors"), ("preference", "faithful")],
 )
 def test_an_example_of_the_pipeline_runs(
     folder: str, name: str, examples: Path, base_source: str, shell: Callable[..., str], tmp_path: Path
@@ -111,7 +107,7 @@ def test_the_gguf_base_stays_packed_and_the_adapter_is_exported(
     assert (tmp_path / "home" / "packed" / "packed.gguf").stat().st_size > 1_000_000
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.timeout(1800)
 def test_a_method_of_another_package_goes_through_the_pipeline(
     examples: Path, base_source: str, shell: Callable[..., str], tmp_path: Path

@@ -215,8 +215,8 @@ def test_the_judge_compares_answers_to_prompts_that_the_champion_has_not_learned
     (weeks.root / "data").mkdir(exist_ok=True)
     calls = weeks.root / "calls"
     (weeks.root / "data" / "judge.py").write_text(
-        "def prefer(prompt, first, second, reference):\n"
-        f"    open({str(calls)!r}, 'a').write(prompt + '\\n')\n"
+        "import json\n\n\ndef prefer(prompt, first, second, reference):\n"
+        f"    open({str(calls)!r}, 'a').write(json.dumps(prompt) + '\\n')\n"
         "    return 'first' if first < second else 'second'\n"
     )
     judge = "gate:\n  judge: {callable: 'data/judge.py:prefer', margin: 0.49}\n"
