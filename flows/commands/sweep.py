@@ -23,7 +23,7 @@ class Runner(StrEnum):
 
 
 class Method(StrEnum):
-    """How a sweep chooses parameters."""
+    """The two ways in which a sweep chooses parameters: a grid, or a search by Optuna."""
 
     GRID = "grid"
     OPTUNA = "optuna"

@@ -161,7 +161,7 @@ class Quantization(Section):
 
     @property
     def uncalibrated(self) -> "Quantization":
-        """The same storage without calibration."""
+        """These parameters with calibration switched off."""
         return self.model_copy(update={"calibration": Calibration()})
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""What all methods of `PeftModel` read: the module, its configurations, and the names of its active adapters."""
+"""Base class of the method groups of `PeftModel`: its module, configurations, and names of active adapters."""
 
 from typing import Any
 
