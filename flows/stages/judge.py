@@ -12,30 +12,20 @@ VERDICTS.json gets the result of `judge_pairs`. After a PipelineError, VERDICTS.
 is 1. Progress goes to stderr.
 """
 
-import json
-import sys
 from pathlib import Path
+from typing import Any
 
 import flows.stages  # noqa: F401 - sets the variables that silence libraries, before their import
-from flows.errors import PipelineError
 from flows.evaluation.judge import judge_pairs
 from flows.params import Judge
-from flows.runtime.processes import watch_parent
+from flows.runtime.task import run_task
 
 
-def main() -> None:
-    """Judge the pairs of the task file, and write the verdicts or the message of a known error."""
-    watch_parent()
-    request, output = map(Path, sys.argv[1:])
-    task = json.loads(request.read_text())
-    try:
-        judge = Judge.model_validate(task["judge"])
-        verdicts = judge_pairs(judge, task["pairs"], Path(task["cache"]), Path(task["root"]))
-    except PipelineError as error:
-        output.with_suffix(".txt").write_text(str(error))
-        sys.exit(1)
-    output.write_text(json.dumps(verdicts))
+def measure(task: dict[str, Any]) -> dict[str, Any]:
+    """Return the verdicts on the task's pairs."""
+    judge = Judge.model_validate(task["judge"])
+    return judge_pairs(judge, task["pairs"], Path(task["cache"]), Path(task["root"]))
 
 
 if __name__ == "__main__":
-    main()
+    run_task(measure)

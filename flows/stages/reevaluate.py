@@ -17,8 +17,6 @@ ROWS.parquet gets the losses and metrics of the adapter only, not those of the b
 ROWS.txt has the message, and the exit status is 1. Progress goes to stderr.
 """
 
-import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +30,6 @@ import flows.stages  # noqa: F401 - sets the variables that silence libraries, b
 from flows.base.calibrated import calibrated_identity, check_adapter
 from flows.base.model import check_base, load_dequantized, load_tokenizer, padding_id
 from flows.data.rows import Row, read_rows
-from flows.errors import PipelineError
 from flows.evaluation.generation import generate_answers
 from flows.evaluation.pairs import pair_margins
 from flows.evaluation.scorers.load import load_scorer
@@ -48,27 +45,14 @@ from flows.evaluation.scoring import (
 )
 from flows.evaluation.unpaired import answer_scores
 from flows.params import Params, Scorer
-from flows.runtime.processes import watch_parent
 from flows.runtime.progress import progress
 from flows.runtime.stage import set_seed
+from flows.runtime.task import run_task
 from flows.training.objectives import check_split, kto_objective, preference_objective, rows_of
 from peftcore import PeftModel
-from peftcore.errors import PeftError
 
 PAIR_COLUMNS = ("chosen_input_ids", "chosen")
 """Columns of a pair's prompt with its known answer: token ids and text."""
-
-
-def main() -> None:
-    """Measure the rows that the task file describes, and write the losses or the message of a known error."""
-    watch_parent()
-    task, output = map(Path, sys.argv[1:])
-    try:
-        table = measure(json.loads(task.read_text()))
-    except (PeftError, PipelineError) as error:
-        output.with_suffix(".txt").write_text(str(error))
-        sys.exit(1)
-    parquet.write_table(table, output)
 
 
 def measure(task: dict[str, Any]) -> pyarrow.Table:
@@ -200,4 +184,4 @@ def _weights(rows: list[Row]) -> list[float]:
 
 
 if __name__ == "__main__":
-    main()
+    run_task(measure, parquet.write_table)

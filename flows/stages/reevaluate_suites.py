@@ -12,32 +12,16 @@ SUITES.json gets the content of an evaluation's suites.json. After a PeftError o
 message, and the exit status is 1. Progress goes to stderr.
 """
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
 import flows.stages  # noqa: F401 - sets the variables that silence libraries, before their import
 from flows.base.model import check_base, load_dequantized, load_tokenizer
-from flows.errors import PipelineError
 from flows.evaluation.suites.results import answer_suites, suite_checks
 from flows.params import Params, load_suites
-from flows.runtime.processes import watch_parent
 from flows.runtime.stage import set_seed
+from flows.runtime.task import run_task
 from peftcore import PeftModel
-from peftcore.errors import PeftError
-
-
-def main() -> None:
-    """Answer the suites that the task file describes, and write the results or the message of a known error."""
-    watch_parent()
-    task, output = map(Path, sys.argv[1:])
-    try:
-        results = measure(json.loads(task.read_text()))
-    except (PeftError, PipelineError) as error:
-        output.with_suffix(".txt").write_text(str(error))
-        sys.exit(1)
-    output.write_text(json.dumps(results))
 
 
 def measure(task: dict[str, Any]) -> dict[str, Any]:
@@ -52,4 +36,4 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_task(measure)

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from flows.params import Judge
-from flows.stages import judge as stage
+from flows.runtime import task as task_process
+from flows.stages.judge import measure
 
 PAIR = {"id": "a", "prompt": "Which?", "reference": "r", "candidate": "one", "champion": "two"}
 
@@ -20,8 +21,8 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch, judge: Judge) -> Path:
     task |= {"cache": str(folder / "cache"), "root": str(folder)}
     (folder / "task.json").write_text(json.dumps(task))
     monkeypatch.setattr(sys, "argv", ["judge", str(folder / "task.json"), str(folder / "verdicts.json")])
-    monkeypatch.setattr(stage, "watch_parent", lambda: None)
-    stage.main()
+    monkeypatch.setattr(task_process, "watch_parent", lambda: None)  # the tests must not end with their parent
+    task_process.run_task(measure)
     return folder / "verdicts.json"
 
 

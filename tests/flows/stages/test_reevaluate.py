@@ -19,8 +19,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from flows.base.model import load_dequantized
 from flows.params import Params
 from flows.paths import Paths
-from flows.stages import reevaluate
-from flows.stages.reevaluate import adapter_losses, adapter_values, main, measure
+from flows.runtime import task as task_process
+from flows.stages.reevaluate import adapter_losses, adapter_values, measure
 from peftcore import LoraConfig, PeftModel, get_peft_model
 
 ROW = {"input_ids": [1, 5, 9, 7, 2], "labels": [-100, -100, 9, 7, 2]}
@@ -98,9 +98,9 @@ def task(prepared: Paths, tiny_params: Callable[..., Params]) -> dict[str, Any]:
 
 def run_main(task: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "task.json").write_text(json.dumps(task))
-    monkeypatch.setattr(reevaluate, "watch_parent", lambda: None)  # the tests' process must not die with its parent
+    monkeypatch.setattr(task_process, "watch_parent", lambda: None)  # the tests must not end with their parent
     monkeypatch.setattr(sys, "argv", ["reevaluate", str(folder / "task.json"), str(folder / "rows.parquet")])
-    main()
+    task_process.run_task(measure, parquet.write_table)
     return folder / "rows.parquet"
 
 

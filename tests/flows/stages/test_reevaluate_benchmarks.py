@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from flows.params import Params
+from flows.runtime import task as task_process
 from flows.stages import reevaluate_benchmarks
 
 
@@ -18,10 +19,10 @@ def test_what_cannot_be_measured_leaves_its_reason(
     task = {"params": params.model_dump(), "base": "base", "adapter": "adapter", "root": str(tmp_path)}
     (tmp_path / "task.json").write_text(json.dumps(task))
     monkeypatch.setattr("peftcore.errors.find_spec", lambda name: object() if installed else None)
-    monkeypatch.setattr(reevaluate_benchmarks, "watch_parent", lambda: None)  # the tests must not die with their parent
+    monkeypatch.setattr(task_process, "watch_parent", lambda: None)  # the tests must not end with their parent
     monkeypatch.setattr(sys, "argv", ["reevaluate", str(tmp_path / "task.json"), str(tmp_path / "benchmarks.json")])
     with pytest.raises(SystemExit) as ended:
-        reevaluate_benchmarks.main()
+        task_process.run_task(reevaluate_benchmarks.measure)
     assert ended.value.code == 1
     reason = (tmp_path / "benchmarks.txt").read_text()
     if installed:

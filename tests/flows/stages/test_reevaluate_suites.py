@@ -12,8 +12,9 @@ import torch
 from flows.base.model import load_dequantized
 from flows.params import Params
 from flows.paths import Paths
-from flows.stages import evaluate, reevaluate_suites
-from flows.stages.reevaluate_suites import main, measure
+from flows.runtime import task as task_process
+from flows.stages import evaluate
+from flows.stages.reevaluate_suites import measure
 from peftcore import LoraConfig, get_peft_model
 
 SUITE = "prompts: [{prompt: How much is 1 and 1?, must: [{contain: zzz}]}]"
@@ -35,9 +36,9 @@ def task(prepared: Paths, tiny_params: Callable[..., Params]) -> dict[str, Any]:
 
 def run_main(task: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "task.json").write_text(json.dumps(task))
-    monkeypatch.setattr(reevaluate_suites, "watch_parent", lambda: None)  # the tests must not die with their parent
+    monkeypatch.setattr(task_process, "watch_parent", lambda: None)  # the tests must not end with their parent
     monkeypatch.setattr(sys, "argv", ["reevaluate", str(folder / "task.json"), str(folder / "suites.json")])
-    main()
+    task_process.run_task(measure)
     return folder / "suites.json"
 
 
