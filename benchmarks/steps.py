@@ -1,8 +1,9 @@
 """One training step of an adapted model, to be timed: the floor, ours and HF PEFT on equal bases and equal weights.
 
 Used by `benchmarks.train_step` (one setting, a table) and `benchmarks.growth` (many settings, a picture). The floor is
-the frozen base: its forward with our loss, and the backward through activations only. PEFT comes with its own loss
-(the output head at every position), as people use it, and, in a row of its own, with ours.
+the frozen base: its forward, and the backward through activations only. Each side is there with both losses: ours, with
+the output head at labelled positions only, and the model's own, with the head at every position. "floor" and "ours"
+have our loss, and "PEFT" the model's, as people use it.
 """
 
 import gc
@@ -29,7 +30,10 @@ TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
 """Largest difference of our loss and PEFT's at equal weights (nats)."""
 METHODS = ("lora", "rslora", "dora", "adalora")
 FLOOR, OURS, PEFT, PEFT_OUR_LOSS = "floor", "ours", "PEFT", "PEFT, our loss"
-ROWS = (FLOOR, OURS, PEFT, PEFT_OUR_LOSS)
+FLOOR_MODEL_LOSS, OURS_MODEL_LOSS = "floor, model's loss", "ours, model's loss"
+OUR_LOSS_ROWS, MODEL_LOSS_ROWS = (FLOOR, OURS, PEFT_OUR_LOSS), (FLOOR_MODEL_LOSS, OURS_MODEL_LOSS, PEFT)
+"""Floor, ours and PEFT with one loss each."""
+ROWS = OUR_LOSS_ROWS + MODEL_LOSS_ROWS
 LLAMA_LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 Loss = Callable[[nn.Module, dict[str, Tensor], Tensor], Tensor]
@@ -149,26 +153,31 @@ def build(setting: Setting, scratch: Path) -> list[Row]:
     theirs.save_pretrained(str(scratch))
     ours = peftcore.PeftModel.from_pretrained(load(setting), scratch, is_trainable=True).train()
     floor = load(setting)
-    models = {FLOOR: floor, OURS: ours, PEFT: theirs, PEFT_OUR_LOSS: theirs}
-    return [_row(name, model, setting) for name, model in models.items()]
+    models = (floor, ours, theirs)
+    return [
+        _row(name, model, setting)
+        for names in (OUR_LOSS_ROWS, MODEL_LOSS_ROWS)
+        for name, model in zip(names, models, strict=True)
+    ]
 
 
 def build_alone(setting: Setting, name: str) -> Row:
     """One row without any other in memory."""
     torch.manual_seed(1)
     model = load(setting)
-    if name != FLOOR:
-        tool = peftcore if name == OURS else peft
+    if name not in (FLOOR, FLOOR_MODEL_LOSS):
+        tool = peftcore if name in (OURS, OURS_MODEL_LOSS) else peft
         model = tool.get_peft_model(model, adapter_config(tool, setting)).train()
     return _row(name, model, setting)
 
 
 def _row(name: str, model: Any, setting: Setting) -> Row:
     ids, _ = make_batch(model, setting)
-    if name == FLOOR:
+    loss = model_loss if name in MODEL_LOSS_ROWS else our_loss
+    if name in (FLOOR, FLOOR_MODEL_LOSS):
         embeddings = model.get_input_embeddings()(ids).detach()
-        return Row(name, model, lambda: {"inputs_embeds": embeddings.clone().requires_grad_()}, our_loss)
-    return Row(name, model, lambda: {"input_ids": ids}, model_loss if name == PEFT else our_loss)
+        return Row(name, model, lambda: {"inputs_embeds": embeddings.clone().requires_grad_()}, loss)
+    return Row(name, model, lambda: {"input_ids": ids}, loss)
 
 
 def make_batch(model: nn.Module, setting: Setting) -> tuple[Tensor, Tensor]:

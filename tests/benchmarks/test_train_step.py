@@ -16,15 +16,18 @@ pytestmark = [
 SMALL = ("--blocks", "1", "--batch", "1", "--length", "24", "--repeats", "7", "--dtype", "fp32")
 
 
-def test_four_rows_and_the_machine(run_benchmark) -> None:
+def test_both_losses_and_the_machine(run_benchmark) -> None:
     done = run_benchmark("train_step", *SMALL, "--dropout", "0.1")
     assert done.returncode == 0, done.stderr
-    rows = {line[:15].strip(): line[15:].split() for line in done.stdout.splitlines()[2:6]}
-    assert list(rows) == ["floor", "ours", "PEFT", "PEFT, our loss"]
-    assert rows["floor"][2] == rows["PEFT"][3] == "1.00"
-    floor, ours, theirs, theirs_our_loss = (int(row[4]) for row in rows.values())
-    assert floor <= ours <= theirs
-    assert theirs_our_loss < theirs  # 24 positions' logits against 8
+    rows = {line[:20].strip(): line[20:].split() for line in done.stdout.splitlines()[2:8]}
+    assert list(rows) == ["floor", "ours", "PEFT, our loss", "floor, model's loss", "ours, model's loss", "PEFT"]
+    assert {rows[name][2] for name in ("floor", "floor, model's loss")} == {"1.00"}
+    assert rows["PEFT"][3] == rows["PEFT, our loss"][3] == rows["PEFT"][4] == "1.00"
+    saved = [int(row[5]) for row in rows.values()]
+    assert saved[0] <= saved[1] <= saved[2] and saved[3] <= saved[4] <= saved[5]
+    assert all(
+        ours < models for ours, models in zip(saved[:3], saved[3:], strict=True)
+    )  # logits of 8 and of 24 positions
     assert re.search(r"\d+ of \d+ cores in use.*torch \d", done.stdout)
 
 
@@ -59,7 +62,8 @@ def test_all_writes_every_setting_with_its_verdict(run_benchmark, tmp_path: Path
         ("bf16", "nf4", 0.0),
     ]
     text = (tmp_path / "results/train_step.md").read_text()
-    assert len(re.findall(r"/ PEFT ≤ 0\.\d\d: (?:met|missed) \(\d+\.\d\d\)", text)) == 5  # four of time, one of memory
+    assert len(re.findall(r"/ PEFT as used ≤ 0\.\d\d: (?:met|missed) \(\d+\.\d\d\)", text)) == 5  # one of memory
+    assert len(re.findall(r"/ floor ≤ 1\.\d\d: (?:met|missed) \(\d+\.\d\d\)", text)) == 8
 
 
 def test_too_few_repeats_are_refused(run_benchmark) -> None:
