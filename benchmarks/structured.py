@@ -3,8 +3,8 @@
     python -m benchmarks.structured                # results/structured.md; needs the extra `structured`
     python -m benchmarks.structured --rounds 1     # a quick look
 
-One process of the server; the clients are threads of this one. Each round sends the same chats twice at a time: free,
-and each with a JSON schema. Every answer with a schema is checked by the package jsonschema. At the beginning the
+One process of the server; the clients are threads of this one. Each round sends the same chats twice: with a JSON
+schema, and free. Every answer with a schema is checked by the package jsonschema. At the beginning the
 model must call a tool (`tool_choice: required`), in Qwen's form, which the chat template of this benchmark describes.
 """
 
@@ -150,7 +150,6 @@ def parse() -> argparse.Namespace:
 
 def run(client: openai.OpenAI, url: str, tokens: int) -> dict[str, float]:
     """One round: every schema with every prompt, and the same chats without a schema; greedy."""
-    requests = [(schema, prompt) for schema in SCHEMAS for prompt in PROMPTS]
 
     def ask(schema: str | None, prompt: str, most: int) -> tuple[int, bool]:
         """Tokens of one answer, and whether it is valid."""
@@ -168,19 +167,28 @@ def run(client: openai.OpenAI, url: str, tokens: int) -> dict[str, float]:
         assert usage is not None
         return usage.completion_tokens, schema is None or is_valid(choice.message.content, SCHEMAS[schema])
 
-    found: dict[str, float] = {}
+    seconds, tokens_of = {"masked": 0.0, "free": 0.0}, {"masked": 0, "free": 0}
+    valid, before = 0, masks(url)
     with ThreadPoolExecutor(CLIENTS) as pool:
-        before, started = masks(url), time.perf_counter()
-        answers = list(pool.map(lambda one: ask(*one, tokens), requests))
-        found["tokens/s with masks"] = sum(count for count, _ in answers) / (time.perf_counter() - started)
-        seconds, masked = (after - earlier for after, earlier in zip(masks(url), before, strict=True))
-        found["ms per mask"] = seconds / masked * 1000
-        found["valid"], found["requests"] = sum(valid for _, valid in answers), len(answers)
-        # answers of the same lengths, so that the batch has as many rows
-        started = time.perf_counter()
-        free = list(pool.map(lambda one: ask(None, one[0][1], one[1][0]), zip(requests, answers, strict=True)))
-        found["tokens/s without"] = sum(count for count, _ in free) / (time.perf_counter() - started)
-    return found
+        for schema in SCHEMAS:  # masked and free in turns, so that load of other processes is in both
+            started = time.perf_counter()
+            masked = list(pool.map(lambda prompt, name=schema: ask(name, prompt, tokens), PROMPTS))
+            halfway = time.perf_counter()
+            # of the same lengths, so that the batch has as many rows
+            free = list(pool.map(lambda prompt, one: ask(None, prompt, one[0]), PROMPTS, masked))
+            seconds["masked"] += halfway - started
+            seconds["free"] += time.perf_counter() - halfway
+            for kind, answers in (("masked", masked), ("free", free)):
+                tokens_of[kind] += sum(count for count, _ in answers)
+            valid += sum(is_one for _, is_one in masked)
+    spent, count = (after - earlier for after, earlier in zip(masks(url), before, strict=True))
+    return {
+        "tokens/s with masks": tokens_of["masked"] / seconds["masked"],
+        "tokens/s without": tokens_of["free"] / seconds["free"],
+        "ms per mask": spent / count * 1000,
+        "valid": valid,
+        "requests": len(SCHEMAS) * len(PROMPTS),
+    }
 
 
 def is_valid(text: str | None, schema: dict[str, Any]) -> bool:
