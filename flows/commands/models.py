@@ -124,6 +124,22 @@ def serve(
         ),
     ] = None,
     name: Annotated[str | None, typer.Option(help="Model name of the base; default: its folder's name.")] = None,
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            metavar="FILE",
+            help="A Jinja chat template in place of the base's, such as one with tools.",
+        ),
+    ] = None,
+    tool_call_parser: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Form of the model's tool calls: hermes, llama3_json or mistral; default: that of the chat template.",
+        ),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16; auto: the base's type.")] = "auto",
     max_batch: Annotated[int, typer.Option(min=1, metavar="ROWS", help="Largest number of requests per batch.")] = 16,
     max_queue: Annotated[int, typer.Option(min=1, metavar="N", help="Largest number of waiting requests.")] = 256,
@@ -201,6 +217,8 @@ def serve(
             max_loaded=max_loaded,
             dtype=dtype,
             load_from=load_from,
+            chat_template=chat_template,
+            tool_call_parser=tool_call_parser,
             keys=api_key or (),
         )
         run(options)

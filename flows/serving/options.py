@@ -48,6 +48,10 @@ class ServeOptions:
     """Dtype of the base's weights; must be "auto" with `project`."""
     load_from: Path | None = None
     """Folder below which clients may load adapters; None: they may not."""
+    chat_template: Path | None = None
+    """File with a chat template in place of the base's; None: the base's."""
+    tool_call_parser: str | None = None
+    """Form of the model's tool calls; None: that of the chat template."""
     keys: Sequence[str] = ()
     """API keys, in addition to those of the environment variable."""
 

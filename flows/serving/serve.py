@@ -39,7 +39,9 @@ def serve(options: ServeOptions) -> None:
 
     compositions = parse_compositions(options.mixtures)
     keys = checked_keys([*options.keys, *(os.environ[KEYS].split(",") if KEYS in os.environ else ())])
+    template = None if options.chat_template is None else _chat_template(options.chat_template)
     model, tokenizer, base = in_own_thread(_load_base, options).result()
+    tokenizer.chat_template = template or tokenizer.chat_template
     store = AdapterStore(model, options.max_loaded)
     with tempfile.TemporaryDirectory(prefix="peftcore-serve-") as folder:
         if options.adapters is not None:
@@ -58,10 +60,34 @@ def serve(options: ServeOptions) -> None:
         served_name = options.name or options.base.resolve().name
         warnings = None if watcher is None else watcher.warnings
         service = make_service(
-            model, tokenizer, store, served_name, compositions, options.limits, keys, warnings, options.load_from
+            model,
+            tokenizer,
+            store,
+            served_name,
+            compositions,
+            options.limits,
+            keys,
+            warnings,
+            options.load_from,
+            options.tool_call_parser,
         )
         with contextlib.nullcontext() if watcher is None else watcher.running():
             run(service, options.host, options.port, options.metrics_port)
+
+
+def _chat_template(path: Path) -> str:
+    """Return the chat template of a file. Raise ConfigError if the file holds none."""
+    from jinja2 import TemplateSyntaxError
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    try:
+        template = path.read_text(encoding="utf-8")
+        _compile_jinja_template(template)
+    except (OSError, UnicodeDecodeError, TemplateSyntaxError) as error:
+        raise ConfigError(f"--chat-template {path}: {error}; give a file with a Jinja chat template") from error
+    if not template.strip():
+        raise ConfigError(f"--chat-template {path}: the file is empty; give a file with a Jinja chat template")
+    return template
 
 
 def _load_base(options: ServeOptions) -> tuple[Any, Any, ServedBase | None]:

@@ -70,9 +70,14 @@ def make_monitoring_app(service: Service) -> FastAPI:
 async def _answer(service: Service, request: Request, body: GenerationRequest) -> Response:
     service.catalog.require(body.model)
     request.state.model = body.model
+    calling = body.tool_calling(service.tokenizer, service.tool_format)
     prompt = await asyncio.to_thread(body.prompt_tokens, service.tokenizer)
+    grammar = await service.grammar(body, calling)
     response = PendingResponse(
-        lambda index, sink: service.generation(body, prompt, index, sink), service.limits.timeout, body.n or 1
+        lambda index, sink: service.generation(body, prompt, index, sink, grammar, calling),
+        service.limits.timeout,
+        body.n or 1,
+        None if calling is None else calling.stream,
     )
     request.state.response = response
     if not body.stream:

@@ -7,6 +7,7 @@ beginning, its keys and values are taken from the prefix cache.
 
 import logging
 import threading
+import time
 from collections.abc import Hashable, Sequence
 
 import torch
@@ -16,7 +17,7 @@ from peftcore._util.fingerprint import unchanging_weights
 from peftcore.composition import Composition
 from peftcore.serving.admission import Admission
 from peftcore.serving.catalog import Catalog
-from peftcore.serving.errors import ServingError, ShuttingDownError
+from peftcore.serving.errors import GrammarError, ServingError, ShuttingDownError
 from peftcore.serving.forward import RoutedForward, Step
 from peftcore.serving.generation import Generation
 from peftcore.serving.kv_cache import KVCache
@@ -276,11 +277,38 @@ class Engine:
     def _push(self, generations: Sequence[Generation], step: Step) -> None:
         """Sample the next token of each request, and append it."""
         if generations:
-            chosen = next_tokens(step.logits, [one.row for one in generations])
+            allowed = self._allowed(generations)
+            chosen = next_tokens(step.logits, [one.row for one in generations], allowed)
             for generation, token, logits in zip(generations, chosen, step.logits, strict=True):
+                if generation.finished:  # its grammar failed
+                    continue
                 top = generation.sampling.logprobs
-                generation.push(token, None if top is None else token_logprobs(logits, token, top))
+                try:
+                    generation.push(token, None if top is None else token_logprobs(logits, token, top))
+                except GrammarError as error:
+                    self._fail(generation, error)
             self._metrics.generated_tokens.inc(len(generations))
+
+    def _allowed(self, generations: Sequence[Generation]) -> dict[int, Tensor]:
+        """Return {row: mask (V,)} of the tokens that grammars allow; a request whose grammar fails is ended."""
+        masks: dict[int, Tensor] = {}
+        constrained = [(row, one, one.row.matcher) for row, one in enumerate(generations) if one.row.matcher]
+        if not constrained:
+            return masks
+        started = time.monotonic()
+        for row, generation, matcher in constrained:
+            try:
+                masks[row] = matcher.allowed()
+            except GrammarError as error:
+                self._fail(generation, error)
+        self._metrics.grammar_seconds.inc(time.monotonic() - started)
+        self._metrics.grammar_tokens.inc(len(masks))
+        return masks
+
+    def _fail(self, generation: Generation, error: ServingError) -> None:
+        """End one request with an error; its row is removed before the next token."""
+        generation.fail(error)
+        self._admission.released()
 
     def _fail_rows(self, error: ServingError) -> None:
         prefill = [] if self._prefill is None else self._prefill.generations

@@ -44,6 +44,12 @@ class ContextLengthError(BadRequestError):
     code = "context_length_exceeded"
 
 
+class GrammarError(BadRequestError):
+    """A grammar of the answer is invalid, not supported, or too complex."""
+
+    code = "invalid_grammar"
+
+
 class ApiKeyError(ServingError):
     """The API key is missing or wrong."""
 

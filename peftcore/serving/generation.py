@@ -2,16 +2,17 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from peftcore.serving.catalog import ModelLease
 from peftcore.serving.errors import ServingError
+from peftcore.serving.grammar import TokenMatcher
 from peftcore.serving.sampling import SampledRow, Sampling, TokenLogprobs
 from peftcore.serving.text import TextStream
 
-Finish = Literal["stop", "length"]
+Finish = Literal["stop", "length", "tool_calls"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class Generation:
         tokenizer: Decodes the generated tokens.
         eos_tokens: Token ids that end the text.
         sink: The engine's thread calls it with each event; the last event is an error or has a finish reason.
+        matcher: Constrains the tokens to a grammar. None: every token is allowed.
+        markers: {special token id: its text} of special tokens that are part of the text; other ones are left out.
     """
 
     def __init__(
@@ -49,9 +52,11 @@ class Generation:
         tokenizer: Any,
         eos_tokens: frozenset[int],
         sink: Callable[[Event], None],
+        matcher: TokenMatcher | None = None,
+        markers: Mapping[int, str] | None = None,
     ):
         self.model, self.prompt, self.sampling = model, list(prompt), sampling
-        self.row = SampledRow(sampling, sampling.generator(), Counter())
+        self.row = SampledRow(sampling, sampling.generator(), Counter(), matcher)
         self.arrived = time.monotonic()
         self.tokens = 0
         """Tokens generated so far (count), the EOS token included."""
@@ -62,18 +67,27 @@ class Generation:
         """True if the client has gone or timed out."""
         self.finished = False
         """True after the last event."""
-        self._text, self._eos_tokens, self._sink = TextStream(tokenizer, sampling.stop), eos_tokens, sink
+        self._text, self._eos_tokens = TextStream(tokenizer, sampling.stop, markers or {}), eos_tokens
+        self._sink = sink
 
     def push(self, token: int, logprobs: TokenLogprobs | None = None) -> None:
-        """Append a token, and emit the text that will not change any more."""
+        """Append a token, and emit the text that will not change any more.
+
+        Raises:
+            GrammarError: The grammar cannot go on after this token.
+        """
         self.tokens, self.last = self.tokens + 1, token
         self.row.counts[token] += 1
         ended = token in self._eos_tokens
+        complete = ended
+        if (matcher := self.row.matcher) is not None and not ended:
+            matcher.accept(token)
+            complete = matcher.complete
         text = "" if ended else self._text.push(token)
         full = self.tokens >= self.sampling.max_tokens
-        if (ended or full) and not self._text.stopped:
+        if (complete or full) and not self._text.stopped:
             text += self._text.finish()
-        finish: Finish | None = "stop" if ended or self._text.stopped else "length" if full else None
+        finish: Finish | None = "stop" if complete or self._text.stopped else "length" if full else None
         self._emit(Chunk(text, self.tokens, finish, None if ended else logprobs), finish is not None)
 
     def fail(self, error: ServingError) -> None:

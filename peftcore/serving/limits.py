@@ -27,6 +27,12 @@ class Limits:
     prefix_cache: int | None = 256 << 20
     """Most memory for keys and values of earlier prompts, which later prompts with the same beginning reuse (bytes).
     None: nothing is reused."""
+    max_grammar: int = 64 << 10
+    """Largest JSON schema or other grammar of an answer (bytes)."""
+    grammar_seconds: float = 10.0
+    """Time until a grammar must be compiled (seconds)."""
+    grammar_cache: int = 64
+    """Compiled grammars that are kept for later requests (count)."""
     max_body: int = 4 << 20
     """Largest body of a request (bytes)."""
     read_timeout: float = 20.0

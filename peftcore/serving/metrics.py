@@ -38,6 +38,17 @@ class Metrics:
             "peftcore_prefix_cache_bytes", "Size of the prefix cache in bytes", registry=registry
         )
         self.generated_tokens = Counter("peftcore_generated_tokens", "Tokens generated", registry=registry)
+        self.grammars = Counter(
+            "peftcore_grammars",
+            "Requests with a grammar, by its kind and by result: compiled, cached or refused",
+            ["kind", "result"],
+            registry=registry,
+        )
+        self.grammar_tokens = Counter("peftcore_grammar_tokens", "Tokens generated under a grammar", registry=registry)
+        self.grammar_seconds = Counter(
+            "peftcore_grammar_mask_seconds", "Time to compute which tokens grammars allow", registry=registry
+        )
+        self.tool_calls = Counter("peftcore_tool_calls", "Tool calls in responses", registry=registry)
         self.queue_depth = Gauge("peftcore_queue_depth", "Requests waiting for a row", registry=registry)
         self.running_rows = Gauge("peftcore_running_rows", "Requests being decoded", registry=registry)
         self._first = Histogram(

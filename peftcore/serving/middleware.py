@@ -88,6 +88,7 @@ class AccessMiddleware:
                 for generation in response.generations:
                     if not generation.finished:
                         self._engine.cancel(generation)
+                self._metrics.tool_calls.inc(response.tool_calls)
             if scope["method"] == "POST":
                 self._metrics.requests.labels(state.get("model", "none"), str(status)).inc()
                 if status == 200:

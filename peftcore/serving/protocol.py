@@ -6,54 +6,30 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from jinja2 import TemplateError
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from peftcore.serving.errors import BadRequestError
 from peftcore.serving.generation import Finish
+from peftcore.serving.grammar import GrammarSpec
+from peftcore.serving.messages import Message, rendered_prompt
 from peftcore.serving.sampling import TokenLogprobs
+from peftcore.serving.strict_model import StrictModel as _Strict
+from peftcore.serving.structured_output import Choices, ResponseFormat, StructuredOutputs, vllm_grammars
 from peftcore.serving.text import UNFINISHED
+from peftcore.serving.tool_call_stream import ParsedCall
+from peftcore.serving.tool_calling import ToolCalling
+from peftcore.serving.tool_formats import ToolFormat
+from peftcore.serving.tools import Tool, ToolChoice, callable_functions
 
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 MOST_COMPLETIONS = 16
 """Largest `n` of a request (count)."""
+NESTED = ("messages", "tools", "response_format", "structured_outputs")
+"""Fields with fields of their own, which errors name."""
+Delta = str | dict[str, Any]
+"""The next part of an answer: text, or OpenAI's `delta` with text or tool calls."""
 StopText = Annotated[str, Field(min_length=1)]
-
-
-class _Strict(BaseModel):
-    """Base of request models: unknown fields and values of another type (such as "2" for 2) are refused."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class TextPart(_Strict):
-    """A text part of a message; images and audio are not supported."""
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(_Strict):
-    """One turn of a conversation.
-
-    The chat template gets only role and text. Other fields of OpenAI's messages must be null or empty, as they are in
-    an earlier response that OpenAI's client sends back.
-    """
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
-    name: None = None
-    refusal: None = None
-    audio: None = None
-    function_call: None = None
-    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
-
-    def plain(self) -> dict[str, str]:
-        """Return the message for a chat template; the role developer becomes system."""
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
 class StreamOptions(_Strict):
@@ -99,6 +75,12 @@ class GenerationRequest(_Strict):
     frequency_penalty: Penalty | None = None
     logit_bias: Annotated[dict[str, Bias], Field(max_length=1024)] | None = None
     user: str | None = None
+    structured_outputs: StructuredOutputs | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -114,6 +96,44 @@ class GenerationRequest(_Strict):
     def wanted_logprobs(self) -> int | None:
         """Likeliest tokens to report beside each token (count); None: no log-probability is reported."""
         raise NotImplementedError
+
+    def grammars(self) -> list[GrammarSpec]:
+        """Return the grammars that the fields ask for. Raise BadRequestError if a field is invalid."""
+        fields = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
+        whitespace = self.guided_whitespace_pattern
+        if whitespace is not None and self.guided_json is None:
+            raise BadRequestError("guided_whitespace_pattern needs guided_json", "guided_whitespace_pattern")
+        guided = vllm_grammars(
+            self.guided_json, self.guided_regex, self.guided_choice, self.guided_grammar, whitespace, fields
+        )
+        return guided if self.structured_outputs is None else [*guided, self.structured_outputs.grammar()]
+
+    def tool_calling(self, tokenizer: Any, form: ToolFormat | None) -> ToolCalling | None:
+        """Return how the answer may call tools, or None if it may not.
+
+        Args:
+            tokenizer: Has the chat template, which shows the form of the calls.
+            form: The form of the calls, in place of the template's.
+
+        Raises:
+            BadRequestError: The fields about tools are invalid, or the chat template has no notion of tools.
+        """
+        return None
+
+    def grammar(self, calling: ToolCalling | None, tokenizer: Any) -> GrammarSpec | None:
+        """Return the grammar of the answer, or None. Raise BadRequestError if there is more than one."""
+        specs = self.grammars()
+        if calling is not None and (of_calls := calling.grammar(tokenizer)) is not None:
+            specs.append(of_calls)
+        elif calling is not None and specs:
+            raise BadRequestError(
+                f'{specs[0].param} would allow no call of a tool; set tool_choice to "none", or remove it',
+                specs[0].param,
+            )
+        if len(specs) > 1:
+            named = " and ".join(spec.param for spec in specs)
+            raise BadRequestError(f"an answer can have one grammar, but {named} give {len(specs)}", specs[1].param)
+        return specs[0] if specs else None
 
     def biases(self, vocabulary: int) -> dict[int, float]:
         """Return `logit_bias` by token id.
@@ -145,12 +165,14 @@ class GenerationRequest(_Strict):
         """
         raise NotImplementedError
 
-    def choice(self, index: int, text: str, finish: Finish | None, logprobs: Any = None) -> dict[str, Any]:
+    def choice(
+        self, index: int, text: str, finish: Finish | None, logprobs: Any = None, calls: Sequence[ParsedCall] = ()
+    ) -> dict[str, Any]:
         """Return a choice of a complete response."""
         raise NotImplementedError
 
-    def chunk(self, index: int, text: str | None, finish: Finish | None, logprobs: Any = None) -> dict[str, Any]:
-        """Return a choice of a streamed chunk. text None: the first chunk, which has no text."""
+    def chunk(self, index: int, delta: Delta | None, finish: Finish | None, logprobs: Any = None) -> dict[str, Any]:
+        """Return a choice of a streamed chunk. delta None: the first chunk, which has no text."""
         raise NotImplementedError
 
     def envelope(self, streamed: bool) -> dict[str, Any]:
@@ -171,8 +193,28 @@ class ChatRequest(GenerationRequest):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    response_format: dict[Literal["type"], Literal["text"]] | None = None
+    response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    # values of OpenAI's other fields that ask for what this server does anyway
     store: Literal[False] | None = None
+    modalities: list[Literal["text"]] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    verbosity: Literal["medium"] | None = None
+    reasoning_effort: Literal["none"] | None = None
+    # not supported: only null
+    audio: None = None
+    function_call: None = None
+    functions: None = None
+    metadata: None = None
+    moderation: None = None
+    prediction: None = None
+    prompt_cache_key: None = None
+    prompt_cache_options: None = None
+    prompt_cache_retention: None = None
+    safety_identifier: None = None
+    web_search_options: None = None
 
     @property
     def requested_tokens(self) -> int | None:
@@ -186,25 +228,23 @@ class ChatRequest(GenerationRequest):
             raise BadRequestError("top_logprobs needs logprobs; set logprobs to true", "top_logprobs")
         return (self.top_logprobs or 0) if self.logprobs else None
 
+    def grammars(self) -> list[GrammarSpec]:
+        """Return the grammars that the fields ask for. Raise BadRequestError if a field is invalid."""
+        of_format = None if self.response_format is None else self.response_format.grammar()
+        return [*([] if of_format is None else [of_format]), *super().grammars()]
+
+    def tool_calling(self, tokenizer: Any, form: ToolFormat | None) -> ToolCalling | None:
+        """Return how the answer may call tools, or None if it may not; see the base class."""
+        functions = callable_functions(self.tools, self.tool_choice, self.parallel_tool_calls)
+        if not functions:
+            return None
+        is_free = self.tool_choice in (None, "auto")
+        return ToolCalling.of(tokenizer, form, functions, is_free, self.parallel_tool_calls is not False)
+
     def prompt_tokens(self, tokenizer: Any) -> list[int]:
         """Return the prompt as token ids. Raise BadRequestError if it is invalid."""
-        if not tokenizer.chat_template:
-            raise BadRequestError("the base model has no chat template; use /v1/completions")
-        messages = [message.plain() for message in self.messages]
-        control = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-        if special_tokens := sorted(
-            token for token in control if any(token in t for one in messages for t in one.values())
-        ):
-            raise BadRequestError(
-                f"a message contains {', '.join(special_tokens)}, which the model would read as part of the chat "
-                "template; remove it, or send the whole text to /v1/completions",
-                "messages",
-            )
-        try:
-            rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-        except TemplateError as error:
-            raise BadRequestError(f"the chat template rejects these messages: {error}", "messages") from error
-        return list(rendered["input_ids"])
+        tools = [] if self.tool_choice == "none" else self.tools or []
+        return rendered_prompt(tokenizer, self.messages, tools)
 
     def logprobs_object(self, tokenizer: Any, tokens: Sequence[TokenLogprobs], offset: int) -> dict[str, Any]:
         """Return the field `logprobs` of a choice."""
@@ -219,15 +259,26 @@ class ChatRequest(GenerationRequest):
         ]
         return {"content": content, "refusal": None}
 
-    def choice(self, index: int, text: str, finish: Finish | None, logprobs: Any = None) -> dict[str, Any]:
+    def choice(
+        self, index: int, text: str, finish: Finish | None, logprobs: Any = None, calls: Sequence[ParsedCall] = ()
+    ) -> dict[str, Any]:
         """Return a choice of a complete response."""
-        message = {"role": "assistant", "content": text}
+        message: dict[str, Any] = {"role": "assistant", "content": text}
+        if calls:
+            message |= {"content": text or None, "tool_calls": [call.plain() for call in calls]}
         return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": finish}
 
-    def chunk(self, index: int, text: str | None, finish: Finish | None, logprobs: Any = None) -> dict[str, Any]:
+    def chunk(self, index: int, delta: Delta | None, finish: Finish | None, logprobs: Any = None) -> dict[str, Any]:
         """Return a choice of a streamed chunk."""
-        delta = {"role": "assistant", "content": ""} if text is None else {"content": text} if text else {}
-        return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
+        if isinstance(delta, str):
+            delta = {"content": delta} if delta else {}
+        first = {"role": "assistant", "content": ""}
+        return {
+            "index": index,
+            "delta": first if delta is None else delta,
+            "logprobs": logprobs,
+            "finish_reason": finish,
+        }
 
 
 class CompletionRequest(GenerationRequest):
@@ -278,13 +329,15 @@ class CompletionRequest(GenerationRequest):
             "text_offset": list(lengths),
         }
 
-    def choice(self, index: int, text: str, finish: Finish | None, logprobs: Any = None) -> dict[str, Any]:
+    def choice(
+        self, index: int, text: str, finish: Finish | None, logprobs: Any = None, calls: Sequence[ParsedCall] = ()
+    ) -> dict[str, Any]:
         """Return a choice of a complete response."""
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
 
-    def chunk(self, index: int, text: str | None, finish: Finish | None, logprobs: Any = None) -> dict[str, Any]:
+    def chunk(self, index: int, delta: Delta | None, finish: Finish | None, logprobs: Any = None) -> dict[str, Any]:
         """Return a choice of a streamed chunk."""
-        return self.choice(index, text or "", finish, logprobs)
+        return self.choice(index, delta if isinstance(delta, str) else "", finish, logprobs)
 
 
 def _token_text(tokenizer: Any, token: int) -> tuple[str, bool]:
@@ -304,7 +357,7 @@ def refusal(errors: Sequence[Mapping[str, Any]]) -> BadRequestError:
     first = next((one for one in errors if not one["type"].endswith("_type")), errors[0])
     place = [str(part) for part in first["loc"] if part != "body"]
     param = place[0] if place else None
-    named = ".".join(place[:3] if param == "messages" else place[:1]) or "request"
+    named = ".".join(place if param in NESTED else place[:1]) or "request"
     problem = "unknown field" if first["type"] == "extra_forbidden" else f"{first['msg']}, got {first['input']!r:.100}"
     if first["type"] == "none_required":
         problem = f"not supported, got {first['input']!r:.100}; remove it"

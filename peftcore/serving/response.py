@@ -6,6 +6,7 @@ The engine runs in its own thread and passes each chunk to the event loop throug
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,8 @@ from starlette.requests import Request
 
 from peftcore.serving.errors import ServingError, TimedOutError
 from peftcore.serving.generation import Chunk, Event, Generation
-from peftcore.serving.protocol import GenerationRequest, usage
+from peftcore.serving.protocol import Delta, GenerationRequest, usage
+from peftcore.serving.tool_call_stream import ToolCallStream
 
 
 class ClientGoneError(Exception):
@@ -28,12 +30,19 @@ class PendingResponse:
             function that receives the events.
         seconds: Time until TimedOutError.
         count: Number of completions.
+        calls: Makes a parser of tool calls for each completion. None: the text is the content.
 
     Raises:
         ServingError: A completion cannot be submitted; those before it are cancelled.
     """
 
-    def __init__(self, start: Callable[[int, Callable[[Event], None]], Generation], seconds: float, count: int = 1):
+    def __init__(
+        self,
+        start: Callable[[int, Callable[[Event], None]], Generation],
+        seconds: float,
+        count: int = 1,
+        calls: Callable[[], ToolCallStream] | None = None,
+    ):
         loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._seconds, self._deadline = seconds, loop.time() + seconds
@@ -41,6 +50,7 @@ class PendingResponse:
         def deliver(index: int, event: Event) -> None:
             loop.call_soon_threadsafe(self._events.put_nowait, (index, event))
 
+        self._calls = [calls() for _ in range(count)] if calls is not None else []
         self.generations: list[Generation] = []
         try:
             for index in range(count):
@@ -51,12 +61,18 @@ class PendingResponse:
             raise
         self.error: ServingError | None = None
         """Error that ended the response."""
+        self.tool_calls = 0
+        """Tool calls of the completions that have ended (count)."""
+        self._ended: set[int] = set()
+        """Completions that ended here before the engine ended them."""
 
     async def next(self) -> tuple[int, Chunk]:
         """Return the next chunk, after its completion's number. Raise ServingError if a completion failed."""
         try:
             async with asyncio.timeout_at(self._deadline):
                 index, event = await self._events.get()
+                while index in self._ended:
+                    index, event = await self._events.get()
         except TimeoutError:
             advice = "request fewer tokens, or try again later"
             index, event = 0, TimedOutError(f"request timed out after {self._seconds:g} s; {advice}")
@@ -65,21 +81,35 @@ class PendingResponse:
             raise event
         return index, event
 
+    def _parsed(self, index: int, chunk: Chunk) -> tuple[Chunk, list[Delta]]:
+        """Return a chunk with the finish reason of its completion, and its deltas of text and tool calls."""
+        if not self._calls:
+            return chunk, [chunk.text] if chunk.text else []
+        parser = self._calls[index]
+        deltas: list[Delta] = [*parser.push(chunk.text)]
+        if parser.done and chunk.finish is None:  # the engine removes the row before its next token
+            self.generations[index].abandoned = True
+            self._ended.add(index)
+            chunk = replace(chunk, finish="stop")
+        if chunk.finish is not None:
+            deltas += parser.finish(is_cut=chunk.finish == "length")
+            self.tool_calls += len(parser.calls)
+            if parser.calls and (chunk.finish == "stop" or parser.done):
+                chunk = replace(chunk, finish="tool_calls")
+        return chunk, deltas
+
     async def complete(self, body: GenerationRequest, tokenizer: Any) -> dict[str, Any]:
         """Return the whole response as one JSON object."""
         chunks: list[list[Chunk]] = [[] for _ in self.generations]
         while not all(part and part[-1].finish for part in chunks):
             index, chunk = await self.next()
-            chunks[index].append(chunk)
-        choices = [
-            body.choice(
-                index,
-                "".join(chunk.text for chunk in part),
-                part[-1].finish,
-                _logprobs(body, tokenizer, part, 0),
-            )
-            for index, part in enumerate(chunks)
-        ]
+            chunks[index].append(self._parsed(index, chunk)[0])
+        choices: list[dict[str, Any]] = []
+        for index, part in enumerate(chunks):
+            text, calls = "".join(chunk.text for chunk in part), ()
+            if self._calls:
+                text, calls = self._calls[index].content, self._calls[index].calls
+            choices.append(body.choice(index, text, part[-1].finish, _logprobs(body, tokenizer, part, 0), calls))
         counts = self._usage([part[-1] for part in chunks])
         return {**body.envelope(streamed=False), "choices": choices, "usage": counts}
 
@@ -96,10 +126,12 @@ class PendingResponse:
             yield event([body.chunk(index, None, None)])
         index, chunk = first
         while True:
-            if chunk.text or chunk.logprobs:
-                logprobs = _logprobs(body, tokenizer, [chunk], lengths[index])
-                yield event([body.chunk(index, chunk.text, None, logprobs)])
-                lengths[index] += len(chunk.text)
+            chunk, deltas = self._parsed(index, chunk)
+            logprobs = _logprobs(body, tokenizer, [chunk], lengths[index]) if deltas or chunk.logprobs else None
+            for delta in deltas or ([""] if chunk.logprobs else []):
+                yield event([body.chunk(index, delta, None, logprobs)])
+                logprobs = None
+            lengths[index] += len(chunk.text)
             if chunk.finish is not None:
                 yield event([body.chunk(index, "", chunk.finish)])
                 last[index] = chunk

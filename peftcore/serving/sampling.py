@@ -6,10 +6,13 @@ Shapes: B rows, V vocabulary.
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from peftcore.serving.grammar import TokenMatcher
 
 ZERO_TEMPERATURE = 1e-6
 """Temperatures up to this value mean greedy decoding; logits divided by them would overflow."""
@@ -55,10 +58,15 @@ class SampledRow(NamedTuple):
     generator: torch.Generator
     counts: Counter[int]
     """{token: how often the completion has it}"""
+    matcher: "TokenMatcher | None" = None
+    """State in the grammar of the completion, if it has one."""
 
 
 class TokenLogprobs(NamedTuple):
-    """Natural logarithms of probabilities by the model's own softmax, before temperature, penalties and biases."""
+    """Natural logarithms of probabilities by the model's own softmax.
+
+    They are those before grammar, temperature, penalties and biases.
+    """
 
     token: int
     logprob: float
@@ -66,17 +74,26 @@ class TokenLogprobs(NamedTuple):
     """The likeliest tokens with their values, the likeliest first."""
 
 
-def next_tokens(logits: Tensor, rows: Sequence[SampledRow]) -> list[int]:
-    """Return the next token of each row of logits (B, V)."""
+def next_tokens(logits: Tensor, rows: Sequence[SampledRow], allowed: Mapping[int, Tensor] | None = None) -> list[int]:
+    """Return the next token of each row of logits (B, V).
+
+    Args:
+        logits: The model's logits (B, V).
+        rows: Sampling options and state of each row.
+        allowed: {row: mask (V,) of the tokens that its grammar allows}; other rows are not constrained.
+    """
     logits = logits.float()
     tokens: list[int] = logits.argmax(-1).tolist()
-    for row, (sampling, generator, counts) in enumerate(rows):
-        adjusted = _adjusted(logits[row], sampling, counts)
+    for row, (sampling, generator, counts, _) in enumerate(rows):
+        values, changed = logits[row], False
+        if allowed and row in allowed:
+            values, changed = values.masked_fill(~allowed[row].to(values.device), float("-inf")), True
+        if (adjusted := _adjusted(values, sampling, counts)) is not None:
+            values, changed = adjusted, True
         if sampling.temperature > ZERO_TEMPERATURE:
-            values = logits[row] if adjusted is None else adjusted
             tokens[row] = _draw(values.cpu() / sampling.temperature, sampling.top_p, generator)
-        elif adjusted is not None:
-            tokens[row] = int(adjusted.argmax())
+        elif changed:
+            tokens[row] = int(values.argmax())
     return tokens
 
 

@@ -15,11 +15,14 @@ from peftcore.serving.engine import Engine
 from peftcore.serving.errors import BadRequestError, ContextLengthError, NotAllowedError
 from peftcore.serving.forward import RoutedForward
 from peftcore.serving.generation import Event, Generation
+from peftcore.serving.grammar import Compile, Grammar, GrammarCache
 from peftcore.serving.limits import Limits
 from peftcore.serving.metrics import Metrics
 from peftcore.serving.middleware import checked_keys
 from peftcore.serving.protocol import GenerationRequest, LoadRequest, UnloadRequest
 from peftcore.serving.sampling import Sampling
+from peftcore.serving.tool_calling import ToolCalling
+from peftcore.serving.tool_formats import ToolFormat, format_of_name
 
 
 @dataclass(frozen=True)
@@ -37,14 +40,37 @@ class Service:
     """Tokens of the model (count)."""
     eos_tokens: frozenset[int]
     """Token ids that end a completion."""
+    grammars: GrammarCache
+    """Compiles grammars of answers."""
     keys: tuple[str, ...] = ()
     warnings: Mapping[str, str] = field(default_factory=dict)
     """{source: text} of present problems, such as a new version that could not be loaded."""
     loadable: Path | None = None
     """Folder below which clients may load adapters; None: they may not."""
+    tool_format: ToolFormat | None = None
+    """Form of tool calls; None: that of the chat template."""
+
+    async def grammar(self, body: GenerationRequest, calling: ToolCalling | None) -> Grammar | None:
+        """Return the compiled grammar of a request's answers, or None if any text may be the answer.
+
+        Args:
+            body: The request.
+            calling: How the answer may call tools.
+
+        Raises:
+            ServingError: The grammar is invalid, or this server cannot enforce one.
+        """
+        spec = body.grammar(calling, self.tokenizer)
+        return None if spec is None else await self.grammars.compile(spec)
 
     def generation(
-        self, body: GenerationRequest, prompt: Sequence[int], index: int, sink: Callable[[Event], None]
+        self,
+        body: GenerationRequest,
+        prompt: Sequence[int],
+        index: int,
+        sink: Callable[[Event], None],
+        grammar: Grammar | None = None,
+        calling: ToolCalling | None = None,
     ) -> Generation:
         """Submit one completion of a request to the engine, and return its generation.
 
@@ -53,6 +79,8 @@ class Service:
             prompt: Its prompt as token ids.
             index: Number of the completion, from 0; each samples by a seed of its own, the request's seed plus index.
             sink: Receives the events, in the engine's thread.
+            grammar: Constrains the completion.
+            calling: How the completion may call tools.
 
         Raises:
             ServingError: The request cannot be answered.
@@ -68,7 +96,9 @@ class Service:
             body.biases(self.vocabulary),
             body.wanted_logprobs,
         )
-        generation = Generation(body.model, prompt, sampling, self.tokenizer, self.eos_tokens, sink)
+        matcher = None if grammar is None else grammar.matcher()
+        markers = None if calling is None else calling.form.markers(self.tokenizer)
+        generation = Generation(body.model, prompt, sampling, self.tokenizer, self.eos_tokens, sink, matcher, markers)
         self.engine.submit(generation)
         return generation
 
@@ -129,6 +159,8 @@ def make_service(
     keys: Sequence[str] = (),
     warnings: Mapping[str, str] | None = None,
     loadable: Path | None = None,
+    tool_call_parser: str | None = None,
+    compile_grammar: Compile | None = None,
 ) -> Service:
     """Assemble a server.
 
@@ -142,9 +174,11 @@ def make_service(
         keys: Accepted API keys. Empty: no key is needed.
         warnings: {source: text} that `/ready` and `/metrics` show; may change while the server runs.
         loadable: Folder below which clients may load adapters by `/v1/load_lora_adapter`; None: they may not.
+        tool_call_parser: Form of the model's tool calls, a name of `tool_formats`; None: that of the chat template.
+        compile_grammar: Compiles grammars of answers; None: llguidance does (extra `structured`).
 
     Raises:
-        ConfigError: The model or a composition cannot be served, or a key is empty.
+        ConfigError: The model or a composition cannot be served, a key is empty, or there is no such parser.
     """
     limits = limits or Limits()
     warnings = {} if warnings is None else warnings
@@ -154,6 +188,15 @@ def make_service(
     config = model.config.get_text_config(decoder=True)
     made_for = getattr(config, "max_position_embeddings", None) or limits.max_context or 2048
     context = min(made_for, limits.max_context or made_for)
+    eos_tokens = _eos_tokens(model, tokenizer)
+
+    def load_compiler() -> Compile:
+        if compile_grammar is not None:
+            return compile_grammar
+        from peftcore.serving.llguidance_grammars import load
+
+        return load(tokenizer, config.vocab_size, eos_tokens)
+
     return Service(
         engine,
         catalog,
@@ -162,10 +205,12 @@ def make_service(
         metrics,
         context,
         config.vocab_size,
-        _eos_tokens(model, tokenizer),
+        eos_tokens,
+        GrammarCache(load_compiler, limits, metrics),
         checked_keys(keys),
         warnings,
         loadable,
+        None if tool_call_parser is None else format_of_name(tool_call_parser),
     )
 
 

@@ -1,6 +1,7 @@
 """Incremental decoding of tokens into text. Emitted text never changes, and never contains part of a stop text."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 UNFINISHED = "�"
@@ -13,10 +14,11 @@ class TextStream:
     Args:
         tokenizer: Decodes the tokens.
         stop: Texts that end the completion.
+        markers: {special token id: its text} of special tokens that are part of the text; other ones are left out.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()):
-        self._tokenizer, self._stop = tokenizer, stop
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), markers: Mapping[int, str] = MappingProxyType({})):
+        self._tokenizer, self._stop, self._markers = tokenizer, stop, markers
         self._tokens: list[int] = []
         self._context = self._read = 0
         """Tokens before `_read` were emitted. Decoding starts at `_context`: spaces depend on earlier tokens."""
@@ -26,6 +28,10 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """Return the text after a token; '' inside a character, or while the text may begin a stop text."""
+        if token in self._markers:
+            rest = self._rest()
+            self._tokens, self._context, self._read = [], 0, 0
+            return self._emit(rest + self._markers[token])
         self._tokens.append(token)
         before, whole = self._decode(self._context, self._read), self._decode(self._context)
         if whole.endswith(UNFINISHED) or len(whole) <= len(before):
@@ -35,9 +41,12 @@ class TextStream:
 
     def finish(self) -> str:
         """Return the remaining text after the last token."""
-        rest = self._decode(self._context)[len(self._decode(self._context, self._read)) :]
-        text = self._emit(rest)
+        text = self._emit(self._rest())
         return text if self.stopped else text + self._withheld
+
+    def _rest(self) -> str:
+        """Return the text of the last tokens that is not read yet, such as a part of a character."""
+        return self._decode(self._context)[len(self._decode(self._context, self._read)) :]
 
     def _emit(self, text: str) -> str:
         if self.stopped:
@@ -47,7 +56,7 @@ class TextStream:
         if positions:
             self.stopped = True
             return text[: min(positions)]
-        overlap = max((_overlap(text, stop) for stop in self._stop), default=0)
+        overlap = max((partial_match(text, stop) for stop in self._stop), default=0)
         self._withheld = text[len(text) - overlap :]
         return text[: len(text) - overlap]
 
@@ -57,6 +66,6 @@ class TextStream:
         )
 
 
-def _overlap(text: str, stop: str) -> int:
+def partial_match(text: str, stop: str) -> int:
     """Return the number of characters at the end of a text that begin a stop text."""
     return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -104,12 +104,14 @@ class Served:
         self.clients.append(made)
         return made
 
-    def begin(self, model: str, prompt: list[int], tokens: int, **sampling: Any) -> "Asked":
+    def begin(self, model: str, prompt: list[int], tokens: int, matcher: Any = None, **sampling: Any) -> "Asked":
         """Submit a request to the engine, without HTTP."""
         asked = Asked()
         given = Sampling(tokens, **{"temperature": 0.0, **sampling})
         service = self.service
-        asked.generation = Generation(model, prompt, given, service.tokenizer, service.eos_tokens, asked.events.put)
+        asked.generation = Generation(
+            model, prompt, given, service.tokenizer, service.eos_tokens, asked.events.put, matcher
+        )
         service.engine.submit(asked.generation)
         return asked
 
@@ -172,11 +174,12 @@ def serving(world: World) -> Iterator[Callable[..., Served]]:
         limits: Limits | None = None,
         keys: Any = (),
         metrics_port: int | None = None,
+        **options: Any,
     ) -> Served:
         model = copy.deepcopy(world.model)
         store = AdapterStore(model, max_loaded)
         store.register_directory(world.folder)
-        service = make_service(model, world.tokenizer, store, "base", {"mix": Weighted(MIX)}, limits, keys)
+        service = make_service(model, world.tokenizer, store, "base", {"mix": Weighted(MIX)}, limits, keys, **options)
         if not http:
             service.engine.start()
             made.append((Served(world, service), None))

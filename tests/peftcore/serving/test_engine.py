@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from choice_grammar import ChoiceGrammar
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -19,6 +20,7 @@ from peftcore.prompts.adaption_prompt import AdaptionPromptConfig
 from peftcore.serving import Limits
 from peftcore.serving.errors import (
     AdapterFailedError,
+    GrammarError,
     ServingError,
     ShuttingDownError,
 )
@@ -314,3 +316,87 @@ def test_a_new_version_is_for_requests_that_come_after_it(serving: Callable[...,
     assert finished[1:] == (("length", 60) if finished[1] == "length" else finished[1:])
     whole = world.expected("sql", [5, 6, 7], 60)
     assert whole.endswith(finished[0]) and whole != fresh[0]
+
+
+# -- grammars -------------------------------------------------------------------------------------------------------
+
+
+def choices(served: Any, *texts: str, fails_at: int | None = None) -> Any:
+    """A matcher of fixed texts."""
+    ids = [served.world.tokenizer(text)["input_ids"] for text in texts]
+    return ChoiceGrammar(ids, len(served.world.tokenizer), fails_at).matcher()
+
+
+def test_each_row_has_its_own_grammar_and_rows_without_one_are_as_alone(
+    serving: Callable[..., Any], world: Any
+) -> None:
+    served = serving()
+    texts = [("yes", "no"), ("übermorgen",), ("a", "ab", "abc"), ("", "x")]
+    free = [(name, prompt) for name, prompt in zip(NAMES, prompts(6), strict=True)]
+    asked = [served.begin(name, prompt, 25) for name, prompt in free]
+    bound = [
+        (one, served.begin(name, prompts(8)[number], 40, choices(served, *one), temperature=temperature, seed=3))
+        for number, one in enumerate(texts)
+        for name in ("base", "sql", "mix")
+        for temperature in (0.0, 1.5)
+    ]
+    for one, request in bound:
+        text, finish, _ = request.result()
+        assert text in one and finish == "stop"
+    for (name, prompt), request in zip(free, asked, strict=True):
+        assert request.result()[0] == world.expected(name, prompt, 25)
+    assert served.metric("peftcore_grammar_tokens_total") > 0
+    assert served.metric("peftcore_grammar_mask_seconds_total") > 0
+
+
+def test_a_request_without_a_grammar_computes_no_mask(serving: Callable[..., Any]) -> None:
+    served = serving()
+    served.begin("sql", prompts(1)[0], 9).result()
+    assert served.metric("peftcore_grammar_mask_seconds_total") == 0
+
+
+def test_a_complete_text_ends_without_an_end_token_and_the_token_limit_ends_it_early(
+    serving: Callable[..., Any],
+) -> None:
+    served = serving()
+    prompt = prompts(1)[0]
+    assert served.begin("sql", prompt, 40, choices(served, "hello")).result() == ("hello", "stop", 5)
+    assert served.begin("sql", prompt, 5, choices(served, "hello")).result() == ("hello", "stop", 5)
+    assert served.begin("sql", prompt, 3, choices(served, "hello")).result() == ("hel", "length", 3)
+    assert served.begin("sql", prompt, 40, choices(served, "hello"), stop=("l",)).result() == ("he", "stop", 3)
+
+
+def test_a_grammar_that_fails_ends_its_own_request_alone(serving: Callable[..., Any], world: Any) -> None:
+    served = serving()
+    prompt = prompts(1)[0]
+    asked = [served.begin("sql", prompt, 20)]
+    failing = [served.begin("sql", prompt, 20, choices(served, "hello", fails_at=place)) for place in (0, 3)]
+    asked += [served.begin("chat", prompt, 20), served.begin("sql", prompt, 20, choices(served, "hello"))]
+    for one in failing:
+        error = one.result()
+        while not isinstance(error, ServingError):
+            error = one.first()
+        assert isinstance(error, GrammarError) and error.status == 400
+    assert asked[0].result()[0] == world.expected("sql", prompt, 20)
+    assert asked[1].result()[0] == world.expected("chat", prompt, 20)
+    assert asked[2].result()[0] == "hello"
+    served.wait(lambda: served.service.engine.idle)
+    assert served.service.catalog.store.statistics()["in_use"] == 0
+
+
+def test_a_grammar_and_the_prefix_cache_go_together(serving: Callable[..., Any]) -> None:
+    served = serving()
+    prompt = [chance % 200 + 3 for chance in range(100)]
+    for _ in range(2):
+        assert served.begin("sql", prompt, 40, choices(served, "yes", "no")).result()[0] in ("yes", "no")
+    assert served.metric("peftcore_prefix_cache_tokens_total") == 96
+
+
+def test_log_probabilities_under_a_grammar_are_the_models_own(serving: Callable[..., Any]) -> None:
+    served = serving()
+    prompt = prompts(1)[0]
+    free = served.begin("sql", prompt, 1, logprobs=20).first().logprobs
+    bound = served.begin("sql", prompt, 1, choices(served, "z"), logprobs=20).first().logprobs
+    assert bound.top == free.top
+    token = served.world.tokenizer("z")["input_ids"][0]
+    assert bound.token == token and bound.logprob <= free.logprob

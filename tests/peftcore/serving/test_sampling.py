@@ -82,3 +82,37 @@ def test_log_probabilities_are_the_models_own() -> None:
     assert [token for token, _ in reported.top] == [3, 2]
     assert [value for _, value in reported.top] == pytest.approx([math.log(0.4), math.log(0.3)])
     assert token_logprobs(LOGITS[0], 1, 0).top == []
+
+
+def test_only_tokens_that_the_grammar_allows_are_chosen() -> None:
+    allowed = {0: torch.tensor([True, True, False, False])}
+
+    def drawn(**given: Any) -> Counter[int]:
+        sampling = Sampling(1, seed=0, **given)
+        row = SampledRow(sampling, sampling.generator(), Counter())
+        free = SampledRow(Sampling(1), Sampling(1, seed=1).generator(), Counter())
+        both = [next_tokens(LOGITS.expand(2, -1), [row, free], allowed) for _ in range(3000)]
+        assert {token for _, token in both} == {0, 1, 2, 3}
+        return Counter(token for token, _ in both)
+
+    assert drawn(temperature=0.0) == {1: 3000}
+    found = drawn()  # the probabilities of the other tokens, in proportion
+    assert set(found) == {0, 1} and found[0] / 3000 == pytest.approx(1 / 3, abs=0.03)
+    assert set(drawn(logit_bias={3: 100.0})) == {0, 1}
+    assert drawn(logit_bias={0: -100.0}, presence_penalty=2.0) == {1: 3000}
+
+
+def test_top_p_counts_only_what_the_grammar_allows() -> None:
+    allowed = {0: torch.tensor([True, True, False, False])}  # 1/3 and 2/3
+    for top_p, expected in ((0.6, {1}), (0.7, {0, 1})):
+        sampling = Sampling(1, seed=0, top_p=top_p)
+        row = SampledRow(sampling, sampling.generator(), Counter())
+        assert {next_tokens(LOGITS, [row], allowed)[0] for _ in range(300)} == expected
+
+
+def test_a_mask_leaves_the_logits_as_they_are() -> None:
+    logits = LOGITS.clone()
+    sampling = Sampling(1, temperature=0.0)
+    row = SampledRow(sampling, sampling.generator(), Counter())
+    next_tokens(logits, [row], {0: torch.tensor([True, False, False, False])})
+    assert torch.equal(logits, LOGITS)  # so that log-probabilities are the model's own
