@@ -61,9 +61,9 @@ def test_a_refusal_exits_with_3_and_its_reason_and_json_stays_json(here: Any) ->
     result = peftcore("promote", "--json")
     assert result.exit_code == 3
     assert json.loads(result.stdout)["report"]["reason"] == "gain in loss: 1.100 nats, at least 2"
-    assert result.stderr == (
-        "error: docstrings v0.1.0 is not promoted to champion: gain in loss: 1.100 nats, at least 2\n"
-    )
+    warning, error = result.stderr.splitlines()
+    assert error == "error: docstrings v0.1.0 is not promoted to champion: gain in loss: 1.100 nats, at least 2"
+    assert "judged by uncommitted rules" in warning and "(`git add params.yaml && git commit` includes" in warning
 
 
 def test_an_unsigned_approval_is_said_to_prove_nothing(here: Any) -> None:
