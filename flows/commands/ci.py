@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from flows.commands import completion
-from flows.commands.common import AsJson, at_stage, errors, project
+from flows.commands.common import AsJson, at_stage, errors, project, warn_of_uncommitted
 from flows.errors import PipelineError
 
 
@@ -67,7 +67,9 @@ def ci(
     """
     with errors(), project() as (params, paths):
         from flows.gate.ci import judge, rules_for, tell_error
+        from flows.runtime.git import Git
 
+        warn_of_uncommitted(Git(paths.root), "CI judges commits, by the rules of a commit; it works without")
         where = report or paths.review.with_name("gate.md")
         with ExitStack() as stack:
             try:

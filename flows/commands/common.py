@@ -1,7 +1,8 @@
 """Shared code of the commands: options, the project of the current folder, errors as exit codes."""
 
+import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +19,9 @@ from peftcore.errors import PeftError
 if TYPE_CHECKING:
     from flows.params import Params
     from flows.registry.reader import RegistryReader
+    from flows.runtime.git import Git
+
+logger = logging.getLogger(__name__)
 
 SIX_HOURS = 6 * 3600.0
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document to stdout.")]
@@ -114,6 +118,20 @@ def project() -> Iterator[tuple["Params", Paths]]:
 
     root = find_root()
     yield load_params(Paths(root).params), Paths(root)
+
+
+def warn_of_uncommitted(git: "Git", words: str, paths: Sequence[str] | None = None) -> None:
+    """Warn of uncommitted files, with the git command that commits them.
+
+    Args:
+        git: the repository.
+        words: What the command does about them; the files follow.
+        paths: files and folders to look at; by default those of parameters, data and code.
+    """
+    from flows.runtime.inputs import INPUTS, unused_changes
+
+    if unused := unused_changes(git, INPUTS if paths is None else paths):
+        logger.warning("%s: %s", words, unused)
 
 
 def holders(params: "Params", paths: Paths) -> dict[str, str | None]:

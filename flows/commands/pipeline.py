@@ -2,6 +2,7 @@
 
 import json
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -123,9 +124,7 @@ def plan(
     probe: Annotated[
         bool, typer.Option("--probe/--no-probe", help="Train two shallow models of the real width for a few steps.")
     ] = True,
-    probe_timeout: Annotated[
-        float, typer.Option(min=1, metavar="SECONDS", help="Time limit for each process of the probe.")
-    ] = 600.0,
+    probe_timeout: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="Time limit for the probe.")] = 600.0,
     as_json: AsJson = False,
 ) -> None:
     """Estimate the memory, time and disk space of a training, and suggest changes that make it fit.
@@ -135,10 +134,14 @@ def plan(
     the memory. Exit code 1: the run does not fit this machine.
     """
     with errors(), project() as (params, paths):
-        from flows.resources.estimate import estimate
-        from flows.resources.table import print_estimate
+        from flows.resources.probe_launch import Probe
 
-        planned = estimate(params, paths, config, probe, probe_timeout)
+        # before the imports below, so that both processes import at once
+        with one_document(as_json), Probe() if probe else nullcontext() as process:
+            from flows.resources.estimate import estimate
+            from flows.resources.table import print_estimate
+
+            planned = estimate(params, paths, config, process, probe_timeout)
         if as_json:
             print(json.dumps(planned.as_dict(), indent=2))
         else:

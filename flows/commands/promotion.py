@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from flows.commands import completion
-from flows.commands.common import AsJson, PushTo, at_stage, errors, newest, project
+from flows.commands.common import AsJson, PushTo, at_stage, errors, newest, project, warn_of_uncommitted
 from flows.errors import GateError
 from flows.runtime.stage import fail
 from peftcore.files import write_atomically
@@ -62,7 +62,12 @@ def promote(
     with errors(), project() as (params, paths):
         from flows.gate.promote import promote as promote_version
         from flows.gate.report import as_markdown
+        from flows.runtime.git import Git
 
+        rules = [paths.params.name]
+        warn_of_uncommitted(
+            Git(paths.root), "the version is judged by uncommitted rules, and CI by the committed", rules
+        )
         promotion = promote_version(at_stage(params, stage), paths, version, dry_run, push_to, again)
         if markdown is not None:
             write_atomically(markdown, as_markdown(promotion))

@@ -60,6 +60,8 @@ def _facts(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "retraining", f"{last['outcome']} {last['finished']}: {last['reason']}"
     if schedule := status["retraining"]["schedule"]:
         yield "next", f"{schedule['next']} ({schedule['cron']}, {schedule['timezone']})"
+    if status["uncommitted"]:
+        yield "uncommitted", f"{status['uncommitted']}; a retraining and CI work without"
     disk = status["disk"]
     sizes = {"free": disk["free"], "cache": disk["cache"], "checkpoints": disk["checkpoints"]}
     trees = {f"working tree {tree}": size for tree, size in disk["worktrees"].items()}

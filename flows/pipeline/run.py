@@ -17,6 +17,7 @@ from flows.errors import GateError, RepositoryError
 from flows.evaluation.benchmarks import check_benchmarks
 from flows.evaluation.scorers.load import check_scorers
 from flows.gate.promote import Promotion, promote
+from flows.gate.proposal import first_limits
 from flows.params import left_over, load_params, load_suites
 from flows.paths import Paths
 from flows.registry.lineage import check_artifact_name
@@ -152,7 +153,7 @@ def _judged(root: Path, push_to: str | None, in_task: Callable[[str, Work], Work
     with record.at("review"):
         page: Path = in_task("review", write_review)(params, paths)
     record.page = str(page)
-    print_summary(paths, promotion, page, record.seconds)
+    print_summary(paths, promotion, page, record.seconds, first_limits(params, paths, promotion))
     if not promotion.accepted:
         raise GateError(promotion.sentence)
     return PipelineResult(promotion, page, record.seconds)

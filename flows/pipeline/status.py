@@ -21,6 +21,7 @@ from flows.paths import Paths
 from flows.registry.project_registry import registry_of
 from flows.registry.reader import RegistryReader
 from flows.runtime.git import Git
+from flows.runtime.inputs import unused_changes
 from flows.runtime.last_run import last_run, running
 from flows.runtime.processes import is_alive, is_noted_alive
 from flows.runtime.worktree import leftovers
@@ -36,6 +37,7 @@ def status(params: Params, paths: Paths) -> dict[str, Any]:
         looks: place of the newest version in the sequence of looks; None if `gate.sequence.alpha` is null.
         retraining: {last: the last entry of the history, schedule: the schedule or None}.
         disk: free space and sizes.
+        uncommitted: files that a retraining and CI do not see, in words; empty if there are none.
         hints: commands for leftovers of killed processes.
     """
     registry = registry_of(params, paths.root).snapshot()
@@ -50,6 +52,7 @@ def status(params: Params, paths: Paths) -> dict[str, Any]:
         "looks": _looks(registry, params),
         "retraining": {"last": _last_retraining(paths), "schedule": _schedule(paths)},
         "disk": _disk(registry.git, paths),
+        "uncommitted": unused_changes(registry.git),
         "hints": list(_hints(paths)),
     }
 

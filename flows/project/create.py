@@ -123,6 +123,7 @@ def create_project(root: Path, project: NewProject, force: bool = False) -> list
     """
     is_nested = _check_place(root)
     _check_name_is_free(root, project.name)
+    _check_base(root, project.base)
     source, copied = _data_source(root, project.data, project.task)
     remote = _default_remote(root)
     _check_params(params := params_text(project, source, remote))
@@ -378,6 +379,13 @@ def _check_name_is_free(root: Path, name: str) -> None:
     for other in others:
         if load_params(Paths(other).params).project.name == name:
             raise ParamsError(f"the name {name!r} is that of the project {other}; give another --name")
+
+
+def _check_base(root: Path, base: str) -> None:
+    """Raise ParamsError if a `path:` names nothing; a relative one starts from the project's folder."""
+    kind, _, name = base.partition(":")
+    if kind == "path" and not (place := root / Path(name).expanduser()).exists():
+        raise ParamsError(f"--base {base}: there is no {place}; give a model folder, a .gguf file, or hub:NAME")
 
 
 def _check_params(text: str) -> None:

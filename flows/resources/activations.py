@@ -97,7 +97,8 @@ def activations(config: Any, params: Params, batch: BatchSize, longest: int, tot
         EstimateError: The model's forward needs values, which fake tensors do not have.
     """
     blocks = number_of_blocks(config)
-    few = (SELECTED, 2 * SELECTED)
+    # with selective recomputation, a group of blocks is what repeats
+    few = (SELECTED, 2 * SELECTED) if _mode(params, device()) == "selective" else (1, 2)
     if blocks <= few[1]:
         kept, peak = _simulated(config, params, batch, longest, total_steps)
     else:

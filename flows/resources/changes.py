@@ -1,5 +1,6 @@
 """Alternative parameters that need less memory, and the peak of each."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,31 +21,48 @@ class Change:
     fits: bool
 
 
-def changes(
-    config: Any, params: Params, paths: Paths, counted: StaticMemory, libraries: int, rest: int, limit: int
-) -> list[Change]:
-    """Return alternatives that need less memory, the smallest saving first.
+@dataclass(frozen=True)
+class Alternative:
+    """Alternative parameters, and their memory without libraries."""
+
+    params: dict[str, Any]
+    memory: StaticMemory
+
+
+def alternatives(config: Any, params: Params, paths: Paths, counted: StaticMemory) -> list[Alternative]:
+    """Return alternative parameters that may need less memory.
 
     Args:
         config: The base's configuration.
         params: The parameters of the run.
         paths: The project's files.
         counted: Memory of the run with the present parameters.
-        libraries: Bytes of libraries before loading.
-        rest: Bytes of libraries and allocator during training, assumed constant.
-        limit: Bytes of the machine.
     """
-    alternatives: list[Change] = []
+    possible: list[Alternative] = []
     for values in _choices(params):
         changed = _with(params, values)
         same = counted.sizes if changed.quantization == params.quantization else None
         try:
-            other = StaticMemory(config, changed, workload(changed, paths), same)
+            possible.append(Alternative(values, StaticMemory(config, changed, workload(changed, paths), same)))
         except EstimateError:  # such as packs shorter than a row
             continue
-        peak, mapped = max(libraries + other.loading, other.peak + rest), other.sizes.mapped
-        alternatives.append(Change(values, peak, mapped, peak - mapped <= limit))
-    return sorted(alternatives, key=lambda change: -change.peak)
+    return possible
+
+
+def changes(possible: Iterable[Alternative], libraries: int, rest: int, limit: int) -> list[Change]:
+    """Return the peak of each alternative, the smallest saving first.
+
+    Args:
+        possible: The alternatives.
+        libraries: Bytes of libraries before loading.
+        rest: Bytes of libraries and allocator during training, assumed constant.
+        limit: Bytes of the machine.
+    """
+    found = []
+    for one in possible:
+        peak, mapped = max(libraries + one.memory.loading, one.memory.peak + rest), one.memory.sizes.mapped
+        found.append(Change(one.params, peak, mapped, peak - mapped <= limit))
+    return sorted(found, key=lambda change: -change.peak)
 
 
 def _choices(params: Params) -> list[dict[str, Any]]:

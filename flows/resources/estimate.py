@@ -18,15 +18,16 @@ from flows.errors import BaseModelError, EstimateError
 from flows.params import Params
 from flows.paths import Paths
 from flows.resources.batches import Workload, workload
-from flows.resources.changes import Change, changes
-from flows.resources.probe import Measured, Task, depths, run_probe, seconds_of, sequence, write_shallow_base
+from flows.resources.changes import Change, alternatives, changes
+from flows.resources.probe import Measured, Task, batches, depths, seconds_of, write_shallow_base
+from flows.resources.probe_launch import Probe
 from flows.resources.sizes import Sizes, number_of_blocks, with_blocks
 from flows.resources.static_memory import StaticMemory, blocks_are_alike
 from flows.runtime.machine_memory import free_memory, memory_limit, peak_memory
 from flows.stages.detect import without_weights
 
 PROBE_SECONDS = 600.0
-"""Time limit of one probe process (seconds)."""
+"""Time limit of the probe (seconds)."""
 SMALL = 2**20
 """Bytes of a checkpoint besides tensors: states, configurations, the manifest."""
 
@@ -98,7 +99,11 @@ class Estimate:
 
 
 def estimate(
-    params: Params, paths: Paths, config_file: Path | None = None, probe: bool = True, timeout: float = PROBE_SECONDS
+    params: Params,
+    paths: Paths,
+    config_file: Path | None = None,
+    probe: Probe | None = None,
+    timeout: float = PROBE_SECONDS,
 ) -> Estimate:
     """Estimate the train stage of a run.
 
@@ -106,8 +111,8 @@ def estimate(
         params: The parameters of the run.
         paths: The project's files.
         config_file: A config.json, also of a model that is not here; None: the fetched base's.
-        probe: Measure two shallow models; False: only count.
-        timeout: Time limit of each probe process (seconds).
+        probe: The started process that measures two shallow models; None: only count.
+        timeout: Time limit of the probe (seconds).
 
     Raises:
         EstimateError, BaseModelError: The run cannot be estimated.
@@ -137,11 +142,15 @@ def estimate(
     if not blocks_are_alike(config, params, counted.sizes):
         notes.append("the blocks differ; the figures are extrapolated from the first blocks")
     libraries = peak_memory(device()) if device().type == "cpu" else 0
-    measured = _measured(config, params, work, timeout) if probe else None
+    others = alternatives(config, params, paths, counted)
+    # last, because nothing else may take the processor's time meanwhile
+    measured = _measured(probe, config, params, work, timeout) if probe else None
     if measured is None:
         notes.append("without the probe: libraries as in this process, no time, an allocator without waste")
     loading = libraries + counted.loading
-    step = round(max(measured.peak, measured.evaluation_peak)) if measured else libraries + counted.peak
+    step = libraries + counted.peak
+    if measured:
+        step = round(max(measured.peak, measured.evaluation_peak) + measured.shapes)
     rest = step - counted.peak
     limit = memory_limit(device())
     return Estimate(
@@ -160,7 +169,7 @@ def estimate(
         time=_time(measured, work, params) if measured else {},
         disk=_disk(counted.sizes, params, base_is_here=config_file is None),
         disk_free=shutil.disk_usage(paths.root).free,
-        changes=changes(config, params, paths, counted, libraries, rest, limit),
+        changes=changes(others, libraries, rest, limit),
         notes=notes,
     )
 
@@ -190,20 +199,27 @@ def _config(path: Path) -> Any:
     return without_weights(path).config
 
 
-def _measured(config: Any, params: Params, work: Workload, timeout: float) -> Measured:
+def _measured(probe: Probe, config: Any, params: Params, work: Workload, timeout: float) -> Measured:
     """Return the probe's figures, extrapolated to all blocks."""
-    training, evaluation = sequence(work)
-    results: list[Measured] = []
-    shallow = depths(number_of_blocks(config))
-    for blocks in shallow:
-        with tempfile.TemporaryDirectory(prefix="peftcore-plan-") as scratch:
-            base = Path(scratch) / "base"
-            write_shallow_base(with_blocks(config, blocks), base, params.project.seed)
-            task = Task(params.model_dump(), str(base), training, evaluation, work.longest, work.optimizer_steps)
-            results.append(run_probe(task, Path(scratch), timeout))
-    if len(shallow) == 1:
+    blocks, tasks = depths(number_of_blocks(config)), list[Task]()
+    with tempfile.TemporaryDirectory(prefix="peftcore-plan-") as scratch:
+        for count in blocks:
+            base = Path(scratch) / str(count) / "base"
+            write_shallow_base(with_blocks(config, count), base, params.project.seed)
+            chosen = batches(work, is_first=not tasks)
+            tasks.append(
+                Task(
+                    params=params.model_dump(),
+                    base=str(base),
+                    **chosen,
+                    longest=work.longest,
+                    optimizer_steps=work.optimizer_steps,
+                )
+            )
+        results = probe.measure(tasks, timeout)
+    if len(blocks) == 1:
         return results[0]
-    return results[0].deeper(results[1], (shallow[0], shallow[1]), number_of_blocks(config))
+    return results[0].deeper(results[1], (blocks[0], blocks[1]), number_of_blocks(config))
 
 
 def _time(measured: Measured, work: Workload, params: Params) -> dict[str, float]:

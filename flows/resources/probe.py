@@ -1,65 +1,67 @@
-"""The probe: two depths of the model, each trained for a few steps in its own process.
+"""The probe: two depths of the model, each trained for a few steps.
 
 The probe's base has the real widths, a few blocks and random weights. Memory and time grow linearly with the blocks, so
-two depths give the whole. `flows.resources.probe_process` runs in the processes, which have their own memory peaks.
+two depths give the whole. Batches of many shapes cost memory too (kernels that are cached by shape, and gaps in the
+allocator's memory). These costs do not grow with the blocks, so only the model with fewer blocks sees many shapes.
+`flows.resources.probe_process` trains, in a process of its own.
 """
 
-import json
-import subprocess
-import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy
 
-from flows.errors import EstimateError
 from flows.resources.batches import BatchSize, RowSize, Workload, shapes
 from flows.runtime.stage import set_seed
 
-SHAPES = 40
-"""Maximum shapes of batches to train on; their products fill oneDNN's cache (1,024 kernels)."""
-EVALUATED = 4
-"""Maximum shapes of batches to evaluate."""
+TIMED = 3
+"""Maximum shapes of batches that are timed."""
+SHAPES = 16
+"""Maximum shapes of batches to train on."""
 Timings = list[tuple[int, float]]
 """(positions of a batch, seconds), from small to large."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """Work of one process."""
+    """Work on one shallow model."""
 
     params: dict[str, Any]
     base: str
     """Folder of the shallow base."""
-    training: list[BatchSize]
-    """Forward passes, in order."""
+    timed: list[BatchSize]
+    """Training batches to time, each one twice."""
+    others: list[BatchSize]
+    """Training batches of further shapes, whose memory alone is measured."""
     evaluation: list[BatchSize]
+    """Batches to evaluate, each one twice."""
     longest: int
     """Tokens of the run's longest row."""
     optimizer_steps: int
     """Optimiser steps of the whole run."""
 
     @classmethod
-    def read(cls, path: Path) -> "Task":
-        """Read a task file."""
-        values = json.loads(path.read_text())
-        for name in ("training", "evaluation"):
-            values[name] = [
-                BatchSize(tuple(RowSize(*row) for row in one["rows"]), one["padded"]) for one in values[name]
-            ]
-        return cls(**values)
+    def of(cls, values: Mapping[str, Any]) -> "Task":
+        """Return the task of these JSON values."""
+        batches = {
+            name: [BatchSize(tuple(RowSize(*row) for row in one["rows"]), one["padded"]) for one in values[name]]
+            for name in ("timed", "others", "evaluation")
+        }
+        return cls(**{**values, **batches})
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Results of one process, or their extrapolation to a deeper model. Memory in bytes, time in seconds."""
+    """Figures of one shallow model, or their extrapolation to a deeper model. Memory in bytes, time in seconds."""
 
     peak: float
-    """Peak of training."""
+    """Peak of training on the timed batches."""
     evaluation_peak: float
-    """Peak of an evaluation."""
+    """Peak of an evaluation, without `shapes`."""
+    shapes: float
+    """Memory that batches of further shapes add to each peak."""
     importing: float
     """Start of the process until libraries were imported."""
     loading: float
@@ -73,14 +75,19 @@ class Measured:
     """Writing a checkpoint."""
 
     @classmethod
-    def read(cls, path: Path) -> "Measured":
-        """Read a result file."""
-        values = json.loads(path.read_text())
+    def of(cls, values: Mapping[str, Any]) -> "Measured":
+        """Return the figures of these JSON values."""
         pairs = {name: [(int(n), float(s)) for n, s in values[name]] for name in ("training", "evaluation")}
         return cls(**{**values, **pairs})
 
     def deeper(self, other: "Measured", depths: tuple[int, int], blocks: int) -> "Measured":
-        """Extrapolate this result and `other`, with `depths` blocks, to a model with `blocks` blocks."""
+        """Extrapolate these figures and those of `other` to a model with `blocks` blocks.
+
+        Args:
+            other: The figures of a model with more blocks.
+            depths: The blocks of both models.
+            blocks: The blocks of the whole model.
+        """
         less, more = depths
 
         def size(one: float, two: float) -> float:
@@ -96,6 +103,7 @@ class Measured:
         return Measured(
             peak=size(self.peak, other.peak),
             evaluation_peak=size(self.evaluation_peak, other.evaluation_peak),
+            shapes=self.shapes,
             importing=max(self.importing, other.importing),
             loading=time(self.loading, other.loading),
             training=times(self.training, other.training),
@@ -108,22 +116,21 @@ class Measured:
 def depths(blocks: int) -> tuple[int, ...]:
     """Return the numbers of blocks of the shallow models; up to four blocks are measured directly.
 
-    The depths are far apart, because extrapolation multiplies errors. A single block would not do: the output head
-    needs more memory than one block, so the peak is elsewhere.
+    A single block would not do: the output head needs more memory than one block, so the peak is elsewhere.
     """
-    if blocks <= 4:
-        return (blocks,)
-    more = min(12, max(4, 2 * blocks // 5))
-    return max(2, more // 4), more
+    return (blocks,) if blocks <= 4 else (2, min(6, blocks))
 
 
-def sequence(work: Workload) -> tuple[list[BatchSize], list[BatchSize]]:
-    """Return training batches (the largest as warm-up, one of each shape, the largest again) and evaluation batches.
-
-    Every shape counts: oneDNN caches kernels by shape on a CPU, and an allocator wastes more with many sizes.
-    """
-    largest = work.largest
-    return [largest, *shapes(work.training, SHAPES), largest], shapes(work.evaluation, EVALUATED)
+def batches(work: Workload, is_first: bool) -> dict[str, list[BatchSize]]:
+    """Return the batches of a Task. is_first: the task is that of the model with fewest blocks."""
+    timed = shapes(work.training, TIMED)
+    others = [one for one in shapes(work.training, SHAPES) if one not in timed] if is_first else []
+    # the largest batch again: it needs more memory between other shapes than alone
+    return {
+        "timed": timed,
+        "others": [*others, work.largest] if others else [],
+        "evaluation": [work.largest_evaluation],
+    }
 
 
 def seconds_of(batches: Sequence[BatchSize], timings: Timings) -> float:
@@ -135,30 +142,6 @@ def seconds_of(batches: Sequence[BatchSize], timings: Timings) -> float:
     sizes, seconds = zip(*timings, strict=True)
     tokens = numpy.array([batch.tokens for batch in batches])
     return float(numpy.interp(tokens, [0, *sizes], [0.0, *seconds]).sum())
-
-
-def run_probe(task: Task, scratch: Path, timeout: float) -> Measured:
-    """Measure in a new process.
-
-    Raises:
-        EstimateError: With the process's last message, if it fails or exceeds `timeout` seconds.
-    """
-    task_file, result_file = scratch / "task.json", scratch / "result.json"
-    task_file.write_text(json.dumps(asdict(task)))
-    command = [sys.executable, "-m", "flows.resources.probe_process", str(task_file), str(result_file)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
-    except subprocess.TimeoutExpired as error:
-        raise EstimateError(
-            f"the probe took longer than {timeout:g} seconds; allow more with --probe-timeout, or use --no-probe"
-        ) from error
-    if done.returncode == -9:
-        raise EstimateError("the system killed the probe, probably for lack of memory; use --no-probe")
-    if done.returncode:
-        lines = done.stderr.strip().splitlines()
-        reason = lines[-1].removeprefix("error: ") if lines else f"exit status {done.returncode}"
-        raise EstimateError(f"the probe, a few steps of a shallow model, failed: {reason}")
-    return Measured.read(result_file)
 
 
 def write_shallow_base(config: Any, folder: Path, seed: int) -> None:

@@ -1,21 +1,25 @@
-"""One process of the probe, with the train stage's storage, adapter, attention, recomputation, optimiser and trainer.
+"""The probe's process, with the train stage's storage, adapter, attention, recomputation, optimiser and trainer.
 
-python -m flows.resources.probe_process TASK.json RESULT.json
+It imports its libraries, then reads {"tasks": [...], "out": file to write} from stdin. On Linux without a GPU each task
+has a forked process, which has its own memory peak and no import of its own. Elsewhere the tasks share this process:
+CUDA does not survive a fork, and its allocator's peak can be reset.
 """
 
+import gc
 import json
+import multiprocessing
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy
 import psutil
 import torch
-from scipy.optimize import nnls
 from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
@@ -36,21 +40,21 @@ from peftcore.errors import PeftError
 from peftcore.train import AdapterTrainer, PackedCollator, RightPaddingCollator, recompute_activations
 
 Collate = Callable[..., dict[str, Any]]
-OUTLYING = 1.25
-"""Ratio to the fitted duration from which a pass counts as disturbed by other load."""
 
 
 class TimedTrainer(AdapterTrainer):
-    """Trainer on a list of whole batches that records the duration of each forward and backward."""
+    """Trainer on a list of whole batches that records the duration of each forward and backward, and the peak after."""
 
     pass_seconds: list[float]
+    peaks: list[int]
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Run AdapterTrainer's step and record its duration."""
+        """Run AdapterTrainer's step and record its duration and the memory peak so far (bytes)."""
         loss: list[Any] = []
         self.pass_seconds.append(
             _seconds(lambda: loss.append(super(TimedTrainer, self).training_step(*args, **kwargs)))
         )
+        self.peaks.append(peak_memory(device()))
         return loss[0]
 
 
@@ -82,14 +86,43 @@ class WholeBatch:
 
 
 def main() -> None:
-    """Run the task; an error becomes one `error: ...` message and exit status 1."""
+    """Run the tasks of stdin; an error becomes one `error: ...` message and exit status 1."""
     imported = time.time() - psutil.Process(os.getpid()).create_time()
     watch_parent()
+    request = json.loads(sys.stdin.read())
+    run = _forked if sys.platform == "linux" and device().type == "cpu" else _here
+    measured = [asdict(run(Task.of(values), imported)) for values in request["tasks"]]
+    Path(request["out"]).write_text(json.dumps(measured))
+
+
+def _here(task: Task, imported: float) -> Measured:
     try:
-        result = measure(Task.read(Path(sys.argv[1])), imported)
+        return measure(task, imported)
     except (PeftError, PipelineError) as error:
         fail(str(error))
-    Path(sys.argv[2]).write_text(json.dumps(asdict(result)))
+    finally:
+        gc.collect()  # the next task's model comes into the memory of this one
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _forked(task: Task, imported: float) -> Measured:
+    """Return the figures of a task that a forked process measures; exits with its status if it fails."""
+    with TemporaryDirectory(prefix="peftcore-probe-") as folder:
+        out = Path(folder) / "measured.json"
+        process = multiprocessing.get_context("fork").Process(target=_write, args=(task, imported, out))
+        process.start()
+        process.join()
+        if process.exitcode == -signal.SIGKILL:
+            os.kill(os.getpid(), signal.SIGKILL)  # the parent explains it: probably memory is short
+        if process.exitcode:
+            sys.exit(1)
+        return Measured.of(json.loads(out.read_text()))
+
+
+def _write(task: Task, imported: float, out: Path) -> None:
+    watch_parent()
+    out.write_text(json.dumps(asdict(_here(task, imported))))
 
 
 def measure(task: Task, imported: float) -> Measured:
@@ -108,19 +141,20 @@ def measure(task: Task, imported: float) -> Measured:
     trainer.add_callback(steps)
     forget_peak(place)
     trainer.train()
-    peak = peak_memory(place)
+    peak, with_other_shapes = trainer.peaks[2 * len(task.timed) - 1], peak_memory(place)
     trainer.data_collator = WholeBatch(RightPaddingCollator(0))
     batches = [_items(batch) for batch in task.evaluation]
     forget_peak(place)
     times = [min(_seconds(lambda one=batch: trainer.evaluate([one])) for _ in range(2)) for batch in batches]  # type: ignore
-    evaluation_peak = peak_memory(place)
+    passes = zip(trainer.pass_seconds, trainer.pass_seconds[len(task.timed) :], strict=False)
     return Measured(
         peak=peak,
-        evaluation_peak=evaluation_peak,
+        evaluation_peak=peak_memory(place) - (with_other_shapes - peak),
+        shapes=with_other_shapes - peak,
         importing=imported,
         loading=loading,
-        training=_smoothed(task.training[1:], trainer.pass_seconds[1:]),
-        evaluation=_smoothed(task.evaluation, times),
+        training=_by_size(task.timed, [min(twice) for twice in passes]),
+        evaluation=_by_size(task.evaluation, times),
         stepping=sorted(steps.seconds)[len(steps.seconds) // 2],
         saving=_seconds(lambda: trainer._save_checkpoint(model, None)),
     )
@@ -129,8 +163,8 @@ def measure(task: Task, imported: float) -> Measured:
 def _trainer(params: Params, model: Any, task: Task, folder: Path) -> TimedTrainer:
     from flows.training.arguments import training_arguments
 
-    accumulation = min(2, params.train.gradient_accumulation)
-    arguments = training_arguments(params, folder, -(-len(task.training) // accumulation))
+    batches, accumulation = [*task.timed, *task.timed, *task.others], min(2, params.train.gradient_accumulation)
+    arguments = training_arguments(params, folder, -(-len(batches) // accumulation))
     arguments.per_device_train_batch_size = arguments.per_device_eval_batch_size = 1  # an item is a whole batch
     arguments.gradient_accumulation_steps = accumulation
     arguments.train_sampling_strategy = "sequential"
@@ -140,10 +174,10 @@ def _trainer(params: Params, model: Any, task: Task, folder: Path) -> TimedTrain
     trainer = TimedTrainer(
         model=model,
         args=arguments,
-        train_dataset=[_items(batch) for batch in task.training],  # type: ignore[arg-type]
+        train_dataset=[_items(batch) for batch in batches],  # type: ignore[arg-type]
         data_collator=WholeBatch(PackedCollator() if packed else RightPaddingCollator(0)),
     )
-    trainer.pass_seconds = []
+    trainer.pass_seconds, trainer.peaks = [], []
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     return trainer
@@ -167,23 +201,12 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def _smoothed(batches: Sequence[BatchSize], seconds: Sequence[float]) -> Timings:
-    """Fit durations by a constant per pass, a term per position, and a term per pair of positions in a row.
-
-    A single measurement is noisy, and extrapolation would multiply the noise. Other load only adds time, so passes that
-    took much longer than the fit are left out of a second fit.
-    """
-    sizes = numpy.array([(1.0, batch.tokens, batch.tokens * batch.shape[1]) for batch in batches])
-    sizes /= sizes.max(0)
-    taken = numpy.array(seconds)
-
-    def fit(usual: numpy.ndarray) -> numpy.ndarray:
-        # weighted by relative errors
-        coefficients, _residual = nnls(sizes[usual] / taken[usual, None], numpy.ones(int(usual.sum())))
-        return sizes @ coefficients
-
-    fitted = fit(taken < OUTLYING * fit(taken > 0))
-    return sorted({batch.tokens: float(time) for batch, time in zip(batches, fitted, strict=True)}.items())
+def _by_size(batches: Sequence[BatchSize], seconds: Sequence[float]) -> Timings:
+    """Return the durations by the batches' positions, the shorter one of two batches with as many positions."""
+    shortest: dict[int, float] = {}
+    for batch, taken in zip(batches, seconds, strict=False):
+        shortest[batch.tokens] = min(taken, shortest.get(batch.tokens, taken))
+    return sorted(shortest.items())
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def _with_retries(_: str, work: Work, retries: int, delay: float) -> Work:
 def _retrain(root: Path, push_to: str | None, force: bool, runner: Runner) -> Entry:
     paths, git = Paths(root), Git(root)
     if unused := unused_changes(git):
-        logger.warning("a retraining uses committed files only; `git commit` these changes to use them: %s", unused)
+        logger.warning("a retraining uses committed files only, without %s", unused)
     with only_one(root):
         entry, earlier = Entry(started=_now()), entries(paths)
         last_skipped = [last.skipped for last in earlier[-1:]]

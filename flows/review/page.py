@@ -13,6 +13,7 @@ from markupsafe import Markup
 from flows.charts.curves import headline_bars, largest, loss_curves, reliability, slice_dumbbells
 from flows.charts.ranks import HEAT_MAP
 from flows.gate.promote import Promotion, last_record, read_promotion
+from flows.gate.proposal import as_yaml, first_limits
 from flows.params import Params
 from flows.paths import Paths
 from flows.registry.lineage import read_json
@@ -59,9 +60,11 @@ def _content(params: Params, paths: Paths) -> dict[str, Any]:
     calibration = evaluation.get("calibration")
     slices, ranks = evaluation["slices"], paths.training / HEAT_MAP
     promotion = read_promotion(paths, record["version"])
+    proposals = first_limits(params, paths, promotion)
     return {
         "record": record,
         "promotion": promotion,
+        "limits": as_yaml(proposals) if proposals else None,
         "judge": _judge(paths, promotion),
         "evaluation": evaluation,
         "scorers": evaluation.get("scorers") or {},

@@ -1,6 +1,6 @@
 """The summary of a run in the terminal."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from flows.gate.promote import Promotion
+from flows.gate.proposal import Proposal, as_yaml
 from flows.paths import Paths
 from flows.registry.lineage import read_json
 
@@ -27,8 +28,14 @@ FIGURES = (
 """(label, key of metrics.json, format); figures that the objective lacks are left out."""
 
 
-def print_summary(paths: Paths, promotion: Promotion, page: Path, seconds: Mapping[str, float]) -> None:
-    """Print the figures of base and adapter, the verdict, the time of each task, and the page's path."""
+def print_summary(
+    paths: Paths,
+    promotion: Promotion,
+    page: Path,
+    seconds: Mapping[str, float],
+    proposals: Sequence[Proposal] = (),
+) -> None:
+    """Print the figures of base and adapter, the verdict, the time of each task, the page's path, proposed limits."""
     console = Console(highlight=False)
     metrics = read_json(paths.metrics)
     console.print()
@@ -44,6 +51,9 @@ def print_summary(paths: Paths, promotion: Promotion, page: Path, seconds: Mappi
         notes.add_row(f"[dim]{label}[/]", text)
     console.print(notes)
     console.print(f"[dim]{'page':<9}[/]{escape(str(page))}", soft_wrap=True)  # in one piece, so that it can be opened
+    if proposals:
+        console.print("\nThis first version supports stricter limits; `peftcore limits --write` writes them:")
+        console.print(as_yaml(proposals), markup=False, soft_wrap=True)
 
 
 def _figures(metrics: Mapping[str, Any], promotion: Promotion) -> Table:

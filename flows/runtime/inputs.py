@@ -1,5 +1,6 @@
 """Detection of inputs that are in the working tree only. Commands that work on a commit do not see these inputs."""
 
+import shlex
 from collections.abc import Sequence
 
 from flows.errors import DataError
@@ -27,11 +28,19 @@ def uncommitted_files(
     return sorted(line[3:].removeprefix(git.prefix) for line in lines if line)
 
 
-def unused_changes(git: Git) -> str:
-    """Return the names of uncommitted files of parameters, data and code, as text; "" if there are none."""
-    changed = uncommitted_files(git, "--untracked-files=all", paths=INPUTS)
+def unused_changes(git: Git, paths: Sequence[str] = INPUTS) -> str:
+    """Return the names of uncommitted files and the git command that commits them, as text; "" if there are none.
+
+    Args:
+        git: the repository.
+        paths: files and folders to look at; by default those of parameters, data and code.
+    """
+    changed = uncommitted_files(git, "--untracked-files=all", paths=paths)
+    if not changed:
+        return ""
     more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
-    return ", ".join(changed[:SHOWN]) + more
+    added = shlex.join(sorted({name.partition("/")[0] for name in changed}))
+    return f"{', '.join(changed[:SHOWN])}{more} (`git add {added} && git commit` includes them)"
 
 
 def check_source_is_tracked(git: Git, source: str, what: str, commit: str | None = None) -> None:

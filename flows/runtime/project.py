@@ -10,7 +10,9 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -163,10 +165,12 @@ def files_at(root: Path, commit: str, names: list[str]) -> Iterator[Path]:
     They come from DVC's cache, or from its remote with checked hashes. Raises RepositoryError.
     """
     with TemporaryDirectory(prefix="peftcore-") as folder:
-        for name in names:
-            target = Path(folder) / name
+        targets = [Path(folder) / name for name in names]
+        for target in targets:
             target.parent.mkdir(parents=True, exist_ok=True)
-            get_output(root, commit, name, target)
+        # each `dvc get` is a process that imports for seconds; DVC as a library does one thing at a time
+        with ThreadPoolExecutor(len(names) if (root / ".git").exists() else 1) as pool:
+            list(pool.map(partial(get_output, root, commit), names, targets))
         yield Path(folder)
 
 

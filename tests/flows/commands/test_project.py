@@ -49,12 +49,27 @@ def test_files_of_parameters_describe_the_project_and_a_later_one_wins(rows: Pat
     assert missing.exit_code == 1 and "--data FILE" in missing.stderr
 
 
+def test_init_warns_of_a_missing_gpu_and_of_rows_that_are_there_twice(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("flows.commands.project.hardware_here", lambda: "cpu")
+    monkeypatch.chdir(tmp_path)
+    done = peftcore("init", "--data", "rows.jsonl", "--hardware", "gpu")
+    assert done.exit_code == 0, done.stderr
+    assert "no NVIDIA GPU; run the project on one that has, or use --hardware cpu" in caplog.text
+    assert "rows.jsonl was copied to data/rows.jsonl" in caplog.text
+    other = peftcore("init", "other", "--data", "data/rows.jsonl", "--hardware", "cpu", "--json")
+    assert other.exit_code == 1 and "is inside of the project" in other.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ([], "--data FILE"),
         (["--data", "{rows}", "--task", "poetry"], "chat, text, preference, unpaired_preference, classification"),
+        (["--data", "{rows}", "--task", "chatt"], "got 'chatt'; did you mean chat?"),
         (["--data", "{rows}", "--hardware", "tpu"], "cpu, gpu"),
+        (["--data", "{rows}", "--base", "path:gone"], "--base path:gone: there is no "),
     ],
 )
 def test_init_refuses_what_it_cannot_use(options: list[str], said: str, rows: Path, tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def test_rolling_back(here: Any) -> None:
     assert "champion is v0.1.0" in peftcore("status").stdout
 
 
-def test_a_refusal_exits_with_3_and_its_reason_and_json_stays_json(here: Any) -> None:
+def test_a_refusal_exits_with_3_and_its_reason_and_json_stays_json(here: Any, caplog: pytest.LogCaptureFixture) -> None:
     here.paths.params.write_text(here.paths.params.read_text() + "gate: {min_loss_gain: 2.0}\n")
     result = peftcore("promote", "--json")
     assert result.exit_code == 3
@@ -64,6 +64,7 @@ def test_a_refusal_exits_with_3_and_its_reason_and_json_stays_json(here: Any) ->
     assert result.stderr == (
         "error: docstrings v0.1.0 is not promoted to champion: gain in loss: 1.100 nats, at least 2\n"
     )
+    assert "uncommitted rules, and CI by the committed: params.yaml (`git add params.yaml && " in caplog.text
 
 
 def test_an_unsigned_approval_is_said_to_prove_nothing(here: Any) -> None:

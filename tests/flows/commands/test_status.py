@@ -16,6 +16,7 @@ NOTHING: dict[str, Any] = {
     "looks": None,
     "retraining": {"last": None, "schedule": None},
     "disk": {"free": 5e9, "cache": 1_500_000, "checkpoints": 0, "worktrees": {}},
+    "uncommitted": "",
     "hints": [],
     "next_step": "`peftcore run` makes the first version",
 }
@@ -87,3 +88,9 @@ def test_what_looks_like_markup_is_printed_as_it_is(shown: Any) -> None:
 def test_working_trees_are_told_with_their_sizes(shown: Any) -> None:
     disk = {**NOTHING["disk"], "worktrees": {"/tmp/tree": 2e8}}
     assert "0.2 GB working tree /tmp/tree" in shown(disk=disk)
+
+
+def test_uncommitted_files_are_named(shown: Any) -> None:
+    text = shown(uncommitted="params.yaml (`git add params.yaml && git commit` includes them)")
+    assert "uncommitted" in text and "`git add params.yaml && git commit`" in text
+    assert "uncommitted" not in shown()

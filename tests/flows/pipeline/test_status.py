@@ -32,6 +32,12 @@ def test_a_new_project_has_nothing_yet(project: Any) -> None:
     assert found["disk"]["free"] > 0 and found["disk"]["checkpoints"] == 0
 
 
+def test_it_names_what_is_not_committed(project: Any) -> None:
+    assert look(project)["uncommitted"] == ""
+    project.paths.params.write_text(project.paths.params.read_text() + "# a change\n")
+    assert look(project)["uncommitted"].startswith("params.yaml (`git add params.yaml && git commit`")
+
+
 def test_what_comes_next_follows_from_the_facts() -> None:
     facts: dict[str, Any] = {"running": [], "candidate": None}
     assert "`peftcore run` makes the first version" in next_step(facts)

@@ -9,7 +9,7 @@ from resource_cases import params
 from flows.params import Params
 from flows.paths import Paths
 from flows.resources.batches import workload
-from flows.resources.changes import Change, _choices, changes
+from flows.resources.changes import Change, _choices, alternatives, changes
 from flows.resources.static_memory import StaticMemory
 from flows.stages.detect import without_weights
 
@@ -34,7 +34,9 @@ def found(paths: Paths) -> Any:
         run, config = params(**sections), without_weights(paths.base).config
         counted = StaticMemory(config, run, workload(run, paths))
         peak = max(LIBRARIES + counted.loading, counted.peak + REST)
-        return Alternatives(run, config, peak, changes(config, run, paths, counted, LIBRARIES, REST, limit))
+        return Alternatives(
+            run, config, peak, changes(alternatives(config, run, paths, counted), LIBRARIES, REST, limit)
+        )
 
     return find
 

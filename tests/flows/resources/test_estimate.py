@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow
@@ -23,7 +24,7 @@ from flows.stages.detect import without_weights
 
 
 def test_without_the_probe_it_adds_up_and_says_so(paths: Paths) -> None:
-    found = estimate(params(), paths, probe=False)
+    found = estimate(params(), paths)
     assert found.peak == max(sum(found.memory.values()), found.loading_peak)
     assert (found.time, found.fits) == ({}, True)
     assert "without the probe" in found.notes[-1]
@@ -40,11 +41,10 @@ def test_with_the_probe_it_has_time_and_what_libraries_take(paths: Paths, monkey
     timings = [(64, 0.5), (128, 1.0)]
     monkeypatch.setattr(estimate_module, "changes", lambda *_: [])
     monkeypatch.setattr(estimate_module, "peak_memory", lambda device: GIB // 4)
-    monkeypatch.setattr(
-        estimate_module, "run_probe", lambda *_: Measured(GIB // 2, GIB, 2.0, 1.0, timings, timings, 0.25, 0.5)
-    )
-    found = estimate(params(), paths)
-    assert found.peak == GIB == sum(found.memory.values())
+    figures = Measured(GIB // 2, GIB, GIB // 8, 2.0, 1.0, timings, timings, 0.25, 0.5)
+    probe: Any = SimpleNamespace(measure=lambda tasks, timeout: [figures])
+    found = estimate(params(), paths, probe=probe)
+    assert found.peak == GIB + GIB // 8 == sum(found.memory.values())
     assert (found.time["libraries"], found.time["loading the base"]) == (2.0, 1.0)
     assert (found.time["optimiser"], found.time["checkpoints"]) == (3 * 0.25, 3 * 0.5)  # a run of three steps
     passes = [one.tokens / 128 for one in workload(params(), paths).training]
@@ -92,7 +92,7 @@ def peftcore(*arguments: str) -> Any:
 def test_a_full_disk_is_foreseen(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(estimate_module, "changes", lambda *_: [])
     monkeypatch.setattr(estimate_module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1024}))
-    found = estimate(params(), paths, probe=False)
+    found = estimate(params(), paths)
     assert not found.fits
     assert "of disk, and 0 MiB are free" in found.refusal()
 
@@ -107,10 +107,10 @@ def test_what_cannot_be_planned_is_refused(paths: Paths) -> None:
     with pytest.raises(EstimateError, match="objective is dpo; only sft"):
         estimate(params(data={"kind": "preference", "source": "rows.jsonl"}, train={"objective": "dpo"}), paths)
     with pytest.raises(EstimateError, match=r"teacher is base, whose forward passes are not estimated"):
-        estimate(params(train={"distillation": {"teacher": "base"}}), paths, probe=False)
+        estimate(params(train={"distillation": {"teacher": "base"}}), paths)
     with pytest.raises(EstimateError, match=r"storage is gguf.*estimate with storage int8"):
-        estimate(params(quantization={"storage": "gguf"}), paths, probe=False)
+        estimate(params(quantization={"storage": "gguf"}), paths)
     with pytest.raises(EstimateError, match=r"method: .*no_such"):
-        estimate(params(method={"target_modules": ["no_such"]}), paths, probe=False)
+        estimate(params(method={"target_modules": ["no_such"]}), paths)
     with pytest.raises(BaseModelError, match="run `peftcore stage fetch`, or give --config"):
-        estimate(params(), Paths(paths.root / "elsewhere"), probe=False)
+        estimate(params(), Paths(paths.root / "elsewhere"))

@@ -1,20 +1,19 @@
-"""The probe's extrapolation, interpolation, and errors."""
+"""The probe's batches, extrapolation and interpolation."""
 
 import json
-from pathlib import Path
+from dataclasses import asdict
 
 import pytest
 from resource_cases import batch
 
-from flows.errors import EstimateError
-from flows.resources import probe as plan_probe
-from flows.resources.probe import Measured, Task, depths, run_probe, seconds_of
+from flows.resources.batches import BatchSize, RowSize, Workload
+from flows.resources.probe import SHAPES, Measured, Task, batches, depths, seconds_of
 
 
 def test_two_shallow_models_give_the_deep_one() -> None:
     def found(blocks: int) -> Measured:
         timings = [(100, 1.0 + blocks), (200, 1.0 + 3.0 * blocks)]
-        return Measured(500 + 20 * blocks, 400 + 30 * blocks, 3, 0.5 * blocks, timings, timings, 0.1 * blocks, 1)
+        return Measured(500 + 20 * blocks, 400 + 30 * blocks, 50, 3, 0.5 * blocks, timings, timings, 0.1 * blocks, 1)
 
     for blocks in (5, 12, 30, 80):
         less, more = depths(blocks)
@@ -23,7 +22,7 @@ def test_two_shallow_models_give_the_deep_one() -> None:
         assert whole.peak == pytest.approx(500 + 20 * blocks)
         assert whole.evaluation_peak == pytest.approx(400 + 30 * blocks)
         assert whole.training[1] == (200, pytest.approx(1 + 3.0 * blocks))
-        assert whole.importing == 3
+        assert (whole.importing, whole.shapes) == (3, 50)
     assert depths(4) == (4,)
 
 
@@ -33,22 +32,19 @@ def test_batches_between_those_that_were_timed() -> None:
     assert seconds_of([batch(1, 48), batch(1, 200)], timings) == pytest.approx(0.48 + 3.0)
 
 
-def test_a_task_survives_the_way_into_its_process(tmp_path: Path) -> None:
-    task = Task({"train": {}}, "base", [batch(2, 9)], [batch(1, 4)], 9, 5)
-    (tmp_path / "task.json").write_text(json.dumps(plan_probe.asdict(task)))
-    assert Task.read(tmp_path / "task.json") == task
+def test_a_task_and_its_figures_survive_json() -> None:
+    task = Task({"train": {}}, "base", [batch(2, 9)], [batch(3, 5)], [batch(1, 4)], 9, 5)
+    assert Task.of(json.loads(json.dumps(asdict(task)))) == task
+    figures = Measured(500, 400, 50, 3, 0.5, [(100, 1.0)], [(200, 2.0)], 0.1, 1)
+    assert Measured.of(json.loads(json.dumps(asdict(figures)))) == figures
 
 
-def test_a_probe_that_fails_or_hangs_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    task = Task({}, "base", [], [], 9, 5)
-    for script, said in (
-        ("echo trouble >&2; echo 'error: no GPU' >&2; exit 1", "failed: no GPU"),
-        ("kill -9 $$", "lack of memory; use --no-probe"),
-        ("exec sleep 30", "longer than 0.5 seconds; allow more with --probe-timeout"),
-    ):
-        program = tmp_path / "program"
-        program.write_text(f"#!/bin/sh\n{script}\n")
-        program.chmod(0o755)
-        monkeypatch.setattr(plan_probe.sys, "executable", str(program))
-        with pytest.raises(EstimateError, match=said):
-            run_probe(task, tmp_path, 0.5 if "sleep" in script else 60)
+def test_only_the_first_model_sees_many_shapes() -> None:
+    rows = [RowSize(width, 4) for width in range(8, 328, 8)]
+    training = tuple(BatchSize((row,) * 4, True) for row in rows)
+    work = Workload(training, (batch(8, 40), batch(8, 80)), 5, 5, 320, True)
+    first, second = (batches(work, is_first) for is_first in (True, False))
+    assert [one.shape for one in first["timed"]] == [(4, 8), (4, 168), (4, 320)] == [o.shape for o in second["timed"]]
+    assert len(first["others"]) == SHAPES - 2 + 1 and first["others"][-1] == work.largest
+    assert second["others"] == []
+    assert first["evaluation"] == second["evaluation"] == [batch(8, 80)]

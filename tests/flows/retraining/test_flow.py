@@ -201,7 +201,7 @@ def test_parameters_that_are_being_edited_do_not_count(
     (weekly.root / "data" / "new.jsonl").write_text("{}\n")
     with pytest.raises(DataError, match=r"there is no file of rows, nor in retrain\.incoming"):
         retrain(weekly)  # what is committed says so
-    assert "`git commit` these changes to use them: data/new.jsonl, params.yaml" in caplog.text
+    assert "committed files only, without data/new.jsonl, params.yaml (`git add data params.yaml && " in caplog.text
     assert [entry.outcome for entry in entries(weekly.paths)] == ["failed"]
     assert notices[0][:2] == (["slack-webhook/team"], "docstrings: retraining failed")
 

@@ -22,10 +22,13 @@ def own(project: Any) -> Any:
 
 def test_what_is_not_committed_is_listed(own: Any) -> None:
     (own.root / "notes.txt").touch()
-    assert unused_changes(Git(own.root)) == "data/qa.jsonl, params.yaml"
+    assert unused_changes(Git(own.root)) == (
+        "data/qa.jsonl, params.yaml (`git add data params.yaml && git commit` includes them)"
+    )
+    assert unused_changes(Git(own.root), ["params.yaml"]).startswith("params.yaml (`git add params.yaml && ")
     for number in range(9):
         (own.root / "data" / f"{number}.jsonl").touch()
-    assert unused_changes(Git(own.root)).endswith(" and 6 more")
+    assert " and 6 more (`git add data params.yaml && git commit`" in unused_changes(Git(own.root))
     own.git("add", "--all")
     own.git("commit", "--quiet", "--message=All")
     assert unused_changes(Git(own.root)) == ""
