@@ -51,6 +51,8 @@ class PendingResponse:
             raise
         self.error: ServingError | None = None
         """Error that ended the response."""
+        self.answers: list[dict[str, Any]] | None = None
+        """[{"index", "text", "finish"}] of a complete response, before its client has its end; None before that."""
 
     async def next(self) -> tuple[int, Chunk]:
         """Return the next chunk, after its completion's number. Raise ServingError if a completion failed."""
@@ -71,21 +73,31 @@ class PendingResponse:
         while not all(part and part[-1].finish for part in chunks):
             index, chunk = await self.next()
             chunks[index].append(chunk)
+        self.answers = _answers(chunks)
         choices = [
-            body.choice(
-                index,
-                "".join(chunk.text for chunk in part),
-                part[-1].finish,
-                _logprobs(body, tokenizer, part, 0),
-            )
-            for index, part in enumerate(chunks)
+            body.choice(index, answer["text"], answer["finish"], _logprobs(body, tokenizer, part, 0))
+            for index, (answer, part) in enumerate(zip(self.answers, chunks, strict=True))
         ]
         counts = self._usage([part[-1] for part in chunks])
         return {**body.envelope(streamed=False), "choices": choices, "usage": counts}
 
-    async def stream(self, body: GenerationRequest, tokenizer: Any, first: tuple[int, Chunk]) -> AsyncIterator[str]:
-        """Yield the response as server-sent events, from its first chunk. An error is an event, after status 200."""
+    async def stream(
+        self,
+        body: GenerationRequest,
+        tokenizer: Any,
+        first: tuple[int, Chunk],
+        completed: Callable[[str], None] | None = None,
+    ) -> AsyncIterator[str]:
+        """Yield the response as server-sent events, from its first chunk. An error is an event, after status 200.
+
+        Args:
+            body: The request.
+            tokenizer: Decodes the tokens of log-probabilities.
+            first: The first chunk.
+            completed: Called with the response's id before the event that ends the last completion.
+        """
         envelope = body.envelope(streamed=True)
+        chunks: list[list[Chunk]] = [[] for _ in self.generations]
         has_usage = body.stream_options is not None and body.stream_options.include_usage
         lengths, last = [0] * len(self.generations), dict[int, Chunk]()
 
@@ -96,6 +108,11 @@ class PendingResponse:
             yield event([body.chunk(index, None, None)])
         index, chunk = first
         while True:
+            if completed is not None:
+                chunks[index].append(chunk)
+                if all(part and part[-1].finish for part in chunks):
+                    self.answers = _answers(chunks)
+                    completed(envelope["id"])
             if chunk.text or chunk.logprobs:
                 logprobs = _logprobs(body, tokenizer, [chunk], lengths[index])
                 yield event([body.chunk(index, chunk.text, None, logprobs)])
@@ -116,6 +133,14 @@ class PendingResponse:
 
     def _usage(self, last: list[Chunk]) -> dict[str, int]:
         return usage(len(self.generations[0].prompt), sum(chunk.tokens for chunk in last))
+
+
+def _answers(chunks: list[list[Chunk]]) -> list[dict[str, Any]]:
+    """Return the text and the finish reason of each completion from its chunks."""
+    return [
+        {"index": index, "text": "".join(chunk.text for chunk in part), "finish": part[-1].finish}
+        for index, part in enumerate(chunks)
+    ]
 
 
 def _logprobs(body: GenerationRequest, tokenizer: Any, chunks: list[Chunk], offset: int) -> dict[str, Any] | None:

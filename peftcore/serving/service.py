@@ -19,6 +19,7 @@ from peftcore.serving.limits import Limits
 from peftcore.serving.metrics import Metrics
 from peftcore.serving.middleware import checked_keys
 from peftcore.serving.protocol import GenerationRequest, LoadRequest, UnloadRequest
+from peftcore.serving.recording import Recorder
 from peftcore.serving.sampling import Sampling
 
 
@@ -42,6 +43,8 @@ class Service:
     """{source: text} of present problems, such as a new version that could not be loaded."""
     loadable: Path | None = None
     """Folder below which clients may load adapters; None: they may not."""
+    recorder: Recorder | None = None
+    """Records answers and ratings; None: nothing is recorded."""
 
     def generation(
         self, body: GenerationRequest, prompt: Sequence[int], index: int, sink: Callable[[Event], None]
@@ -129,6 +132,7 @@ def make_service(
     keys: Sequence[str] = (),
     warnings: Mapping[str, str] | None = None,
     loadable: Path | None = None,
+    recorder: Recorder | None = None,
 ) -> Service:
     """Assemble a server.
 
@@ -142,6 +146,7 @@ def make_service(
         keys: Accepted API keys. Empty: no key is needed.
         warnings: {source: text} that `/ready` and `/metrics` show; may change while the server runs.
         loadable: Folder below which clients may load adapters by `/v1/load_lora_adapter`; None: they may not.
+        recorder: Records answers and ratings; None: nothing is recorded. The caller closes it.
 
     Raises:
         ConfigError: The model or a composition cannot be served, or a key is empty.
@@ -149,7 +154,7 @@ def make_service(
     limits = limits or Limits()
     warnings = {} if warnings is None else warnings
     catalog, forward = Catalog(model, name, store, compositions), RoutedForward(model)
-    metrics = Metrics(store, warnings)
+    metrics = Metrics(store, warnings, recorder)
     engine = Engine(forward, catalog, limits, metrics)
     config = model.config.get_text_config(decoder=True)
     made_for = getattr(config, "max_position_embeddings", None) or limits.max_context or 2048
@@ -166,6 +171,7 @@ def make_service(
         checked_keys(keys),
         warnings,
         loadable,
+        recorder,
     )
 
 

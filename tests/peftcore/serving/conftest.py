@@ -18,7 +18,7 @@ from peftcore import LoraConfig, PeftModel, get_peft_model
 from peftcore.composition import Weighted
 from peftcore.methods.ia3 import IA3Config
 from peftcore.routing import AdapterStore
-from peftcore.serving import Limits, Service, make_service
+from peftcore.serving import Limits, Recorder, Service, make_service
 from peftcore.serving.generation import Chunk, Generation
 from peftcore.serving.sampling import Sampling
 from peftcore.serving.server import Server
@@ -172,11 +172,16 @@ def serving(world: World) -> Iterator[Callable[..., Served]]:
         limits: Limits | None = None,
         keys: Any = (),
         metrics_port: int | None = None,
+        recorder: Recorder | None = None,
+        warnings: Any = None,
     ) -> Served:
         model = copy.deepcopy(world.model)
         store = AdapterStore(model, max_loaded)
         store.register_directory(world.folder)
-        service = make_service(model, world.tokenizer, store, "base", {"mix": Weighted(MIX)}, limits, keys)
+        mix = {"mix": Weighted(MIX)}
+        service = make_service(
+            model, world.tokenizer, store, "base", mix, limits, keys, warnings=warnings, recorder=recorder
+        )
         if not http:
             service.engine.start()
             made.append((Served(world, service), None))
