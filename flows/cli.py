@@ -8,6 +8,7 @@ import typer
 from flows.commands import (
     chatting,
     ci,
+    feedback,
     importing,
     models,
     output,
@@ -53,6 +54,7 @@ for command in (
     promotion.rollback,
     promotion.approve,
     registry.reproduce,
+    feedback.feedback,
     retraining.retrain,
     retraining.schedule,
     sweep.sweep,

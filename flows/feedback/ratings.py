@@ -109,7 +109,7 @@ def _is_in(time: datetime, policy: Policy) -> bool:
 
 def _of_users(ratings: list[Record], policy: Policy, left_out: Counter[str]) -> list[Record]:
     """Return the ratings that count, in their order: of each user the newest, each answer once."""
-    count, seen, chosen = Counter[str](), set[tuple[str, str, int]](), []
+    count, seen, chosen = Counter[str | None](), set[tuple[str | None, str, int]](), []
     for one in reversed(ratings):
         user, key = one["user"], (one["user"], one["id"], one["index"])
         if user is None:

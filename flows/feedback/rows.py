@@ -1,8 +1,8 @@
 """Rows of rated answers, in the formats of `flows.data.formats`, without duplicates and without texts of the test rows.
 
-unpaired_preference   prompt, completion, label          each good and each bad answer, each correction
-preference            prompt, chosen, rejected           a good and a bad answer to one prompt; a correction and its answer
-chat                  messages                           each good answer, each correction
+- unpaired_preference (prompt, completion, label): each good and each bad answer, each correction.
+- preference (prompt, chosen, rejected): a good and a bad answer to one prompt, a correction and its answer.
+- chat (messages): each good answer, each correction.
 """
 
 from collections import Counter, defaultdict
