@@ -1,12 +1,12 @@
 """Four weeks of feedback on the real base, one of them poisoned: what users of known taste think of what is served.
 
-    python -m benchmarks.feedback FOLDER [--requests 140] [--panel 80]
+    python -m benchmarks.feedback FOLDER [--requests 110] [--panel 64]
 
 In FOLDER, which is new, the repository is cloned, and one real `peftcore serve --watch --record` runs over all weeks.
-Users ask short questions and rate the answers by one taste: at most 12 words, the last of which ends with a full stop. A
-share NOISE of the ratings is wrong. In week 3 a crowd of other accounts gives CROWD of the ratings, and rates the
-opposite. After each week `peftcore feedback` makes rows for KTO, and `peftcore retrain` trains from the champion and asks
-the gate. A person looks at week 1 and trusts its file, so its rows are the test set; nobody trusts the later files.
+Users ask short questions and rate the answers by one taste: at most 12 words, the last of which ends with a full stop.
+A share NOISE of the ratings is wrong. In week 3 a crowd of other accounts gives CROWD of the ratings, and rates the
+opposite. After each week `peftcore feedback` makes rows for KTO, and `peftcore retrain` trains from the champion and
+asks the gate. A person looks at week 1 and trusts its file, so its rows are the test set; nobody trusts later files.
 
 The users' own measure is the share of answers to a panel of other questions that fit the taste, without noise, asked of
 the served model before and after each retraining. A candidate that is refused is also measured, served by its adapter.
@@ -39,14 +39,15 @@ WORDS, NOISE, CROWD = 12, 0.1, 0.8
 MAX_TOKENS = 32
 MODEL = "docstrings"
 SYSTEM = "Answer in one short sentence."
-THINGS = """
+THINGS_TEXT = """
 kettle bridge river mirror clock magnet library harbour pencil ladder candle window basket hammer
 needle bottle blanket ticket garden tunnel engine wheel pillow button bucket carpet ribbon shovel
 whistle lantern compass anchor violin trumpet drum piano spoon fork plate kitchen bakery market
 museum theatre station airport castle tower fence gate roof chimney cellar attic forest desert
 island valley glacier volcano meadow swamp beach cliff cave waterfall horse rabbit eagle salmon
 spider beetle dolphin tiger turtle penguin
-""".split()
+"""
+THINGS = THINGS_TEXT.split()
 QUESTIONS = ("What is a {}?", "What is a {} for?", "Where do you find a {}?", "Name one fact about a {}.")
 
 
@@ -54,8 +55,8 @@ def main() -> None:
     """Run the weeks and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--requests", type=int, default=140, help="rated answers of a week")
-    parser.add_argument("--panel", type=int, default=80, help="questions of the users' own measure")
+    parser.add_argument("--requests", type=int, default=110, help="rated answers of a week")
+    parser.add_argument("--panel", type=int, default=64, help="questions of the users' own measure")
     parser.add_argument("--base", type=Path, default=ROOT / "artifacts" / "base")
     given = parser.parse_args()
     if given.folder.exists():
@@ -91,10 +92,10 @@ def main() -> None:
                 | {"minutes": (time.monotonic() - started) / 60}
             )
             print(_row(weeks[-1]), flush=True)
-    facts = {"machine": machine(), "requests": given.requests, "panel": given.panel, "weeks": weeks}
-    (RESULTS / "feedback.json").write_text(json.dumps(facts, indent=1) + "\n")
-    (RESULTS / "feedback.md").write_text(_table(facts))
-    print(_table(facts))
+            facts = {"machine": machine(), "requests": given.requests, "panel": given.panel, "weeks": weeks}
+            (RESULTS / "feedback.json").write_text(json.dumps(facts, indent=1) + "\n")
+            (RESULTS / "feedback.md").write_text(_table(facts))
+    print((RESULTS / "feedback.md").read_text())
 
 
 # -- the users -------------------------------------------------------------------------------------------------------
@@ -168,13 +169,13 @@ def _settle(clone: Path, incoming: Path, base: Path) -> None:
         "quantization": {"storage": "none"},
         "train": {
             "objective": "kto",
-            "epochs": 3.0,
+            "epochs": 2.0,
             "batch_size": 8,
             "gradient_accumulation": 1,
-            "learning_rate": 2e-4,
+            "learning_rate": 4e-4,
             "evaluations": 1,
         },
-        "evaluate": {"rows": None, "generate_rows": 8, "samples": 4, "max_new_tokens": MAX_TOKENS, "latency_rows": 0},
+        "evaluate": {"rows": None, "generate_rows": 4, "samples": 4, "max_new_tokens": MAX_TOKENS, "latency_rows": 0},
         "merge": {"rows": 4, "max_kl": 1.0, "min_top1_agreement": 0.5},
         "gate": {"min_loss_gain": 0.0, "min_rouge_l_gain": None, "min_eos_rate": None, "max_forgetting": None},
         "retrain": {"incoming": str(incoming), "start": "champion", "replay_share": 0.3, "retry_delay": 0.0},
@@ -272,8 +273,8 @@ def _table(facts: dict[str, Any]) -> str:
     head = (
         f"Four weeks of feedback, {facts['requests']} rated answers each; KTO on SmolLM2-135M-Instruct, from the "
         f"champion. The users' own measure is the share of {facts['panel']} answers with at most {WORDS} words and a "
-        f"full stop. {NOISE:.0%} of the ratings are wrong; in week 3 a crowd gives {CROWD:.0%} of the ratings and rates the "
-        f"opposite. {facts['machine']}.\n\n"
+        f"full stop. {NOISE:.0%} of the ratings are wrong; in week 3 a crowd gives {CROWD:.0%} of the ratings and rates "
+        f"the opposite. {facts['machine']}.\n\n"
         "| week | ratings so far | rows, good + bad | served before | candidate | verdict | served after | seconds of "
         "retraining | reason |\n|---|---|---|---|---|---|---|---|---|\n"
     )
