@@ -1,10 +1,10 @@
 """Four weeks of feedback on the real base, one of them poisoned: what users of known taste think of what is served.
 
-    python -m benchmarks.feedback FOLDER [--requests 110] [--panel 64]
+    python -m benchmarks.feedback FOLDER [--requests 64] [--panel 48]
 
 In FOLDER, which is new, the repository is cloned, and one real `peftcore serve --watch --record` runs over all weeks.
 Users ask short questions and rate the answers by one taste: at most 12 words, the last of which ends with a full stop.
-A share NOISE of the ratings is wrong. In week 3 a crowd of other accounts gives CROWD of the ratings, and rates the
+A share NOISE of the ratings is wrong. In week 2 a crowd of other accounts gives CROWD of the ratings, and rates the
 opposite. After each week `peftcore feedback` makes rows for KTO, and `peftcore retrain` trains from the champion and
 asks the gate. A person looks at week 1 and trusts its file, so its rows are the test set; nobody trusts later files.
 
@@ -34,9 +34,9 @@ from benchmarks.machine import machine
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
-WEEKS = ("1, trusted", "2", "3, poisoned", "4")
+WEEKS = ("1, trusted", "2, poisoned", "3", "4")
 WORDS, NOISE, CROWD = 12, 0.1, 0.8
-MAX_TOKENS = 32
+MAX_TOKENS = 24
 MODEL = "docstrings"
 SYSTEM = "Answer in one short sentence."
 THINGS_TEXT = """
@@ -55,8 +55,10 @@ def main() -> None:
     """Run the weeks and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--requests", type=int, default=110, help="rated answers of a week")
-    parser.add_argument("--panel", type=int, default=64, help="questions of the users' own measure")
+    parser.add_argument(
+        "--requests", type=int, default=64, help="rated answers of a week; half as many more in the first"
+    )
+    parser.add_argument("--panel", type=int, default=48, help="questions of the users' own measure")
     parser.add_argument("--base", type=Path, default=ROOT / "artifacts" / "base")
     given = parser.parse_args()
     if given.folder.exists():
@@ -75,7 +77,8 @@ def main() -> None:
         share = _share(url, _model(url), panel)
         for number, week in enumerate(WEEKS):
             before, model = share, _model(url)
-            _live(url, model, asked, given.requests, number, "poisoned" in week)
+            requests = given.requests if number else given.requests * 3 // 2
+            _live(url, model, asked, requests, number, "poisoned" in week)
             report = _feedback(clone, records, weeks)
             if "trusted" in week:
                 _peftcore(clone, "retrain", "--trust", f"feedback/{Path(report['path']).name}")
@@ -169,13 +172,13 @@ def _settle(clone: Path, incoming: Path, base: Path) -> None:
         "quantization": {"storage": "none"},
         "train": {
             "objective": "kto",
-            "epochs": 2.0,
+            "epochs": 3.0,
             "batch_size": 8,
             "gradient_accumulation": 1,
-            "learning_rate": 4e-4,
+            "learning_rate": 5e-4,
             "evaluations": 1,
         },
-        "evaluate": {"rows": None, "generate_rows": 4, "samples": 4, "max_new_tokens": MAX_TOKENS, "latency_rows": 0},
+        "evaluate": {"rows": None, "generate_rows": 2, "samples": 2, "max_new_tokens": MAX_TOKENS, "latency_rows": 0},
         "merge": {"rows": 4, "max_kl": 1.0, "min_top1_agreement": 0.5},
         "gate": {"min_loss_gain": 0.0, "min_rouge_l_gain": None, "min_eos_rate": None, "max_forgetting": None},
         "retrain": {"incoming": str(incoming), "start": "champion", "replay_share": 0.3, "retry_delay": 0.0},
@@ -253,7 +256,8 @@ def _peftcore(clone: Path, *arguments: str) -> str:
 
 
 def _environment(clone: Path) -> dict[str, str]:
-    return {**os.environ, "PYTHONPATH": str(clone)}
+    # no server is at this address, so that a retraining does without Prefect, whose server takes a while to start
+    return {**os.environ, "PYTHONPATH": str(clone), "PREFECT_API_URL": "http://127.0.0.1:9/api"}
 
 
 # -- the table -------------------------------------------------------------------------------------------------------
@@ -271,9 +275,9 @@ def _row(week: dict[str, Any]) -> str:
 
 def _table(facts: dict[str, Any]) -> str:
     head = (
-        f"Four weeks of feedback, {facts['requests']} rated answers each; KTO on SmolLM2-135M-Instruct, from the "
+        f"Four weeks of feedback, {facts['requests']} rated answers each, in the first half as many more; KTO on SmolLM2-135M-Instruct, from the "
         f"champion. The users' own measure is the share of {facts['panel']} answers with at most {WORDS} words and a "
-        f"full stop. {NOISE:.0%} of the ratings are wrong; in week 3 a crowd gives {CROWD:.0%} of them and rates "
+        f"full stop. {NOISE:.0%} of the ratings are wrong; in week 2 a crowd gives {CROWD:.0%} of them and rates "
         f"the opposite. {facts['machine']}.\n\n"
         "| week | ratings so far | rows, good + bad | served before | candidate | verdict | served after | seconds of "
         "retraining | reason |\n|---|---|---|---|---|---|---|---|---|\n"
