@@ -276,9 +276,9 @@ def _row(week: dict[str, Any]) -> str:
 def _table(facts: dict[str, Any]) -> str:
     head = (
         f"Four weeks of feedback, {facts['requests']} rated answers each, in the first half as many more; KTO on "
-        f"SmolLM2-135M-Instruct, from the champion. The users' own measure is the share of {facts['panel']} answers with at most {WORDS} words and a "
-        f"full stop. {NOISE:.0%} of the ratings are wrong; in week 2 a crowd gives {CROWD:.0%} of them and rates "
-        f"the opposite. {facts['machine']}.\n\n"
+        "SmolLM2-135M-Instruct, from the champion. The users' own measure is the share of "
+        f"{facts['panel']} answers with at most {WORDS} words and a full stop. {NOISE:.0%} of the ratings are wrong; "
+        f"in week 2 a crowd gives {CROWD:.0%} of them and rates the opposite. {facts['machine']}.\n\n"
         "| week | ratings so far | rows, good + bad | served before | candidate | verdict | served after | seconds of "
         "retraining | reason |\n|---|---|---|---|---|---|---|---|---|\n"
     )
