@@ -101,7 +101,7 @@ class _RecorderCounts(Collector):
             written.add_metric([kind], self._recorder.written[kind])
         yield written
         dropped = CounterMetricFamily("peftcore_records_dropped", "Records not written, by reason", labels=["reason"])
-        for reason in ("full", "disk", "redaction", "queue"):
+        for reason in ("full", "disk", "redaction", "queue", "error"):
             dropped.add_metric([reason], self._recorder.dropped[reason])
         yield dropped
         yield GaugeMetricFamily("peftcore_records_bytes", "Size of the records in bytes", value=self._recorder.size)

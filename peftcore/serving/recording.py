@@ -24,13 +24,13 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, MutableMapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
 from peftcore.errors import ConfigError
-from peftcore.files import flush_to_disk
+from peftcore.files import flush_to_disk, write_atomically
 from peftcore.serving.errors import BadRequestError, RecordingStoppedError, UnknownResponseError
 from peftcore.serving.redaction import SECONDS, Redaction
 
@@ -49,7 +49,10 @@ WARNING = "recording"
 @dataclass(frozen=True)
 class _Waiting:
     record: Record
-    written: "Future[None]"
+    written: "Future[None]" = field(default_factory=Future)
+
+    def __post_init__(self) -> None:
+        self.written.set_running_or_notify_cancel()  # a client that leaves cannot cancel it
 
 
 class Recorder:
@@ -79,7 +82,7 @@ class Recorder:
         self.written: Counter[str] = Counter()
         """Records on disk by kind (count)."""
         self.dropped: Counter[str] = Counter()
-        """Records that were not written, by reason: full, disk, redaction, queue (count)."""
+        """Records that were not written, by reason: full, disk, redaction, queue, error (count)."""
         self._file: IO[bytes] | None = None
         self._queue: queue.Queue[_Waiting | None] = queue.Queue(WAITING)
         try:
@@ -104,7 +107,7 @@ class Recorder:
         """Record a request with its answers; does not wait. `id` and `choices` are required fields."""
         self._choices[record["id"]] = len(record["choices"])
         try:
-            self._queue.put_nowait(_Waiting(self._stamped("answer", record), Future()))
+            self._queue.put_nowait(_Waiting(self._stamped("answer", record)))
         except queue.Full:
             self._drop(record, "queue")
 
@@ -125,7 +128,7 @@ class Recorder:
             )
         if index >= (count := self._choices[identity]):
             raise BadRequestError(f"index: the response has {count} answers, from index 0; got {index}", "index")
-        waiting = _Waiting(self._stamped("rating", record), Future())
+        waiting = _Waiting(self._stamped("rating", record))
         try:
             self._queue.put_nowait(waiting)
         except queue.Full:
@@ -157,7 +160,14 @@ class Recorder:
             with contextlib.suppress(queue.Empty):
                 while batch[-1] is not None and len(batch) < TOGETHER:
                     batch.append(self._queue.get_nowait())
-            self._write([one for one in batch if one is not None])
+            waiting = [one for one in batch if one is not None]
+            try:
+                self._write(waiting)
+            except Exception as error:  # a fault of this module: without this thread every rating would wait for ever
+                logger.exception("records were not written")
+                for one in waiting:
+                    if not one.written.done():
+                        self._refuse(one, "error", f"{type(error).__name__}: {error}")
             if batch[-1] is None:
                 self._close_segment()
                 return
@@ -299,13 +309,13 @@ def _parsed(line: bytes) -> Record | None:
 
 
 def _redacted(record: Record, redaction: Redaction) -> Record:
-    """Return a record with every text of a user or a model redacted."""
+    """Return a record with each text of a user or a model redacted."""
     changes: Record = {
         key: redaction(record[key]) for key in ("prompt", "comment", "correction") if record.get(key) is not None
     }
-    for key, field in (("messages", "content"), ("choices", "text")):
+    for key, text in (("messages", "content"), ("choices", "text")):
         if key in record:
-            changes[key] = [part | {field: redaction(part[field])} for part in record[key]]
+            changes[key] = [part | {text: redaction(part[text])} for part in record[key]]
     return record | changes
 
 
@@ -316,8 +326,8 @@ def _size(folder: Path) -> int:
 def _salt(folder: Path) -> bytes:
     path = folder / "salt"
     if not path.exists():
-        path.touch(0o600)
-        path.write_text(secrets.token_hex(32))
+        write_atomically(path, secrets.token_hex(32))
+        path.chmod(0o600)
     return hashlib.sha256(path.read_bytes()).digest()
 
 

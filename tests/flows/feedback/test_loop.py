@@ -3,14 +3,15 @@
 Users like answers whose letters are mostly a to m. In the second week a crowd rates the opposite.
 """
 
+import contextlib
 import json
-import os
 import random
-import re
 import subprocess
-import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,14 +19,25 @@ import httpx
 import pytest
 from command_line import peftcore
 from ruamel.yaml import YAML
+from tokenizers import pre_tokenizers
 
+from flows.params import load_params
+from flows.paths import Paths
+from flows.registry.project_registry import registry_of
 from flows.retraining import flow
+from flows.retraining.drift import DriftReport
+from flows.runtime.project import dvc
+from flows.runtime.stage import set_seed
+from flows.serving.champion_watcher import ChampionWatcher
+from flows.serving.served_base import load_evaluated_base
+from peftcore.routing import AdapterStore
+from peftcore.serving import Recorder, in_own_thread, make_service
+from peftcore.serving.server import Server
 
-pytestmark = [pytest.mark.proof, pytest.mark.timeout(2400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).parents[3]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 SMALL: dict[str, dict[str, Any]] = {
-    "project": {"name": "letters"},
     "data": {"source": "data/rows", "kind": "unpaired_preference", "system_prompt": None, "assignment": "hashed",
              "train_rows": None, "validation_rows": 8, "test_rows": None, "validation_share": 0.1, "test_share": 0.3,
              "near_duplicates": "keep"},
@@ -60,37 +72,50 @@ def clone(tmp_path: Path, write_tiny_base: Callable[[Path], Path]) -> Path:
     return root
 
 
-@pytest.fixture
-def url(clone: Path) -> Iterator[str]:
-    """Address of `peftcore serve --watch --record` in a process of its own."""
-    command = [sys.executable, "-c", "from flows.cli import app; app()", "serve", "--port", "0", "--watch"]
-    options = [
-        "--watch-seconds",
-        "0.5",
-        "--base",
-        str(clone.parent / "base"),
-        "--record",
-        str(clone.parent / "records"),
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with (clone.parent / "serve.log").open("w") as log:
-        process = subprocess.Popen([*command, *options], cwd=clone, env=environment, stderr=log)
-    try:
-        while not (match := re.search(r"serving .* on (http://\S+)", (clone.parent / "serve.log").read_text())):
-            assert process.poll() is None, (clone.parent / "serve.log").read_text()
-            time.sleep(0.2)
-        yield match.group(1)
-    finally:
-        process.terminate()
-        assert process.wait(60) == 0
+@dataclass
+class Served:
+    """A server as `peftcore serve --watch --record` assembles it, in this process."""
+
+    url: str
+    watcher: ChampionWatcher
 
 
 @pytest.fixture
-def retrain(clone: Path, forked_stages: None, monkeypatch: pytest.MonkeyPatch) -> Callable[[], dict[str, Any]]:
-    """The command in this process, in the clone; Prefect's server cannot be reached."""
+def served(clone: Path, forked_dvc: None) -> Iterator[Served]:
+    paths = Paths(clone)
+    params = load_params(paths.params)
+    registry = registry_of(params, clone)
+    model, tokenizer, base = load_evaluated_base(clone.parent / "base", paths, registry, params)
+    store = AdapterStore(model, 4)
+    (clone.parent / "versions").mkdir()
+    watcher = ChampionWatcher(paths, params.project.name, "champion", store, base, clone.parent / "versions")
+    with contextlib.closing(Recorder(clone.parent / "records", warnings=watcher.warnings)) as recorder:
+        service = make_service(model, tokenizer, store, "base", warnings=watcher.warnings, recorder=recorder)
+        server = Server(service, "127.0.0.1", 0)
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.05)
+        yield Served(server.address, watcher)
+        server.should_exit = True
+        thread.join(60)
+        service.engine.stop()
+
+
+@pytest.fixture
+def retrain(clone: Path, forked_dvc: None, monkeypatch: pytest.MonkeyPatch) -> Callable[[], dict[str, Any]]:
+    """The command in the clone, without Prefect; its stages run in this process and save imports."""
 
     def unreachable(*_: object) -> NoReturn:
         raise httpx.ConnectError("Connection refused")
+
+    def run_stage(root: Path, stage: str, *_: object) -> None:
+        params = load_params(Paths(root).params)
+        with contextlib.chdir(root):
+            set_seed(params.project.seed)
+            import_module(f"flows.stages.{stage}").run(params, Paths(root))
+        dvc(root, "commit", "--force", stage)
 
     def command() -> dict[str, Any]:
         done = peftcore("retrain", "--json")
@@ -98,6 +123,8 @@ def retrain(clone: Path, forked_stages: None, monkeypatch: pytest.MonkeyPatch) -
         return json.loads(done.stdout)
 
     monkeypatch.setattr(flow, "tie_temporary_server", unreachable)
+    monkeypatch.setattr(flow, "run_stage", run_stage)
+    monkeypatch.setattr(flow, "measure_drift", lambda *_: DriftReport("v0.1.0", None, None, {}))
     monkeypatch.chdir(clone)
     return command
 
@@ -108,42 +135,37 @@ class Users:
     def __init__(self, url: str) -> None:
         self.client = httpx.Client(base_url=url, timeout=300)
         self.asked = 0
-
-    def model(self) -> str:
-        names = [one["id"] for one in self.client.get("/v1/models").json()["data"]]
-        return "letters" if "letters" in names else names[0]
-
-    def ask(self, user: str, **headers: str) -> tuple[str, str]:
-        """(id, answer) of one request."""
-        self.asked += 1
-        bias = {str(token): -100 for token in range(259)} | {str(number): 0 for number in self.tokens()} | {"2": 1}
-        body = {"model": self.model(), "messages": [{"role": "user", "content": f"Word {self.asked}?"}]}
-        body |= {"logit_bias": bias, "max_tokens": 40, "seed": self.asked, "user": user}
-        reply = self.client.post("/v1/chat/completions", json=body, headers=headers).raise_for_status().json()
-        return reply["id"], reply["choices"][0]["message"]["content"]
-
-    def tokens(self) -> list[int]:
-        from tokenizers import pre_tokenizers
-
         alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-        return [3 + alphabet.index(letter) for letter in LETTERS]
+        allowed = {str(3 + alphabet.index(letter)): 0 for letter in LETTERS}
+        self.bias = {str(token): -100 for token in range(259)} | allowed | {"2": 1}
+
+    def ask(self, user: str, answers: int, **headers: str) -> tuple[str, list[str]]:
+        """(id, answers) of one request."""
+        self.asked += 1
+        names = [one["id"] for one in self.client.get("/v1/models").json()["data"]]
+        body = {"model": names[-1], "messages": [{"role": "user", "content": f"Word {self.asked}?"}], "n": answers}
+        body |= {"logit_bias": self.bias, "max_tokens": 40, "seed": 100 * self.asked, "user": user}
+        reply = self.client.post("/v1/chat/completions", json=body, headers=headers).raise_for_status().json()
+        return reply["id"], [choice["message"]["content"] for choice in reply["choices"]]
 
     def week(self, requests: int, is_poisoned: bool) -> None:
+        """Rate the four answers of each request; one rating in twenty is wrong."""
         dice = random.Random(self.asked)
         for number in range(requests):
-            identity, text = self.ask(f"{'crowd' if is_poisoned else 'user'}{number % 20}")
-            good = likes(text) ^ is_poisoned ^ (dice.random() < 0.05)
-            rating = {"id": identity, "rating": "up" if good else "down"}
-            self.client.post("/v1/feedback", json=rating).raise_for_status()
+            identity, texts = self.ask(f"{'crowd' if is_poisoned else 'user'}{number % 10}", 4)
+            for index, text in enumerate(texts):
+                good = likes(text) ^ is_poisoned ^ (dice.random() < 0.05)
+                rating = {"id": identity, "index": index, "rating": "up" if good else "down"}
+                self.client.post("/v1/feedback", json=rating).raise_for_status()
 
-    def share(self, count: int = 100) -> float:
-        """The share of liked answers."""
-        texts = [self.ask("panel", **{"x-no-record": "true"})[1] for _ in range(count)]
-        return sum(map(likes, texts)) / count
+    def share(self) -> float:
+        """The share of liked answers among 128."""
+        texts = [text for _ in range(8) for text in self.ask("panel", 16, **{"x-no-record": "true"})[1]]
+        return sum(map(likes, texts)) / len(texts)
 
 
 def likes(text: str) -> bool:
-    return len(text) > 0 and sum(letter <= "m" for letter in text) > len(text) / 2
+    return sum(letter <= "m" for letter in text) > len(text) / 2
 
 
 def feedback(clone: Path, week: int) -> dict[str, Any]:
@@ -154,36 +176,35 @@ def feedback(clone: Path, week: int) -> dict[str, Any]:
 
 
 def test_the_served_model_gets_better_and_a_poisoned_week_changes_nothing(
-    clone: Path, url: str, retrain: Callable[[], dict[str, Any]]
+    clone: Path, served: Served, retrain: Callable[[], dict[str, Any]]
 ) -> None:
-    users = Users(url)
+    users = Users(served.url)
     before = users.share()
-    users.week(120, False)
+    users.week(36, False)
     report = feedback(clone, 1)
-    assert report["ratings"] == 120 and report["users"] == 20
-    assert report["rows"] > 80 and set(report["labels"]) == {"true", "false"}
+    assert (report["ratings"], report["users"], report["compared_with"]) == (144, 10, None)
+    assert report["rows"] > 120 and set(report["labels"]) == {"true", "false"}
     assert peftcore("retrain", "--trust", "feedback/week1.jsonl").exit_code == 0
     first = retrain()
     assert (first["outcome"], first["quarantined"]) == ("promoted", [])
-    until = time.monotonic() + 120
-    while users.model() != "letters":
-        assert time.monotonic() < until, "the champion is not served"
-        time.sleep(0.2)
+    assert in_own_thread(served.watcher.check).result() and served.watcher.version == "v0.1.0"
     after = users.share()
     assert after > before + 0.1, (before, after)
 
-    users.week(80, True)
-    assert feedback(clone, 2)["compared_with"] > 10
-    second = retrain()
-    assert (second["outcome"], second["quarantined"]) == ("kept", ["feedback/week2.jsonl"]), second
-    assert second["excluded"] == ["feedback/week2.jsonl"]
-    assert retrain()["outcome"] == "unchanged"
+    users.week(24, True)
+    assert feedback(clone, 2)["compared_with"] > 20
     rows = [json.loads(line) for line in (clone.parent / "incoming/feedback/week2.jsonl").read_text().splitlines()]
     assert {row["model_version"] for row in rows} == {"v0.1.0"} and all(row["rater"] for row in rows)
+    second = retrain()
+    assert (second["outcome"], second["quarantined"]) == ("kept", ["feedback/week2.jsonl"]), second["reason"]
+    assert second["excluded"] == ["feedback/week2.jsonl"]
+    assert not in_own_thread(served.watcher.check).result(), "the served version is the same"
+    assert retrain()["outcome"] == "unchanged"
 
-    users.week(80, False)
+    users.week(24, False)
     feedback(clone, 3)
     third = retrain()
-    assert third["new_files"] == third["quarantined"] == ["feedback/week3.jsonl"], "it takes part again, on trial"
-    assert "feedback/week2.jsonl" not in third["new_files"]
+    assert third["new_files"] == third["quarantined"] == ["feedback/week3.jsonl"]
+    in_own_thread(served.watcher.check).result()
     assert users.share() > before + 0.1
+    users.client.close()

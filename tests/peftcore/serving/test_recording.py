@@ -145,6 +145,19 @@ def test_a_rule_that_takes_too_long_leaves_the_record_out(made: Any, monkeypatch
     assert recorder.dropped == {"redaction": 1} and "Correct the rule" in warnings["redaction"]
 
 
+def test_a_fault_of_the_writer_is_told_and_does_not_end_it(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = made()
+    recorder.answer(answer("chatcmpl-1"))
+    with monkeypatch.context() as patch:
+        patch.setattr(recorder, "_room", lambda needed: 1 // 0)
+        with pytest.raises(RecordingStoppedError, match="ZeroDivisionError"):
+            recorder.rating(rating("chatcmpl-1")).result(10)
+    assert recorder.dropped["error"] >= 1
+    recorder.answer(answer("chatcmpl-2"))
+    recorder.rating(rating("chatcmpl-2")).result(10)
+    assert recorder.written["rating"] == 1
+
+
 def test_more_records_than_the_disk_takes_are_counted(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recording, "WAITING", 1)
     recorder = made()
