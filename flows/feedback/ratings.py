@@ -5,7 +5,7 @@ Each rating that gives no verdict is counted by its reason.
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -50,7 +50,7 @@ class Rated:
     answer: str
     finish: str
     good: bool | None
-    """The verdict; None for an answer that has only a correction."""
+    """The verdict; None if there is none, but a correction."""
     correction: str | None
     """The newest better answer that a user gave; None without one."""
     origin: dict[str, str]
@@ -158,7 +158,9 @@ def _rated(answer: Record, index: int, ratings: list[Record], policy: Policy) ->
         "rater": next((one["user"] for one in ratings if one["user"]), "anonymous"),
     }
     correction = corrections[-1] if corrections else None
-    verdict = None if good == bad == 0 else good > 0
+    verdict = good > 0 if good or bad else None
+    if not scores and correction is not None:  # whoever only gives a better answer finds this one bad
+        verdict = False
     rated = Rated(answer["messages"], choice["text"], choice["finish"], verdict, correction, origin)
     return _Votes(rated, good, bad, len(scores) - good - bad)
 
@@ -172,15 +174,12 @@ def _agreed(every: list[_Votes], left_out: Counter[str]) -> list[Rated]:
     agreed = []
     for votes in every:
         good, bad = sums[votes.rated.prompt_key, canonical(votes.rated.answer)]
+        rated = votes.rated
         if good and bad:
             left_out["contradictory: the same answer is rated good and bad"] += votes.good + votes.bad
+            rated = replace(rated, good=None)
         if votes.neutral:
             left_out["neither good nor bad"] += votes.neutral
-        if (not (good and bad) and votes.rated.good is not None) or votes.rated.correction is not None:
-            contradicted = good and bad
-            agreed.append(_without_verdict(votes.rated) if contradicted else votes.rated)
+        if rated.good is not None or rated.correction is not None:
+            agreed.append(rated)
     return agreed
-
-
-def _without_verdict(rated: Rated) -> Rated:
-    return Rated(rated.prompt, rated.answer, rated.finish, None, rated.correction, rated.origin)

@@ -82,9 +82,8 @@ def _reduced(result: Rows, rows: list[Row], reason: str) -> Rows:
 def _unpaired(answers: Sequence[Rated], left_out: Counter[str]) -> list[Row]:
     rows = []
     for one in answers:
-        good = one.good if one.good is not None or one.correction is None else False
-        if good is not None and _is_whole(one, good, left_out):
-            rows.append({"prompt": one.prompt, "completion": one.answer, "label": good, **one.origin})
+        if one.good is not None and _is_whole(one, one.good, left_out):
+            rows.append({"prompt": one.prompt, "completion": one.answer, "label": one.good, **one.origin})
         if one.correction is not None:
             rows.append({"prompt": one.prompt, "completion": one.correction, "label": True, **one.origin})
     return rows
@@ -98,7 +97,7 @@ def _pairs(answers: Sequence[Rated], left_out: Counter[str]) -> list[Row]:
     ]
     rated: dict[str, tuple[list[Rated], list[Rated]]] = defaultdict(lambda: ([], []))
     for one in answers:
-        if one.good is not None and _is_whole(one, one.good, left_out):
+        if one.good is not None and one.correction is None and _is_whole(one, one.good, left_out):
             rated[one.prompt_key][0 if one.good else 1].append(one)
     for good, bad in rated.values():
         rows += [

@@ -102,7 +102,7 @@ def test_a_correction_counts_also_where_the_ratings_do_not() -> None:
     records = [answer("a"), rating("a", None, correction="Better."), answer("b", "B."), rating("b", 1.0, "ada")]
     records += [rating("b", 0.0, "bob", correction="Best.")]
     first, second = verdicts(records, Policy()).answers
-    assert (first.good, first.correction, second.good, second.correction) == (None, "Better.", None, "Best.")
+    assert (first.good, first.correction, second.good, second.correction) == (False, "Better.", None, "Best.")
 
 
 def test_limits_that_overlap_are_refused() -> None:

@@ -13,13 +13,15 @@ def rated(answer: str, good: bool | None, question: str = "Say it.", **fields: A
 
 
 def test_unpaired_preferences_are_each_answer_and_each_correction() -> None:
-    answers = [rated("Good.", True), rated("Bad.", False), rated("Wrong.", None, correction="Right.")]
+    answers = [rated("Good.", True), rated("Bad.", False), rated("Wrong.", False, correction="Right.")]
+    answers.append(rated("Disputed.", None, correction="Clear."))
     rows = make_rows(answers, "unpaired_preference").rows
     assert [(row["completion"], row["label"]) for row in rows] == [
         ("Good.", True),
         ("Bad.", False),
         ("Wrong.", False),
         ("Right.", True),
+        ("Clear.", True),
     ]
     assert rows[0]["prompt"] == [{"role": "user", "content": "Say it."}] and rows[0]["request_id"] == "Good."
 
@@ -34,7 +36,7 @@ def test_preferences_are_pairs_of_one_prompt_and_corrections() -> None:
     ]
     result = make_rows(answers, "preference")
     assert [(row["chosen"], row["rejected"]) for row in result.rows] == [("Right.", "Wrong."), ("Good.", "Bad.")]
-    assert result.left_out == {"answers without a partner of the other rating for the same prompt": 3}
+    assert result.left_out == {"answers without a partner of the other rating for the same prompt": 2}
 
 
 def test_chats_are_good_answers_and_corrections() -> None:
