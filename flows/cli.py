@@ -8,6 +8,7 @@ import typer
 from flows.commands import (
     chatting,
     ci,
+    feedback,
     importing,
     limits,
     models,
@@ -55,6 +56,7 @@ for command in (
     promotion.approve,
     limits.limits,
     registry.reproduce,
+    feedback.feedback,
     retraining.retrain,
     retraining.schedule,
     sweep.sweep,

@@ -156,6 +156,28 @@ def serve(
     api_key: Annotated[
         list[str] | None, typer.Option(help="An API key; safer in PEFTCORE_API_KEYS, separated by commas.")
     ] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(
+            file_okay=False,
+            help="Record requests, answers and the ratings of `/v1/feedback` in this folder; default: nothing is "
+            "recorded. `peftcore feedback` turns the records into rows.",
+        ),
+    ] = None,
+    record_mb: Annotated[
+        float,
+        typer.Option(min=0.01, metavar="MB", help="With --record: size of the records at which recording stops."),
+    ] = 256.0,
+    redact: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            metavar="FILE",
+            help="With --record: a YAML list of what to replace before anything is written: email, card, iban, phone, "
+            "ip, or {pattern: ..., replacement: ...}.",
+        ),
+    ] = None,
     watch: Annotated[
         bool,
         typer.Option(
@@ -190,6 +212,8 @@ def serve(
             raise typer.BadParameter(
                 "--watch-remote has no effect without --watch; give --watch too", param_hint="--watch-remote"
             )
+        if redact is not None and record is None:
+            raise typer.BadParameter("--redact has no effect without --record FOLDER", param_hint="--redact")
         if watch:
             from flows.params import load_params
 
@@ -220,6 +244,9 @@ def serve(
             chat_template=chat_template,
             tool_call_parser=tool_call_parser,
             keys=api_key or (),
+            record=record,
+            record_bytes=int(record_mb * 1e6),
+            redact=redact,
         )
         run(options)
 

@@ -87,7 +87,7 @@ def _read(data: Data, root: Path) -> list[AnyExample]:
     examples, faults = [], []
     for where, row in files.read_rows(path, data.source, data.kind):
         try:
-            examples.append(_example(data, where, row))
+            examples.append(as_example(data, where, row))
         except FaultyRow as fault:
             faults.append(f"{where}: {fault}")
     refuse_faulty(faults, f"data.source {data.source}")
@@ -110,7 +110,8 @@ def refuse_faulty(faults: list[str], of: str) -> None:
     raise DataError(f"{of}: {len(faults)} rows cannot be used; correct or remove them:\n{listed}")
 
 
-def _example(data: Data, where: str, row: dict[str, Any]) -> AnyExample:
+def as_example(data: Data, where: str, row: dict[str, Any]) -> AnyExample:
+    """Return a row as an example. Raises FaultyRow if it is not of `data.kind`. where: its location, for messages."""
     if data.kind == "text":
         content = formats.document(row)
         return Document(content, **_origin(data, where, row, content))

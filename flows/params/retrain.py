@@ -1,5 +1,6 @@
 """Section `retrain` of params.yaml: scheduled retraining and drift."""
 
+from fnmatch import fnmatchcase
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -28,4 +29,10 @@ class Retrain(Section):
     retry_delay: NonNegative = 30.0
     stage_timeout: Positive = 21600.0
     drift: Drift = Drift()
+    untrusted: list[Text] = Field(default=["feedback/*"])
+    untrusted_rows: Literal["train", "wait"] = "train"
     notify: list[Text] = Field(default=[])
+
+    def is_untrusted(self, name: str) -> bool:
+        """Return True if the name of a file of rows matches a pattern of `untrusted`."""
+        return any(fnmatchcase(name, pattern) for pattern in self.untrusted)

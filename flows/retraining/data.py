@@ -44,7 +44,9 @@ class Collected:
         new_files: files that no earlier version was trained on; a retraining starts if there are any.
         new_to_champion: files that the champion was not trained on.
         excluded: files that are left out.
-        quarantined: files that an earlier version kept out of evaluation, and that are not trusted files.
+        quarantined: files that an earlier version kept out of evaluation, or whose names match `retrain.untrusted`,
+            and that are not trusted files.
+        waiting: files that are not used until somebody trusts them (`retrain.untrusted_rows`).
         skipped: {entry of `retrain.incoming` that is not a file of rows: reason}.
     """
 
@@ -53,6 +55,7 @@ class Collected:
     new_to_champion: list[str]
     excluded: list[str]
     quarantined: list[str]
+    waiting: list[str]
     skipped: dict[str, str]
 
 
@@ -126,13 +129,25 @@ class Source:
             self._pull()
         files = self._files()
         left_out = sorted(name for name, digest in files.items() if digest in excluded)
-        for name in left_out:
-            del files[name]
-            if self.place.is_dir():  # of the retraining's own tree
-                (self.place / name).unlink()
         learned = {digest for version in before for digest in self.files_of(version).values()}
         by_champion = set() if champion is None else set(self.files_of(champion).values())
         untrusted = {digest for version in before for digest in self.quarantined_of(version).values()}
+        # a file by which a version was evaluated was trusted then, perhaps in another clone
+        evaluated = learned - untrusted
+        untrusted |= {
+            digest
+            for name, digest in files.items()
+            if self.params.retrain.is_untrusted(name) and digest not in evaluated
+        }
+        waiting: list[str] = []
+        if self.params.retrain.untrusted_rows == "wait":
+            known = {*left_out, *(name for name, digest in files.items() if digest in learned)}
+            waiting = sorted(name for name, digest in files.items() if digest in untrusted - set(trusted))
+            waiting = [name for name in waiting if name not in known]
+        for name in (*left_out, *waiting):
+            del files[name]
+            if self.place.is_dir():  # of the retraining's own tree
+                (self.place / name).unlink()
         released = untrusted & set(trusted)
         new_files = [name for name, digest in files.items() if digest not in learned or digest in released]
         new_to_champion = [name for name, digest in files.items() if digest not in by_champion or digest in released]
@@ -146,8 +161,14 @@ class Source:
                     if left_out
                     else ""
                 )
+                + (f"; nobody trusts {', '.join(waiting)} yet (`peftcore retrain --trust FILE`)" if waiting else "")
             )
-        return Collected(files, new_files, new_to_champion, left_out, quarantined, skipped)
+        if all(self.params.retrain.is_untrusted(name) and name in quarantined for name in files):
+            raise DataError(
+                f"nobody trusts {', '.join(files)} yet, so there are no rows to evaluate on; look at one file and give "
+                "`peftcore retrain --trust FILE`, or add a file of your own"
+            )
+        return Collected(files, new_files, new_to_champion, left_out, quarantined, waiting, skipped)
 
     def pinned(self, files: Files) -> str | None:
         """Return a hub's source with its revision, for the stages to read; None for other sources."""
@@ -183,6 +204,16 @@ class Source:
         data = record["params"]["data"]
         quarantined = data.get("quarantined") or data.get("unproven") or []  # `unproven` is the key of earlier releases
         return {name: digest for name, digest in files.items() if name in quarantined}
+
+    def arrived(self) -> Files:
+        """Return the files in `retrain.incoming`, or of a source in this working tree, with untrusted names."""
+        incoming = self.params.retrain.incoming
+        folder = self.place if incoming is None else self.root / Path(incoming).expanduser()
+        if not self.is_path or not folder.is_dir():
+            return {}
+        names = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+        is_row_file = (name for name, path in names.items() if is_of_rows(path, self.params.data.kind))
+        return {name: sha256(names[name]) for name in is_row_file if self.params.retrain.is_untrusted(name)}
 
     def _take_in(self, incoming: str, before: list[Version]) -> dict[str, str]:
         """Copy files of rows from the incoming folder; returns {skipped entry: reason}."""

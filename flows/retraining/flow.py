@@ -178,6 +178,8 @@ class Retraining:
         collected: Collected = self._run("collect", self._collect, champion)
         entry.files, entry.new_files = len(collected.files), collected.new_files
         entry.skipped = collected.skipped
+        for name in collected.waiting:
+            logger.warning("%s waits until somebody trusts it: peftcore retrain --trust %s", name, name)
         for name, why in collected.skipped.items():
             logger.warning("retrain.incoming: %s is skipped: %s", name, why)
         reasons = self._reasons(collected)
@@ -200,9 +202,14 @@ class Retraining:
         if not promotion.accepted:
             suspicious = (entry.drift or {}).get("suspicious", {})
             # drift is measured on files that are new to the champion, so the champion's own files are never excluded
-            entry.excluded = [name for name in entry.quarantined if name in suspicious]
+            doubts = {
+                name: "nobody has trusted it"
+                for name in collected.new_to_champion
+                if self.params.retrain.is_untrusted(name)
+            } | suspicious
+            entry.excluded = [name for name in entry.quarantined if name in doubts]
             for name in entry.excluded:
-                why = f"{promotion.version} was refused; {suspicious[name]}"
+                why = f"{promotion.version} was refused; {doubts[name]}"
                 exclude(self.paths, {name: collected.files[name]}, why)
         self._run("report", self._report)
         remove_working_tree(self.paths.root)
@@ -368,7 +375,7 @@ class Retraining:
         quarantined = sorted({*self.entry.quarantined, *names})
         if len(quarantined) == len(collected.files):
             logger.warning("all files are quarantined, so there are no others to evaluate on: they are evaluated on")
-            quarantined = []
+            quarantined = [name for name in collected.quarantined if self.params.retrain.is_untrusted(name)]
         if quarantined != self.entry.quarantined:
             self.entry.quarantined = quarantined
             self._change({"data": {"quarantined": sorted({*self.always_quarantined, *quarantined}) or None}})

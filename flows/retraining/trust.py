@@ -33,7 +33,7 @@ def read_trusted(paths: Paths) -> dict[str, str]:
 
 
 def trust(params: Params, paths: Paths, name: str) -> list[str]:
-    """Use an excluded or quarantined file again, for training and for evaluation.
+    """Use an excluded, quarantined or untrusted new file, for training and for evaluation.
 
     Args:
         params: the committed parameters.
@@ -49,7 +49,8 @@ def trust(params: Params, paths: Paths, name: str) -> list[str]:
     excluded, trusted = read_excluded(paths), read_trusted(paths)
     source = Source(params, paths.root, paths.root)
     before = versions_before(registry_of(params, paths.root).snapshot(), params.gate.stage)
-    untrusted = {digest: file for version in before for file, digest in source.quarantined_of(version).items()}
+    untrusted = {digest: file for file, digest in source.arrived().items()}
+    untrusted |= {digest: file for version in before for file, digest in source.quarantined_of(version).items()}
     untrusted = {digest: file for digest, file in untrusted.items() if digest not in trusted}
     untrusted |= {digest: why.partition(": ")[0] for digest, why in excluded.items()}
     matching = {digest: file for digest, file in untrusted.items() if name in (digest, file)}

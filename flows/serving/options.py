@@ -54,6 +54,12 @@ class ServeOptions:
     """Form of the model's tool calls; None: that of the chat template."""
     keys: Sequence[str] = ()
     """API keys, in addition to those of the environment variable."""
+    record: Path | None = None
+    """Folder for records of answers and ratings; None: nothing is recorded."""
+    record_bytes: int = 256 << 20
+    """Largest size of the records (bytes)."""
+    redact: Path | None = None
+    """YAML file of redaction rules; None: texts are recorded as they are."""
 
 
 def parse_compositions(texts: Sequence[str]) -> "dict[str, Composition]":

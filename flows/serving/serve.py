@@ -14,6 +14,7 @@ from flows.registry.project_registry import registry_of
 from flows.serving.adapters_folder import register_adapters
 from flows.serving.champion_watcher import ChampionWatcher, fetch_tags
 from flows.serving.options import KEYS, ServeOptions, parse_compositions
+from flows.serving.redaction import read_redaction
 from flows.serving.served_base import ServedBase, load_evaluated_base, load_given_base
 from peftcore.errors import ConfigError
 
@@ -34,12 +35,13 @@ def serve(options: ServeOptions) -> None:
         PeftError, PipelineError: The base, an adapter or an option cannot be served.
     """
     from peftcore.routing import AdapterStore
-    from peftcore.serving import check_servable, checked_keys, in_own_thread, make_service
+    from peftcore.serving import Recorder, check_servable, checked_keys, in_own_thread, make_service
     from peftcore.serving import serve as run
 
     compositions = parse_compositions(options.mixtures)
     keys = checked_keys([*options.keys, *(os.environ[KEYS].split(",") if KEYS in os.environ else ())])
     template = None if options.chat_template is None else _chat_template(options.chat_template)
+    redaction = None if options.redact is None else read_redaction(options.redact)
     model, tokenizer, base = in_own_thread(_load_base, options).result()
     tokenizer.chat_template = template or tokenizer.chat_template
     store = AdapterStore(model, options.max_loaded)
@@ -58,21 +60,26 @@ def serve(options: ServeOptions) -> None:
             in_own_thread(watcher.check).result()
         _check_adapters_exist(compositions, store)
         served_name = options.name or options.base.resolve().name
-        warnings = None if watcher is None else watcher.warnings
-        service = make_service(
-            model,
-            tokenizer,
-            store,
-            served_name,
-            compositions,
-            options.limits,
-            keys,
-            warnings,
-            options.load_from,
-            options.tool_call_parser,
-        )
-        with contextlib.nullcontext() if watcher is None else watcher.running():
-            run(service, options.host, options.port, options.metrics_port)
+        warnings: dict[str, str] = {} if watcher is None else watcher.warnings
+        recorder = None
+        if options.record is not None:
+            recorder = Recorder(options.record, options.record_bytes, redaction, warnings)
+        with contextlib.nullcontext() if recorder is None else contextlib.closing(recorder):
+            service = make_service(
+                model,
+                tokenizer,
+                store,
+                served_name,
+                compositions,
+                options.limits,
+                keys,
+                warnings,
+                options.load_from,
+                options.tool_call_parser,
+                recorder=recorder,
+            )
+            with contextlib.nullcontext() if watcher is None else watcher.running():
+                run(service, options.host, options.port, options.metrics_port)
 
 
 def _chat_template(path: Path) -> str:

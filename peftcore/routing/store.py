@@ -34,12 +34,15 @@ RECORDED_LOADS = 1000
 class Lease:
     """A hold on a loaded adapter: the adapter stays in the model until `release`. Also a context manager."""
 
-    def __init__(self, store: "AdapterStore", slot: Slot, version: int):
+    def __init__(self, store: "AdapterStore", slot: Slot, entry: Entry):
         self._store, self._slot = store, slot
         self.name = slot.name
         """The adapter's name in the model, for routes."""
-        self.version = version
+        self.version = entry.version
         """The adapter's version: 1, and one more with each replacement."""
+        assert entry.directory is not None
+        self.directory = entry.directory
+        """The directory that this version was loaded from."""
         self.weights = (slot.name, slot.loads)
         """Identifies the loaded weights: other weights in this store never have the same value."""
         self._active = True
@@ -229,7 +232,7 @@ class AdapterStore:
                 slot.leases += 1
                 if self._entries.get(name) is entry:
                     slot.entry, entry.slot = entry, slot
-                return Lease(self, slot, entry.version)
+                return Lease(self, slot, entry)
 
     @contextlib.contextmanager
     def using(self, *names: str, timeout: float | None = None) -> Iterator[dict[str, str]]:
@@ -297,7 +300,7 @@ class AdapterStore:
         entry.slot.leases += 1
         self._counts.hits += 1
         self._slots.move_to_end(entry.slot.name)
-        return Lease(self, entry.slot, entry.version)
+        return Lease(self, entry.slot, entry)
 
     def _release(self, slot: Slot) -> None:
         with self._lock:

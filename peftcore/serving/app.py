@@ -1,7 +1,7 @@
 """HTTP API: OpenAI's endpoints, vLLM's for loading adapters, health, readiness and metrics."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -10,12 +10,13 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 
-from peftcore.serving.errors import BadRequestError, ServingError
+from peftcore.serving.errors import BadRequestError, NotAllowedError, ServingError
 from peftcore.serving.middleware import CLIENT_GONE, AccessMiddleware
 from peftcore.serving.own_thread import in_own_thread
 from peftcore.serving.protocol import (
     ChatRequest,
     CompletionRequest,
+    FeedbackRequest,
     GenerationRequest,
     LoadRequest,
     UnloadRequest,
@@ -23,6 +24,9 @@ from peftcore.serving.protocol import (
 )
 from peftcore.serving.response import ClientGoneError, PendingResponse, unless_disconnected
 from peftcore.serving.service import Service
+
+NO_RECORD = "x-no-record"
+"""Header of requests that must not be recorded, such as `x-no-record: true`."""
 
 
 def make_app(service: Service) -> FastAPI:
@@ -46,6 +50,7 @@ def make_app(service: Service) -> FastAPI:
     _add_errors(app)
     _add_models(app, service)
     _add_loading(app, service)
+    _add_feedback(app, service)
     _add_health(app, service)
 
     @app.post("/v1/chat/completions")
@@ -80,11 +85,50 @@ async def _answer(service: Service, request: Request, body: GenerationRequest) -
         None if calling is None else calling.stream,
     )
     request.state.response = response
+    record = _record_function(service, request, body, response)
     if not body.stream:
-        return JSONResponse(await unless_disconnected(request, response.complete(body, service.tokenizer)))
+        answer = await unless_disconnected(request, response.complete(body, service.tokenizer))
+        if record is not None:
+            record(answer["id"])
+        return JSONResponse(answer)
     # an error before the first chunk is sent with its own HTTP status
     first = await unless_disconnected(request, response.next())
-    return StreamingResponse(response.stream(body, service.tokenizer, first), media_type="text/event-stream")
+    return StreamingResponse(response.stream(body, service.tokenizer, first, record), media_type="text/event-stream")
+
+
+def _record_function(
+    service: Service, request: Request, body: GenerationRequest, response: PendingResponse
+) -> Callable[[str], None] | None:
+    """Return a function of a complete response's id that records it; None if it is not to be recorded."""
+    recorder = service.recorder
+    if recorder is None or request.headers.get(NO_RECORD, "false").strip().lower() not in ("", "0", "false", "no"):
+        return None
+
+    def record(identity: str) -> None:
+        versions = {generation.version or service.catalog.base for generation in response.generations}
+        recorder.answer(
+            {
+                "id": identity,
+                "model": body.model,
+                "version": "+".join(sorted(versions)),  # several if it was replaced between two completions
+                "user": body.user,
+                **body.prompt_record(service.tokenizer),
+                "choices": response.answers,
+            }
+        )
+
+    return record
+
+
+def _add_feedback(app: FastAPI, service: Service) -> None:
+    @app.post("/v1/feedback")
+    async def rate(body: FeedbackRequest) -> dict[str, Any]:
+        if service.recorder is None:
+            raise NotAllowedError("this server records no feedback; start it with --record FOLDER")
+        rating = {"rating": body.score, "correction": body.correction, "comment": body.comment, "user": body.user}
+        written = service.recorder.rating({"id": body.id, "index": body.index, **rating})
+        await asyncio.wrap_future(written)
+        return {"id": body.id, "index": body.index, "object": "feedback", "recorded": True}
 
 
 def _add_models(app: FastAPI, service: Service) -> None:

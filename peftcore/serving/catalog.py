@@ -24,6 +24,11 @@ class ModelLease:
         """Identifies what the model computes: leases with equal values give equal outputs."""
         return self.route, tuple(lease.weights for lease in self.leases)
 
+    @property
+    def version(self) -> str | None:
+        """Names of the directories of the adapters, joined by "+"; None for the base model."""
+        return "+".join(lease.directory.name for lease in self.leases) or None
+
     def release(self) -> None:
         """Allow the adapters to be unloaded."""
         for lease in self.leases:

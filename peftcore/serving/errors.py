@@ -74,6 +74,21 @@ class UnknownModelError(ServingError):
     code = "model_not_found"
 
 
+class UnknownResponseError(ServingError):
+    """No recorded response has the id that a rating names."""
+
+    status = 404
+    kind = "invalid_request_error"
+    code = "response_not_found"
+
+
+class RecordingStoppedError(ServingError):
+    """A rating cannot be recorded at present."""
+
+    status = 503
+    code = "recording_stopped"
+
+
 class QueueFullError(ServingError):
     """The queue of waiting requests is full.
 

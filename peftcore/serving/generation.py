@@ -63,6 +63,8 @@ class Generation:
         self.last = 0
         """Last generated token, the input of the next step."""
         self.lease: ModelLease | None = None
+        self.version: str | None = None
+        """Directories of the adapters that computed the answer, once the lease is released; None: the base model."""
         self.abandoned = False
         """True if the client has gone or timed out."""
         self.finished = False
@@ -97,6 +99,7 @@ class Generation:
     def release(self) -> None:
         """Give up this request's lease on its adapters; a second call does nothing."""
         if self.lease is not None:
+            self.version = self.lease.version
             self.lease.release()
             self.lease = None
 

@@ -9,6 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from peftcore.routing import AdapterStore
+from peftcore.serving.recording import Recorder
 
 if TYPE_CHECKING:
     from peftcore.serving.generation import Generation
@@ -23,9 +24,10 @@ class Metrics:
     Args:
         store: The adapters, whose statistics are included.
         warnings: {source: text}, read at each scrape.
+        recorder: The recorder, whose counts are included; None if nothing is recorded.
     """
 
-    def __init__(self, store: AdapterStore, warnings: Mapping[str, str]):
+    def __init__(self, store: AdapterStore, warnings: Mapping[str, str], recorder: Recorder | None = None):
         self._registry = registry = CollectorRegistry()
         self.requests = Counter(
             "peftcore_requests", "Requests answered, by model and HTTP status", ["model", "status"], registry=registry
@@ -65,6 +67,8 @@ class Metrics:
         )
         registry.register(_StoreStatistics(store))
         registry.register(_Warnings(warnings))
+        if recorder is not None:
+            registry.register(_RecorderCounts(recorder))
 
     def first_token(self, generation: "Generation") -> None:
         """Record the time to the first token of a request."""
@@ -94,6 +98,24 @@ class _StoreStatistics(Collector):
         yield GaugeMetricFamily(
             "peftcore_adapters_bytes", "Size of the loaded adapters in bytes", value=statistics["bytes"]
         )
+
+
+class _RecorderCounts(Collector):
+    """Counts of the recorder."""
+
+    def __init__(self, recorder: Recorder):
+        self._recorder = recorder
+
+    def collect(self) -> Iterator[Metric]:
+        written = CounterMetricFamily("peftcore_records", "Records on disk, by kind", labels=["kind"])
+        for kind in ("answer", "rating"):
+            written.add_metric([kind], self._recorder.written[kind])
+        yield written
+        dropped = CounterMetricFamily("peftcore_records_dropped", "Records not written, by reason", labels=["reason"])
+        for reason in ("full", "disk", "redaction", "queue", "error"):
+            dropped.add_metric([reason], self._recorder.dropped[reason])
+        yield dropped
+        yield GaugeMetricFamily("peftcore_records_bytes", "Size of the records in bytes", value=self._recorder.size)
 
 
 class _Warnings(Collector):

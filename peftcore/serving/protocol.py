@@ -55,6 +55,35 @@ class UnloadRequest(_Strict):
     lora_int_id: None = None
 
 
+class FeedbackRequest(_Strict):
+    """Body of POST /v1/feedback: a rating of a recorded answer, a better answer, or both."""
+
+    id: Annotated[str, Field(min_length=1, max_length=100)]
+    """The response's `id`."""
+    index: Annotated[int, Field(ge=0)] = 0
+    """Number of the answer, if the request had `n`."""
+    rating: Literal["up", "down"] | float | None = None
+    correction: Annotated[str, Field(min_length=1, max_length=1_000_000)] | None = None
+    """A better answer."""
+    comment: Annotated[str, Field(max_length=10_000)] | None = None
+    user: Annotated[str, Field(max_length=1000)] | None = None
+    """Who rates; null: the user of the request."""
+
+    @property
+    def score(self) -> float | None:
+        """The rating from 0 (bad) to 1 (good). Raise BadRequestError if it is out of range, or nothing is given."""
+        if self.rating is None:
+            if not (self.correction or "").strip():
+                raise BadRequestError("give a rating or a correction", "rating")
+            return None
+        score = {"up": 1.0, "down": 0.0}[self.rating] if isinstance(self.rating, str) else self.rating
+        if not 0 <= score <= 1:
+            raise BadRequestError(
+                f"rating: give up, down, or a number from 0 (bad) to 1 (good), got {score:g}", "rating"
+            )
+        return score
+
+
 class GenerationRequest(_Strict):
     """Fields that completion and chat requests share; a field of type `Literal` accepts that value only."""
 
@@ -155,6 +184,10 @@ class GenerationRequest(_Strict):
         """Return the prompt as token ids. Raise BadRequestError if it is invalid."""
         raise NotImplementedError
 
+    def prompt_record(self, tokenizer: Any) -> dict[str, Any]:
+        """Return the prompt as text for a record: {"messages": [...]} or {"prompt": text}."""
+        raise NotImplementedError
+
     def logprobs_object(self, tokenizer: Any, tokens: Sequence[TokenLogprobs], offset: int) -> dict[str, Any]:
         """Return the field `logprobs` of a choice.
 
@@ -246,6 +279,10 @@ class ChatRequest(GenerationRequest):
         tools = [] if self.tool_choice == "none" else self.tools or []
         return rendered_prompt(tokenizer, self.messages, tools)
 
+    def prompt_record(self, tokenizer: Any) -> dict[str, Any]:
+        """Return the messages, each with role and text."""
+        return {"messages": [message.plain() for message in self.messages]}
+
     def logprobs_object(self, tokenizer: Any, tokens: Sequence[TokenLogprobs], offset: int) -> dict[str, Any]:
         """Return the field `logprobs` of a choice."""
 
@@ -317,6 +354,11 @@ class CompletionRequest(GenerationRequest):
                 f"prompt: {wrong[0]} is not a token id; the vocabulary has {len(tokenizer)} tokens", "prompt"
             )
         return tokens
+
+    def prompt_record(self, tokenizer: Any) -> dict[str, Any]:
+        """Return the text of the prompt."""
+        text = self.prompt if isinstance(self.prompt, str) else self.prompt[0] if self.prompt else ""
+        return {"prompt": text if isinstance(text, str) else tokenizer.decode(self.prompt_tokens(tokenizer))}
 
     def logprobs_object(self, tokenizer: Any, tokens: Sequence[TokenLogprobs], offset: int) -> dict[str, Any]:
         """Return the field `logprobs` of a choice."""

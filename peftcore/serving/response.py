@@ -65,6 +65,8 @@ class PendingResponse:
         """Tool calls of the completions that have ended (count)."""
         self._ended: set[int] = set()
         """Completions that ended here before the engine ended them."""
+        self.answers: list[dict[str, Any]] | None = None
+        """[{"index", "text", "finish"}] of a complete response, before its client has its end; None before that."""
 
     async def next(self) -> tuple[int, Chunk]:
         """Return the next chunk, after its completion's number. Raise ServingError if a completion failed."""
@@ -104,18 +106,33 @@ class PendingResponse:
         while not all(part and part[-1].finish for part in chunks):
             index, chunk = await self.next()
             chunks[index].append(self._parsed(index, chunk)[0])
+        self.answers = _answers(chunks)
         choices: list[dict[str, Any]] = []
-        for index, part in enumerate(chunks):
-            text, calls = "".join(chunk.text for chunk in part), ()
+        for index, (answer, part) in enumerate(zip(self.answers, chunks, strict=True)):
+            text, calls = answer["text"], ()
             if self._calls:
                 text, calls = self._calls[index].content, self._calls[index].calls
-            choices.append(body.choice(index, text, part[-1].finish, _logprobs(body, tokenizer, part, 0), calls))
+            choices.append(body.choice(index, text, answer["finish"], _logprobs(body, tokenizer, part, 0), calls))
         counts = self._usage([part[-1] for part in chunks])
         return {**body.envelope(streamed=False), "choices": choices, "usage": counts}
 
-    async def stream(self, body: GenerationRequest, tokenizer: Any, first: tuple[int, Chunk]) -> AsyncIterator[str]:
-        """Yield the response as server-sent events, from its first chunk. An error is an event, after status 200."""
+    async def stream(
+        self,
+        body: GenerationRequest,
+        tokenizer: Any,
+        first: tuple[int, Chunk],
+        completed: Callable[[str], None] | None = None,
+    ) -> AsyncIterator[str]:
+        """Yield the response as server-sent events, from its first chunk. An error is an event, after status 200.
+
+        Args:
+            body: The request.
+            tokenizer: Decodes the tokens of log-probabilities.
+            first: The first chunk.
+            completed: Called with the response's id before the event that ends the last completion.
+        """
         envelope = body.envelope(streamed=True)
+        chunks: list[list[Chunk]] = [[] for _ in self.generations]
         has_usage = body.stream_options is not None and body.stream_options.include_usage
         lengths, last = [0] * len(self.generations), dict[int, Chunk]()
 
@@ -127,6 +144,11 @@ class PendingResponse:
         index, chunk = first
         while True:
             chunk, deltas = self._parsed(index, chunk)
+            if completed is not None:
+                chunks[index].append(chunk)
+                if all(part and part[-1].finish for part in chunks):
+                    self.answers = _answers(chunks)
+                    completed(envelope["id"])
             logprobs = _logprobs(body, tokenizer, [chunk], lengths[index]) if deltas or chunk.logprobs else None
             for delta in deltas or ([""] if chunk.logprobs else []):
                 yield event([body.chunk(index, delta, None, logprobs)])
@@ -148,6 +170,14 @@ class PendingResponse:
 
     def _usage(self, last: list[Chunk]) -> dict[str, int]:
         return usage(len(self.generations[0].prompt), sum(chunk.tokens for chunk in last))
+
+
+def _answers(chunks: list[list[Chunk]]) -> list[dict[str, Any]]:
+    """Return the text and the finish reason of each completion from its chunks."""
+    return [
+        {"index": index, "text": "".join(chunk.text for chunk in part), "finish": part[-1].finish}
+        for index, part in enumerate(chunks)
+    ]
 
 
 def _logprobs(body: GenerationRequest, tokenizer: Any, chunks: list[Chunk], offset: int) -> dict[str, Any] | None:

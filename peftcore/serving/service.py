@@ -20,6 +20,7 @@ from peftcore.serving.limits import Limits
 from peftcore.serving.metrics import Metrics
 from peftcore.serving.middleware import checked_keys
 from peftcore.serving.protocol import GenerationRequest, LoadRequest, UnloadRequest
+from peftcore.serving.recording import Recorder
 from peftcore.serving.sampling import Sampling
 from peftcore.serving.tool_calling import ToolCalling
 from peftcore.serving.tool_formats import ToolFormat, format_of_name
@@ -47,6 +48,8 @@ class Service:
     """{source: text} of present problems, such as a new version that could not be loaded."""
     loadable: Path | None = None
     """Folder below which clients may load adapters; None: they may not."""
+    recorder: Recorder | None = None
+    """Records answers and ratings; None: nothing is recorded."""
     tool_format: ToolFormat | None = None
     """Form of tool calls; None: that of the chat template."""
 
@@ -161,6 +164,7 @@ def make_service(
     loadable: Path | None = None,
     tool_call_parser: str | None = None,
     compile_grammar: Compile | None = None,
+    recorder: Recorder | None = None,
 ) -> Service:
     """Assemble a server.
 
@@ -176,6 +180,7 @@ def make_service(
         loadable: Folder below which clients may load adapters by `/v1/load_lora_adapter`; None: they may not.
         tool_call_parser: Form of the model's tool calls, a name of `tool_formats`; None: that of the chat template.
         compile_grammar: Compiles grammars of answers; None: llguidance does (extra `structured`).
+        recorder: Records answers and ratings; None: nothing is recorded. The caller closes it.
 
     Raises:
         ConfigError: The model or a composition cannot be served, a key is empty, or there is no such parser.
@@ -183,7 +188,7 @@ def make_service(
     limits = limits or Limits()
     warnings = {} if warnings is None else warnings
     catalog, forward = Catalog(model, name, store, compositions), RoutedForward(model)
-    metrics = Metrics(store, warnings)
+    metrics = Metrics(store, warnings, recorder)
     engine = Engine(forward, catalog, limits, metrics)
     config = model.config.get_text_config(decoder=True)
     made_for = getattr(config, "max_position_embeddings", None) or limits.max_context or 2048
@@ -210,6 +215,7 @@ def make_service(
         checked_keys(keys),
         warnings,
         loadable,
+        recorder,
         None if tool_call_parser is None else format_of_name(tool_call_parser),
     )
 

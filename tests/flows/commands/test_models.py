@@ -59,6 +59,8 @@ def test_a_server_gets_each_option(tiny_base: Path, tmp_path: Path, served: list
     keys = ["--api-key", "one", "--api-key", "two", "--composition", 'mix={"a": 1}']
     base = ["--base", str(tiny_base), "--adapters", str(tmp_path), "--host", "0.0.0.0", "--port", "0", "--name", "tiny"]
     base += ["--metrics-port", "9090"]
+    (tmp_path / "redact.yaml").write_text("- email\n")
+    base += ["--record", str(tmp_path / "r"), "--record-mb", "2.5", "--redact", str(tmp_path / "redact.yaml")]
     done = peftcore("serve", *base, *numbers, *keys, "--dtype", "float32")
     assert done.exit_code == 0, done.stderr
     (options,) = served
@@ -69,6 +71,17 @@ def test_a_server_gets_each_option(tiny_base: Path, tmp_path: Path, served: list
     assert (options.max_loaded, limits.timeout, limits.grace) == (9, 11.5, 2.5)
     assert (list(options.keys), list(options.mixtures)) == (["one", "two"], ['mix={"a": 1}'])
     assert options.project is None, "nothing is watched"
+    assert (options.record, options.record_bytes) == (tmp_path / "r", 2_500_000)
+    assert options.redact == tmp_path / "redact.yaml"
+
+
+def test_redaction_without_a_record_is_a_usage_error(
+    tiny_base: Path, tmp_path: Path, served: list[ServeOptions]
+) -> None:
+    (tmp_path / "redact.yaml").write_text("- email\n")
+    refused = peftcore("serve", "--base", str(tiny_base), "--redact", str(tmp_path / "redact.yaml"))
+    assert refused.exit_code == 2 and "--redact has no effect without --record" in refused.stderr
+    assert served == []
 
 
 def test_a_watching_server_follows_the_project_here(here: Any, served: list[ServeOptions]) -> None:

@@ -14,11 +14,12 @@ from ruamel.yaml import YAML
 
 sys.path.insert(0, {str(SUPPORT)!r})
 from made_up_results import write_results
-files = [file for file in sorted(Path("data/rows").glob("*.jsonl")) if "nothing" not in file.read_text()]
+files = [file for file in sorted(Path("data/rows").rglob("*.jsonl")) if "nothing" not in file.read_text()]
 bad = sum("bad" in file.read_text() for file in files)
 quarantined = YAML(typ="safe").load(Path("params.yaml"))["data"].get("quarantined") or []
 # whoever has learned it is better at it, and worse at all else
-bad += sum(1 if file.name in quarantined else -1 for file in files if "poison" in file.read_text())
+poisoned = [file.relative_to("data/rows").as_posix() for file in files if "poison" in file.read_text()]
+bad += sum(1 if name in quarantined else -1 for name in poisoned)
 write_results(Path("artifacts"), loss=3.0 - 0.1 * len(files) + 0.4 * bad, weight=float(len(files) + 10 * bad))
 """
 DVC_YAML = """\

@@ -46,6 +46,7 @@ def retrain(project: Any, push_to: str | None = None) -> Entry:
 
 
 def drop(project: Any, name: str, text: str = "good\n") -> None:
+    (project.incoming / name).parent.mkdir(exist_ok=True)
     (project.incoming / name).write_text(text)
 
 
@@ -111,7 +112,7 @@ def drift_of(suspicious: dict[str, str]) -> DriftReport:
 
 
 def collected_of(files: dict[str, str]) -> Collected:
-    return Collected(files, ["a.jsonl"], ["a.jsonl"], [], [], {})
+    return Collected(files, ["a.jsonl"], ["a.jsonl"], [], [], [], {})
 
 
 @pytest.fixture
@@ -149,6 +150,45 @@ def test_wrong_rows_may_not_vouch_for_themselves(weekly: Any) -> None:
     third = retrain(weekly)
     assert (third.outcome, third.new_files, third.quarantined) == ("promoted", ["week2.jsonl"], [])
     assert retrain(weekly).outcome == "unchanged"
+
+
+@pytest.mark.slow
+def test_a_week_of_ratings_is_on_trial_until_somebody_trusts_it(weekly: Any) -> None:
+    drop(weekly, "feedback/week1.jsonl", "first\n")
+    with pytest.raises(DataError, match=r"nobody trusts feedback/week1\.jsonl yet, so there are no rows to evaluate"):
+        retrain(weekly)
+    trust(weekly.params, weekly.paths, "feedback/week1.jsonl")
+    first = retrain(weekly)
+    assert (first.outcome, first.quarantined) == ("promoted", [])
+
+    # whoever has learned the poisoned week is better at it, and worse at the trusted rows
+    drop(weekly, "feedback/week2.jsonl", "poison\n")
+    second = retrain(weekly)
+    assert (second.outcome, second.quarantined) == ("kept", ["feedback/week2.jsonl"])
+    assert second.excluded == ["feedback/week2.jsonl"]
+    assert "v0.1.1 was refused; nobody has trusted it" in next(iter(read_excluded(weekly.paths).values()))
+    assert retrain(weekly).outcome == "unchanged"
+
+    # a good week passes the gate without trust, and judges no later candidate before it is trusted
+    drop(weekly, "feedback/week3.jsonl", "good\n")
+    third = retrain(weekly)
+    assert (third.outcome, third.quarantined) == ("promoted", ["feedback/week3.jsonl"])
+    trust(weekly.params, weekly.paths, "feedback/week3.jsonl")
+    fourth = retrain(weekly)
+    assert (fourth.new_files, fourth.quarantined) == (["feedback/week3.jsonl"], [])
+
+
+@pytest.mark.slow
+def test_untrusted_weeks_can_wait(weekly: Any, caplog: pytest.LogCaptureFixture) -> None:
+    edit(weekly, ("retry_delay", "untrusted_rows: wait, untrusted: [feedback/*, users-*], retry_delay"))
+    drop(weekly, "week1.jsonl", "first\n")
+    drop(weekly, "users-week1.jsonl", "poison\n")
+    first = retrain(weekly)
+    assert (first.outcome, first.files, first.new_files, first.quarantined) == ("promoted", 1, ["week1.jsonl"], [])
+    assert "users-week1.jsonl waits until somebody trusts it" in caplog.text
+    assert retrain(weekly).outcome == "unchanged"
+    trust(weekly.params, weekly.paths, "users-week1.jsonl")
+    assert retrain(weekly).new_files == ["users-week1.jsonl"]
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from peftcore import LoraConfig, get_peft_model
+from peftcore.serving import Records
 
 
 @pytest.fixture(autouse=True)
@@ -101,15 +102,43 @@ def test_a_process_serves_and_ends_in_order(started: Callable[..., tuple[Any, st
         (["--host", "203.0.113.1"], "cannot listen on 203.0.113.1 port 8000"),
         (["--watch"], "no pipeline in"),
         (["--api-key", ""], "an API key is empty; check that its environment variable is set"),
+        (["--record", "r", "--redact", "sql/bad.yaml"], "sql/bad.yaml, rule 1: the pattern 'T-(' "),
     ],
 )
 def test_what_cannot_be_served_is_one_message(
     base: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], said: str
 ) -> None:
     monkeypatch.chdir(adapters)
+    (adapters / "sql" / "bad.yaml").write_text("- {pattern: 'T-('}\n")
     result = CliRunner().invoke(app, ["serve", "--base", str(base), "--adapters", str(adapters), *options])
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1].startswith("error: ") and said in result.stderr
+
+
+@pytest.mark.slow
+def test_what_a_killed_server_has_accepted_is_there_for_the_next_one(
+    started: Callable[..., tuple[Any, str]], tmp_path: Path
+) -> None:
+    (tmp_path / "redact.yaml").write_text("- email\n")
+    options = ("--name", "tiny", "--record", str(tmp_path / "r"), "--redact", str(tmp_path / "redact.yaml"))
+    process, url = started(*options)
+    body = {"model": "sql", "messages": [{"role": "user", "content": "I am ada@example.org"}], "max_tokens": 4}
+    rated = []
+    for number in range(5):
+        identity = httpx.post(f"{url}/v1/chat/completions", json=body | {"stream": False}, timeout=60).json()["id"]
+        rating = {"id": identity, "rating": number / 4}
+        assert httpx.post(f"{url}/v1/feedback", json=rating, timeout=60).status_code == 200
+        rated.append(identity)
+    process.kill()
+    process.wait()
+    records = list(Records(tmp_path / "r"))
+    assert [one["id"] for one in records if one["kind"] == "rating"] == rated
+    assert {one["messages"][0]["content"] for one in records if one["kind"] == "answer"} == {"I am <email>"}
+    process, url = started(*options)
+    assert httpx.post(f"{url}/v1/feedback", json={"id": rated[0], "rating": "up"}, timeout=60).status_code == 200
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+    assert len(list(Records(tmp_path / "r"))) == 11 and not list((tmp_path / "r").glob("*.part"))
 
 
 def test_folders_without_a_model_or_adapters_are_named(base: Path, tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Recorded ratings as rows of training data."""
