@@ -20,6 +20,7 @@ from flows.data.examples import (
     Labelled,
     Message,
     Preference,
+    Tagged,
     UnpairedPreference,
     with_system_prompt,
 )
@@ -117,6 +118,9 @@ def _example(data: Data, where: str, row: dict[str, Any]) -> AnyExample:
     if data.kind == "classification":
         text, label = formats.labelled(row)
         return Labelled(text, label, **_origin(data, where, row, text))
+    if data.kind == "token_classification":
+        words, tags = formats.tagged(row, data.tag_scheme)
+        return Tagged(words, tags, **_origin(data, where, row, " ".join(words)))
     ignored = (*data.ignored_fields, *(REASONING if data.reasoning == "none" else ()))
     if data.kind == "preference":
         prompt, chosen, rejected = formats.preference(row, ignored)

@@ -15,6 +15,8 @@ from peftcore.train import (
     PairLogProbs,
     PreferenceCollator,
     RightPaddingCollator,
+    TokenClassificationCollator,
+    labelled_logits,
     mismatched_answers,
     pair_log_probs,
     row_log_probs,
@@ -174,6 +176,33 @@ def class_log_probs(model: nn.Module, rows: Sequence[Row], pad: int, batch_size:
         if bar is not None:
             bar.update(len(batch))
     return torch.stack([one for one in results if one is not None])
+
+
+@torch.no_grad()
+def tag_log_probs(
+    model: nn.Module, rows: Sequence[Row], pad: int, batch_size: int, bar: Any = None
+) -> list[tuple[Tensor, Tensor]]:
+    """Return the tags' log-probabilities (words, tags) in float64 on the CPU and the labels (words,) of each row.
+
+    Args:
+        model: A token classifier.
+        rows: Prepared rows of tagged words.
+        pad: Token id of padding.
+        batch_size: Rows per forward pass.
+        bar: Progress bar that counts rows.
+    """
+    collate, device = TokenClassificationCollator(pad), next(model.parameters()).device
+    results: dict[int, tuple[Tensor, Tensor]] = {}
+    for batch in by_length([len(row["input_ids"]) for row in rows], batch_size):
+        inputs = {name: tensor.to(device) for name, tensor in collate([rows[i] for i in batch]).items()}
+        logits, mask = labelled_logits(model, inputs)
+        log_probs, labels = logits.double().log_softmax(-1).cpu(), inputs["labels"][mask].cpu()
+        words = mask.sum(1).tolist()
+        for i, *pair in zip(batch, log_probs.split(words), labels.split(words), strict=True):
+            results[i] = (pair[0], pair[1])
+        if bar is not None:
+            bar.update(len(batch))
+    return [results[i] for i in range(len(rows))]
 
 
 def rouge_l(references: Sequence[str], answers: Sequence[str]) -> list[float]:

@@ -19,8 +19,16 @@ KINDS = {
     "simpo": ("preference",),
     "kto": ("unpaired_preference",),
     "classification": ("classification",),
+    "token_classification": ("token_classification",),
 }
 """{train.objective: the data.kind that it accepts}"""
+TASKS = {
+    "classification": "SEQ_CLS",
+    "token_classification": "TOKEN_CLS",
+}
+"""{train.objective: task of `peftcore.TaskType`}; the task of all others is CAUSAL_LM."""
+WITHOUT_TEXT = ("classification", "token_classification")
+"""Objectives whose models predict classes and generate no text."""
 
 
 class Preference(Section):
@@ -89,14 +97,29 @@ class Classification(Section):
     class_weights: Literal["none", "balanced"] = "none"
 
 
+class TokenClassification(Section):
+    """Options of the objective token_classification."""
+
+    class_weights: Literal["none", "balanced"] = "none"
+
+
 class Train(Section):
     """Options of a training run."""
 
-    objective: Literal["sft", "dpo", "orpo", "simpo", "kto", "classification"] = "sft"
+    objective: Literal[
+        "sft",
+        "dpo",
+        "orpo",
+        "simpo",
+        "kto",
+        "classification",
+        "token_classification",
+    ] = "sft"
     preference: Preference = Preference()
     kto: Kto = Kto()
     distillation: Distillation = Distillation()
     classification: Classification = Classification()
+    token_classification: TokenClassification = TokenClassification()
     epochs: Positive = 1.0
     batch_size: Count = 8
     gradient_accumulation: Count = 2
@@ -141,6 +164,11 @@ class Train(Section):
     @classmethod
     def _from_bool(cls, value: Any) -> Any:
         return {True: "blocks", False: "none"}[value] if isinstance(value, bool) else value
+
+    @property
+    def task(self) -> str:
+        """Task of the model, a value of `peftcore.TaskType`."""
+        return TASKS.get(self.objective, "CAUSAL_LM")
 
     @property
     def all_processes(self) -> int:

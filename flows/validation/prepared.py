@@ -38,6 +38,7 @@ _COLUMNS = {
     "preference": _Columns("prompt", ("chosen", "rejected"), ("chosen_", "rejected_")),
     "unpaired_preference": _Columns("prompt", ("completion",), others=(*_PROMPT_LENGTH, "desirable")),
     "classification": _Columns("text", ("label_name",), others=("label",)),
+    "token_classification": _Columns("text", ("tags",), others=()),
 }
 
 

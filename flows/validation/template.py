@@ -67,7 +67,7 @@ def generation_prompt(prepared: Prepared) -> Finding:
 def round_trip(prepared: Prepared) -> Finding:
     """Check that a row's tokens decode to its prompt, its whole answer and the end of turn."""
     checked, other, examples = 0, 0, ()
-    labelled = prepared.data.kind == "classification"
+    labelled = prepared.data.kind in ("classification", "token_classification")
     for table, sequences in prepared.sequences:
         rows = _spread(len(table.ids))
         for row, decoded in zip(rows, _decoded(prepared, sequences, rows), strict=True):
@@ -92,7 +92,7 @@ def round_trip(prepared: Prepared) -> Finding:
 
 def _decoded(prepared: Prepared, sequences: Sequences, rows: list[int]) -> list[str]:
     """Return the text of each row; for chats without the last token, the end of turn."""
-    if prepared.data.kind in ("classification", "text"):
+    if prepared.data.kind in ("classification", "token_classification", "text"):
         return prepared.tokenizer.batch_decode([sequences.row(row) for row in rows], skip_special_tokens=True)
     return prepared.tokenizer.batch_decode([sequences.row(row)[:-1] for row in rows])
 
