@@ -32,6 +32,11 @@ _CLASSES: dict[str, Any] = {
     TaskType.SEQ_2_SEQ_LM: AutoModelForSeq2SeqLM,
 }
 """{task: transformers' class of the models with its head}"""
+_TASK_OF_KIND = {
+    "classification": TaskType.SEQ_CLS,
+    "token_classification": TaskType.TOKEN_CLS,
+}
+"""{data.kind: task}; the task of all other kinds is CAUSAL_LM."""
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
 """Ends of the names of classes that predict the next token."""
 
@@ -72,6 +77,11 @@ def is_encoder(config: Any) -> bool:
 def is_encoder_decoder(config: Any) -> bool:
     """Return True if a configuration is that of an encoder-decoder, such as T5."""
     return bool(getattr(config, "is_encoder_decoder", False))
+
+
+def check_base_of_kind(folder: Path, kind: str) -> None:
+    """Check that a base can be trained on rows of a `data.kind`. The arguments and errors are those of `check_head`."""
+    check_head(folder, _TASK_OF_KIND.get(kind, TaskType.CAUSAL_LM))
 
 
 def check_head(folder: Path, task: str) -> None:

@@ -45,6 +45,9 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 _PACKAGES = {"torchao_int8": "torchao", "hqq4": "hqq"}
 """Package, and extra of this distribution, of the storages that bitsandbytes does not have."""
 
+CLASS_HEADS = ("classifier", "score")
+"""Names of heads of classes. They are new, so they are never quantised; transformers would quantise one with a bias."""
+
 EAGER_UP_TO = 512
 """Tokens up to which eager attention trains faster on a CPU than torch's fused kernel.
 
@@ -144,7 +147,10 @@ def compute_dtype(quantization: Quantization) -> torch.dtype:
     return DTYPES[quantization.compute_dtype]
 
 
-def _storage(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig | TorchAoConfig | None:
+def _storage(
+    quantization: Quantization, dtype: torch.dtype, labels: Sequence[str] | None
+) -> BitsAndBytesConfig | TorchAoConfig | None:
+    heads = None if labels is None else list(CLASS_HEADS)
     if quantization.storage in _PACKAGES:
         package = _PACKAGES[quantization.storage]
         require_extra(package, f"quantization.storage: {quantization.storage}", package)
@@ -152,14 +158,15 @@ def _storage(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConf
         return None
     if quantization.storage == "torchao_int8":
         torchao: Any = import_module("torchao.quantization")
-        return TorchAoConfig(torchao.Int8WeightOnlyConfig(set_inductor_config=False))
+        return TorchAoConfig(torchao.Int8WeightOnlyConfig(set_inductor_config=False), modules_to_not_convert=heads)
     if quantization.storage == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=heads)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization.storage,
         bnb_4bit_use_double_quant=quantization.double_quant,
         bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=heads,
     )
 
 
@@ -172,7 +179,7 @@ def _load_quantized(
         return _load(folder, dtype, None, labels, task)  # the folder's own configuration has the storage
     if quantization.storage == "gguf":
         return _load_gguf(folder, dtype, labels, task)
-    model = _load(folder, dtype, _storage(quantization, dtype), labels, task)
+    model = _load(folder, dtype, _storage(quantization, dtype, labels), labels, task)
     return _in_hqq(model, dtype) if quantization.storage == "hqq4" else model
 
 
@@ -180,7 +187,7 @@ def _in_hqq(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Quantise linear layers by HQQ in place, as transformers 5.24 cannot: 4 bits, 64 inputs to a scale and zero."""
     hqq: Any = import_module("hqq.core.quantize")
     config = hqq.BaseQuantizeConfig(nbits=4, group_size=64, axis=1)
-    skipped = get_keys_to_not_convert(model)
+    skipped = [*get_keys_to_not_convert(model), *CLASS_HEADS]
     for path, layer in list(model.named_modules()):
         if type(layer) is nn.Linear and should_convert_module(path, skipped):
             quantised = hqq.HQQLinear(

@@ -22,11 +22,6 @@ KINDS = {
     "token_classification": ("token_classification",),
 }
 """{train.objective: the data.kind that it accepts}"""
-TASKS = {
-    "classification": "SEQ_CLS",
-    "token_classification": "TOKEN_CLS",
-}
-"""{train.objective: task of `peftcore.TaskType`}; the task of all others is CAUSAL_LM."""
 WITHOUT_TEXT = ("classification", "token_classification")
 """Objectives whose models predict classes and generate no text."""
 
@@ -164,11 +159,6 @@ class Train(Section):
     @classmethod
     def _from_bool(cls, value: Any) -> Any:
         return {True: "blocks", False: "none"}[value] if isinstance(value, bool) else value
-
-    @property
-    def task(self) -> str:
-        """Task of the model, a value of `peftcore.TaskType`."""
-        return TASKS.get(self.objective, "CAUSAL_LM")
 
     @property
     def all_processes(self) -> int:
