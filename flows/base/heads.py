@@ -35,6 +35,7 @@ _CLASSES: dict[str, Any] = {
 _TASK_OF_KIND = {
     "classification": TaskType.SEQ_CLS,
     "token_classification": TaskType.TOKEN_CLS,
+    "seq2seq": TaskType.SEQ_2_SEQ_LM,
 }
 """{data.kind: task}; the task of all other kinds is CAUSAL_LM."""
 _CAUSAL = ("ForCausalLM", "LMHeadModel")

@@ -21,9 +21,10 @@ from flows.data.examples import (
     Message,
     Preference,
     Tagged,
+    Translation,
     UnpairedPreference,
 )
-from flows.data.tokens import IGNORED, AnswerTokens, AnyTokens, PairTokens, TagTokens, TextTokens, Tokens
+from flows.data.tokens import IGNORED, AnswerTokens, AnyTokens, PairTokens, TagTokens, TargetTokens, TextTokens, Tokens
 from flows.errors import DataError
 from flows.params import Data
 
@@ -34,6 +35,7 @@ Kind = Literal[
     "unpaired_preference",
     "classification",
     "token_classification",
+    "seq2seq",
 ]
 _IDS = List(Value("int32"))
 _TEXT = Value("string")
@@ -59,6 +61,11 @@ COLUMNS: dict[Kind, Features] = {
     ),
     "token_classification": Features(
         _ORIGIN | {"text": _TEXT, "tokens": List(_TEXT), "tags": _TEXT, "input_ids": _IDS, "labels": _IDS} | _WEIGHT
+    ),
+    "seq2seq": Features(
+        _ORIGIN
+        | {"prompt": _TEXT, "target": _TEXT, "prompt_length": Value("int32"), "input_ids": _IDS, "labels": _IDS}
+        | _WEIGHT
     ),
 }
 """{kind: columns of a split}"""
@@ -253,6 +260,53 @@ class TaggedEncoder(Encoder):
         return ids, of_token
 
 
+class TranslationEncoder(Encoder):
+    """Sources and targets, tokenised for an encoder-decoder with the tokenizer's own special tokens.
+
+    A target ends with the end-of-sequence token. A limit is for either of the two.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not tokenizer.is_fast:
+            raise DataError(f"{type(tokenizer).__name__} has no offsets; give a base with a tokenizer.json")
+        if not isinstance(tokenizer.eos_token_id, int):
+            raise DataError("the tokenizer has no end-of-sequence token, so no target would end; give another base")
+        self.tokenizer, self.end = tokenizer, tokenizer.eos_token_id
+        self.special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+
+    def encode(self, example: Translation) -> TargetTokens:
+        """Tokenise source and target."""
+        sides: list[list[int]] = []
+        for name, arguments in (("source", {"text": example.text}), ("target", {"text_target": example.target})):
+            text = next(iter(arguments.values()))
+            if tokens := [token for token in self.special if token in text]:
+                raise DataError(f"its {name} holds {', '.join(tokens)}, a special token of the model; remove it")
+            ids = self.tokenizer(**arguments)["input_ids"]
+            assert isinstance(ids, list)
+            if not ids:
+                raise DataError(f"its {name} has no tokens")
+            sides.append(ids)
+        source, target = sides
+        return TargetTokens(
+            example.text, example.target, source, target if target[-1] == self.end else [*target, self.end]
+        )
+
+    def shorten(self, example: Translation, limit: int) -> Translation | None:
+        """Return the row with its source cut to fit; None if that is impossible or the target is too long."""
+        tokens = self.encode(example)
+        if len(tokens.labels) > limit:
+            return None
+        offsets = self.tokenizer(example.text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        length = len(offsets)
+        while (excess := len(tokens.input_ids) - limit) > 0:
+            length -= excess
+            if length <= 0 or not (text := example.text[: offsets[length - 1][1]]).strip():
+                return None
+            example = replace(example, text=text)
+            tokens = self.encode(example)
+        return example
+
+
 class DocumentEncoder(Encoder):
     """Plain texts, cut into rows of at most `max_length` tokens, all of them supervised.
 
@@ -317,6 +371,8 @@ def encoder_of(data: Data, tokenizer: PreTrainedTokenizerBase, labels: list[str]
         return LabelledEncoder(tokenizer, labels)
     if data.kind == "token_classification":
         return TaggedEncoder(tokenizer, labels)
+    if data.kind == "seq2seq":
+        return TranslationEncoder(tokenizer)
     if data.kind == "text":
         return DocumentEncoder(tokenizer)
     if data.kind == "preference":

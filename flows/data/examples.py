@@ -72,13 +72,21 @@ class Tagged(Origin):
 
 
 @dataclass(frozen=True)
+class Translation(Origin):
+    """A source text, and the target text that follows from it: a translation, a summary or an answer."""
+
+    text: str
+    target: str
+
+
+@dataclass(frozen=True)
 class Document(Origin):
     """A text of which every token is learned."""
 
     text: str
 
 
-AnyExample = Example | Preference | UnpairedPreference | Labelled | Tagged | Document
+AnyExample = Example | Preference | UnpairedPreference | Labelled | Tagged | Translation | Document
 
 
 def question_and_answer(prompt: str, completion: str, system_prompt: str | None) -> list[Message]:

@@ -19,6 +19,7 @@ __all__ = [
     "document",
     "labelled",
     "preference",
+    "source_and_target",
     "spelled_otherwise",
     "tagged",
     "tools",
@@ -30,6 +31,7 @@ _OTHER_KINDS = {
     "preference": ("chosen", "rejected"),
     "classification": ("text", "label"),
     "token_classification": ("tokens", "tags"),
+    "seq2seq": ("source", "target"),
 }
 """{data.kind: columns that only rows of this kind have}"""
 
@@ -194,6 +196,18 @@ def _strings(row: dict[str, Any], column: str) -> list[str]:
     if not isinstance(value, list) or not all(isinstance(one, str | int) for one in value):
         raise FaultyRow(f"its {column} are no list of texts")
     return [str(one) for one in value]
+
+
+def source_and_target(row: dict[str, Any]) -> tuple[str, str]:
+    """Return the source, which may be called `input`, and the target."""
+    source = next((column for column in ("source", "input") if row.get(column) is not None), None)
+    missing = "source" if source is None else "target" if row.get("target") is None else None
+    if source is None or missing is not None:
+        raise FaultyRow(
+            f"it has no {missing}; a row of data.kind seq2seq has source (or input) and target"
+            + spelled_otherwise(row, ["source", "input", "target"])
+        )
+    return _text(row, source), _text(row, "target")
 
 
 def document(row: dict[str, Any]) -> str:

@@ -205,6 +205,40 @@ class TagTokens:
         }
 
 
+@dataclass(frozen=True)
+class TargetTokens:
+    """A source and its target. labels: token ids of the target with its end."""
+
+    prompt: str
+    target: str
+    input_ids: list[int]
+    labels: list[int]
+
+    @property
+    def id(self) -> str:
+        """Digest of the row's texts."""
+        return _identity(self.prompt, self.target)
+
+    @property
+    def question(self) -> str:
+        """Source text."""
+        return self.prompt
+
+    @property
+    def answer(self) -> str:
+        """Text that the model is trained to produce."""
+        return self.target
+
+    @property
+    def parts(self) -> list[Sequence]:
+        """Sequences of the row: the source, then the target."""
+        return [(self.input_ids, [IGNORED] * len(self.input_ids)), (self.labels, self.labels)]
+
+    def columns(self) -> dict[str, Any]:
+        """Return the kind's own columns of the Parquet file."""
+        return vars(self) | {"prompt_length": len(self.input_ids)}
+
+
 PART = ("input_ids", "labels")
 
 

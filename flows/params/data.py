@@ -79,6 +79,7 @@ class Data(Section):
         "unpaired_preference",
         "classification",
         "token_classification",
+        "seq2seq",
     ] = "chat"
     tag_scheme: Literal["bio", "plain"] = "bio"
     supervise: Literal["all", "last"] = "all"

@@ -20,7 +20,7 @@ LIMITS: dict[tuple[str, str], Any] = {
     ("gate", "min_rouge_l_gain"): 0.05,
 }
 """Limits that fit the demonstration's short answers."""
-WITHOUT_PROMPT = ("classification", "token_classification")
+WITHOUT_PROMPT = ("classification", "token_classification", "seq2seq")
 """Kinds of rows that have no system prompt."""
 
 

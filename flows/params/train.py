@@ -20,10 +20,13 @@ KINDS = {
     "kto": ("unpaired_preference",),
     "classification": ("classification",),
     "token_classification": ("token_classification",),
+    "seq2seq": ("seq2seq",),
 }
 """{train.objective: the data.kind that it accepts}"""
 WITHOUT_TEXT = ("classification", "token_classification")
 """Objectives whose models predict classes and generate no text."""
+WITHOUT_CHAT = (*WITHOUT_TEXT, "seq2seq")
+"""Objectives whose models cannot answer chats."""
 
 
 class Preference(Section):
@@ -109,6 +112,7 @@ class Train(Section):
         "kto",
         "classification",
         "token_classification",
+        "seq2seq",
     ] = "sft"
     preference: Preference = Preference()
     kto: Kto = Kto()

@@ -10,6 +10,7 @@ Task = Literal[
     "unpaired_preference",
     "classification",
     "token_classification",
+    "seq2seq",
 ]
 Hardware = Literal["cpu", "gpu"]
 TASKS: tuple[Task, ...] = get_args(Task)
@@ -56,6 +57,14 @@ BY_TASK: Mapping[Task, Values] = {
         "data.kind": "classification",
         "train.objective": "classification",
         "data.max_length": 512,
+        "gate.max_forgetting": None,
+        "evaluate.control.source": None,
+    },
+    "seq2seq": {
+        "data.kind": "seq2seq",
+        "train.objective": "seq2seq",
+        "data.max_length": 512,
+        "evaluate.max_new_tokens": 128,
         "gate.max_forgetting": None,
         "evaluate.control.source": None,
     },

@@ -19,10 +19,12 @@ SLICES = 12
 _TASKS = {
     "classification": "text-classification",
     "token_classification": "token-classification",
+    "seq2seq": "text2text-generation",
 }
 _CLASSES = {
     "classification": "SequenceClassification",
     "token_classification": "TokenClassification",
+    "seq2seq": "Seq2SeqLM",
 }
 """{objective: end of the name of transformers' class}; others are causal language models."""
 _FIGURES = {

@@ -32,6 +32,7 @@ from flows.evaluation.pairs import evaluate_pairs
 from flows.evaluation.result import EvaluationResult
 from flows.evaluation.scorers.load import load_scorer
 from flows.evaluation.scorers.scores import with_scores
+from flows.evaluation.sequences import evaluate_sequences
 from flows.evaluation.suites.results import answer_suites, suite_checks
 from flows.evaluation.tags import evaluate_tags
 from flows.evaluation.unpaired import evaluate_unpaired
@@ -101,6 +102,12 @@ def _evaluate(
     if names is not None:
         train_labels = [row["label"] for row in read_rows(paths.split("train"), ["label"])]
         result = evaluate_classes(params, model, tokenizer, rows, names, train_labels)
+        return replace(result, metrics=result.metrics | extra), None, {}
+    if params.train.objective == "seq2seq":
+        result = evaluate_sequences(params, model, tokenizer, rows)
+        if params.evaluate.latency_rows:
+            sources = [row["input_ids"] for row in rows[: params.evaluate.latency_rows]]
+            extra["latency"] = measure_latency(model, tokenizer, sources)
         return replace(result, metrics=result.metrics | extra), None, {}
     evaluate_rows = {"chat": evaluate_chats, "unpaired_preference": evaluate_unpaired, "preference": evaluate_pairs}[
         rows_of(params).kind

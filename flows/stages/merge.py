@@ -25,7 +25,15 @@ from flows.base.model import (
     padding_id,
 )
 from flows.errors import StageError
-from flows.evaluation.fidelity import Fidelity, Reference, class_fidelity, fidelity, same_function, tag_fidelity
+from flows.evaluation.fidelity import (
+    Fidelity,
+    Reference,
+    class_fidelity,
+    fidelity,
+    same_function,
+    tag_fidelity,
+    target_fidelity,
+)
 from flows.params import Merge, Params
 from flows.paths import Paths
 from flows.runtime.progress import progress
@@ -42,7 +50,11 @@ SIXTEEN_BIT = ("dequantized", "original")
 REQUANTIZED = "requantized"
 ONLY_CANDIDATE = {"none": ("original",), "gguf": ("dequantized",)}
 """{storage: candidate}, for storages whose base exists in one precision only."""
-_COMPARE = {TaskType.SEQ_CLS: class_fidelity, TaskType.TOKEN_CLS: tag_fidelity}
+_COMPARE = {
+    TaskType.SEQ_CLS: class_fidelity,
+    TaskType.TOKEN_CLS: tag_fidelity,
+    TaskType.SEQ_2_SEQ_LM: target_fidelity,
+}
 """{task: function that compares two models}; others are compared by `fidelity`."""
 BATCH_SIZE = 16
 """Rows per batch; their predictions are in memory twice."""

@@ -45,6 +45,7 @@ from flows.evaluation.scoring import (
     pairs_log_probs,
     rouge_l,
     row_losses,
+    sequence_losses,
     tag_log_probs,
 )
 from flows.evaluation.tags import entity_columns, row_counts, tag_losses, tag_names
@@ -57,8 +58,8 @@ from flows.training.objectives import check_split, kto_objective, preference_obj
 from peftcore import PeftModel
 from peftcore.errors import PeftError
 
-PAIR_COLUMNS = ("chosen_input_ids", "chosen")
-"""Columns of a pair's prompt with its known answer: token ids and text."""
+_KNOWN = {"preference": ("chosen_input_ids", "chosen"), "seq2seq": ("input_ids", "target")}
+"""{kind of rows: columns of a prompt's token ids and of the known answer's text}"""
 
 
 def main() -> None:
@@ -142,6 +143,8 @@ def adapter_values(
     if params.train.objective == "token_classification":
         of_rows = tag_log_probs(model, rows, pad, size, bar)
         return tag_losses(of_rows, rows), {"adapter_prediction": [of_tags.argmax(1) for of_tags, _ in of_rows]}
+    if params.train.objective == "seq2seq":
+        return sequence_losses(model, rows, pad, size, bar), {}
     if params.train.objective == "kto":
         model_side = answers_log_probs(model, rows, pad, size, bar)
         with model.disable_adapter():
@@ -167,7 +170,7 @@ def _answers(
     scorers: dict[str, tuple[Scorer, Score]],
 ) -> dict[str, list[Any]]:
     """Return columns with text, ROUGE-L, end and scores of the adapter's answers; None for other rows."""
-    ids, reference = PAIR_COLUMNS if rows_of(params).kind == "preference" else ("input_ids", "completion")
+    ids, reference = _KNOWN.get(rows_of(params).kind, ("input_ids", "completion"))
     wanted = set(task["answered"])
     at = [index for index, row in enumerate(rows) if row["id"] in wanted]
     prompts = [rows[index][ids][: rows[index]["prompt_length"]] for index in at]

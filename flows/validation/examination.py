@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from flows.errors import DataError, StageError
 from flows.params import Data, Params
 from flows.paths import SPLITS, Paths
-from flows.validation import balance, contents, duplicates, lengths, masks, tags, template
+from flows.validation import balance, contents, duplicates, lengths, masks, tags, targets, template
 from flows.validation.findings import Finding, Findings
 from flows.validation.prepared import Prepared, read_prepared
 from peftcore.files import sha256
@@ -54,6 +54,14 @@ CHECKS: dict[str, tuple[Check, ...]] = {
         template.special_tokens,
         template.round_trip,
         balance.contradictions,
+        *_ANY,
+    ),
+    "seq2seq": (
+        targets.ends,
+        targets.texts,
+        targets.limit,
+        template.special_tokens,
+        template.round_trip,
         *_ANY,
     ),
 }

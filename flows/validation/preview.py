@@ -53,6 +53,8 @@ def _texts(row: Row, tokenizer: PreTrainedTokenizerBase, kind: Kind) -> list[Tex
         pairs = zip(row["tokens"], row["tags"].split(), strict=True)
         parts = [part for word, tag in pairs for part in ((f"{word}/", CONTEXT), (f"{tag} ", LEARNED))]
         return [Text.assemble(*parts)]
+    if kind == "seq2seq":
+        return [Text.assemble((row["prompt"], CONTEXT), (f" → {row['target']}", LEARNED))]
     if kind in ("chat", "text"):
         return [_coloured(row, "", tokenizer, CONTEXT, LEARNED)]
     if kind == "unpaired_preference":

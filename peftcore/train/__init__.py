@@ -12,6 +12,7 @@ from peftcore.train.batches import (
     LengthGroupedSampler,
     PreferenceCollator,
     RightPaddingCollator,
+    SequenceToSequenceCollator,
     TokenClassificationCollator,
     UnpairedPreferenceCollator,
     mismatched_answers,
@@ -46,6 +47,12 @@ from peftcore.train.preference_trainer import PAIR_COLUMNS, PreferenceTrainer, P
 from peftcore.train.rank_search import RankSearch, find_ranks
 from peftcore.train.recomputation import SELECTED, Mode, recompute_activations
 from peftcore.train.reference import pair_log_probs, reference_acting, reference_model, row_log_probs, shared_copy
+from peftcore.train.sequence_to_sequence import (
+    SequenceToSequenceTrainer,
+    SequenceToSequenceTrainerMixin,
+    target_logits,
+    target_losses,
+)
 from peftcore.train.supervised_head import supervised_logits
 from peftcore.train.token_classification import (
     TokenClassificationTrainer,
@@ -89,6 +96,9 @@ __all__ = [
     "PreferenceTrainerMixin",
     "RankSearch",
     "RightPaddingCollator",
+    "SequenceToSequenceCollator",
+    "SequenceToSequenceTrainer",
+    "SequenceToSequenceTrainerMixin",
     "SimPo",
     "TagScheme",
     "TokenClassificationCollator",
@@ -119,6 +129,8 @@ __all__ = [
     "summed_counts",
     "supervised_logits",
     "supervised_positions",
+    "target_logits",
+    "target_losses",
     "token_divergences",
     "token_losses",
 ]

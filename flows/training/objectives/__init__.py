@@ -7,6 +7,7 @@
 | kto | unpaired_preference | causal | KTO loss, `peftcore.train.kto` |
 | classification | classification | sequence classifier | cross entropy of classes |
 | token_classification | token_classification | token classifier | cross entropy of tags |
+| seq2seq | seq2seq | encoder-decoder | cross entropy of target tokens |
 
 Each has a file with a subclass of `Objective`. The stages call the functions of this module.
 """
@@ -27,6 +28,7 @@ from flows.training.objectives.classification import Classification
 from flows.training.objectives.kto import UnpairedPreference, kto_objective
 from flows.training.objectives.objective import Objective, Rows, Trainer
 from flows.training.objectives.preference import Preference, preference_objective
+from flows.training.objectives.sequence_to_sequence import SequenceToSequence
 from flows.training.objectives.sft import SupervisedFinetuning, distillation_of
 from flows.training.objectives.token_classification import TokenClassification
 from peftcore.train import WEIGHT, PackedCollator, RightPaddingCollator
@@ -64,6 +66,7 @@ OBJECTIVES: dict[str, Objective] = {
     "kto": UnpairedPreference(),
     "classification": Classification(),
     "token_classification": TokenClassification(),
+    "seq2seq": SequenceToSequence(),
 }
 """{train.objective: its rows, loss and trainer}"""
 
