@@ -123,7 +123,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(
         if state.global_step == 5:
             raise Killed
 
-    params = writing(train={"epochs": 1.0})
+    params = writing(train={"epochs": 1.0}, quantization={"compute_dtype": "bfloat16"})
     fetch.run(params, paths)
     prepare.run(params, paths)
     train.run(params, paths)
