@@ -45,7 +45,7 @@ class Paths:
 
     @property
     def labels(self) -> Path:
-        """Names of the classes by index, for classification."""
+        """Names of the classes or tags by index, for classification and token_classification."""
         return self.data / "labels.json"
 
     @property

@@ -9,14 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    GenerationConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
+from flows.base.heads import head_class
 from flows.errors import BaseModelError
 from peftcore import GgufError
 from peftcore.gguf_files import load_gguf_base
@@ -40,7 +35,12 @@ def save_packed(model: PreTrainedModel, file: Path, folder: Path) -> None:
 
 
 def load_packed(
-    folder: Path, dtype: torch.dtype, device: torch.device, labels: Sequence[str] | None = None, **options: Any
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    labels: Sequence[str] | None = None,
+    kind: Any = None,
+    **options: Any,
 ) -> PreTrainedModel:
     """Load a base that `save_packed` wrote, with packed linear layers.
 
@@ -49,6 +49,7 @@ def load_packed(
         dtype: Dtype of the activations, and of the weights that are not packed.
         device: Where the model is put.
         labels: Names of classes for a classification head; None for the language-model head.
+        kind: transformers' class of the model. None: the one that the labels ask for.
         options: Changes of the configuration.
 
     Raises:
@@ -63,9 +64,8 @@ def load_packed(
         options |= {"num_labels": len(labels), "id2label": dict(enumerate(labels))}
         options |= {"label2id": {name: i for i, name in enumerate(labels)}}
     config = AutoConfig.from_pretrained(folder, local_files_only=True, **options)
-    kind = AutoModelForCausalLM if labels is None else AutoModelForSequenceClassification
     try:
-        model = load_gguf_base(folder / FILE, dtype, kind, config, device)
+        model = load_gguf_base(folder / FILE, dtype, kind or head_class(None, labels), config, device)
     except GgufError as error:
         raise BaseModelError(str(error)) from error
     if labels is None:

@@ -1,7 +1,8 @@
 """Loading of the base model: quantised for training, dequantised for evaluation and merging, or as fetched.
 
 If a function gets `labels`, the names of classes, it loads the base with a classification head. This head is randomly
-initialised and not quantised. With `labels=None` it loads the language-model head.
+initialised and not quantised. With `labels=None` it loads the language-model head. `task` (`peftcore.TaskType`) asks
+for another head: classes of tokens, or an encoder-decoder's.
 
 The folder is that of the base as fetched, or of the calibrated base (`calibrated.trained_base`), whose weights are
 quantised already. A folder that does not fit `quantization.calibration` is refused.
@@ -20,8 +21,6 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -34,6 +33,7 @@ from transformers.utils import logging as transformers_logging
 
 from flows.base.calibrated import calibration_record, check_calibration, recorded_quantization
 from flows.base.gguf import holds_gguf, load_packed
+from flows.base.heads import check_head, head_class
 from flows.errors import BaseModelError
 from flows.params import Quantization
 from peftcore.bases import dequantize_model
@@ -44,6 +44,9 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 _PACKAGES = {"torchao_int8": "torchao", "hqq4": "hqq"}
 """Package, and extra of this distribution, of the storages that bitsandbytes does not have."""
+
+CLASS_HEADS = ("classifier", "score")
+"""Names of heads of classes. They are new, so they are never quantised; transformers would quantise one with a bias."""
 
 EAGER_UP_TO = 512
 """Tokens up to which eager attention trains faster on a CPU than torch's fused kernel.
@@ -91,31 +94,39 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return cast(int, tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
 
 
-def load_original(folder: Path, dtype: torch.dtype, labels: Sequence[str] | None = None) -> PreTrainedModel:
+def load_original(
+    folder: Path, dtype: torch.dtype, labels: Sequence[str] | None = None, task: str | None = None
+) -> PreTrainedModel:
     """Load a model folder in `dtype`: the base as fetched, or a merged model."""
-    return _load(folder, dtype, None, labels)
+    return _load(folder, dtype, None, labels, task)
 
 
 def load_for_training(
-    folder: Path, quantization: Quantization, longest: int, labels: Sequence[str] | None = None
+    folder: Path,
+    quantization: Quantization,
+    longest: int,
+    labels: Sequence[str] | None = None,
+    task: str | None = None,
 ) -> PreTrainedModel:
     """Load the base in the storage of `quantization`. longest: tokens of the longest training row."""
-    model = _load_quantized(folder, quantization, labels)
+    model = _load_quantized(folder, quantization, labels, task)
     if device().type == "cpu" and longest <= EAGER_UP_TO:
         model.set_attn_implementation("eager")
     return model
 
 
 def load_for_inference(
-    folder: Path, quantization: Quantization, labels: Sequence[str] | None = None
+    folder: Path, quantization: Quantization, labels: Sequence[str] | None = None, task: str | None = None
 ) -> PreTrainedModel:
     """Load the base in the storage of `quantization`."""
-    return _load_quantized(folder, quantization, labels)
+    return _load_quantized(folder, quantization, labels, task)
 
 
-def load_dequantized(folder: Path, quantization: Quantization, labels: Sequence[str] | None = None) -> PreTrainedModel:
+def load_dequantized(
+    folder: Path, quantization: Quantization, labels: Sequence[str] | None = None, task: str | None = None
+) -> PreTrainedModel:
     """Load the weights that training on `quantization` saw, as plain layers in the compute dtype."""
-    model = _load_quantized(folder, quantization, labels)
+    model = _load_quantized(folder, quantization, labels, task)
     if quantization.storage == "none":
         return model
     if quantization.storage in _PACKAGES:
@@ -136,7 +147,10 @@ def compute_dtype(quantization: Quantization) -> torch.dtype:
     return DTYPES[quantization.compute_dtype]
 
 
-def _storage(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConfig | TorchAoConfig | None:
+def _storage(
+    quantization: Quantization, dtype: torch.dtype, labels: Sequence[str] | None
+) -> BitsAndBytesConfig | TorchAoConfig | None:
+    heads = None if labels is None else list(CLASS_HEADS)
     if quantization.storage in _PACKAGES:
         package = _PACKAGES[quantization.storage]
         require_extra(package, f"quantization.storage: {quantization.storage}", package)
@@ -144,25 +158,28 @@ def _storage(quantization: Quantization, dtype: torch.dtype) -> BitsAndBytesConf
         return None
     if quantization.storage == "torchao_int8":
         torchao: Any = import_module("torchao.quantization")
-        return TorchAoConfig(torchao.Int8WeightOnlyConfig(set_inductor_config=False))
+        return TorchAoConfig(torchao.Int8WeightOnlyConfig(set_inductor_config=False), modules_to_not_convert=heads)
     if quantization.storage == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=heads)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization.storage,
         bnb_4bit_use_double_quant=quantization.double_quant,
         bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=heads,
     )
 
 
-def _load_quantized(folder: Path, quantization: Quantization, labels: Sequence[str] | None) -> PreTrainedModel:
+def _load_quantized(
+    folder: Path, quantization: Quantization, labels: Sequence[str] | None, task: str | None
+) -> PreTrainedModel:
     check_calibration(folder, quantization)
     dtype = compute_dtype(quantization)
     if quantization.is_calibrated:
-        return _load(folder, dtype, None, labels)  # the folder's own configuration has the storage
+        return _load(folder, dtype, None, labels, task)  # the folder's own configuration has the storage
     if quantization.storage == "gguf":
-        return _load_gguf(folder, dtype, labels)
-    model = _load(folder, dtype, _storage(quantization, dtype), labels)
+        return _load_gguf(folder, dtype, labels, task)
+    model = _load(folder, dtype, _storage(quantization, dtype, labels), labels, task)
     return _in_hqq(model, dtype) if quantization.storage == "hqq4" else model
 
 
@@ -170,7 +187,7 @@ def _in_hqq(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """Quantise linear layers by HQQ in place, as transformers 5.24 cannot: 4 bits, 64 inputs to a scale and zero."""
     hqq: Any = import_module("hqq.core.quantize")
     config = hqq.BaseQuantizeConfig(nbits=4, group_size=64, axis=1)
-    skipped = get_keys_to_not_convert(model)
+    skipped = [*get_keys_to_not_convert(model), *CLASS_HEADS]
     for path, layer in list(model.named_modules()):
         if type(layer) is nn.Linear and should_convert_module(path, skipped):
             quantised = hqq.HQQLinear(
@@ -180,13 +197,17 @@ def _in_hqq(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     return model.eval()
 
 
-def _load_gguf(folder: Path, dtype: torch.dtype, labels: Sequence[str] | None) -> PreTrainedModel:
+def _load_gguf(folder: Path, dtype: torch.dtype, labels: Sequence[str] | None, task: str | None) -> PreTrainedModel:
     padding = {} if labels is None else {"pad_token_id": padding_id(load_tokenizer(folder))}
-    return load_packed(folder, dtype, device(), labels, **padding)
+    return load_packed(folder, dtype, device(), labels, head_class(task, labels), **padding)
 
 
 def _load(
-    folder: Path, dtype: torch.dtype, storage: BitsAndBytesConfig | TorchAoConfig | None, labels: Sequence[str] | None
+    folder: Path,
+    dtype: torch.dtype,
+    storage: BitsAndBytesConfig | TorchAoConfig | None,
+    labels: Sequence[str] | None,
+    task: str | None,
 ) -> PreTrainedModel:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
@@ -195,13 +216,16 @@ def _load(
             raise BaseModelError(
                 f"{folder} holds a GGUF file, fetched for quantization.storage gguf; run the fetch stage again"
             )
-        return cast(PreTrainedModel, _load_gguf(folder, dtype, labels).dequantize(dtype)).eval()
+        return cast(PreTrainedModel, _load_gguf(folder, dtype, labels, task).dequantize(dtype)).eval()
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device()}}
     if storage is not None:  # None would hide the storage in the folder's own configuration
         options["quantization_config"] = storage
+    kind = head_class(task, labels)
+    if task is not None:
+        check_head(folder, task)
     if labels is None:
-        return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options).eval()
+        return kind.from_pretrained(folder, local_files_only=True, **options).eval()
     # a decoder's classification head reads the last token that is not padding
     options |= {"num_labels": len(labels), "pad_token_id": padding_id(load_tokenizer(folder))}
     options |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
-    return AutoModelForSequenceClassification.from_pretrained(folder, local_files_only=True, **options).eval()
+    return kind.from_pretrained(folder, local_files_only=True, **options).eval()

@@ -18,6 +18,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from flows.base.heads import published_class
 from flows.base.hub import DownloadError, download, run_downloader
 from flows.errors import BaseModelError
 from flows.runtime.stage import is_disk_full
@@ -88,7 +89,7 @@ def load(source: str, checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrain
         if is_disk_full(error):
             raise
         raise BaseModelError(
-            f"base.source {source}: it does not load as a causal language model with safetensors weights: "
+            f"base.source {source}: it does not load as a language model with safetensors weights: "
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
         ) from error
     if missing:
@@ -142,6 +143,7 @@ def _load(source: str, checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrai
     # code that a base brings is never run, and nobody is asked about it
     local_options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     options = {"dtype": torch.bfloat16, "output_loading_info": True, **local_options}
+    kind: Any = AutoModelForCausalLM
     if checkpoint.gguf:
         try:
             read_gguf_header(checkpoint.folder / checkpoint.gguf)  # transformers believes every length in the header
@@ -156,9 +158,9 @@ def _load(source: str, checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrai
                 "`quantization` in params.yaml quantises it for training"
             )
         options["use_safetensors"] = True
+        kind = published_class(config)
     tokenizer = _tokenizer(checkpoint)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(checkpoint.folder, **options)
-    model, info = loaded
+    model, info = kind.from_pretrained(checkpoint.folder, **options)
     _forget_gguf(model)
     missing = {*info["missing_keys"], *(str(key[0]) for key in info["mismatched_keys"])}
     return model.eval(), tokenizer, sorted(missing)

@@ -41,6 +41,7 @@ def headline_bars(base: Mapping[str, Any], adapter: Mapping[str, Any]) -> Markup
         ("ended", "EOS rate", "higher is better", "{:.0%}"),
         ("accuracy", "Accuracy", "higher is better", "{:.1%}"),
         ("macro_f1", "Macro-F1", "0 to 1, higher is better", "{:.3f}"),
+        ("entity_f1", "Entity F1", "0 to 1, higher is better", "{:.3f}"),
     )
     panels = [panel for panel in every if panel[0] in base or panel[0] in adapter]
     figure = Figure(figsize=(11, 2.5), layout=ConstrainedLayoutEngine(wspace=0.12))

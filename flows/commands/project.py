@@ -33,9 +33,7 @@ def init(
             help=f"Base model: hub:NAME, path:FOLDER, path:FILE.gguf or wheel:NAME==VERSION; default: {DEFAULT_BASE}."
         ),
     ] = None,
-    task: Annotated[
-        str | None, typer.Option(help="chat, text, preference, unpaired_preference or classification; default: chat.")
-    ] = None,
+    task: Annotated[str | None, typer.Option(help="As data.kind, such as chat or preference; default: chat.")] = None,
     hardware: Annotated[str | None, typer.Option(help="cpu or gpu; default: what this machine has.")] = None,
     name: Annotated[str | None, typer.Option(help="Name in the registry; default: the folder's name.")] = None,
     params: Annotated[

@@ -1,22 +1,42 @@
 """Encoders from an example to a tokenised row, one for each kind, and the columns of the Parquet files.
 
 Every row has an id (digest of its text), a group, a slice and a weight. Lists hold token ids, or labels: the token id
-of supervised tokens, -100 elsewhere.
+of supervised tokens, -100 elsewhere. The labels of tagged words are indices of tags, at each word's first token.
 """
 
+from bisect import bisect_right
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any, Literal, Protocol
 
 from datasets import Features, List, Value
 from transformers import PreTrainedTokenizerBase
 
 from flows.data.chat import ChatTokenizer, Shown, end_token
-from flows.data.examples import AnyExample, Document, Example, Labelled, Message, Preference, UnpairedPreference
-from flows.data.tokens import IGNORED, AnswerTokens, AnyTokens, PairTokens, TextTokens, Tokens
+from flows.data.examples import (
+    AnyExample,
+    Document,
+    Example,
+    Labelled,
+    Message,
+    Preference,
+    Tagged,
+    Translation,
+    UnpairedPreference,
+)
+from flows.data.tokens import IGNORED, AnswerTokens, AnyTokens, PairTokens, TagTokens, TargetTokens, TextTokens, Tokens
 from flows.errors import DataError
 from flows.params import Data
 
-Kind = Literal["chat", "text", "preference", "unpaired_preference", "classification"]
+Kind = Literal[
+    "chat",
+    "text",
+    "preference",
+    "unpaired_preference",
+    "classification",
+    "token_classification",
+    "seq2seq",
+]
 _IDS = List(Value("int32"))
 _TEXT = Value("string")
 _ORIGIN = {"id": _TEXT, "group": _TEXT, "slice": _TEXT}
@@ -38,6 +58,14 @@ COLUMNS: dict[Kind, Features] = {
     "unpaired_preference": Features(_ORIGIN | _ANSWER | {"desirable": Value("bool")} | _WEIGHT),
     "classification": Features(
         _ORIGIN | {"text": _TEXT, "input_ids": _IDS, "label": Value("int32"), "label_name": _TEXT} | _WEIGHT
+    ),
+    "token_classification": Features(
+        _ORIGIN | {"text": _TEXT, "tokens": List(_TEXT), "tags": _TEXT, "input_ids": _IDS, "labels": _IDS} | _WEIGHT
+    ),
+    "seq2seq": Features(
+        _ORIGIN
+        | {"prompt": _TEXT, "target": _TEXT, "prompt_length": Value("int32"), "input_ids": _IDS, "labels": _IDS}
+        | _WEIGHT
     ),
 }
 """{kind: columns of a split}"""
@@ -166,6 +194,119 @@ class LabelledEncoder(Encoder):
             example = replace(example, text=example.text[: offsets[length - 1][1]])
 
 
+class TaggedEncoder(Encoder):
+    """Words with tags, tokenised as a text with the tokenizer's own special tokens.
+
+    The words are joined by spaces, so that every tokenizer sees them as in a text. The class index of a tag is the
+    label of the first token of its word.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, names: list[str]) -> None:
+        if not tokenizer.is_fast:
+            raise DataError(f"{type(tokenizer).__name__} has no offsets; give a base with a tokenizer.json")
+        if len(names) < 2:
+            raise DataError(f"all words have the tag {names[0]!r}; a token classifier needs two")
+        self.tokenizer = tokenizer
+        self.special = tokenizer.all_special_tokens
+        self.numbers = {name: number for number, name in enumerate(names)}
+
+    def encode(self, example: Tagged) -> TagTokens:
+        """Tokenise the words. Raises DataError if a word has no token of its own."""
+        ids, words = self._tokenize(example.words)
+        labels = [IGNORED] * len(ids)
+        firsts = {word: position for position, word in reversed(list(enumerate(words))) if word is not None}
+        for number, (word, tag) in enumerate(zip(example.words, example.tags, strict=True)):
+            if number not in firsts:
+                raise DataError(
+                    f"its word {number}, {word!r:.80}, has no token of its own in the base's tokenizer; remove it, or "
+                    "write it otherwise"
+                )
+            labels[firsts[number]] = self.numbers[tag]
+        return TagTokens(example.words, example.tags, ids, labels)
+
+    def shorten(self, example: Tagged, limit: int) -> Tagged | None:
+        """Return the first words that fit, without the begin of an entity that does not; None if none fits."""
+        _, words = self._tokenize(example.words)
+        if len(words) <= limit:
+            return example
+        ends = next(number for number, word in enumerate(reversed(words)) if word is not None)  # special tokens
+        begun = max((word for word in words[: max(0, limit - ends + 1)] if word is not None), default=0)
+        for kept in range(min(begun + 1, len(example.words) - 1), 0, -1):
+            if example.tags[kept].startswith("I-"):
+                continue
+            shorter = replace(example, words=example.words[:kept], tags=example.tags[:kept])
+            if len(self._tokenize(shorter.words)[0]) <= limit:
+                return shorter
+        return None
+
+    def _tokenize(self, words: list[str]) -> tuple[list[int], list[int | None]]:
+        """Return the token ids, and the index of each token's word; None for tokens between words."""
+        text = " ".join(words)
+        if tokens := [token for token in self.special if token in text]:
+            raise DataError(f"its words hold {', '.join(tokens)}, which the model reads as a special token; remove it")
+        encoded = self.tokenizer(text, return_offsets_mapping=True)
+        ids = encoded["input_ids"]
+        assert isinstance(ids, list)
+        ends = list(accumulate(len(word) + 1 for word in words))  # each with the space after it
+        of_token: list[int | None] = []
+        for start, stop in encoded["offset_mapping"]:
+            word = bisect_right(ends, start)
+            if (
+                start < stop and word < len(words) and start == ends[word] - 1
+            ):  # it begins with the space after the word
+                word += 1
+            begins = word < len(words) and ends[word] - 1 - len(words[word]) < stop
+            of_token.append(word if start < stop and begins else None)
+        return ids, of_token
+
+
+class TranslationEncoder(Encoder):
+    """Sources and targets, tokenised for an encoder-decoder with the tokenizer's own special tokens.
+
+    A target ends with the end-of-sequence token. A limit is for either of the two.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if not tokenizer.is_fast:
+            raise DataError(f"{type(tokenizer).__name__} has no offsets; give a base with a tokenizer.json")
+        if not isinstance(tokenizer.eos_token_id, int):
+            raise DataError("the tokenizer has no end-of-sequence token, so no target would end; give another base")
+        self.tokenizer, self.end = tokenizer, tokenizer.eos_token_id
+        self.special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+
+    def encode(self, example: Translation) -> TargetTokens:
+        """Tokenise source and target."""
+        sides: list[list[int]] = []
+        for name, arguments in (("source", {"text": example.text}), ("target", {"text_target": example.target})):
+            text = next(iter(arguments.values()))
+            if tokens := [token for token in self.special if token in text]:
+                raise DataError(f"its {name} holds {', '.join(tokens)}, a special token of the model; remove it")
+            ids = self.tokenizer(**arguments)["input_ids"]
+            assert isinstance(ids, list)
+            if not ids:
+                raise DataError(f"its {name} has no tokens")
+            sides.append(ids)
+        source, target = sides
+        return TargetTokens(
+            example.text, example.target, source, target if target[-1] == self.end else [*target, self.end]
+        )
+
+    def shorten(self, example: Translation, limit: int) -> Translation | None:
+        """Return the row with its source cut to fit; None if that is impossible or the target is too long."""
+        tokens = self.encode(example)
+        if len(tokens.labels) > limit:
+            return None
+        offsets = self.tokenizer(example.text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        length = len(offsets)
+        while (excess := len(tokens.input_ids) - limit) > 0:
+            length -= excess
+            if length <= 0 or not (text := example.text[: offsets[length - 1][1]]).strip():
+                return None
+            example = replace(example, text=text)
+            tokens = self.encode(example)
+        return example
+
+
 class DocumentEncoder(Encoder):
     """Plain texts, cut into rows of at most `max_length` tokens, all of them supervised.
 
@@ -225,9 +366,13 @@ class DocumentEncoder(Encoder):
 
 
 def encoder_of(data: Data, tokenizer: PreTrainedTokenizerBase, labels: list[str]) -> Encoder:
-    """Return the encoder of `data.kind`. labels: names of all classes, for classification."""
+    """Return the encoder of `data.kind`. labels: names of all classes or tags."""
     if data.kind == "classification":
         return LabelledEncoder(tokenizer, labels)
+    if data.kind == "token_classification":
+        return TaggedEncoder(tokenizer, labels)
+    if data.kind == "seq2seq":
+        return TranslationEncoder(tokenizer)
     if data.kind == "text":
         return DocumentEncoder(tokenizer)
     if data.kind == "preference":
@@ -238,8 +383,9 @@ def encoder_of(data: Data, tokenizer: PreTrainedTokenizerBase, labels: list[str]
 
 
 def label_names(examples: list[AnyExample]) -> list[str]:
-    """Return the names of all classes by index: ordered as integers if all names are integers, else as text."""
+    """Return the names of all classes or tags by index: as integers if all names are integers, else as text."""
     names = {example.label for example in examples if isinstance(example, Labelled)}
+    names |= {tag for example in examples if isinstance(example, Tagged) for tag in example.tags}
     return sorted(names, key=_as_number if all(map(_is_number, names)) else None)
 
 

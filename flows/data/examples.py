@@ -1,4 +1,4 @@
-"""One example of any source: a chat, a preference pair, an answer with a label, a labelled text, or a plain text."""
+"""One example of any source: a chat, a preference pair, an answer or a text with a label, tagged words, or a text."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -64,13 +64,29 @@ class Labelled(Origin):
 
 
 @dataclass(frozen=True)
+class Tagged(Origin):
+    """Words, with a tag for each."""
+
+    words: list[str]
+    tags: list[str]
+
+
+@dataclass(frozen=True)
+class Translation(Origin):
+    """A source text, and the target text that follows from it: a translation, a summary or an answer."""
+
+    text: str
+    target: str
+
+
+@dataclass(frozen=True)
 class Document(Origin):
     """A text of which every token is learned."""
 
     text: str
 
 
-AnyExample = Example | Preference | UnpairedPreference | Labelled | Document
+AnyExample = Example | Preference | UnpairedPreference | Labelled | Tagged | Translation | Document
 
 
 def question_and_answer(prompt: str, completion: str, system_prompt: str | None) -> list[Message]:

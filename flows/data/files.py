@@ -1,4 +1,4 @@
-"""Rows of JSONL, CSV and Parquet files, and texts of .txt files, each with its location for error messages."""
+"""Rows of JSONL, CSV, Parquet and CoNLL files, and texts of .txt files, each with its location for error messages."""
 
 import csv
 import itertools
@@ -42,7 +42,8 @@ def read_rows(place: Path, source: str, kind: str = "chat") -> Iterator[Row]:
     Args:
         place: The file or folder.
         source: The value of data.source, for error messages.
-        kind: The value of data.kind; text also reads .txt files, each as one text.
+        kind: The value of data.kind; text also reads .txt files, each as one text, and token_classification .conll
+            files, each with a word and its tag on a line and an empty line between rows.
 
     Raises:
         DataError: `place` does not exist, no file is readable, or a file cannot be parsed.
@@ -66,12 +67,12 @@ def read_rows(place: Path, source: str, kind: str = "chat") -> Iterator[Row]:
 
 
 def is_of_rows(path: Path, kind: str = "chat") -> bool:
-    """Return True if the file's suffix belongs to a readable format: .jsonl, .csv, .parquet, or .txt for texts."""
+    """Return True if the file's suffix is that of a readable format; .txt and .conll are for one kind of rows each."""
     return path.suffix.lower() in _suffixes(kind)
 
 
 def _suffixes(kind: str) -> list[str]:
-    return [suffix for suffix in _READERS if suffix != _TEXT or kind == "text"]
+    return [suffix for suffix in _READERS if _ONLY_FOR.get(suffix, kind) == kind]
 
 
 def why_unread(path: Path) -> str | None:
@@ -172,5 +173,32 @@ def _text(path: Path, name: str) -> Iterator[Row]:
         raise DataError(f"{name}: not text in UTF-8 ({error}); convert it") from error
 
 
-_TEXT = ".txt"
-_READERS = {".jsonl": _json_lines, ".csv": _csv, ".parquet": _parquet, _TEXT: _text}
+def _conll(path: Path, name: str) -> Iterator[Row]:
+    """Read rows of words: the first column of a line is a word and the last its tag; an empty line ends a row."""
+    words: list[str] = []
+    tags: list[str] = []
+    begin = 0
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(itertools.chain(_lines(file, name), [""]), start=1):
+                columns = line.split()
+                if not columns or columns[0] == _DOCUMENT:
+                    if words:
+                        yield f"{name}:{begin}", {"tokens": words, "tags": tags}
+                    words, tags = [], []
+                    continue
+                if len(columns) < 2:
+                    raise DataError(f"{name}:{number}: it has a word without a tag; write both, with a space or tab")
+                begin = begin if words else number
+                words.append(columns[0])
+                tags.append(columns[-1])
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name}: not text in UTF-8 ({error}); convert it") from error
+
+
+_TEXT, _CONLL = ".txt", ".conll"
+_DOCUMENT = "-DOCSTART-"
+"""First word of a line of a CoNLL file that begins a document."""
+_READERS = {".jsonl": _json_lines, ".csv": _csv, ".parquet": _parquet, _TEXT: _text, _CONLL: _conll}
+_ONLY_FOR = {_TEXT: "text", _CONLL: "token_classification"}
+"""{suffix: the only data.kind that reads it}"""

@@ -1,20 +1,38 @@
-"""Formats of a row: chats in the formats of OpenAI, ShareGPT and Alpaca, preferences, and labelled texts.
+"""Formats of a row: chats in the formats of OpenAI, ShareGPT and Alpaca, preferences, labelled texts, tagged words.
 
 Each function takes a row's columns and raises FaultyRow with the problem and what fits. A null column or field counts
 as absent, because Parquet gives every row all columns. `flows.data.turns` reads the turns of a chat.
 """
 
+import json
 import math
+import re
 from collections.abc import Collection, Iterable
 from typing import Any
 
 from flows.data.examples import Message
 from flows.data.turns import REASONING, FaultyRow, check_characters, check_data, check_order, listed, read_turns
 
-__all__ = ["FaultyRow", "chat", "document", "labelled", "preference", "spelled_otherwise", "tools", "weight"]
+__all__ = [
+    "FaultyRow",
+    "chat",
+    "document",
+    "labelled",
+    "preference",
+    "source_and_target",
+    "spelled_otherwise",
+    "tagged",
+    "tools",
+    "weight",
+]
 ONE_TURN = {"prompt": "completion", "question": "answer", "instruction": "output"}
 """{column of the question: column of the answer}; an `instruction` may have an `input`, as in Alpaca."""
-_OTHER_KINDS = {"preference": ("chosen", "rejected"), "classification": ("text", "label")}
+_OTHER_KINDS = {
+    "preference": ("chosen", "rejected"),
+    "classification": ("text", "label"),
+    "token_classification": ("tokens", "tags"),
+    "seq2seq": ("source", "target"),
+}
 """{data.kind: columns that only rows of this kind have}"""
 
 
@@ -134,6 +152,62 @@ def labelled(row: dict[str, Any]) -> tuple[str, str]:
     if not isinstance(label, str | int) or not str(label).strip():
         raise FaultyRow(f"its label is {label!r:.80}; give a name or a whole number")
     return _text(row, "text"), str(label).strip()
+
+
+_BIO = re.compile(r"O|[BI]-\S+")
+"""A tag of the scheme bio."""
+
+
+def tagged(row: dict[str, Any], scheme: str = "bio") -> tuple[list[str], list[str]]:
+    """Return the words and their tags. CSV holds both as JSON lists. scheme: the value of `data.tag_scheme`."""
+    for column in ("tokens", "tags"):
+        if row.get(column) is None:
+            raise FaultyRow(
+                f"it has no {column}; a row of data.kind token_classification has tokens and tags"
+                + spelled_otherwise(row, ["tokens", "tags"])
+            )
+    words, tags = _strings(row, "tokens"), _strings(row, "tags")
+    if len(words) != len(tags):
+        raise FaultyRow(f"it has {len(words)} tokens and {len(tags)} tags; give one tag for each token")
+    if not words:
+        raise FaultyRow("its tokens are empty")
+    for number, (word, tag) in enumerate(zip(words, tags, strict=True), start=1):
+        if not word.strip():
+            raise FaultyRow(f"its token {number} is empty or white space; remove it with its tag")
+        if not tag or tag.split() != [tag]:
+            raise FaultyRow(f"its tag {number} is {tag!r:.80}; a tag is a word without spaces")
+        if scheme == "bio" and not _BIO.fullmatch(tag):
+            raise FaultyRow(
+                f"its tag {number} is {tag!r:.80}, not O, B-TYPE or I-TYPE; correct it, or set data.tag_scheme: plain "
+                "if a tag stands for one token"
+            )
+    check_characters(" ".join(words), "its tokens")
+    return words, tags
+
+
+def _strings(row: dict[str, Any], column: str) -> list[str]:
+    """Return a column with a list of texts or whole numbers, as texts."""
+    value = row[column]
+    if isinstance(value, str):  # CSV has no lists
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise FaultyRow(f"its {column} are no JSON list: {error}") from error
+    if not isinstance(value, list) or not all(isinstance(one, str | int) for one in value):
+        raise FaultyRow(f"its {column} are no list of texts")
+    return [str(one) for one in value]
+
+
+def source_and_target(row: dict[str, Any]) -> tuple[str, str]:
+    """Return the source, which may be called `input`, and the target."""
+    source = next((column for column in ("source", "input") if row.get(column) is not None), None)
+    missing = "source" if source is None else "target" if row.get("target") is None else None
+    if source is None or missing is not None:
+        raise FaultyRow(
+            f"it has no {missing}; a row of data.kind seq2seq has source (or input) and target"
+            + spelled_otherwise(row, ["source", "input", "target"])
+        )
+    return _text(row, source), _text(row, "target")
 
 
 def document(row: dict[str, Any]) -> str:

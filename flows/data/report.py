@@ -7,7 +7,7 @@ import numpy
 from transformers import PreTrainedTokenizerBase
 
 from flows.data.splits import Row, leakage
-from flows.data.tokens import IGNORED, AnswerTokens, Sequence, TextTokens
+from flows.data.tokens import IGNORED, AnswerTokens, Sequence, TagTokens, TextTokens
 from flows.params import Data
 from flows.paths import Split
 
@@ -34,7 +34,7 @@ def data_report(
         splits: Rows of each split.
         dropped: Number of dropped rows by reason.
         tokenizer: The base's tokenizer.
-        labels: Names of the classes, for classification.
+        labels: Names of the classes or tags; empty for other kinds.
     """
     shown = splits["train"][:RENDERED]
     return {
@@ -61,10 +61,12 @@ def segments(sequence: Sequence, tokenizer: PreTrainedTokenizerBase) -> list[tup
 
 
 def _rendered(row: Row, tokenizer: PreTrainedTokenizerBase) -> list[list[tuple[str, bool]]]:
-    """Return each of the row's sequences in runs; a text's class and an answer's mark are appended as supervised."""
+    """Return each of the row's sequences in runs; a class, tags or an answer's mark are appended as supervised."""
     shown = [segments(part, tokenizer) for part in row.tokens.parts]
     if isinstance(row.tokens, TextTokens):
         shown[0].append((f" → {row.tokens.label_name}", True))
+    if isinstance(row.tokens, TagTokens):
+        shown[0].append((f" → {row.tokens.answer}", True))
     if isinstance(row.tokens, AnswerTokens):
         shown[0].append((f" → {'desirable' if row.tokens.desirable else 'undesirable'}", True))
     return shown

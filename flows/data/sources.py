@@ -20,6 +20,8 @@ from flows.data.examples import (
     Labelled,
     Message,
     Preference,
+    Tagged,
+    Translation,
     UnpairedPreference,
     with_system_prompt,
 )
@@ -118,6 +120,12 @@ def as_example(data: Data, where: str, row: dict[str, Any]) -> AnyExample:
     if data.kind == "classification":
         text, label = formats.labelled(row)
         return Labelled(text, label, **_origin(data, where, row, text))
+    if data.kind == "token_classification":
+        words, tags = formats.tagged(row, data.tag_scheme)
+        return Tagged(words, tags, **_origin(data, where, row, " ".join(words)))
+    if data.kind == "seq2seq":
+        source, target = formats.source_and_target(row)
+        return Translation(source, target, **_origin(data, where, row, source))
     ignored = (*data.ignored_fields, *(REASONING if data.reasoning == "none" else ()))
     if data.kind == "preference":
         prompt, chosen, rejected = formats.preference(row, ignored)

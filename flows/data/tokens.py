@@ -1,4 +1,4 @@
-"""Examples as token ids: a chat with labels, a preference pair, a marked answer, or a text with its class."""
+"""Examples as token ids: a chat with labels, a preference pair, a marked answer, a labelled text, or tagged words."""
 
 import hashlib
 from dataclasses import dataclass
@@ -163,6 +163,80 @@ class TextTokens:
     def columns(self) -> dict[str, Any]:
         """Return the kind's own columns of the Parquet file."""
         return vars(self)
+
+
+@dataclass(frozen=True)
+class TagTokens:
+    """Words with their tags. labels: the class index of a tag at its word's first token, IGNORED elsewhere."""
+
+    words: list[str]
+    tags: list[str]
+    input_ids: list[int]
+    labels: list[int]
+
+    @property
+    def id(self) -> str:
+        """Digest of the row's words and tags."""
+        return _identity(*self.words, "\n", *self.tags)
+
+    @property
+    def question(self) -> str:
+        """Words, with spaces between them."""
+        return " ".join(self.words)
+
+    @property
+    def answer(self) -> str:
+        """Tags, with spaces between them; no tag holds a space."""
+        return " ".join(self.tags)
+
+    @property
+    def parts(self) -> list[Sequence]:
+        """Sequences of the row."""
+        return [(self.input_ids, self.labels)]
+
+    def columns(self) -> dict[str, Any]:
+        """Return the kind's own columns of the Parquet file."""
+        return {
+            "text": self.question,
+            "tokens": self.words,
+            "tags": self.answer,
+            "input_ids": self.input_ids,
+            "labels": self.labels,
+        }
+
+
+@dataclass(frozen=True)
+class TargetTokens:
+    """A source and its target. labels: token ids of the target with its end."""
+
+    prompt: str
+    target: str
+    input_ids: list[int]
+    labels: list[int]
+
+    @property
+    def id(self) -> str:
+        """Digest of the row's texts."""
+        return _identity(self.prompt, self.target)
+
+    @property
+    def question(self) -> str:
+        """Source text."""
+        return self.prompt
+
+    @property
+    def answer(self) -> str:
+        """Text that the model is trained to produce."""
+        return self.target
+
+    @property
+    def parts(self) -> list[Sequence]:
+        """Sequences of the row: the source, then the target."""
+        return [(self.input_ids, [IGNORED] * len(self.input_ids)), (self.labels, self.labels)]
+
+    def columns(self) -> dict[str, Any]:
+        """Return the kind's own columns of the Parquet file."""
+        return vars(self) | {"prompt_length": len(self.input_ids)}
 
 
 PART = ("input_ids", "labels")

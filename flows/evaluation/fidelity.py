@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from flows.data.rows import Row
-from flows.evaluation.scoring import by_length, class_log_probs
+from flows.evaluation.scoring import by_length, class_log_probs, tag_log_probs, target_batches_logits
 from peftcore.train import RightPaddingCollator, supervised_logits, supervised_positions
 
 MAX_KEPT = 512 * 2**20
@@ -115,6 +115,51 @@ def class_fidelity(reference: Reference, candidate: nn.Module, bar: Any = None) 
     divergence = (p.exp() * (p - q)).sum(1).mean().item()
     agreement = (p.argmax(1) == q.argmax(1)).double().mean().item()
     return Fidelity(divergence, agreement, loss, reference_loss, len(rows))
+
+
+def tag_fidelity(reference: Reference, candidate: nn.Module, bar: Any = None) -> Fidelity:
+    """Compare two token classifiers of the same tags on the reference's rows. Each word counts as one token.
+
+    Args:
+        reference: The reference model and its rows.
+        candidate: The model to compare.
+        bar: Progress bar that counts rows.
+    """
+    rows = reference.rows
+    score = partial(tag_log_probs, rows=rows, pad=reference.pad, batch_size=reference.batch_size)
+    p = reference.predictions(0, lambda model: torch.cat([log_probs for log_probs, _ in score(model)]))
+    q, labels = (torch.cat(part) for part in zip(*score(candidate, bar=bar), strict=True))
+    reference_loss, loss = (-log_probs.gather(1, labels[:, None]).mean().item() for log_probs in (p, q))
+    divergence = (p.exp() * (p - q)).sum(1).mean().item()
+    agreement = (p.argmax(1) == q.argmax(1)).double().mean().item()
+    return Fidelity(divergence, agreement, loss, reference_loss, len(labels))
+
+
+def target_fidelity(reference: Reference, candidate: nn.Module, bar: Any = None) -> Fidelity:
+    """Compare two encoder-decoders with the same vocabulary at the targets' tokens of the reference's rows.
+
+    Args:
+        reference: The reference model and its rows.
+        candidate: The model to compare.
+        bar: Progress bar that counts rows.
+    """
+    divergence, agreed, tokens = 0.0, 0, 0
+    losses = [0.0, 0.0]
+    batches = [
+        target_batches_logits(model, reference.rows, reference.pad, reference.batch_size, of)
+        for model, of in ((reference.model, None), (candidate, bar))
+    ]
+    for (expected, labels), (logits, _) in zip(*batches, strict=True):
+        p, q = (each.float().log_softmax(-1) for each in (expected, logits))
+        divergence += (p.exp() * (p - q)).sum(-1).double().sum().item()
+        agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
+        losses = [
+            total - predicted.gather(1, labels[:, None]).double().sum().item()
+            for total, predicted in zip(losses, (p, q), strict=True)
+        ]
+        tokens += len(labels)
+    reference_loss, loss = (total / tokens for total in losses)
+    return Fidelity(divergence / tokens, agreed / tokens, loss, reference_loss, tokens)
 
 
 def same_function(first: PreTrainedModel, second: PreTrainedModel) -> bool:

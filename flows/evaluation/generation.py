@@ -1,4 +1,7 @@
-"""Generation for many prompts, greedy or sampled: batched by length, padded on the left, with a key-value cache."""
+"""Generation for many prompts, greedy or sampled: batched by length, with a key-value cache.
+
+Prompts of a decoder are padded on the left. The sources of an encoder-decoder are padded on the right.
+"""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -64,7 +67,7 @@ def generate_answers(
     """Answer each prompt.
 
     Args:
-        model: A causal language model.
+        model: A causal language model, or an encoder-decoder, whose prompts are its sources.
         tokenizer: The model's tokenizer.
         prompts: Token ids, ending with the template's generation prompt.
         max_new_tokens: Maximum tokens of an answer.
@@ -80,14 +83,18 @@ def generate_answers(
     else:
         # top_k: transformers' own default keeps 50 tokens only
         config.update(do_sample=True, temperature=sampling.temperature, top_p=sampling.top_p, top_k=0)
+    has_encoder = bool(getattr(model.config, "is_encoder_decoder", False))
+    if has_encoder:
+        config.decoder_start_token_id = getattr(model.generation_config, "decoder_start_token_id", None)
     answers: list[Answer | None] = [None] * len(prompts)
     started = time.perf_counter()
     with contiguous_head(model), _seeded(sampling, model.device):
         for batch in by_length([len(prompt) for prompt in prompts], batch_size):
-            inputs = _left_padded([prompts[i] for i in batch], pad, model.device)
+            inputs = _padded([prompts[i] for i in batch], pad, model.device, left=not has_encoder)
             with torch.no_grad():
                 output = cast(Tensor, model.generate(**inputs, generation_config=config))  # pyright: ignore
-            for i, ids in zip(batch, output[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+            begin = 1 if has_encoder else inputs["input_ids"].shape[1]  # a decoder of its own has a start token
+            for i, ids in zip(batch, output[:, begin:].tolist(), strict=True):
                 answers[i] = _answer(tokenizer, ids, end)
             if bar is not None:
                 speed = sum(answer.tokens for answer in answers if answer) / (time.perf_counter() - started)
@@ -122,13 +129,14 @@ def _contiguous(_head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, .
     return (inputs[0].contiguous(), *inputs[1:])
 
 
-def _left_padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device) -> dict[str, Tensor]:
+def _padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device, left: bool) -> dict[str, Tensor]:
     width = max(map(len, prompts))
     input_ids = torch.full((len(prompts), width), pad)
     attention_mask = torch.zeros((len(prompts), width), dtype=torch.long)
     for i, prompt in enumerate(prompts):
-        input_ids[i, width - len(prompt) :] = torch.as_tensor(prompt)
-        attention_mask[i, width - len(prompt) :] = 1
+        begin = width - len(prompt) if left else 0
+        input_ids[i, begin : begin + len(prompt)] = torch.as_tensor(prompt)
+        attention_mask[i, begin : begin + len(prompt)] = 1
     return {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
 
 

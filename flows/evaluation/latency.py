@@ -72,6 +72,7 @@ def _request(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: Sequence[in
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=padding_id(tokenizer),
         use_cache=True,
+        decoder_start_token_id=getattr(model.generation_config, "decoder_start_token_id", None),
     )
     started = _now()
     with torch.no_grad():

@@ -1,7 +1,7 @@
 """Losses and log-probabilities of held-out rows, and ROUGE-L of generated answers."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,10 +15,15 @@ from peftcore.train import (
     PairLogProbs,
     PreferenceCollator,
     RightPaddingCollator,
+    SequenceToSequenceCollator,
+    TokenClassificationCollator,
+    labelled_logits,
     mismatched_answers,
     pair_log_probs,
     row_log_probs,
     row_sums,
+    target_logits,
+    target_losses,
     token_losses,
 )
 
@@ -174,6 +179,76 @@ def class_log_probs(model: nn.Module, rows: Sequence[Row], pad: int, batch_size:
         if bar is not None:
             bar.update(len(batch))
     return torch.stack([one for one in results if one is not None])
+
+
+@torch.no_grad()
+def tag_log_probs(
+    model: nn.Module, rows: Sequence[Row], pad: int, batch_size: int, bar: Any = None
+) -> list[tuple[Tensor, Tensor]]:
+    """Return the tags' log-probabilities (words, tags) in float64 on the CPU and the labels (words,) of each row.
+
+    Args:
+        model: A token classifier.
+        rows: Prepared rows of tagged words.
+        pad: Token id of padding.
+        batch_size: Rows per forward pass.
+        bar: Progress bar that counts rows.
+    """
+    collate, device = TokenClassificationCollator(pad), next(model.parameters()).device
+    results: dict[int, tuple[Tensor, Tensor]] = {}
+    for batch in by_length([len(row["input_ids"]) for row in rows], batch_size):
+        inputs = {name: tensor.to(device) for name, tensor in collate([rows[i] for i in batch]).items()}
+        logits, mask = labelled_logits(model, inputs)
+        log_probs, labels = logits.double().log_softmax(-1).cpu(), inputs["labels"][mask].cpu()
+        words = mask.sum(1).tolist()
+        for i, *pair in zip(batch, log_probs.split(words), labels.split(words), strict=True):
+            results[i] = (pair[0], pair[1])
+        if bar is not None:
+            bar.update(len(batch))
+    return [results[i] for i in range(len(rows))]
+
+
+@torch.no_grad()
+def sequence_losses(model: nn.Module, rows: Sequence[Row], pad: int, batch_size: int, bar: Any = None) -> RowLosses:
+    """Return the loss of each row's target. The weight of a row is its number of target tokens times its `weight`.
+
+    Args:
+        model: An encoder-decoder.
+        rows: Prepared sources with targets.
+        pad: Token id of padding.
+        batch_size: Rows per forward pass.
+        bar: Progress bar that counts rows.
+    """
+    means = [0.0] * len(rows)
+    for batch, inputs in _target_batches(model, rows, pad, batch_size, bar):
+        for i, loss in zip(batch, target_losses(model, inputs).tolist(), strict=True):
+            means[i] = loss
+    tokens = [len(row["labels"]) for row in rows]
+    return RowLosses(means, tokens, [n * row.get("weight", 1.0) for n, row in zip(tokens, rows, strict=True)])
+
+
+@torch.no_grad()
+def target_batches_logits(
+    model: nn.Module, rows: Sequence[Row], pad: int, batch_size: int, bar: Any = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the logits (n, vocabulary) and the labels (n,) of the target tokens of each batch, always in one order.
+
+    The arguments are those of `sequence_losses`.
+    """
+    for _, inputs in _target_batches(model, rows, pad, batch_size, bar):
+        logits, mask = target_logits(model, inputs)
+        yield logits, inputs["labels"][mask]
+
+
+def _target_batches(
+    model: nn.Module, rows: Sequence[Row], pad: int, batch_size: int, bar: Any
+) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+    """Yield the indices of the rows of each batch, and the batch on the model's device."""
+    collate, device = SequenceToSequenceCollator(pad), next(model.parameters()).device
+    for batch in by_length([len(row["input_ids"]) + len(row["labels"]) for row in rows], batch_size):
+        yield batch, {name: tensor.to(device) for name, tensor in collate([rows[i] for i in batch]).items()}
+        if bar is not None:
+            bar.update(len(batch))
 
 
 def rouge_l(references: Sequence[str], answers: Sequence[str]) -> list[float]:

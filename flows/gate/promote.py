@@ -40,11 +40,11 @@ from peftcore.files import MANIFEST, damaged_files, sha256, write_atomically
 PromotionOutcome = Literal["promoted", "already", "refused", "would promote", "rolled back"]
 _REPORT = "Gate report: "
 OPTIONAL_COLUMNS = (
-    *("slice", "weight", "base_loss", "label"),
+    *("slice", "weight", "base_loss", "label", "entities"),
     *(
         f"{side}_{name}"
         for side in ("base", "adapter")
-        for name in ("rouge_l", "ended", "margin", "prediction", "accuracy", "divergence")
+        for name in ("rouge_l", "ended", "margin", "prediction", "accuracy", "divergence", "entities", "correct")
     ),
 )
 """Columns of the evaluation's rows that some objectives have."""

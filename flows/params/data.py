@@ -72,7 +72,16 @@ class Data(Section):
 
     source: str = DEMONSTRATION
     mixture: list[MixedSource] = Field(default=[])
-    kind: Literal["chat", "text", "preference", "unpaired_preference", "classification"] = "chat"
+    kind: Literal[
+        "chat",
+        "text",
+        "preference",
+        "unpaired_preference",
+        "classification",
+        "token_classification",
+        "seq2seq",
+    ] = "chat"
+    tag_scheme: Literal["bio", "plain"] = "bio"
     supervise: Literal["all", "last"] = "all"
     reasoning: Literal["all", "supervised", "none"] = "all"
     ignored_fields: list[Text] = Field(default=[])
@@ -157,6 +166,13 @@ class Data(Section):
             raise invalid_value(expected, "train_rows", self.train_rows)
         if self.new_files is not None:
             raise invalid_value("data.mixture decides the training rows; give null", "new_files", self.new_files)
+        return self
+
+    @model_validator(mode="after")
+    def _check_tag_scheme(self) -> Self:
+        if self.tag_scheme != "bio" and self.kind != "token_classification":
+            expected = f"data.kind is {self.kind}, which has no tags; give bio"
+            raise invalid_value(expected, "tag_scheme", self.tag_scheme)
         return self
 
     @model_validator(mode="after")

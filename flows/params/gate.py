@@ -30,6 +30,8 @@ FIGURES: Mapping[str, Mapping[str, Direction]] = {
     "simpo": _PAIRS,
     "kto": _PAIRS,
     "classification": {"loss": "lower", "accuracy": "higher"},
+    "token_classification": {"loss": "lower", "entity_f1": "higher"},
+    "seq2seq": {"loss": "lower", **_ANSWERS},
 }
 """{objective: {figure that its evaluation has for each row: the better direction}}; `ended` is the EOS rate."""
 

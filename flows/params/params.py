@@ -16,7 +16,7 @@ from flows.params.method import Method, Quantization
 from flows.params.retrain import Retrain
 from flows.params.scorers import BUILT_IN
 from flows.params.section import MODEL, Name, Section, Text, invalid_value
-from flows.params.train import KINDS, Train
+from flows.params.train import KINDS, WITHOUT_CHAT, WITHOUT_TEXT, Train
 from flows.params.webhooks import Webhooks
 
 
@@ -152,13 +152,14 @@ with warnings.catch_warnings():
 
         @model_validator(mode="after")
         def _check_generative(self) -> Self:
-            if self.train.objective == "classification":
-                expected = "train.objective is classification, which generates no text; give []"
+            if (objective := self.train.objective) in WITHOUT_CHAT:
+                text = "text" if objective in WITHOUT_TEXT else "answers to chats"
+                expected = f"train.objective is {objective}, which generates no {text}; give []"
                 for name in ("suites", "benchmarks"):
                     if value := getattr(self.evaluate, name):
                         raise invalid_value(expected, f"evaluate.{name}", value)
-                if self.gate.judge.is_on:
-                    expected = "train.objective is classification, which generates no answers to judge; remove it"
+                if objective in WITHOUT_TEXT and self.gate.judge.is_on:
+                    expected = f"train.objective is {objective}, which generates no answers to judge; remove it"
                     name = "endpoint" if self.gate.judge.endpoint else "callable"
                     raise invalid_value(expected, f"gate.judge.{name}", getattr(self.gate.judge, name))
             return self

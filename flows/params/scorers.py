@@ -39,6 +39,7 @@ RESERVED = frozenset(
     (
         *("loss", "perplexity", "rouge_l", "ended", "tokens_per_second", "answer", "accuracy", "macro_f1"),
         *("margin", "reward_accuracy", "reward_margin", "prediction", "confidence"),
+        *("entity_f1", "precision", "recall", "tag_accuracy", "entities", "correct"),
     )
 )
 """Names of figures and columns that every evaluation may have."""

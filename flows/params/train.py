@@ -19,8 +19,14 @@ KINDS = {
     "simpo": ("preference",),
     "kto": ("unpaired_preference",),
     "classification": ("classification",),
+    "token_classification": ("token_classification",),
+    "seq2seq": ("seq2seq",),
 }
 """{train.objective: the data.kind that it accepts}"""
+WITHOUT_TEXT = ("classification", "token_classification")
+"""Objectives whose models predict classes and generate no text."""
+WITHOUT_CHAT = (*WITHOUT_TEXT, "seq2seq")
+"""Objectives whose models cannot answer chats."""
 
 
 class Preference(Section):
@@ -89,14 +95,30 @@ class Classification(Section):
     class_weights: Literal["none", "balanced"] = "none"
 
 
+class TokenClassification(Section):
+    """Options of the objective token_classification."""
+
+    class_weights: Literal["none", "balanced"] = "none"
+
+
 class Train(Section):
     """Options of a training run."""
 
-    objective: Literal["sft", "dpo", "orpo", "simpo", "kto", "classification"] = "sft"
+    objective: Literal[
+        "sft",
+        "dpo",
+        "orpo",
+        "simpo",
+        "kto",
+        "classification",
+        "token_classification",
+        "seq2seq",
+    ] = "sft"
     preference: Preference = Preference()
     kto: Kto = Kto()
     distillation: Distillation = Distillation()
     classification: Classification = Classification()
+    token_classification: TokenClassification = TokenClassification()
     epochs: Positive = 1.0
     batch_size: Count = 8
     gradient_accumulation: Count = 2

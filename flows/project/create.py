@@ -34,6 +34,8 @@ from flows.runtime.stage_dependencies import PACKAGES, module_of
 from peftcore.files import write_atomically
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
+_MORE_SUFFIXES = {"text": (".txt",), "token_classification": (".conll",)}
+"""{data.kind: further suffixes of its files}"""
 SCHEMA = ".peftcore/params.schema.json"
 WORKFLOW = ".github/workflows/gate.yml"
 OWNED = ("dvc.yaml", STAGES, SCHEMA, WORKFLOW)
@@ -402,7 +404,7 @@ def _data_source(root: Path, data: str, task: Task) -> tuple[str, dict[str, Path
         return data, {}
     path = Path(data).expanduser().resolve()
     files = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
-    suffixes = (*SUFFIXES, ".txt") if task == "text" else SUFFIXES
+    suffixes = (*SUFFIXES, *_MORE_SUFFIXES.get(task, ()))
     files = [file for file in files if file.suffix in suffixes]
     if not files:
         raise ParamsError(

@@ -3,7 +3,15 @@
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-Task = Literal["chat", "text", "preference", "unpaired_preference", "classification"]
+Task = Literal[
+    "chat",
+    "text",
+    "preference",
+    "unpaired_preference",
+    "classification",
+    "token_classification",
+    "seq2seq",
+]
 Hardware = Literal["cpu", "gpu"]
 TASKS: tuple[Task, ...] = get_args(Task)
 HARDWARE: tuple[Hardware, ...] = get_args(Hardware)
@@ -48,6 +56,21 @@ BY_TASK: Mapping[Task, Values] = {
     "classification": {
         "data.kind": "classification",
         "train.objective": "classification",
+        "data.max_length": 512,
+        "gate.max_forgetting": None,
+        "evaluate.control.source": None,
+    },
+    "seq2seq": {
+        "data.kind": "seq2seq",
+        "train.objective": "seq2seq",
+        "data.max_length": 512,
+        "evaluate.max_new_tokens": 128,
+        "gate.max_forgetting": None,
+        "evaluate.control.source": None,
+    },
+    "token_classification": {
+        "data.kind": "token_classification",
+        "train.objective": "token_classification",
         "data.max_length": 512,
         "gate.max_forgetting": None,
         "evaluate.control.source": None,

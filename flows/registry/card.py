@@ -16,7 +16,17 @@ CARD = "registry/README.md"
 SLICES = 12
 """Largest number of slices shown, largest slices first."""
 
-_TASKS = {"classification": "text-classification"}
+_TASKS = {
+    "classification": "text-classification",
+    "token_classification": "token-classification",
+    "seq2seq": "text2text-generation",
+}
+_CLASSES = {
+    "classification": "SequenceClassification",
+    "token_classification": "TokenClassification",
+    "seq2seq": "Seq2SeqLM",
+}
+"""{objective: end of the name of transformers' class}; others are causal language models."""
 _FIGURES = {
     "loss": "test loss, nats per token",
     "perplexity": "perplexity",
@@ -24,6 +34,10 @@ _FIGURES = {
     "ended": "EOS rate: share of answers that end before the token limit",
     "accuracy": "accuracy",
     "macro_f1": "macro F1",
+    "entity_f1": "entity F1",
+    "precision": "precision of entities",
+    "recall": "recall of entities",
+    "tag_accuracy": "share of words with the right tag",
     "divergence": "divergence from the teacher, nats per token",
     "reward_desirable": "mean reward of good answers",
     "reward_undesirable": "mean reward of bad answers",
@@ -168,7 +182,7 @@ def _lineage(record: Mapping[str, Any]) -> list[str]:
 
 
 def _loading(record: Mapping[str, Any]) -> list[str]:
-    kind = "SequenceClassification" if record["params"]["train"].get("objective") == "classification" else "CausalLM"
+    kind = _CLASSES.get(record["params"]["train"].get("objective"), "CausalLM")
     tag, base, calibrated, note = f"{record['name']}@{record['version']}", "BASE", [], []
     if record.get("calibrated_base"):
         base, calibrated = "calibrated", [f"dvc get . artifacts/calibrated --rev {tag}"]

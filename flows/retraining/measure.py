@@ -32,14 +32,14 @@ from flows.data.examples import AnyExample
 from flows.data.rows import Row
 from flows.data.sources import comes_from, read_examples
 from flows.data.splits import rank
-from flows.data.tokens import AnyTokens, length
+from flows.data.tokens import IGNORED, AnyTokens, length
 from flows.errors import DataError
 from flows.params import Params
 from flows.paths import Paths
 from flows.runtime.progress import progress
 from flows.runtime.stage import start
 from flows.stages.reevaluate import adapter_losses
-from flows.training.objectives import class_names
+from flows.training.objectives import class_names, rows_of
 from peftcore import PeftModel
 from peftcore.files import write_atomically
 
@@ -117,7 +117,9 @@ def _losses(
     """Return the champion's loss (nats, of its own objective) on each file's first rows, with its standard error."""
     labels = class_names(params, champion)
     check_adapter(champion.adapter, calibrated_identity(base))
-    model = PeftModel.from_pretrained(load_dequantized(base, params.quantization, labels), champion.adapter).eval()
+    model = PeftModel.from_pretrained(
+        load_dequantized(base, params.quantization, labels, rows_of(params).task), champion.adapter
+    ).eval()
     pad = padding_id(load_tokenizer(base))
     samples = {name: _judged(rows, params.data.max_length, labels)[:count] for name, rows in new_files.items()}
     result = {}
@@ -144,7 +146,17 @@ def _judged(rows: Sequence[AnyTokens], longest: int, labels: list[str] | None) -
     if labels is None:
         return columns
     numbers = {name: number for number, name in enumerate(labels)}
+    if columns and "tags" in columns[0]:
+        tags = [row["tags"].split() for row in columns]
+        known = [(row, told) for row, told in zip(columns, tags, strict=True) if numbers.keys() >= set(told)]
+        return [row | {"labels": _numbered(row["labels"], [numbers[tag] for tag in told])} for row, told in known]
     return [row | {"label": numbers[row["label_name"]]} for row in columns if row["label_name"] in numbers]
+
+
+def _numbered(labels: Sequence[int], numbers: Sequence[int]) -> list[int]:
+    """Return labels with other class numbers at the same places."""
+    following = iter(numbers)
+    return [IGNORED if label == IGNORED else next(following) for label in labels]
 
 
 if __name__ == "__main__":

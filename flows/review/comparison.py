@@ -44,6 +44,7 @@ HEADLINES = (
     Headline("EOS rate", ("adapter.ended",), "{:.1%}", False),
     Headline("accuracy", ("adapter.accuracy",), "{:.1%}", False),
     Headline("macro-F1", ("adapter.macro_f1",), "{:.3f}", False),
+    Headline("entity F1", ("adapter.entity_f1",), "{:.3f}", False),
     Headline("gain on base", ("gain.loss",), "{:+.3f}", False),
     Headline("trained parameters", ("training.trainable_parameters", "trainable_parameters"), "{:,.0f}"),
     Headline("training seconds", ("training.seconds", "seconds"), "{:,.0f}"),

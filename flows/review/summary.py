@@ -20,6 +20,8 @@ FIGURES = (
     ("EOS rate", "ended", "{:.1%}"),
     ("accuracy", "accuracy", "{:.1%}"),
     ("macro-F1", "macro_f1", "{:.3f}"),
+    ("entity F1", "entity_f1", "{:.3f}"),
+    ("right tags", "tag_accuracy", "{:.1%}"),
     ("margin (nats)", "margin", "{:.3f}"),
     ("reward accuracy", "reward_accuracy", "{:.1%}"),
     ("divergence from the teacher", "divergence", "{:.4f}"),

@@ -13,6 +13,7 @@ from flows.base.calibrated import calibrated_identity, trained_base
 from flows.base.identity import base_identity, have_same_base
 from flows.errors import BaseModelError, RegistryError
 from flows.params import Params, Quantization
+from flows.params.train import WITHOUT_CHAT
 from flows.paths import Paths
 from flows.registry.reader import RegistryReader, Version
 from flows.registry.registered_files import files_of
@@ -78,12 +79,18 @@ def load_evaluated_base(
         The model with dequantised weights, its tokenizer, and its identity.
 
     Raises:
-        BaseModelError: The folder is damaged, or the version was evaluated on another base.
+        BaseModelError: The folder is damaged, the version was evaluated on another base, or the project's objective
+            makes no model that answers chats.
         RegistryError: The version's calibrated base is not what was registered.
         RepositoryError: The version's calibrated base is neither in the cache nor on the remote.
     """
     from flows.base.model import check_base, load_dequantized, load_tokenizer
 
+    if (objective := params.train.objective) in WITHOUT_CHAT:
+        raise BaseModelError(
+            f"train.objective is {objective}, and only models that answer chats are served; load {paths.merged} with "
+            "transformers, as the version's model card shows"
+        )
     holder = registry.stages().get(params.gate.stage)
     manifest = check_base(folder)
     base = ServedBase(base_identity(folder), params.quantization, manifest)

@@ -32,7 +32,9 @@ from flows.evaluation.pairs import evaluate_pairs
 from flows.evaluation.result import EvaluationResult
 from flows.evaluation.scorers.load import load_scorer
 from flows.evaluation.scorers.scores import with_scores
+from flows.evaluation.sequences import evaluate_sequences
 from flows.evaluation.suites.results import answer_suites, suite_checks
+from flows.evaluation.tags import evaluate_tags
 from flows.evaluation.unpaired import evaluate_unpaired
 from flows.params import Params, Suite, load_suites
 from flows.paths import Paths
@@ -89,11 +91,23 @@ def _evaluate(
     base = trained_base(paths, params.quantization)
     check_base(base)
     check_adapter(paths.adapter, calibrated_identity(base))
-    model = PeftModel.from_pretrained(load_dequantized(base, params.quantization, names), paths.adapter)
+    model = PeftModel.from_pretrained(
+        load_dequantized(base, params.quantization, names, rows_of(params).task), paths.adapter
+    )
     extra: dict[str, Any] = {"control": None, "latency": None}
+    if names is not None and params.train.objective == "token_classification":
+        tags = [row["labels"] for row in read_rows(paths.split("train"), ["labels"])]
+        result = evaluate_tags(params, model, tokenizer, rows, names, tags)
+        return replace(result, metrics=result.metrics | extra), None, {}
     if names is not None:
         train_labels = [row["label"] for row in read_rows(paths.split("train"), ["label"])]
         result = evaluate_classes(params, model, tokenizer, rows, names, train_labels)
+        return replace(result, metrics=result.metrics | extra), None, {}
+    if params.train.objective == "seq2seq":
+        result = evaluate_sequences(params, model, tokenizer, rows)
+        if params.evaluate.latency_rows:
+            sources = [row["input_ids"] for row in rows[: params.evaluate.latency_rows]]
+            extra["latency"] = measure_latency(model, tokenizer, sources)
         return replace(result, metrics=result.metrics | extra), None, {}
     evaluate_rows = {"chat": evaluate_chats, "unpaired_preference": evaluate_unpaired, "preference": evaluate_pairs}[
         rows_of(params).kind

@@ -11,6 +11,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from flows.base.gguf import save_packed
+from flows.base.heads import is_encoder, is_encoder_decoder
 from flows.base.source import load, load_packed, obtain
 from flows.data.chat import end_token, render
 from flows.data.vocabulary import add_special_tokens, set_chat_template
@@ -29,7 +30,8 @@ def run(params: Params, paths: Paths) -> None:
         checkpoint, packed = obtain(source, paths.root, Path(scratch)), params.quantization.storage == "gguf"
         model, tokenizer = load_packed(source, checkpoint) if packed else load(source, checkpoint)
         set_chat_template(tokenizer, params.data, paths.root)
-        if not tokenizer.chat_template:
+        generates_turns = not (is_encoder(model.config) or is_encoder_decoder(model.config))
+        if not tokenizer.chat_template and generates_turns:
             logger.warning("%s has no chat template; chats need data.chat_template", source)
         add_special_tokens(model, tokenizer, params.data.special_tokens, packed)
         settle_special_tokens(model, tokenizer)
@@ -49,8 +51,22 @@ def run(params: Params, paths: Paths) -> None:
 def settle_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Make generation stop at the chat template's end of turn (or end of a text), and pad with another token.
 
-    If padding were the end of turn, masking padding would also hide the ends of turns.
+    If padding were the end of turn, masking padding would also hide the ends of turns. An encoder generates nothing, so
+    it gets its padding alone.
     """
+    if is_encoder(model.config):
+        if tokenizer.pad_token_id is None:
+            _choose_padding(tokenizer, [])
+        model.config.pad_token_id = tokenizer.pad_token_id
+    else:
+        _settle_ends(model, tokenizer)
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context and context < tokenizer.model_max_length:
+        tokenizer.model_max_length = context
+
+
+def _settle_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Set the tokens that end a generation, and the padding, of a model that generates."""
     end = end_token(tokenizer)
     assert model.generation_config is not None
     configured = model.generation_config.eos_token_id
@@ -62,9 +78,6 @@ def settle_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizer
         config.eos_token_id = ends if len(ends) > 1 else end
         config.pad_token_id = tokenizer.pad_token_id
     model.generation_config._from_model_config = False  # otherwise generate() rebuilds it without the list of ends
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context and context < tokenizer.model_max_length:
-        tokenizer.model_max_length = context
 
 
 def _choose_padding(tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> None:
@@ -76,7 +89,7 @@ def _choose_padding(tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> None
     free = [token for token in preferred if token is not None and token not in used]
     if not free:
         logger.warning("the tokenizer has no unused special token for padding; the end of turn is used")
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(free[0] if free else ends[0])
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(free[0] if free else (*ends, 0)[0])
 
 
 if __name__ == "__main__":

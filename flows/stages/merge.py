@@ -25,13 +25,21 @@ from flows.base.model import (
     padding_id,
 )
 from flows.errors import StageError
-from flows.evaluation.fidelity import Fidelity, Reference, class_fidelity, fidelity, same_function
+from flows.evaluation.fidelity import (
+    Fidelity,
+    Reference,
+    class_fidelity,
+    fidelity,
+    same_function,
+    tag_fidelity,
+    target_fidelity,
+)
 from flows.params import Merge, Params
 from flows.paths import Paths
 from flows.runtime.progress import progress
 from flows.runtime.stage import start
-from flows.training.objectives import class_names, merged_rows
-from peftcore import PeftModel
+from flows.training.objectives import class_names, merged_rows, rows_of
+from peftcore import PeftModel, TaskType
 from peftcore.bases import keep_quantized_weights_trainable
 from peftcore.files import directory_written_atomically, write_atomically, write_manifest
 
@@ -42,6 +50,12 @@ SIXTEEN_BIT = ("dequantized", "original")
 REQUANTIZED = "requantized"
 ONLY_CANDIDATE = {"none": ("original",), "gguf": ("dequantized",)}
 """{storage: candidate}, for storages whose base exists in one precision only."""
+_COMPARE = {
+    TaskType.SEQ_CLS: class_fidelity,
+    TaskType.TOKEN_CLS: tag_fidelity,
+    TaskType.SEQ_2_SEQ_LM: target_fidelity,
+}
+"""{task: function that compares two models}; others are compared by `fidelity`."""
 BATCH_SIZE = 16
 """Rows per batch; their predictions are in memory twice."""
 
@@ -53,9 +67,9 @@ def run(params: Params, paths: Paths) -> None:
         check_base(folder)
     check_adapter(paths.adapter, calibrated_identity(base))
     rows = merged_rows(params, paths.split("test"), params.merge.rows)
-    tokenizer, labels = load_tokenizer(paths.base), class_names(params, paths)
-    compare = fidelity if labels is None else class_fidelity
-    adapted = PeftModel.from_pretrained(load_dequantized(base, params.quantization, labels), paths.adapter)
+    tokenizer, labels, task = load_tokenizer(paths.base), class_names(params, paths), rows_of(params).task
+    compare = _COMPARE.get(task, fidelity)
+    adapted = PeftModel.from_pretrained(load_dequantized(base, params.quantization, labels, task), paths.adapter)
     reference = Reference(adapted, rows, padding_id(tokenizer), BATCH_SIZE)
     names = ONLY_CANDIDATE.get(params.quantization.storage, (*SIXTEEN_BIT, REQUANTIZED))
 
@@ -71,7 +85,7 @@ def run(params: Params, paths: Paths) -> None:
             merged = _merged(params, paths, into)
             merged.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            read_back = load_original(folder, compute_dtype(params.quantization), labels)
+            read_back = load_original(folder, compute_dtype(params.quantization), labels, task)
             written = candidates[into] if same_function(merged, read_back) else compared(read_back)
             if not _is_faithful(written, params.merge):
                 raise _unfaithful(f"read back from disk, the model merged into {into}", params.merge, candidates)
@@ -84,12 +98,13 @@ def run(params: Params, paths: Paths) -> None:
 
 def _merged(params: Params, paths: Paths, into: str) -> PreTrainedModel:
     labels, folder = class_names(params, paths), trained_base(paths, params.quantization)
+    task = rows_of(params).task
     if into == "dequantized":
-        base = load_dequantized(folder, params.quantization, labels)
+        base = load_dequantized(folder, params.quantization, labels, task)
     elif into == REQUANTIZED:
-        base = load_for_inference(folder, params.quantization, labels)
+        base = load_for_inference(folder, params.quantization, labels, task)
     else:
-        base = load_original(paths.base, compute_dtype(params.quantization), labels)
+        base = load_original(paths.base, compute_dtype(params.quantization), labels, task)
     return PeftModel.from_pretrained(base, paths.adapter).merge_and_unload(safe_merge=True)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow.parquet as parquet
 from datasets import Dataset, Features, disable_progress_bars
 
+from flows.base.heads import check_base_of_kind
 from flows.base.model import check_base, load_tokenizer
 from flows.data.encoders import COLUMNS, EXTRA, Encoder, encoder_of, label_names
 from flows.data.examples import AnyExample
@@ -46,6 +47,7 @@ def run(params: Params, paths: Paths) -> None:
     """
     data, seed = params.data, params.project.seed
     check_base(paths.base)
+    check_base_of_kind(paths.base, data.kind)
     disable_progress_bars()
     tokenizer = load_tokenizer(paths.base)
     check_applied(tokenizer, data, paths.root)

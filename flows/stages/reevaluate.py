@@ -42,7 +42,10 @@ from flows.evaluation.scoring import (
     pairs_log_probs,
     rouge_l,
     row_losses,
+    sequence_losses,
+    tag_log_probs,
 )
+from flows.evaluation.tags import entity_columns, row_counts, tag_losses, tag_names
 from flows.evaluation.unpaired import answer_scores
 from flows.params import Params, Scorer
 from flows.runtime.progress import progress
@@ -51,8 +54,8 @@ from flows.runtime.task import run_task
 from flows.training.objectives import check_split, kto_objective, preference_objective, rows_of
 from peftcore import PeftModel
 
-PAIR_COLUMNS = ("chosen_input_ids", "chosen")
-"""Columns of a pair's prompt with its known answer: token ids and text."""
+_KNOWN = {"preference": ("chosen_input_ids", "chosen"), "seq2seq": ("input_ids", "target")}
+"""{kind of rows: columns of a prompt's token ids and of the known answer's text}"""
 
 
 def measure(task: dict[str, Any]) -> pyarrow.Table:
@@ -67,11 +70,20 @@ def measure(task: dict[str, Any]) -> pyarrow.Table:
     for scorer in params.evaluate.scorers:
         if scorer.name in metrics:
             scorers[scorer.name] = scorer, load_scorer(scorer, Path(task["root"]))
-    model = PeftModel.from_pretrained(load_dequantized(base, params.quantization, task["labels"]), task["adapter"])
+    loaded = load_dequantized(base, params.quantization, task["labels"], rows_of(params).task)
+    model = PeftModel.from_pretrained(loaded, task["adapter"])
     tokenizer = load_tokenizer(base)
     with progress(len(rows), f"evaluate {task['version']} again", "row") as bar:
         losses, columns = adapter_values(params, model, rows, padding_id(tokenizer), bar)
-    if metrics and task["labels"] is not None:
+    if metrics and params.train.objective == "token_classification":
+        predicted = tag_names(columns.pop("adapter_prediction"), task["labels"])
+        counts = row_counts(rows, predicted, params.data.tag_scheme)
+        told = [entity_columns("adapter", *pair) for pair in zip(predicted, counts, strict=True)]
+        columns |= {name: [one[name] for one in told] for name in told[0]}
+        columns |= {"label": [row["tags"] for row in rows], "entities": [one.true for one in counts]}
+        answers = list(map(ScoredAnswer, rows, columns["adapter_prediction"], columns["label"]))
+        columns |= _scores(task, scorers, answers, list(range(len(rows))), len(rows))
+    elif metrics and task["labels"] is not None:
         names = [task["labels"][index] for index in columns.pop("adapter_prediction")]
         references = [task["labels"][row["label"]] for row in rows]
         columns |= {"label": references, "adapter_prediction": names}
@@ -99,7 +111,7 @@ def adapter_losses(params: Params, model: Any, rows: list[Row], pad: int, bar: A
 def adapter_values(
     params: Params, model: Any, rows: list[Row], pad: int, bar: Any = None
 ) -> tuple[RowLosses, dict[str, list[Any]]]:
-    """Return the loss of each row, and a column of what the accuracy follows from: margins, or indices of classes.
+    """Return the loss of each row, and a column of what other metrics follow from: margins, or indices of classes.
 
     The arguments are those of `adapter_losses`.
     """
@@ -112,6 +124,11 @@ def adapter_values(
         means = -log_probs.gather(1, labels)[:, 0]
         losses = RowLosses(means.tolist(), [len(row["input_ids"]) for row in rows], _weights(rows))
         return losses, {"adapter_prediction": log_probs.argmax(1).tolist()}
+    if params.train.objective == "token_classification":
+        of_rows = tag_log_probs(model, rows, pad, size, bar)
+        return tag_losses(of_rows, rows), {"adapter_prediction": [of_tags.argmax(1) for of_tags, _ in of_rows]}
+    if params.train.objective == "seq2seq":
+        return sequence_losses(model, rows, pad, size, bar), {}
     if params.train.objective == "kto":
         model_side = answers_log_probs(model, rows, pad, size, bar)
         with model.disable_adapter():
@@ -137,7 +154,7 @@ def _answers(
     scorers: dict[str, tuple[Scorer, Score]],
 ) -> dict[str, list[Any]]:
     """Return columns with text, ROUGE-L, end and scores of the adapter's answers; None for other rows."""
-    ids, reference = PAIR_COLUMNS if rows_of(params).kind == "preference" else ("input_ids", "completion")
+    ids, reference = _KNOWN.get(rows_of(params).kind, ("input_ids", "completion"))
     wanted = set(task["answered"])
     at = [index for index, row in enumerate(rows) if row["id"] in wanted]
     prompts = [rows[index][ids][: rows[index]["prompt_length"]] for index in at]

@@ -50,6 +50,7 @@ from flows.training.objectives import (
     class_names,
     longest,
     padded_collator,
+    rows_of,
     start_batch,
     start_rows,
     trainer_of,
@@ -105,7 +106,9 @@ def _run(params: Params, paths: Paths, processes: PartialState) -> None:
 
     set_seed(params.project.seed)
     longest_row = longest(params, rows)
-    model = cast(PreTrainedModel, load_for_training(base_folder, params.quantization, longest_row, labels))
+    model = cast(
+        PreTrainedModel, load_for_training(base_folder, params.quantization, longest_row, labels, rows_of(params).task)
+    )
     tokenizer = load_tokenizer(paths.base)
     pad = padding_id(tokenizer)
     config = replace(

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from flows.errors import DataError, StageError
 from flows.params import Data, Params
 from flows.paths import SPLITS, Paths
-from flows.validation import balance, contents, duplicates, lengths, masks, template
+from flows.validation import balance, contents, duplicates, lengths, masks, tags, targets, template
 from flows.validation.findings import Finding, Findings
 from flows.validation.prepared import Prepared, read_prepared
 from peftcore.files import sha256
@@ -46,6 +46,24 @@ CHECKS: dict[str, tuple[Check, ...]] = {
         *_ANY,
     ),
     "classification": (template.special_tokens, template.round_trip, balance.classes, balance.contradictions, *_ANY),
+    "token_classification": (
+        tags.alignment,
+        tags.known_tags,
+        tags.entity_types,
+        tags.scheme,
+        template.special_tokens,
+        template.round_trip,
+        balance.contradictions,
+        *_ANY,
+    ),
+    "seq2seq": (
+        targets.ends,
+        targets.texts,
+        targets.limit,
+        template.special_tokens,
+        template.round_trip,
+        *_ANY,
+    ),
 }
 """{data.kind: its checks, in order}"""
 

@@ -30,6 +30,8 @@ class _Columns:
     answers: tuple[str, ...]
     sequences: tuple[str, ...] = ("",)
     others: tuple[str, ...] = _PROMPT_LENGTH
+    has_labels: bool = True
+    """False if `labels` are tokens of another sequence."""
 
 
 _COLUMNS = {
@@ -38,6 +40,8 @@ _COLUMNS = {
     "preference": _Columns("prompt", ("chosen", "rejected"), ("chosen_", "rejected_")),
     "unpaired_preference": _Columns("prompt", ("completion",), others=(*_PROMPT_LENGTH, "desirable")),
     "classification": _Columns("text", ("label_name",), others=("label",)),
+    "token_classification": _Columns("text", ("tags",), others=()),
+    "seq2seq": _Columns("prompt", ("target",), others=("labels",), has_labels=False),
 }
 
 
@@ -157,7 +161,8 @@ def _table(table: pa.Table, data: Data) -> Table:
     kind = _COLUMNS[data.kind]
     answers = {column: _texts(table, column) for column in kind.answers}
     sequences = [
-        _sequences(table, prefix, list(texts)) for prefix, texts in zip(kind.sequences, answers.values(), strict=True)
+        _sequences(table, prefix, list(texts), kind.has_labels)
+        for prefix, texts in zip(kind.sequences, answers.values(), strict=True)
     ]
     return Table(
         ids=_texts(table, "id"),
@@ -174,11 +179,11 @@ def _texts(table: pa.Table, column: str) -> list[str]:
     return table[column].to_pylist()
 
 
-def _sequences(table: pa.Table, prefix: str, answers: list[str]) -> Sequences:
+def _sequences(table: pa.Table, prefix: str, answers: list[str], has_labels: bool) -> Sequences:
     ids = table[f"{prefix}input_ids"].combine_chunks()
     starts = numpy.concatenate([[0], numpy.cumsum(ids.value_lengths().to_numpy())])
     labels = None
-    if f"{prefix}labels" in table.column_names:
+    if has_labels and f"{prefix}labels" in table.column_names:
         flat = table[f"{prefix}labels"].combine_chunks()
         labels = flat.flatten().to_numpy()
     return Sequences(ids.flatten().to_numpy(), labels, starts, answers)

@@ -49,6 +49,12 @@ def _title(row: Row, kind: Kind) -> str:
 def _texts(row: Row, tokenizer: PreTrainedTokenizerBase, kind: Kind) -> list[Text]:
     if kind == "classification":
         return [Text.assemble((row["text"], CONTEXT), (f" → {row['label_name']}", LEARNED))]
+    if kind == "token_classification":
+        pairs = zip(row["tokens"], row["tags"].split(), strict=True)
+        parts = [part for word, tag in pairs for part in ((f"{word}/", CONTEXT), (f"{tag} ", LEARNED))]
+        return [Text.assemble(*parts)]
+    if kind == "seq2seq":
+        return [Text.assemble((row["prompt"], CONTEXT), (f" → {row['target']}", LEARNED))]
     if kind in ("chat", "text"):
         return [_coloured(row, "", tokenizer, CONTEXT, LEARNED)]
     if kind == "unpaired_preference":

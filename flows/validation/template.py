@@ -44,7 +44,7 @@ def generation_prompt(prepared: Prepared) -> Finding:
     """Check that each prompt, tokenised as for generation, is the start of its row."""
     checked, other, examples = 0, 0, ()
     for table in prepared.splits.values():
-        rows = _spread(len(table.ids))
+        rows = spread(len(table.ids))
         prompts = prepared.tokenizer([table.questions[row] for row in rows], add_special_tokens=False)["input_ids"]
         for sequences in table.sequences:
             for row, prompt in zip(rows, prompts, strict=True):
@@ -67,9 +67,9 @@ def generation_prompt(prepared: Prepared) -> Finding:
 def round_trip(prepared: Prepared) -> Finding:
     """Check that a row's tokens decode to its prompt, its whole answer and the end of turn."""
     checked, other, examples = 0, 0, ()
-    labelled = prepared.data.kind == "classification"
+    labelled = prepared.data.kind in ("classification", "token_classification", "seq2seq")
     for table, sequences in prepared.sequences:
-        rows = _spread(len(table.ids))
+        rows = spread(len(table.ids))
         for row, decoded in zip(rows, _decoded(prepared, sequences, rows), strict=True):
             text = table.questions[row] if labelled else table.questions[row] + sequences.answers[row]
             differs = "".join(text.split()) != "".join(decoded.split())
@@ -92,10 +92,11 @@ def round_trip(prepared: Prepared) -> Finding:
 
 def _decoded(prepared: Prepared, sequences: Sequences, rows: list[int]) -> list[str]:
     """Return the text of each row; for chats without the last token, the end of turn."""
-    if prepared.data.kind in ("classification", "text"):
+    if prepared.data.kind in ("classification", "token_classification", "seq2seq", "text"):
         return prepared.tokenizer.batch_decode([sequences.row(row) for row in rows], skip_special_tokens=True)
     return prepared.tokenizer.batch_decode([sequences.row(row)[:-1] for row in rows])
 
 
-def _spread(count: int) -> list[int]:
+def spread(count: int) -> list[int]:
+    """Return at most MOST_CHECKED of `count` row numbers, evenly spread."""
     return numpy.unique(numpy.linspace(0, count - 1, min(count, MOST_CHECKED)).astype(int)).tolist()

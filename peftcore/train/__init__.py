@@ -12,6 +12,8 @@ from peftcore.train.batches import (
     LengthGroupedSampler,
     PreferenceCollator,
     RightPaddingCollator,
+    SequenceToSequenceCollator,
+    TokenClassificationCollator,
     UnpairedPreferenceCollator,
     mismatched_answers,
 )
@@ -24,6 +26,16 @@ from peftcore.train.classification import (
 )
 from peftcore.train.distillation import Distillation, DistillationTrainer, DistillationTrainerMixin
 from peftcore.train.divergence import token_divergences
+from peftcore.train.entities import (
+    OUTSIDE,
+    Entity,
+    EntityCounts,
+    TagScheme,
+    entities,
+    entity_counts,
+    is_bio_tag,
+    summed_counts,
+)
 from peftcore.train.fault_policy import FaultPolicy
 from peftcore.train.kto import Kto, kto_reference_point, kto_weight_range
 from peftcore.train.kto_trainer import UNPAIRED_COLUMNS, KtoTrainer, KtoTrainerMixin
@@ -35,10 +47,22 @@ from peftcore.train.preference_trainer import PAIR_COLUMNS, PreferenceTrainer, P
 from peftcore.train.rank_search import RankSearch, find_ranks
 from peftcore.train.recomputation import SELECTED, Mode, recompute_activations
 from peftcore.train.reference import pair_log_probs, reference_acting, reference_model, row_log_probs, shared_copy
+from peftcore.train.sequence_to_sequence import (
+    SequenceToSequenceTrainer,
+    SequenceToSequenceTrainerMixin,
+    target_logits,
+    target_losses,
+)
 from peftcore.train.supervised_head import supervised_logits
+from peftcore.train.token_classification import (
+    TokenClassificationTrainer,
+    TokenClassificationTrainerMixin,
+    labelled_logits,
+)
 from peftcore.train.trainer import AdapterTrainer, AdapterTrainerMixin
 
 __all__ = [
+    "OUTSIDE",
     "PAIR_COLUMNS",
     "SELECTED",
     "UNPAIRED_COLUMNS",
@@ -52,6 +76,8 @@ __all__ = [
     "DistillationTrainer",
     "DistillationTrainerMixin",
     "Dpo",
+    "Entity",
+    "EntityCounts",
     "FaultPolicy",
     "FusedAdamW",
     "Kto",
@@ -70,14 +96,25 @@ __all__ = [
     "PreferenceTrainerMixin",
     "RankSearch",
     "RightPaddingCollator",
+    "SequenceToSequenceCollator",
+    "SequenceToSequenceTrainer",
+    "SequenceToSequenceTrainerMixin",
     "SimPo",
+    "TagScheme",
+    "TokenClassificationCollator",
+    "TokenClassificationTrainer",
+    "TokenClassificationTrainerMixin",
     "UnpairedPreferenceCollator",
     "balanced_class_weights",
     "check_packable",
+    "entities",
+    "entity_counts",
     "fault_of_checkpoint",
     "find_ranks",
+    "is_bio_tag",
     "kto_reference_point",
     "kto_weight_range",
+    "labelled_logits",
     "last_good_checkpoint",
     "linear_cross_entropy",
     "macro_f1",
@@ -89,8 +126,11 @@ __all__ = [
     "row_log_probs",
     "row_sums",
     "shared_copy",
+    "summed_counts",
     "supervised_logits",
     "supervised_positions",
+    "target_logits",
+    "target_losses",
     "token_divergences",
     "token_losses",
 ]

@@ -199,5 +199,25 @@ class ClassificationCollator(RightPaddingCollator):
         return batch | {WEIGHT: _weights(rows)}
 
 
+@dataclass
+class SequenceToSequenceCollator(RightPaddingCollator):
+    """Collator of rows {"input_ids", "labels"} of a source and a target, which differ in length."""
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Return `input_ids` and `attention_mask` (B, S), `labels` (B, T) and `weight` (B,)."""
+        batch = self._padded([{"input_ids": row["input_ids"], "labels": []} for row in rows])
+        targets = self._padded([{"input_ids": row["labels"], "labels": row["labels"]} for row in rows])
+        return batch | {"labels": targets["labels"], WEIGHT: _weights(rows)}
+
+
+@dataclass
+class TokenClassificationCollator(RightPaddingCollator):
+    """Collator of rows {"input_ids", "labels"} of tagged words: a class at each word's first token, -100 elsewhere."""
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Return `input_ids`, `labels` and `attention_mask` (B, T), and `weight` (B,)."""
+        return self._padded(rows) | {WEIGHT: _weights(rows)}
+
+
 def _weights(rows: Sequence[Mapping[str, Any]]) -> Tensor:
     return torch.tensor([row.get(WEIGHT, 1.0) for row in rows], dtype=torch.float32)

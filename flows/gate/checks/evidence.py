@@ -24,7 +24,7 @@ BASE_AND_ROWS = ("evaluation_set", "base_model", "calibrated_base")
 SIDES = ("base", "adapter")
 TOLERANCE = 1e-6
 """Relative tolerance of a mean that is summed in another order."""
-MEANS = ("rouge_l", "ended", "accuracy", "divergence")
+MEANS = ("rouge_l", "ended", "accuracy", "divergence", "entity_f1")
 """Figures that are means over the rows that have a value, besides those of the scorers."""
 
 

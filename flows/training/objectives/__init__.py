@@ -6,6 +6,8 @@
 | dpo, orpo, simpo | preference | causal | preference loss, `peftcore.train.preference` |
 | kto | unpaired_preference | causal | KTO loss, `peftcore.train.kto` |
 | classification | classification | sequence classifier | cross entropy of classes |
+| token_classification | token_classification | token classifier | cross entropy of tags |
+| seq2seq | seq2seq | encoder-decoder | cross entropy of target tokens |
 
 Each has a file with a subclass of `Objective`. The stages call the functions of this module.
 """
@@ -26,7 +28,9 @@ from flows.training.objectives.classification import Classification
 from flows.training.objectives.kto import UnpairedPreference, kto_objective
 from flows.training.objectives.objective import Objective, Rows, Trainer
 from flows.training.objectives.preference import Preference, preference_objective
+from flows.training.objectives.sequence_to_sequence import SequenceToSequence
 from flows.training.objectives.sft import SupervisedFinetuning, distillation_of
+from flows.training.objectives.token_classification import TokenClassification
 from peftcore.train import WEIGHT, PackedCollator, RightPaddingCollator
 
 __all__ = [
@@ -61,6 +65,8 @@ OBJECTIVES: dict[str, Objective] = {
     "simpo": Preference(),
     "kto": UnpairedPreference(),
     "classification": Classification(),
+    "token_classification": TokenClassification(),
+    "seq2seq": SequenceToSequence(),
 }
 """{train.objective: its rows, loss and trainer}"""
 
@@ -109,7 +115,8 @@ def training_rows(params: Params, paths: Paths) -> dict[Split, Dataset]:
 def merged_rows(params: Params, path: Path, limit: int) -> list[Row]:
     """Return the first rows of a split for comparing a merged model: {"input_ids", "labels"}.
 
-    Preference pairs give their chosen answers; labelled texts give {"input_ids", "label"}.
+    Preference pairs give their chosen answers; labelled texts give {"input_ids", "label"}. The labels of tagged words
+    are indices of tags.
     """
     check_split(params, path)
     return [objective_of(params).model_row(row) for row in read_rows(path, list(rows_of(params).columns), limit)]

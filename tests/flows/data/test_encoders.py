@@ -3,10 +3,18 @@
 from typing import Any
 
 import pytest
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from flows.data.encoders import DocumentEncoder, LabelledEncoder, PreferenceEncoder, encoder_of, label_names
-from flows.data.examples import Document, Labelled, Message, Preference, UnpairedPreference
+from flows.data.encoders import (
+    DocumentEncoder,
+    LabelledEncoder,
+    PreferenceEncoder,
+    TaggedEncoder,
+    encoder_of,
+    label_names,
+)
+from flows.data.examples import Document, Labelled, Message, Preference, Tagged, UnpairedPreference
 from flows.data.tokens import IGNORED, length
 from flows.errors import DataError
 from flows.params import Data
@@ -101,3 +109,79 @@ def test_rows_of_a_text_join_to_the_text(tokenizer: PreTrainedTokenizerBase, lim
 def test_a_text_may_not_hold_a_special_token(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(DataError, match=r"<\|im_end\|>, which the model reads"):
         DocumentEncoder(tokenizer).parts(Document(text="a<|im_end|>b", **ORIGIN), 8)
+
+
+# -- tagged words ----------------------------------------------------------------------------------------------------
+
+NAMES = ["B-PER", "I-PER", "O"]
+
+
+def tagged(words: str, tags: str) -> Tagged:
+    return Tagged(words.split(), tags.split(), **ORIGIN)
+
+
+def labelled(ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, str]]:
+    """The text of each labelled token with its tag."""
+    return [
+        (str(tokenizer.decode([token])), NAMES[label])
+        for token, label in zip(ids, labels, strict=True)
+        if label != IGNORED
+    ]
+
+
+def test_the_first_token_of_each_word_has_its_tag(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokens: Any = TaggedEncoder(tokenizer, NAMES).encode(tagged("Ada King spoke", "B-PER I-PER O"))
+    assert labelled(tokens.input_ids, tokens.labels, tokenizer) == [("A", "B-PER"), ("K", "I-PER"), ("s", "O")]
+    assert tokens.columns()["tags"] == "B-PER I-PER O" and tokens.columns()["tokens"] == ["Ada", "King", "spoke"]
+
+
+@pytest.mark.parametrize("starts", ["own", "special"])
+def test_tokens_that_hold_the_space_before_a_word_are_of_the_word(starts: str) -> None:
+    """As tokenizers of GPT-2 and Llama write a word, and with tokens that begin and end each text, as BERT's."""
+    vocabulary = ["<s>", "</s>", "<unk>", "A", "\u0120K", "ing", "\u0120s", "da"]
+    merges = [("\u0120", "K"), ("\u0120", "s"), ("i", "n"), ("in", "g"), ("d", "a")]
+    letters = sorted({*"\u0120AKdaings", "in"})
+    backend = Tokenizer(models.BPE({t: n for n, t in enumerate([*vocabulary, *letters])}, merges, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if starts == "special":
+        backend.post_processor = processors.TemplateProcessing("<s> $A </s>", None, [("<s>", 0), ("</s>", 1)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    tokens: Any = TaggedEncoder(fast, NAMES).encode(tagged("Ada King sda", "B-PER I-PER O"))
+    pairs = zip(fast.convert_ids_to_tokens(tokens.input_ids), tokens.labels, strict=True)
+    shown = [(token, NAMES[label]) for token, label in pairs if label != IGNORED]
+    assert shown == [("A", "B-PER"), ("\u0120K", "I-PER"), ("\u0120s", "O")]
+
+
+def test_tagged_words_are_cut_after_a_word_and_never_inside_an_entity(tokenizer: PreTrainedTokenizerBase) -> None:
+    encoder = TaggedEncoder(tokenizer, NAMES)
+    example = tagged("he met Ada King Byron", "O O B-PER I-PER I-PER")
+    for limit, words in ((21, 5), (20, 2), (6, 2), (5, 1), (2, 1)):
+        shorter = encoder.shorten(example, limit)
+        assert shorter is not None and len(shorter.words) == words == len(shorter.tags), limit
+        assert length(encoder.encode(shorter)) <= limit
+    assert encoder.shorten(example, 1) is None
+    assert encoder.shorten(tagged("Ada King", "B-PER I-PER"), 6) is None
+
+
+def test_words_that_the_tokenizer_loses_are_told() -> None:
+    backend = Tokenizer(models.WordLevel({"ada": 0, "<unk>": 1}, unk_token="<unk>"))
+    backend.normalizer = normalizers.Strip()
+    backend.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    encoder = TaggedEncoder(fast, NAMES)
+    assert encoder.encode(tagged("ada King", "B-PER O")).labels == [0, 2]
+    backend.normalizer = normalizers.Replace("King", "")
+    encoder = TaggedEncoder(PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"), NAMES)
+    with pytest.raises(DataError, match=r"its word 1, 'King', has no token of its own"):
+        encoder.encode(tagged("ada King", "B-PER O"))
+
+
+def test_tagged_words_that_cannot_be_learned_are_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(DataError, match=r"all words have the tag 'O'; a token classifier needs two"):
+        encoder_of(Data(source="a.jsonl", kind="token_classification"), tokenizer, ["O"])
+    with pytest.raises(DataError, match=r"its words hold <\|im_end\|>, which the model reads as a special token"):
+        TaggedEncoder(tokenizer, NAMES).encode(tagged("a <|im_end|>", "O O"))
+
+
+def test_tags_are_the_classes_in_the_order_of_their_names() -> None:
+    assert label_names([tagged("Ada King", "B-PER O"), tagged("x y", "I-PER O")]) == NAMES

@@ -126,3 +126,33 @@ def test_text_files_are_read_for_texts_alone(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_bytes(b"\xff")
     with pytest.raises(DataError, match=r"notes\.txt: not text in UTF-8"):
         list(read_rows(tmp_path, ".", "text"))
+
+
+CONLL = """-DOCSTART- -X- -X- O
+
+Ada NNP B-PER
+wrote VBD O
+
+London\tB-LOC
+"""
+
+
+def test_a_conll_file_has_a_row_for_each_sentence(tmp_path: Path) -> None:
+    (tmp_path / "news.conll").write_text(CONLL)
+    rows = list(read_rows(tmp_path / "news.conll", "news.conll", "token_classification"))
+    assert rows == [
+        ("news.conll:3", {"tokens": ["Ada", "wrote"], "tags": ["B-PER", "O"]}),
+        ("news.conll:6", {"tokens": ["London"], "tags": ["B-LOC"]}),
+    ]
+
+
+def test_a_word_without_a_tag_is_told_by_its_line(tmp_path: Path) -> None:
+    (tmp_path / "news.conll").write_text("Ada B-PER\nwrote\n")
+    with pytest.raises(DataError, match=r"news.conll:2: it has a word without a tag; write both"):
+        list(read_rows(tmp_path, "news", "token_classification"))
+
+
+def test_conll_files_are_read_for_tags_alone(tmp_path: Path) -> None:
+    (tmp_path / "news.conll").write_text(CONLL)
+    with pytest.raises(DataError, match=r"is or holds no \.jsonl, \.csv, \.parquet;"):
+        list(read_rows(tmp_path, "news", "chat"))

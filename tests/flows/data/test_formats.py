@@ -319,3 +319,45 @@ def test_a_system_prompt_of_the_row_comes_before_a_labelled_answer() -> None:
 def test_an_answer_with_a_label_that_cannot_be_used(row: dict[str, Any], fault: str) -> None:
     with pytest.raises(FaultyRow, match=fault):
         formats.unpaired_preference(row)
+
+
+@pytest.mark.parametrize(
+    ("row", "scheme"),
+    [
+        ({"tokens": ["Ada", "wrote"], "tags": ["B-PER", "O"]}, "bio"),
+        ({"tokens": '["Ada", "wrote"]', "tags": '["B-PER", "O"]'}, "bio"),
+        ({"tokens": ["Ada", "wrote"], "tags": ["B-PER", "O"]}, "plain"),
+    ],
+)
+def test_tagged_words(row: dict[str, Any], scheme: str) -> None:
+    assert formats.tagged(row, scheme) == (["Ada", "wrote"], ["B-PER", "O"])
+
+
+def test_plain_tags_may_be_numbers() -> None:
+    assert formats.tagged({"tokens": ["a", "b"], "tags": [0, 7]}, "plain") == (["a", "b"], ["0", "7"])
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        ({"tokens": ["a"]}, "it has no tags; a row of data.kind token_classification has tokens and tags"),
+        ({"Tokens": ["a"], "tags": ["O"]}, "it has no tokens.*write 'Tokens' as tokens"),
+        ({"tokens": ["a", "b"], "tags": ["O"]}, "2 tokens and 1 tags; give one tag for each token"),
+        ({"tokens": [], "tags": []}, "its tokens are empty"),
+        ({"tokens": ["a", " "], "tags": ["O", "O"]}, "its token 2 is empty or white space"),
+        ({"tokens": ["a"], "tags": ["B PER"]}, "its tag 1 is 'B PER'; a tag is a word without spaces"),
+        ({"tokens": ["a"], "tags": ["NOUN"]}, "its tag 1 is 'NOUN', not O, B-TYPE or I-TYPE.*data.tag_scheme: plain"),
+        ({"tokens": ["a"], "tags": ["I-"]}, "its tag 1 is 'I-', not O"),
+        ({"tokens": ["a"], "tags": [3]}, "its tag 1 is '3', not O"),
+        ({"tokens": "a b", "tags": ["O", "O"]}, "its tokens are no JSON list"),
+        ({"tokens": [None], "tags": ["O"]}, "its tokens are no list of texts"),
+    ],
+)
+def test_tagged_words_that_cannot_be_used(row: dict[str, Any], fault: str) -> None:
+    with pytest.raises(FaultyRow, match=fault):
+        formats.tagged(row)
+
+
+def test_tagged_words_are_no_chat() -> None:
+    with pytest.raises(FaultyRow, match=r"it has tokens and tags; set data\.kind to token_classification"):
+        formats.chat({"tokens": ["a"], "tags": ["O"]})

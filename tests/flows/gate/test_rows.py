@@ -1,5 +1,6 @@
 """Values of a metric for each row of an evaluation's table."""
 
+import numpy
 import pyarrow as pa
 import pytest
 
@@ -34,3 +35,28 @@ def test_rows_count_by_their_weight_or_tokens_for_the_loss_alone(
     table = pa.table(columns)
     assert row_weights(table, "loss") == weights
     assert row_weights(table, "accuracy") == [1, 1]
+
+
+def counts(correct: list[int], predicted: list[int], true: list[int]) -> pa.Table:
+    names = {"adapter_correct": correct, "adapter_entities": predicted, "entities": true}
+    return pa.table(names | {"id": [str(i) for i in range(len(true))]})
+
+
+def test_entity_f1_is_that_of_all_rows_together_and_not_the_mean_of_the_rows() -> None:
+    table = counts([1, 0, 4], [1, 3, 5], [2, 0, 5])
+    assert mean_value(table, "entity_f1") == pytest.approx(2 * 5 / (9 + 7))
+    assert row_values(table, "entity_f1", "base") is None
+    assert row_values(counts([0, 0], [0, 0], [0, 0]), "entity_f1") == [0.0, 0.0]
+
+
+def test_the_scatter_of_entity_f1_is_that_of_its_bootstrap() -> None:
+    """The standard error from the rows' values is that of F1 over resampled rows, to first order."""
+    draw = numpy.random.default_rng(0)
+    true = draw.integers(0, 6, 400)
+    correct = draw.binomial(true, 0.7)
+    predicted = correct + draw.integers(0, 3, 400)
+    values = row_values(counts(correct.tolist(), predicted.tolist(), true.tolist()), "entity_f1")
+    assert values is not None
+    drawn = draw.integers(400, size=(4000, 400))
+    resampled = 2 * correct[drawn].sum(1) / (predicted[drawn].sum(1) + true[drawn].sum(1))
+    assert numpy.std(values) / 400**0.5 == pytest.approx(resampled.std(), rel=0.05)

@@ -18,6 +18,7 @@ from flows.data.examples import (
     Example,
     Labelled,
     Preference,
+    Tagged,
     UnpairedPreference,
     question_and_answer,
 )
@@ -63,13 +64,14 @@ def patient(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Callable[...,
 
     def make(kind: Kind = "chat") -> Patient:
         data = Data(source="rows.jsonl", kind=kind, system_prompt=None, max_length=200)
-        encoder = encoder_of(data, tokenizer, ["even", "odd"])
+        names = {"classification": ["even", "odd"], "token_classification": ["B-even", "B-odd", "I-odd", "O"]}
+        labels = names.get(kind, [])
+        encoder = encoder_of(data, tokenizer, labels)
         splits = {
             split: [Row(encoder.encode(example(kind, n)), f"group{n}", "all") for n in numbers]
             for split, numbers in ROWS.items()
         }
         available = {split: len(rows) for split, rows in splits.items()}
-        labels = ["even", "odd"] if kind == "classification" else []
         report = data_report(data, 60, available, splits, Counter(), tokenizer, labels)
         folder = tmp_path / "artifacts" / "data"
         folder.mkdir(parents=True)
@@ -85,6 +87,9 @@ def example(kind: Kind, n: int) -> AnyExample:
     question, origin = f"Is {n} or {n * n + 1000} more?", {"group": "g", "slice": "all", "where": "here"}
     if kind == "classification":
         return Labelled(question, ("even", "odd")[n % 2], **origin)
+    if kind == "token_classification":
+        tags = ["O", "B-even" if n % 2 == 0 else "B-odd", "O" if n % 2 == 0 else "I-odd", "O", "O"]
+        return Tagged(question.split(), tags, **origin)
     if kind == "text":
         return Document(f"{question} {n * n + 1000}.", **origin)
     if kind == "preference":

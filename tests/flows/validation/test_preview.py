@@ -23,10 +23,12 @@ def styled(patient: Any, kind: str) -> list[tuple[str, str]]:
         ("preference", [("more?", "dim"), ("0, I do think.<|im_end|>", "green"), ("0.<|im_end|>", "red")]),
         ("unpaired_preference", [("more?", "dim"), ("1000.<|im_end|>", "green")]),
         ("classification", [("more?", "dim"), (" → even", "green")]),
+        ("token_classification", [("Is/", "dim"), ("O", "green"), ("0/", "dim"), ("B-even", "green")]),
     ],
 )
 def test_colours_tell_what_is_learned(patient: Any, kind: str, parts: list[tuple[str, str]]) -> None:
     found = styled(patient(kind), kind)
+    found = found[: len(parts)] if kind == "token_classification" else found
     assert [style for _, style in found] == [style for _, style in parts]
     for (shown, _), (text, _) in zip(found, parts, strict=True):
         assert text in shown
