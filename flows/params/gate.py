@@ -30,6 +30,7 @@ FIGURES: Mapping[str, Mapping[str, Direction]] = {
     "simpo": _PAIRS,
     "kto": _PAIRS,
     "classification": {"loss": "lower", "accuracy": "higher"},
+    "reward": {"loss": "lower", "accuracy": "higher", "margin": "higher"},
 }
 """{objective: {figure that its evaluation has for each row: the better direction}}; `ended` is the EOS rate."""
 

@@ -16,7 +16,7 @@ from flows.params.method import Method, Quantization
 from flows.params.retrain import Retrain
 from flows.params.scorers import BUILT_IN
 from flows.params.section import MODEL, Name, Section, Text, invalid_value
-from flows.params.train import KINDS, Train
+from flows.params.train import KINDS, SEQUENCE_CLASSIFIERS, Train
 from flows.params.webhooks import Webhooks
 
 
@@ -109,6 +109,13 @@ with warnings.catch_warnings():
             return self
 
         @model_validator(mode="after")
+        def _check_margins(self) -> Self:
+            if self.data.margin_column is not None and self.train.objective != "reward":
+                expected = f"train.objective is {self.train.objective}, and only reward reads margins; give null"
+                raise invalid_value(expected, "data.margin_column", self.data.margin_column)
+            return self
+
+        @model_validator(mode="after")
         def _check_gguf(self) -> Self:
             if self.quantization.storage != "gguf":
                 return self
@@ -152,13 +159,13 @@ with warnings.catch_warnings():
 
         @model_validator(mode="after")
         def _check_generative(self) -> Self:
-            if self.train.objective == "classification":
-                expected = "train.objective is classification, which generates no text; give []"
+            if (objective := self.train.objective) in SEQUENCE_CLASSIFIERS:
+                expected = f"train.objective is {objective}, which generates no text; give []"
                 for name in ("suites", "benchmarks"):
                     if value := getattr(self.evaluate, name):
                         raise invalid_value(expected, f"evaluate.{name}", value)
                 if self.gate.judge.is_on:
-                    expected = "train.objective is classification, which generates no answers to judge; remove it"
+                    expected = f"train.objective is {objective}, which generates no answers to judge; remove it"
                     name = "endpoint" if self.gate.judge.endpoint else "callable"
                     raise invalid_value(expected, f"gate.judge.{name}", getattr(self.gate.judge, name))
             return self

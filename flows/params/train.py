@@ -19,8 +19,11 @@ KINDS = {
     "simpo": ("preference",),
     "kto": ("unpaired_preference",),
     "classification": ("classification",),
+    "reward": ("preference",),
 }
 """{train.objective: the data.kind that it accepts}"""
+SEQUENCE_CLASSIFIERS = ("classification", "reward")
+"""Objectives whose model has outputs for a whole text in place of next tokens, so it generates no text."""
 
 
 class Preference(Section):
@@ -89,14 +92,21 @@ class Classification(Section):
     class_weights: Literal["none", "balanced"] = "none"
 
 
+class Reward(Section):
+    """Options of the objective reward."""
+
+    center_rewards_coefficient: NonNegative = 0.0
+
+
 class Train(Section):
     """Options of a training run."""
 
-    objective: Literal["sft", "dpo", "orpo", "simpo", "kto", "classification"] = "sft"
+    objective: Literal["sft", "dpo", "orpo", "simpo", "kto", "classification", "reward"] = "sft"
     preference: Preference = Preference()
     kto: Kto = Kto()
     distillation: Distillation = Distillation()
     classification: Classification = Classification()
+    reward: Reward = Reward()
     epochs: Positive = 1.0
     batch_size: Count = 8
     gradient_accumulation: Count = 2

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-Task = Literal["chat", "text", "preference", "unpaired_preference", "classification"]
+Task = Literal["chat", "text", "preference", "unpaired_preference", "classification", "reward"]
 Hardware = Literal["cpu", "gpu"]
 TASKS: tuple[Task, ...] = get_args(Task)
 HARDWARE: tuple[Hardware, ...] = get_args(Hardware)
@@ -49,6 +49,14 @@ BY_TASK: Mapping[Task, Values] = {
         "data.kind": "classification",
         "train.objective": "classification",
         "data.max_length": 512,
+        "gate.max_forgetting": None,
+        "evaluate.control.source": None,
+    },
+    "reward": {
+        "data.kind": "preference",
+        "train.objective": "reward",
+        "train.learning_rate": 2.0e-4,
+        "gate.min_accuracy": 0.6,
         "gate.max_forgetting": None,
         "evaluate.control.source": None,
     },

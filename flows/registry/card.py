@@ -16,7 +16,7 @@ CARD = "registry/README.md"
 SLICES = 12
 """Largest number of slices shown, largest slices first."""
 
-_TASKS = {"classification": "text-classification"}
+_TASKS = {"classification": "text-classification", "reward": "text-classification"}
 _FIGURES = {
     "loss": "test loss, nats per token",
     "perplexity": "perplexity",

@@ -35,16 +35,20 @@ from peftcore.train.preference_trainer import PAIR_COLUMNS, PreferenceTrainer, P
 from peftcore.train.rank_search import RankSearch, find_ranks
 from peftcore.train.recomputation import SELECTED, Mode, recompute_activations
 from peftcore.train.reference import pair_log_probs, reference_acting, reference_model, row_log_probs, shared_copy
+from peftcore.train.reward import BradleyTerry, pair_rewards, sequence_rewards
+from peftcore.train.reward_trainer import REWARD_COLUMNS, RewardCollator, RewardTrainer, RewardTrainerMixin
 from peftcore.train.supervised_head import supervised_logits
 from peftcore.train.trainer import AdapterTrainer, AdapterTrainerMixin
 
 __all__ = [
     "PAIR_COLUMNS",
+    "REWARD_COLUMNS",
     "SELECTED",
     "UNPAIRED_COLUMNS",
     "WEIGHT",
     "AdapterTrainer",
     "AdapterTrainerMixin",
+    "BradleyTerry",
     "ClassificationCollator",
     "ClassificationTrainer",
     "ClassificationTrainerMixin",
@@ -69,6 +73,9 @@ __all__ = [
     "PreferenceTrainer",
     "PreferenceTrainerMixin",
     "RankSearch",
+    "RewardCollator",
+    "RewardTrainer",
+    "RewardTrainerMixin",
     "RightPaddingCollator",
     "SimPo",
     "UnpairedPreferenceCollator",
@@ -83,11 +90,13 @@ __all__ = [
     "macro_f1",
     "mismatched_answers",
     "pair_log_probs",
+    "pair_rewards",
     "recompute_activations",
     "reference_acting",
     "reference_model",
     "row_log_probs",
     "row_sums",
+    "sequence_rewards",
     "shared_copy",
     "supervised_logits",
     "supervised_positions",

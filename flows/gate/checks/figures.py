@@ -3,6 +3,7 @@
 from flows.gate.candidate import Candidate, CheckResult
 from flows.params import Gate, Merge, Rule
 from flows.params.gate import FIGURES, Direction
+from flows.params.train import SEQUENCE_CLASSIFIERS
 
 
 def test_loss(candidate: Candidate, gate: Gate) -> CheckResult:
@@ -90,8 +91,8 @@ def latency(candidate: Candidate, gate: Gate) -> CheckResult:
     if measured is None:
         if not any(limit for limit, _ in limits.values()):
             return True, "not measured, no limit set"
-        if candidate.metrics.get("objective") == "classification":
-            return True, "not checked: classification generates no text"
+        if (objective := candidate.metrics.get("objective")) in SEQUENCE_CLASSIFIERS:
+            return True, f"not checked: {objective} generates no text"
         return False, "not measured; set evaluate.latency_rows and run the pipeline again"
     base, adapter = measured["base"], measured["adapter"]
     values = (adapter["first_token_ms"], adapter["token_ms"], adapter["token_ms"] / base["token_ms"])

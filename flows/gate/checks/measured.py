@@ -13,6 +13,7 @@ from typing import Any
 
 from flows.gate.candidate import Candidate, CheckResult
 from flows.params import Params, load_suites
+from flows.params.train import SEQUENCE_CLASSIFIERS
 from flows.verdicts import is_same_suite
 
 
@@ -79,7 +80,8 @@ def _leakage(data: Mapping[str, Any], rules: Params) -> Iterator[str]:
 
 def _control(settings: Mapping[str, Any], metrics: Mapping[str, Any], rules: Params) -> Iterator[str]:
     required = rules.evaluate.control
-    if rules.gate.max_forgetting is None or required.source is None or rules.train.objective == "classification":
+    has_text = rules.train.objective not in SEQUENCE_CLASSIFIERS
+    if rules.gate.max_forgetting is None or required.source is None or not has_text:
         return
     control = settings.get("evaluate", {}).get("control") or {}
     if control.get("source") != required.source:

@@ -109,7 +109,7 @@ class MlflowRun:
             adapter: The adapter's folder.
         """
         name = record["name"]
-        is_chat = record["params"]["train"]["objective"] != "classification"
+        is_chat = record["params"]["train"]["objective"] not in SEQUENCE_CLASSIFIERS
         if is_chat:
             self._log_model(record["params"], adapter)
         if not self._client.search_registered_models(f"name = '{name}'"):
