@@ -161,7 +161,8 @@ with warnings.catch_warnings():
         def _check_generative(self) -> Self:
             if (objective := self.train.objective) in SEQUENCE_CLASSIFIERS:
                 expected = f"train.objective is {objective}, which generates no text; give []"
-                for name in ("suites", "benchmarks"):
+                unused = ("suites", "benchmarks", *(("scorers",) if objective == "reward" else ()))
+                for name in unused:
                     if value := getattr(self.evaluate, name):
                         raise invalid_value(expected, f"evaluate.{name}", value)
                 if self.gate.judge.is_on:

@@ -11,6 +11,8 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from flows.params.train import SEQUENCE_CLASSIFIERS
+
 CARD = "registry/README.md"
 """Path of the card in a version's own commit."""
 SLICES = 12
@@ -168,7 +170,9 @@ def _lineage(record: Mapping[str, Any]) -> list[str]:
 
 
 def _loading(record: Mapping[str, Any]) -> list[str]:
-    kind = "SequenceClassification" if record["params"]["train"].get("objective") == "classification" else "CausalLM"
+    objective = record["params"]["train"].get("objective")
+    kind = "SequenceClassification" if objective in SEQUENCE_CLASSIFIERS else "CausalLM"
+    outputs = ", num_labels=1" if objective == "reward" else ""
     tag, base, calibrated, note = f"{record['name']}@{record['version']}", "BASE", [], []
     if record.get("calibrated_base"):
         base, calibrated = "calibrated", [f"dvc get . artifacts/calibrated --rev {tag}"]
@@ -184,7 +188,7 @@ def _loading(record: Mapping[str, Any]) -> list[str]:
         f"from transformers import AutoModelFor{kind}",
         "from peftcore import PeftModel  # or: from peft import PeftModel",
         "",
-        f'model = PeftModel.from_pretrained(AutoModelFor{kind}.from_pretrained("{base}"), "adapter")',
+        f'model = PeftModel.from_pretrained(AutoModelFor{kind}.from_pretrained("{base}"{outputs}), "adapter")',
         "```",
     ]
 

@@ -30,6 +30,7 @@ from flows.evaluation.divergence import with_divergence
 from flows.evaluation.latency import measure_latency
 from flows.evaluation.pairs import evaluate_pairs
 from flows.evaluation.result import EvaluationResult
+from flows.evaluation.rewards import evaluate_rewards
 from flows.evaluation.scorers.load import load_scorer
 from flows.evaluation.scorers.scores import with_scores
 from flows.evaluation.suites.results import answer_suites, suite_checks
@@ -91,6 +92,9 @@ def _evaluate(
     check_adapter(paths.adapter, calibrated_identity(base))
     model = PeftModel.from_pretrained(load_dequantized(base, params.quantization, names), paths.adapter)
     extra: dict[str, Any] = {"control": None, "latency": None}
+    if params.train.objective == "reward":
+        result = evaluate_rewards(params, model, tokenizer, rows)
+        return replace(result, metrics=result.metrics | extra), None, {}
     if names is not None:
         train_labels = [row["label"] for row in read_rows(paths.split("train"), ["label"])]
         result = evaluate_classes(params, model, tokenizer, rows, names, train_labels)

@@ -25,7 +25,14 @@ from flows.base.model import (
     padding_id,
 )
 from flows.errors import StageError
-from flows.evaluation.fidelity import Fidelity, Reference, class_fidelity, fidelity, same_function
+from flows.evaluation.fidelity import (
+    Fidelity,
+    Reference,
+    class_fidelity,
+    fidelity,
+    reward_fidelity,
+    same_function,
+)
 from flows.params import Merge, Params
 from flows.paths import Paths
 from flows.runtime.progress import progress
@@ -54,7 +61,7 @@ def run(params: Params, paths: Paths) -> None:
     check_adapter(paths.adapter, calibrated_identity(base))
     rows = merged_rows(params, paths.split("test"), params.merge.rows)
     tokenizer, labels = load_tokenizer(paths.base), class_names(params, paths)
-    compare = fidelity if labels is None else class_fidelity
+    compare = {"classification": class_fidelity, "reward": reward_fidelity}.get(params.train.objective, fidelity)
     adapted = PeftModel.from_pretrained(load_dequantized(base, params.quantization, labels), paths.adapter)
     reference = Reference(adapted, rows, padding_id(tokenizer), BATCH_SIZE)
     names = ONLY_CANDIDATE.get(params.quantization.storage, (*SIXTEEN_BIT, REQUANTIZED))

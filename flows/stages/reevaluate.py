@@ -8,7 +8,7 @@ Keys of TASK.json:
     base, adapter: folders.
     test: the file of the test split.
     rows: the number of rows to measure, from the first row of the split.
-    labels: the names of the classes, or null.
+    labels: the names of the classes, or null. A reward model, which has none, gets the name of its output.
     metrics: optional; further metrics to measure, figures or names of scorers. These keys go with it:
     answered: the ids of the rows whose prompts are answered; max_new_tokens: maximum tokens of an answer.
     root: the repository, with the files of the scorers.
@@ -35,6 +35,7 @@ from flows.data.rows import Row, read_rows
 from flows.errors import PipelineError
 from flows.evaluation.generation import generate_answers
 from flows.evaluation.pairs import pair_margins
+from flows.evaluation.rewards import check_finite, reward_accuracies, reward_losses
 from flows.evaluation.scorers.load import load_scorer
 from flows.evaluation.scorers.scores import ScoredAnswer, score_answers
 from flows.evaluation.scorers.texts import Score
@@ -43,6 +44,7 @@ from flows.evaluation.scoring import (
     answers_log_probs,
     class_log_probs,
     pairs_log_probs,
+    pairs_rewards,
     rouge_l,
     row_losses,
 )
@@ -51,7 +53,14 @@ from flows.params import Params, Scorer
 from flows.runtime.processes import watch_parent
 from flows.runtime.progress import progress
 from flows.runtime.stage import set_seed
-from flows.training.objectives import check_split, kto_objective, preference_objective, rows_of
+from flows.training.objectives import (
+    REWARD,
+    check_split,
+    kto_objective,
+    preference_objective,
+    reward_objective,
+    rows_of,
+)
 from peftcore import PeftModel
 from peftcore.errors import PeftError
 
@@ -83,7 +92,8 @@ def measure(task: dict[str, Any]) -> pyarrow.Table:
     for scorer in params.evaluate.scorers:
         if scorer.name in metrics:
             scorers[scorer.name] = scorer, load_scorer(scorer, Path(task["root"]))
-    model = PeftModel.from_pretrained(load_dequantized(base, params.quantization, task["labels"]), task["adapter"])
+    outputs = [REWARD] if params.train.objective == "reward" else task["labels"]
+    model = PeftModel.from_pretrained(load_dequantized(base, params.quantization, outputs), task["adapter"])
     tokenizer = load_tokenizer(base)
     with progress(len(rows), f"evaluate {task['version']} again", "row") as bar:
         losses, columns = adapter_values(params, model, rows, padding_id(tokenizer), bar)
@@ -135,6 +145,12 @@ def adapter_values(
         scores = answer_scores(kto_objective(params), rows, model_side, base_side)
         columns = {"adapter_margin": scores.margins.tolist(), "adapter_accuracy": scores.accuracies.tolist()}
         return scores.losses, columns
+    if params.train.objective == "reward":
+        rewards = pairs_rewards(model, rows, pad, size, bar)
+        check_finite(rows, rewards)
+        margins = rewards[0] - rewards[1]
+        columns = {"adapter_margin": margins.tolist(), "adapter_accuracy": reward_accuracies(margins).tolist()}
+        return reward_losses(reward_objective(params), rows, rewards), columns
     log_probs, objective = pairs_log_probs(model, rows, pad, size, bar), preference_objective(params)
     with model.disable_adapter():
         reference = pairs_log_probs(model, rows, pad, size)

@@ -15,6 +15,7 @@ from peftcore.train.batches import (
     UnpairedPreferenceCollator,
     mismatched_answers,
 )
+from peftcore.train.best_of_n import Candidates, Reward, best_of_n, divergence_bound, expected_best
 from peftcore.train.checkpoints import fault_of_checkpoint, last_good_checkpoint
 from peftcore.train.classification import (
     ClassificationTrainer,
@@ -36,6 +37,7 @@ from peftcore.train.rank_search import RankSearch, find_ranks
 from peftcore.train.recomputation import SELECTED, Mode, recompute_activations
 from peftcore.train.reference import pair_log_probs, reference_acting, reference_model, row_log_probs, shared_copy
 from peftcore.train.reward import BradleyTerry, pair_rewards, sequence_rewards
+from peftcore.train.reward_model import RewardModel, check_reward_adapter
 from peftcore.train.reward_trainer import REWARD_COLUMNS, RewardCollator, RewardTrainer, RewardTrainerMixin
 from peftcore.train.supervised_head import supervised_logits
 from peftcore.train.trainer import AdapterTrainer, AdapterTrainerMixin
@@ -49,6 +51,7 @@ __all__ = [
     "AdapterTrainer",
     "AdapterTrainerMixin",
     "BradleyTerry",
+    "Candidates",
     "ClassificationCollator",
     "ClassificationTrainer",
     "ClassificationTrainerMixin",
@@ -73,14 +76,20 @@ __all__ = [
     "PreferenceTrainer",
     "PreferenceTrainerMixin",
     "RankSearch",
+    "Reward",
     "RewardCollator",
+    "RewardModel",
     "RewardTrainer",
     "RewardTrainerMixin",
     "RightPaddingCollator",
     "SimPo",
     "UnpairedPreferenceCollator",
     "balanced_class_weights",
+    "best_of_n",
     "check_packable",
+    "check_reward_adapter",
+    "divergence_bound",
+    "expected_best",
     "fault_of_checkpoint",
     "find_ranks",
     "kto_reference_point",
