@@ -24,8 +24,8 @@ REWARDS = (
     ("chosen_reward", pa.float64()),
     ("rejected_reward", pa.float64()),
 )
-"""Columns after the common ones: margins (reward of the chosen less that of the rejected answer), 1 for a margin above 0
-(1/2 for a margin of 0), and the adapter's rewards."""
+"""Columns after the common ones: margins (reward of the chosen less that of the rejected answer), 1 for a margin above
+0 (1/2 for a margin of 0), and the adapter's rewards."""
 
 
 def evaluate_rewards(

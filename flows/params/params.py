@@ -161,6 +161,9 @@ with warnings.catch_warnings():
         def _check_generative(self) -> Self:
             if (objective := self.train.objective) in SEQUENCE_CLASSIFIERS:
                 expected = f"train.objective is {objective}, which generates no text; give []"
+                if (best := self.evaluate.best_of_n.answers) is not None:
+                    expected = f"train.objective is {objective}, which generates no text; give null"
+                    raise invalid_value(expected, "evaluate.best_of_n.answers", best)
                 unused = ("suites", "benchmarks", *(("scorers",) if objective == "reward" else ()))
                 for name in unused:
                     if value := getattr(self.evaluate, name):
