@@ -25,9 +25,11 @@ from flows.paths import Paths, Split
 from peftcore import TaskType
 from peftcore.train import (
     PAIR_COLUMNS,
+    REWARD_COLUMNS,
     UNPAIRED_COLUMNS,
     WEIGHT,
     AdapterTrainer,
+    BradleyTerry,
     ClassificationCollator,
     ClassificationTrainer,
     Distillation,
@@ -40,6 +42,8 @@ from peftcore.train import (
     PreferenceCollator,
     PreferenceObjective,
     PreferenceTrainer,
+    RewardCollator,
+    RewardTrainer,
     RightPaddingCollator,
     SimPo,
     UnpairedPreferenceCollator,
@@ -63,8 +67,18 @@ class Rows:
 CHATS = Rows("chat", ("input_ids", "labels"), ("input_ids",), TaskType.CAUSAL_LM)
 PAIRS = Rows("preference", PAIR_COLUMNS, ("chosen_input_ids", "rejected_input_ids"), TaskType.CAUSAL_LM)
 ANSWERS = Rows("unpaired_preference", UNPAIRED_COLUMNS, ("input_ids",), TaskType.CAUSAL_LM)
+RANKED = Rows("preference", REWARD_COLUMNS, REWARD_COLUMNS, TaskType.SEQ_CLS)
+REWARD = "reward"
 LABELLED = Rows("classification", ("input_ids", "label"), ("input_ids",), TaskType.SEQ_CLS)
-ROWS_OF = {"sft": CHATS, "dpo": PAIRS, "orpo": PAIRS, "simpo": PAIRS, "kto": ANSWERS, "classification": LABELLED}
+ROWS_OF = {
+    "sft": CHATS,
+    "dpo": PAIRS,
+    "orpo": PAIRS,
+    "simpo": PAIRS,
+    "kto": ANSWERS,
+    "classification": LABELLED,
+    "reward": RANKED,
+}
 """{train.objective: its rows}"""
 
 
@@ -94,6 +108,7 @@ def training_rows(params: Params, paths: Paths) -> dict[Split, Dataset]:
     """Return the train and validation rows, with a weight column only if some weight is not 1."""
     splits: tuple[Split, ...] = ("train", "validation")
     columns, rows = list(rows_of(params).columns), {}
+    columns += ["margin"] if params.data.margin_column is not None else []
     for split in splits:
         path = paths.split(split)
         check_split(params, path)
@@ -127,6 +142,8 @@ def longest(params: Params, rows: dict[Split, Dataset]) -> int:
 
 def class_names(params: Params, paths: Paths) -> list[str] | None:
     """Return the class names by index; None if the objective has no classes."""
+    if rows_of(params) is RANKED:
+        return [REWARD]
     if params.train.objective != "classification":
         return None
     if not paths.labels.exists():
@@ -140,6 +157,8 @@ def padded_collator(params: Params, pad: int, longest_row: int) -> RightPaddingC
     """Return the collator of padded batches of the objective's rows. longest_row: its length in tokens."""
     if rows_of(params) is ANSWERS:
         return UnpairedPreferenceCollator(pad, max_length=longest_row)
+    if rows_of(params) is RANKED:
+        return RewardCollator(pad)
     kinds = {"chat": RightPaddingCollator, "preference": PreferenceCollator, "classification": ClassificationCollator}
     return kinds[rows_of(params).kind](pad)
 
@@ -183,6 +202,10 @@ def start_batch(params: Params, rows: list[Row], pad: int) -> dict[str, Any]:
     """Return the forward's arguments for a data-driven initialisation; of pairs the chosen answers."""
     if rows_of(params) is PAIRS:
         rows = [_chosen(row) for row in rows]
+    if rows_of(params) is RANKED:
+        rows = [{"input_ids": row["chosen_input_ids"], "label": 0} for row in rows]
+        batch = ClassificationCollator(pad)(rows)
+        return {name: batch[name] for name in ("input_ids", "attention_mask")}
     collate = ClassificationCollator(pad) if rows_of(params) is LABELLED else RightPaddingCollator(pad)
     return {name: tensor for name, tensor in collate(rows).items() if name != WEIGHT}
 
@@ -193,6 +216,8 @@ def loss_function(params: Params) -> str:
         return repr(preference_objective(params))
     if rows_of(params) is ANSWERS:
         return repr(kto_objective(params))
+    if rows_of(params) is RANKED:
+        return repr(reward_objective(params))
     return "cross entropy of classes" if rows_of(params) is LABELLED else "cross entropy of tokens"
 
 
@@ -210,6 +235,11 @@ def preference_objective(params: Params) -> PreferenceObjective:
         length_normalized=options.length_normalized,
         rpo_alpha=options.rpo_alpha,
     )
+
+
+def reward_objective(params: Params) -> BradleyTerry:
+    """Return the loss of reward models of the parameters."""
+    return BradleyTerry(params.train.reward.center_rewards_coefficient)
 
 
 def kto_objective(params: Params) -> Kto:
@@ -259,6 +289,8 @@ def trainer_of(
         kto, desirable = kto_objective(params), sum(rows["desirable"])
         _warn_of_imbalance(kto, desirable, len(rows) - desirable)
         return cast(type[AdapterTrainer], KtoTrainer), {"objective": kto, "reference": "base"}
+    if rows_of(params) is RANKED:
+        return cast(type[AdapterTrainer], RewardTrainer), {"objective": reward_objective(params)}
     if labels is not None:
         balanced = params.train.classification.class_weights == "balanced"
         weights = balanced_class_weights(rows["label"], len(labels)) if balanced else None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from peftcore.errors import TrainingError
-from peftcore.train.batches import WEIGHT, RightPaddingCollator
+from peftcore.train.batches import WEIGHT, LengthGroupedSampler, RightPaddingCollator
 from peftcore.train.example_objective import ExampleObjective
 from peftcore.train.reward import BradleyTerry, pair_rewards
 from peftcore.train.trainer import AdapterTrainerMixin
@@ -100,6 +100,7 @@ class RewardTrainerMixin(AdapterTrainerMixin):
     """
 
     loss_is_scaled_for_ga = True
+    training_objective: RewardObjective
 
     def __init__(self, *args: Any, objective: BradleyTerry | None = None, **kwargs: Any) -> None:
         self._pair_loss = BradleyTerry() if objective is None else objective
@@ -108,6 +109,11 @@ class RewardTrainerMixin(AdapterTrainerMixin):
     def make_objective(self) -> RewardObjective:
         """Return the objective that minimises the weighted mean of the pairs' losses."""
         return RewardObjective(self, self._pair_loss)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        if not self.groups_by_length(eval_dataset):
+            return super()._get_eval_sampler(eval_dataset)
+        return LengthGroupedSampler(self.training_objective.lengths(eval_dataset), self.args.eval_batch_size)
 
 
 class RewardTrainer(RewardTrainerMixin, Trainer):

@@ -129,10 +129,11 @@ def test_padding_changes_no_reward() -> None:
 # -- metrics -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 5])
-def test_metrics_are_of_the_whole_set_whatever_the_batches(tmp_path: Path, batch_size: int) -> None:
+@pytest.mark.parametrize(("batch_size", "sampling"), [(1, "random"), (2, "group_by_length"), (5, "random")])
+def test_metrics_are_of_the_whole_set_whatever_the_batches(tmp_path: Path, batch_size: int, sampling: str) -> None:
     model, rows = adapted().double().eval(), answers(5, seed=1)
-    metrics = trainer(model, tmp_path, answers(4), per_device_eval_batch_size=batch_size).evaluate()
+    options: dict[str, Any] = {"per_device_eval_batch_size": batch_size, "train_sampling_strategy": sampling}
+    metrics = trainer(model, tmp_path, answers(4), **options).evaluate()
     chosen, rejected = (rewards_alone(model, rows, side).detach() for side in ("chosen", "rejected"))
     assert metrics["eval_loss"] == pytest.approx(-(chosen - rejected).sigmoid().log().mean().item(), rel=1e-6)
     assert metrics["eval_accuracy"] == pytest.approx((chosen > rejected).double().mean().item())
