@@ -14,13 +14,14 @@ from flows.params.retrain import Drift, Retrain
 from flows.params.scorers import Scorer
 from flows.params.section import Section
 from flows.params.suites import Suite, load_suites
-from flows.params.train import Classification, OnBadLoss, OnOutOfMemory, Preference, Train
+from flows.params.train import SEQUENCE_CLASSIFIERS, Classification, OnBadLoss, OnOutOfMemory, Preference, Train
 from flows.params.webhooks import EVENT_TYPES, Endpoint, EventType, Webhooks
 
 __all__ = [
     "DEMONSTRATION",
     "DEMONSTRATION_PROMPT",
     "EVENT_TYPES",
+    "SEQUENCE_CLASSIFIERS",
     "AutoRank",
     "Base",
     "Benchmark",

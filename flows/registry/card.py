@@ -11,7 +11,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from flows.params.train import SEQUENCE_CLASSIFIERS
+from flows.params import SEQUENCE_CLASSIFIERS
 
 CARD = "registry/README.md"
 """Path of the card in a version's own commit."""

@@ -38,11 +38,12 @@ from peftcore.train.recomputation import SELECTED, Mode, recompute_activations
 from peftcore.train.reference import pair_log_probs, reference_acting, reference_model, row_log_probs, shared_copy
 from peftcore.train.reward import BradleyTerry, pair_rewards, sequence_rewards
 from peftcore.train.reward_model import RewardModel, check_reward_adapter
-from peftcore.train.reward_trainer import REWARD_COLUMNS, RewardCollator, RewardTrainer, RewardTrainerMixin
+from peftcore.train.reward_trainer import MARGIN, REWARD_COLUMNS, RewardCollator, RewardTrainer, RewardTrainerMixin
 from peftcore.train.supervised_head import supervised_logits
 from peftcore.train.trainer import AdapterTrainer, AdapterTrainerMixin
 
 __all__ = [
+    "MARGIN",
     "PAIR_COLUMNS",
     "REWARD_COLUMNS",
     "SELECTED",

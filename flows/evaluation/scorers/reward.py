@@ -4,6 +4,7 @@ The prompt of a row is text with the tokens of the project's own chat template. 
 tokenizer and chat template; a base of the same family with another size has them.
 """
 
+import json
 import re
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -19,21 +20,22 @@ from flows.base.identity import is_base
 from flows.base.model import check_base, load_dequantized, load_tokenizer
 from flows.base.source import obtain
 from flows.data.chat import end_token
-from flows.errors import ParamsError, PipelineError, StageError
+from flows.errors import ParamsError, PipelineError, RepositoryError, StageError
 from flows.evaluation.scorers.texts import Score
 from flows.params import Params, Quantization, load_params
+from flows.params.file import suggest
 from flows.params.scorers import REGISTERED
 from flows.paths import Paths
-from flows.registry.registered_files import check_adapter as check_registered
-from flows.registry.registered_files import files_of
-from flows.registry.registry import Registry
 from flows.runtime.git import Git
-from flows.runtime.project import project_roots
+from flows.runtime.project import files_at, project_roots
 from flows.training.objectives import REWARD
 from peftcore import PeftModel
 from peftcore.errors import PeftError
-from peftcore.files import MANIFEST
+from peftcore.files import MANIFEST, sha256
 from peftcore.train import RewardModel, check_reward_adapter
+
+RECORD = "registry/version.json"
+"""Path of the lineage record in a version's own commit."""
 
 
 class LazyReward:
@@ -65,20 +67,24 @@ class LazyReward:
             raise StageError(f"the reward model {self.name}: {error}") from error
 
     def _registered(self, stack: ExitStack, name: str, number: str) -> RewardModel:
-        paths = Paths(_project_root(self.root, name))
-        registry = Registry(Git(paths.root), name)
-        version = registry.version(number)
-        record = registry.record(version)
+        root = _project_root(self.root, name)
+        commit, record = _version(root, name, number)
         if (objective := record["params"]["train"].get("objective", "sft")) != REWARD:
             raise StageError(f"its train.objective is {objective}; give a version with train.objective reward")
-        adapter = stack.enter_context(files_of(paths, registry, version, [paths.adapter])).adapter
-        check_registered(adapter, registry, version)
-        base = next((each.base for each in (Paths(self.root), paths) if is_base(each.base, record)), None)
-        if base is None:
-            base = stack.enter_context(files_of(paths, registry, version, [paths.base])).base
-        weights = base
-        if record.get("calibrated_base") is not None:
-            weights = stack.enter_context(files_of(paths, registry, version, [paths.calibrated])).calibrated
+
+        def taken(*outputs: str) -> Paths:
+            return Paths(stack.enter_context(files_at(root, commit, list(outputs))))
+
+        adapter = taken("artifacts/adapter").adapter
+        for file, digest in record["adapter"]["files"].items():
+            if not (adapter / file).is_file() or sha256(adapter / file) != digest:
+                raise StageError(
+                    f"{file} differs from the registered file; `dvc push` it again from a machine that has it"
+                )
+        base = next((folder for each in (self.root, root) if is_base(folder := Paths(each).base, record)), None)
+        base = taken("artifacts/base").base if base is None else base
+        is_calibrated = record.get("calibrated_base") is not None
+        weights = taken("artifacts/calibrated").calibrated if is_calibrated else base
         return self._loaded(adapter, weights, base, Params.from_record(record["params"]).quantization)
 
     def _from_folder(self, stack: ExitStack, adapter: Path) -> RewardModel:
@@ -133,6 +139,23 @@ def reward(*, model: str, root: Path, base: str | None = None) -> Score:
     """
     function = LazyReward(root, model, base)
     return lambda prompt, answer, reference, row: function(prompt, answer, row)
+
+
+def _version(root: Path, name: str, number: str) -> tuple[str, dict[str, Any]]:
+    """Return the commit and the record of a registered version. Raises StageError if there is none."""
+    git, tag = Git(root), f"{name}@{number}"
+    known = {each.name: each.commit for each in git.tags(f"{name}@*")}
+    if tag not in known:
+        fits = suggest(tag, list(known), "give one of ") if known else f"no version of {name} is registered here"
+        raise StageError(f"there is no such version; {fits}")
+    try:
+        record = json.loads(git.show(known[tag], RECORD))
+        assert record["params"]["train"] is not None and record["adapter"]["files"] is not None
+    except (RepositoryError, ValueError, KeyError, TypeError, AssertionError) as error:
+        raise StageError(
+            f"{tag} has no readable {RECORD}, so it was not registered by `peftcore run`: {error}"
+        ) from error
+    return known[tag], record
 
 
 def _project_root(root: Path, name: str) -> Path:

@@ -1,9 +1,8 @@
 """Checks of the candidate's own figures against limits. A limit on a figure that the objective lacks is skipped."""
 
 from flows.gate.candidate import Candidate, CheckResult
-from flows.params import Gate, Merge, Rule
+from flows.params import SEQUENCE_CLASSIFIERS, Gate, Merge, Rule
 from flows.params.gate import FIGURES, Direction
-from flows.params.train import SEQUENCE_CLASSIFIERS
 
 
 def test_loss(candidate: Candidate, gate: Gate) -> CheckResult:

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.gate.candidate import Candidate, CheckResult
-from flows.params import Params, load_suites
-from flows.params.train import SEQUENCE_CLASSIFIERS
+from flows.params import SEQUENCE_CLASSIFIERS, Params, load_suites
 from flows.verdicts import is_same_suite
 
 

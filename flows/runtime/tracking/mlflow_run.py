@@ -14,7 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from flows.params.train import SEQUENCE_CLASSIFIERS
+from flows.params import SEQUENCE_CLASSIFIERS
 from flows.paths import Paths
 from flows.runtime.tracking.flat import flat, numbers
 from peftcore.errors import require_extra

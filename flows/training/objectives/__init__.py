@@ -100,15 +100,19 @@ def check_split(params: Params, path: Path) -> None:
 def training_rows(params: Params, paths: Paths) -> dict[Split, Dataset]:
     """Return the train and validation rows, with a weight column only if some weight is not 1."""
     splits: tuple[Split, ...] = ("train", "validation")
-    columns, rows = objective_of(params).columns(params), {}
+    objective, rows = objective_of(params), {}
     for split in splits:
         path = paths.split(split)
         check_split(params, path)
-        weighted = path.exists() and WEIGHT in parquet.read_schema(path).names
-        rows[split] = Dataset.from_list(read_rows(path, [*columns, WEIGHT] if weighted else columns))
+        names = parquet.read_schema(path).names if path.exists() else []
+        further = [name for name in (*objective.optional_columns, WEIGHT) if name in names]
+        rows[split] = Dataset.from_list(read_rows(path, [*objective.rows.columns, *further]))
     if any(weight != 1 for each in rows.values() if WEIGHT in each.column_names for weight in each[WEIGHT]):
         return rows
-    return {split: each.select_columns(columns) for split, each in rows.items()}
+    return {
+        split: each.select_columns([name for name in each.column_names if name != WEIGHT])
+        for split, each in rows.items()
+    }
 
 
 def merged_rows(params: Params, path: Path, limit: int) -> list[Row]:

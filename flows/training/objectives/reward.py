@@ -9,6 +9,7 @@ from flows.params import Params
 from flows.training.objectives.objective import Objective, Rows, Trainer
 from peftcore import TaskType
 from peftcore.train import (
+    MARGIN,
     REWARD_COLUMNS,
     BradleyTerry,
     ClassificationCollator,
@@ -25,11 +26,8 @@ class Reward(Objective):
     """Objective of preference pairs, for a sequence classifier with one output."""
 
     rows = Rows("preference", REWARD_COLUMNS, REWARD_COLUMNS, TaskType.SEQ_CLS)
+    optional_columns = (MARGIN,)
     outputs = (REWARD,)
-
-    def columns(self, params: Params) -> list[str]:
-        """Return the columns that training reads; margins only with `data.margin_column`."""
-        return [*super().columns(params), *(["margin"] if params.data.margin_column is not None else [])]
 
     def collator(self, pad: int, longest_row: int) -> RightPaddingCollator:
         """Return the padding collator of these rows."""

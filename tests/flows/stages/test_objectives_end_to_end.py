@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from flows.base.model import load_dequantized, load_tokenizer
-from flows.errors import StageError
+from flows.errors import DataError, StageError
 from flows.gate.rows import row_values
 from flows.params import Params
 from flows.paths import Paths
@@ -202,7 +202,7 @@ def test_equal_answers_are_refused_before_training(made: Callable[..., tuple[Par
         row["rejected"] = row["chosen"]
     (paths.root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     prepare.run(params, paths)
-    with pytest.raises(StageError, match=r"chosen and rejected: the same in \d+ of \d+ rows"):
+    with pytest.raises(DataError, match=r"chosen and rejected: the same in \d+ of \d+ rows"):
         train.run(params, paths)
     assert not paths.adapter.exists()
 
