@@ -44,10 +44,10 @@ SECTIONS: Sections = {
         "group_column": "module",
         "slice_column": "rejected_is",
         "near_duplicates": "keep",  # half of the pairs differ in their rejected answer alone
-        "max_length": 128,
-        "train_rows": 256,
-        "validation_rows": 24,
-        "test_rows": 160,
+        "max_length": 96,
+        "train_rows": 128,
+        "validation_rows": 16,
+        "test_rows": 80,
     },
     "train": {
         "objective": "reward",
@@ -56,11 +56,11 @@ SECTIONS: Sections = {
         "warmup_share": 0.1,
         "evaluations": 1,
     },
-    "evaluate": {"rows": 160, "max_new_tokens": 24},
-    "merge": {"rows": 32},
+    "evaluate": {"rows": 80, "generate_rows": 8, "max_new_tokens": 20, "samples": 8},
+    "merge": {"rows": 16},
     "tracking": {"mode": "disabled"},
 }
-LONGEST = 300
+LONGEST = 160
 """Maximum characters of a function's source, so that a run takes minutes on a CPU."""
 RESULTS = Path(__file__).parent / "results"
 
@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, default=Path("artifacts/base"), help="model folder")
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where results are written")
     parser.add_argument("--params", type=json.loads, default={}, help="JSON: sections over the benchmark's own")
-    parser.add_argument("--prompts", type=int, default=12, help="prompts of best-of-n")
+    parser.add_argument("--prompts", type=int, default=6, help="prompts of best-of-n")
     parser.add_argument("--answers", type=int, default=8, help="sampled answers to each prompt")
     options = parser.parse_args()
     quiet()

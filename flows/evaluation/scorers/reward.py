@@ -129,13 +129,13 @@ class LazyReward:
             )
 
 
-def reward(*, model: str, root: Path, base: str | None = None) -> Score:
+def reward(*, model: str, base: str | None = None, root: Path) -> Score:
     """Return a scorer: the reward of the answer to the prompt. The model is loaded for the first answer.
 
     Args:
         model: A registered version, NAME@vX.Y.Z, or the folder of an adapter.
-        root: The repository.
         base: Base of an adapter's folder, `hub:NAME` or `path:FOLDER`. None: the base of this project.
+        root: The repository.
     """
     function = LazyReward(root, model, base)
     return lambda prompt, answer, reference, row: function(prompt, answer, row)
