@@ -8,7 +8,7 @@ Keys of TASK.json:
     base, adapter: folders.
     test: the file of the test split.
     rows: the number of rows to measure, from the first row of the split.
-    labels: the names of the classes, or null. A reward model, which has none, gets the name of its output.
+    labels: the names of the classes; null without classes.
     metrics: optional; further metrics to measure, figures or names of scorers. These keys go with it:
     answered: the ids of the rows whose prompts are answered; max_new_tokens: maximum tokens of an answer.
     root: the repository, with the files of the scorers.

@@ -31,7 +31,7 @@ SGD: dict[str, Any] = {"optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 1e
 
 
 def trainer(model: Any, folder: Path, rows: list[dict[str, Any]], **options: Any) -> RewardTrainer:
-    own = {name: options.pop(name) for name in ("objective", "data_collator") if name in options}
+    own: dict[str, Any] = {name: options.pop(name) for name in ("objective", "data_collator") if name in options}
     steps: dict[str, Any] = {"max_steps": 1, "per_device_train_batch_size": 4, "prediction_loss_only": True}
     made = RewardTrainer(
         model=model,
