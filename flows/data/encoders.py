@@ -71,6 +71,8 @@ COLUMNS: dict[Kind, Features] = {
 """{kind: columns of a split}"""
 EXTRA = Features({"extra": _TEXT})
 """Column of the values of `data.extra_columns` as JSON, if there are any."""
+MARGIN = Features({"margin": Value("float32")})
+"""Column of the margins of preference pairs, with `data.margin_column`."""
 
 
 class Encoder(Protocol):
@@ -124,7 +126,7 @@ class PreferenceEncoder(Encoder):
             str(decode(ids)) for ids in (one.input_ids[:start], one.input_ids[start:-1], other.input_ids[start:-1])
         )
         sides = [(side.input_ids, side.labels) for side in (one, other)]
-        return PairTokens(prompt, chosen.strip(), rejected.strip(), start, sides)
+        return PairTokens(prompt, chosen.strip(), rejected.strip(), start, sides, example.margin)
 
     def shorten(self, example: Preference, limit: int) -> Preference | None:
         """Return the pair with its prompt cut so that the longer answer fits; None if impossible."""

@@ -37,12 +37,16 @@ class Example(Origin):
 
 @dataclass(frozen=True)
 class Preference(Origin):
-    """A chat up to an answer, and two continuations, each ending with an assistant turn."""
+    """A chat up to an answer, and two continuations, each ending with an assistant turn.
+
+    margin: by how much the chosen one is better; None without `data.margin_column`.
+    """
 
     prompt: list[Message]
     chosen: list[Message]
     rejected: list[Message]
     tools: list[dict[str, Any]] | None = None
+    margin: float | None = None
 
 
 @dataclass(frozen=True)

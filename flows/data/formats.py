@@ -18,6 +18,7 @@ __all__ = [
     "chat",
     "document",
     "labelled",
+    "margin",
     "preference",
     "source_and_target",
     "spelled_otherwise",
@@ -238,6 +239,22 @@ def weight(row: dict[str, Any]) -> float:
         value = math.nan
     if not 0 <= value < math.inf:
         raise FaultyRow(f"its weight is {number!r:.80}; give a number of at least 0")
+    return value
+
+
+def margin(row: dict[str, Any], column: str) -> float:
+    """Return by how much the chosen answer of a pair is better than the rejected one."""
+    if row.get(column) is None:
+        hint = spelled_otherwise(row, [column])
+        raise FaultyRow(f"it has no {column} (data.margin_column); its columns are {', '.join(row)}{hint}")
+    try:
+        value = math.nan if isinstance(row[column], bool) else float(row[column])
+    except (TypeError, ValueError, OverflowError):
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise FaultyRow(
+            f"its {column} is {row[column]!r:.80}; give a number of at least 0: by how much chosen is better"
+        )
     return value
 
 

@@ -131,7 +131,8 @@ def as_example(data: Data, where: str, row: dict[str, Any]) -> AnyExample:
         prompt, chosen, rejected = formats.preference(row, ignored)
         origin = _origin(data, where, row, prompt)
         prompt = with_system_prompt(prompt, data.system_prompt)
-        return Preference(prompt, chosen, rejected, formats.tools(row), **origin)
+        margin = None if data.margin_column is None else formats.margin(row, data.margin_column)
+        return Preference(prompt, chosen, rejected, formats.tools(row), margin, **origin)
     if data.kind == "unpaired_preference":
         prompt, completion, desirable = formats.unpaired_preference(row, ignored)
         origin = _origin(data, where, row, prompt)

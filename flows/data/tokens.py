@@ -82,7 +82,8 @@ class Tokens:
 class PairTokens:
     """Two continuations of one prompt, whose tokens are the first `prompt_length` of both.
 
-    prompt, chosen, rejected: texts; the answers are without their end. parts: chosen, then rejected.
+    prompt, chosen, rejected: texts; the answers are without their end. parts: chosen, then rejected. margin: by how
+    much the chosen one is better; None without `data.margin_column`.
     """
 
     prompt: str
@@ -90,6 +91,7 @@ class PairTokens:
     rejected: str
     prompt_length: int
     parts: list[Sequence]
+    margin: float | None = None
 
     @property
     def id(self) -> str:

@@ -57,7 +57,12 @@ class Answered:
 
 
 def sampled_prompts(
-    rows: Sequence[Row], ids: str, reference: str, params: Params, among: Sequence[int] | None = None
+    rows: Sequence[Row],
+    ids: str,
+    reference: str,
+    params: Params,
+    among: Sequence[int] | None = None,
+    most: int | None = None,
 ) -> list[Prompt]:
     """Return the prompts of a random sample of the rows.
 
@@ -65,11 +70,12 @@ def sampled_prompts(
         rows: Prepared rows of the test split.
         ids: Name of the column with the token ids of prompt and reference answer.
         reference: Name of the column with the text of the reference answer.
-        params: The parameters of the run, with the size and the seed of the sample.
+        params: The parameters of the run, with the seed of the sample.
         among: Indices of the rows to sample from. None: all.
+        most: Maximum size of the sample. None: `evaluate.generate_rows`.
     """
     candidates = range(len(rows)) if among is None else among
-    count = min(params.evaluate.generate_rows, len(candidates))
+    count = min(params.evaluate.generate_rows if most is None else most, len(candidates))
     sampled = sorted(random.Random(params.project.seed).sample(candidates, count))
     return [Prompt(i, rows[i][ids][: rows[i]["prompt_length"]], rows[i][reference]) for i in sampled]
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from flows.data.rows import Row
-from flows.evaluation.scoring import by_length, class_log_probs, tag_log_probs, target_batches_logits
+from flows.evaluation.scoring import by_length, class_log_probs, pairs_rewards, tag_log_probs, target_batches_logits
 from peftcore.train import RightPaddingCollator, supervised_logits, supervised_positions
 
 MAX_KEPT = 512 * 2**20
@@ -160,6 +161,29 @@ def target_fidelity(reference: Reference, candidate: nn.Module, bar: Any = None)
         tokens += len(labels)
     reference_loss, loss = (total / tokens for total in losses)
     return Fidelity(divergence / tokens, agreed / tokens, loss, reference_loss, tokens)
+
+
+def reward_fidelity(reference: Reference, candidate: nn.Module, bar: Any = None) -> Fidelity:
+    """Compare two reward models on the reference's pairs. Each pair counts as one token.
+
+    A model's prediction is the probability that the chosen answer wins, the sigmoid of its margin.
+
+    Args:
+        reference: The reference model and its rows.
+        candidate: The model to compare.
+        bar: Progress bar that counts rows.
+    """
+    predict = partial(pairs_rewards, rows=reference.rows, pad=reference.pad, batch_size=reference.batch_size)
+    rewards = reference.predictions(0, predict), predict(candidate, bar=bar)
+    p, q = (chosen - rejected for chosen, rejected in rewards)
+    # the log-probabilities of both outcomes: the chosen answer wins, or the rejected one
+    divergence = sum(
+        (F.logsigmoid(sign * p).exp() * (F.logsigmoid(sign * p) - F.logsigmoid(sign * q))).mean().item()
+        for sign in (1, -1)
+    )
+    reference_loss, loss = (-F.logsigmoid(margins).mean().item() for margins in (p, q))
+    agreement = ((p > 0) == (q > 0)).double().mean().item()
+    return Fidelity(divergence, agreement, loss, reference_loss, len(reference.rows))
 
 
 def same_function(first: PreTrainedModel, second: PreTrainedModel) -> bool:

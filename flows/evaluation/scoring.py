@@ -14,12 +14,14 @@ from peftcore.train import (
     ClassificationCollator,
     PairLogProbs,
     PreferenceCollator,
+    RewardCollator,
     RightPaddingCollator,
     SequenceToSequenceCollator,
     TokenClassificationCollator,
     labelled_logits,
     mismatched_answers,
     pair_log_probs,
+    pair_rewards,
     row_log_probs,
     row_sums,
     target_logits,
@@ -249,6 +251,28 @@ def _target_batches(
         yield batch, {name: tensor.to(device) for name, tensor in collate([rows[i] for i in batch]).items()}
         if bar is not None:
             bar.update(len(batch))
+
+
+@torch.no_grad()
+def pairs_rewards(model: nn.Module, rows: Sequence[Row], pad: int, batch_size: int, bar: Any = None) -> Tensor:
+    """Return the rewards of chosen and rejected answers, (2, rows) in float64 on the CPU.
+
+    Args:
+        model: A sequence classifier with one output.
+        rows: Prepared preference pairs.
+        pad: Token id of padding.
+        batch_size: Answers per forward pass; a pair has two.
+        bar: Progress bar that counts rows.
+    """
+    collate, device = RewardCollator(pad), next(model.parameters()).device
+    rewards = torch.zeros(2, len(rows), dtype=torch.float64)
+    lengths = [len(row["chosen_input_ids"]) + len(row["rejected_input_ids"]) for row in rows]
+    for batch in by_length(lengths, max(1, batch_size // 2)):
+        inputs = {name: tensor.to(device) for name, tensor in collate([rows[i] for i in batch]).items()}
+        rewards[:, batch] = torch.stack(pair_rewards(model, inputs)).double().cpu()
+        if bar is not None:
+            bar.update(len(batch))
+    return rewards
 
 
 def rouge_l(references: Sequence[str], answers: Sequence[str]) -> list[float]:

@@ -15,6 +15,7 @@ from flows.params.scorers import Scorer
 from flows.params.section import Section
 from flows.params.suites import Suite, load_suites
 from flows.params.train import (
+    SEQUENCE_CLASSIFIERS,
     Classification,
     OnBadLoss,
     OnOutOfMemory,
@@ -28,6 +29,7 @@ __all__ = [
     "DEMONSTRATION",
     "DEMONSTRATION_PROMPT",
     "EVENT_TYPES",
+    "SEQUENCE_CLASSIFIERS",
     "AutoRank",
     "Base",
     "Benchmark",

@@ -101,6 +101,7 @@ class Data(Section):
     quarantined: list[Text] | None = None
     group_column: Text | None = None
     slice_column: Text | None = None
+    margin_column: Text | None = None
     extra_columns: list[Text] = Field(default=[])
     near_duplicates: Literal["drop", "keep"] = "drop"
     similarity: Annotated[float, Field(gt=0, le=1)] = 0.8

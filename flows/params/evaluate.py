@@ -7,8 +7,9 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from flows.params.benchmarks import Benchmark
+from flows.params.file import suggest
 from flows.params.scorers import WATCHED, Scorer
-from flows.params.section import Count, NonNegative, Probability, Section, Text, Whole, invalid_value
+from flows.params.section import Count, NonNegative, Positive, Probability, Section, Text, Whole, invalid_value
 
 
 class Control(Section):
@@ -26,6 +27,22 @@ class Control(Section):
         return source
 
 
+class BestOfN(Section):
+    """Several sampled answers to a prompt, of which a scorer chooses the best."""
+
+    answers: Annotated[int, Field(ge=2)] | None = None
+    scorer: Text | None = None
+    rows: Count = 32
+    temperature: Positive = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+
+    @model_validator(mode="after")
+    def _check_scorer(self) -> Self:
+        if self.answers is not None and self.scorer is None:
+            raise invalid_value("it chooses the best answer; give a name of evaluate.scorers", "scorer", None)
+        return self
+
+
 class Evaluate(Section):
     """Evaluation of the base and the adapter on the test split."""
 
@@ -39,6 +56,7 @@ class Evaluate(Section):
     scorers: list[Scorer] = Field(default=[])
     suites: list[Text] = Field(default=[])
     benchmarks: list[Benchmark] = Field(default=[])
+    best_of_n: BestOfN = BestOfN()
     control: Control = Control()
 
     @model_validator(mode="after")
@@ -47,6 +65,20 @@ class Evaluate(Section):
         for index, name in enumerate(names):
             if name in names[:index]:
                 raise invalid_value("two scorers have this name; give another one", f"scorers.{index}.name", name)
+        return self
+
+    @model_validator(mode="after")
+    def _check_best_of_n(self) -> Self:
+        if self.best_of_n.answers is None:
+            return self
+        scorers = {scorer.name: scorer for scorer in self.scorers}
+        name = str(self.best_of_n.scorer)
+        if name not in scorers:
+            fits = suggest(name, list(scorers), "give one of ") if scorers else "there is none; add it"
+            raise invalid_value(f"evaluate.scorers has no such name; {fits}", "best_of_n.scorer", name)
+        if scorers[name].on_error == "skip":
+            expected = "its scorer has on_error: skip, so an answer could have no score; give it another on_error"
+            raise invalid_value(expected, "best_of_n.scorer", name)
         return self
 
     @model_validator(mode="after")

@@ -32,6 +32,7 @@ FIGURES: Mapping[str, Mapping[str, Direction]] = {
     "classification": {"loss": "lower", "accuracy": "higher"},
     "token_classification": {"loss": "lower", "entity_f1": "higher"},
     "seq2seq": {"loss": "lower", **_ANSWERS},
+    "reward": {"loss": "lower", "accuracy": "higher", "margin": "higher"},
 }
 """{objective: {figure that its evaluation has for each row: the better direction}}; `ended` is the EOS rate."""
 

@@ -109,6 +109,13 @@ with warnings.catch_warnings():
             return self
 
         @model_validator(mode="after")
+        def _check_margins(self) -> Self:
+            if self.data.margin_column is not None and self.train.objective != "reward":
+                expected = f"train.objective is {self.train.objective}, and only reward reads margins; give null"
+                raise invalid_value(expected, "data.margin_column", self.data.margin_column)
+            return self
+
+        @model_validator(mode="after")
         def _check_gguf(self) -> Self:
             if self.quantization.storage != "gguf":
                 return self
@@ -154,8 +161,11 @@ with warnings.catch_warnings():
         def _check_generative(self) -> Self:
             if (objective := self.train.objective) in WITHOUT_CHAT:
                 text = "text" if objective in WITHOUT_TEXT else "answers to chats"
+                if (best := self.evaluate.best_of_n.answers) is not None:
+                    expected = f"train.objective is {objective}, which generates no {text}; give null"
+                    raise invalid_value(expected, "evaluate.best_of_n.answers", best)
                 expected = f"train.objective is {objective}, which generates no {text}; give []"
-                for name in ("suites", "benchmarks"):
+                for name in ("suites", "benchmarks", *(("scorers",) if objective == "reward" else ())):
                     if value := getattr(self.evaluate, name):
                         raise invalid_value(expected, f"evaluate.{name}", value)
                 if objective in WITHOUT_TEXT and self.gate.judge.is_on:

@@ -3,6 +3,7 @@
 Names and options are checked here, when params.yaml is read. `flows.evaluation.scorers` has the functions.
 """
 
+import hashlib
 import importlib.metadata
 import math
 import re
@@ -14,7 +15,7 @@ from pydantic import Field, GetJsonSchemaHandler, field_validator, model_validat
 from pydantic_core import CoreSchema
 
 from flows.params.file import suggest
-from flows.params.section import Finite, Section, Text, invalid_value
+from flows.params.section import HUB, Finite, Section, Text, invalid_value
 from peftcore.files import sha256
 
 BUILT_IN: Mapping[str, tuple[str, ...]] = {
@@ -27,9 +28,10 @@ BUILT_IN: Mapping[str, tuple[str, ...]] = {
     "token_f1": (),
     "length": ("unit",),
     "code": ("tests", "seconds", "memory_mb"),
+    "reward": ("model", "base"),
 }
 """{built-in scorer: its options}"""
-REQUIRED: Mapping[str, str] = {"regex": "pattern", "json_schema": "schema"}
+REQUIRED: Mapping[str, str] = {"regex": "pattern", "json_schema": "schema", "reward": "model"}
 """{built-in scorer: the option that it needs}"""
 ENTRY_POINTS = "peftcore.scorers"
 """Group of the entry points of installed scorers; an entry's value is the function."""
@@ -43,6 +45,8 @@ RESERVED = frozenset(
     )
 )
 """Names of figures and columns that every evaluation may have."""
+REGISTERED = r"(?P<name>[a-z]([a-z0-9-]*[a-z0-9])?)@(?P<version>v\d+\.\d+\.\d+)"
+"""Pattern of a registered version of a project."""
 _FILE = re.compile(r"(?P<path>data/(?!.*\.\.)[\w./-]+\.py):(?P<function>[A-Za-z_]\w*)")
 
 
@@ -107,7 +111,23 @@ class Scorer(Section):
                 raise invalid_value(f"{self.scorer} has no such option; {fits}", f"options.{option}", option)
         if (needed := REQUIRED.get(self.scorer)) is not None and needed not in self.options:
             raise invalid_value(f"{self.scorer} needs options.{needed}", "options", self.options)
+        if self.scorer == "reward":
+            self._check_reward_model()
         return self
+
+    def _check_reward_model(self) -> None:
+        model, base = self.options["model"], self.options.get("base")
+        is_version = isinstance(model, str) and re.fullmatch(REGISTERED, model) is not None
+        if not is_version and not re.fullmatch(rf"{WATCHED}(?!.*\.\.)[\w./-]+", str(model)):
+            expected = (
+                f"give a registered version as NAME@v0.1.0, or the folder of an adapter as {WATCHED}FOLDER; the "
+                f"evaluate stage depends on {WATCHED}"
+            )
+            raise invalid_value(expected, "options.model", model)
+        if is_version and base is not None:
+            raise invalid_value("a registered version has its own base; remove it", "options.base", base)
+        if base is not None and not re.fullmatch(rf"{HUB}|path:.+", str(base)):
+            raise invalid_value("give hub:NAME or path:FOLDER", "options.base", base)
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
@@ -134,17 +154,26 @@ class Scorer(Section):
         """Return the values that decide the scores; scores can be compared if these are equal.
 
         Args:
-            root: The repository, with the scorer's files. A file that is missing has None in place of its SHA-256.
+            root: The repository, with the scorer's files. A file that is missing has None in place of its SHA-256. A
+                folder has the SHA-256 of its files' names and digests.
         """
         files = [value for value in self.options.values() if _is_file(value)]
         files += [self.file[0]] if self.file else []
-        digests = {name: sha256(root / name) if (root / name).is_file() else None for name in sorted(files)}
+        digests = {name: _digest(root / name) for name in sorted(files)}
         return {"scorer": self.scorer, "options": dict(self.options), "on_error": self.on_error, "files": digests}
 
 
 def known_scorers() -> list[str]:
     """Return the names of the built-in and the installed scorers."""
     return [*BUILT_IN, *(entry.name for entry in importlib.metadata.entry_points(group=ENTRY_POINTS))]
+
+
+def _digest(path: Path) -> str | None:
+    if path.is_dir():
+        files = sorted(each for each in path.rglob("*") if each.is_file())
+        lines = [f"{sha256(each)}  {each.relative_to(path).as_posix()}\n" for each in files]
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+    return sha256(path) if path.is_file() else None
 
 
 def _is_file(value: Any) -> bool:

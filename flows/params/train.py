@@ -21,10 +21,13 @@ KINDS = {
     "classification": ("classification",),
     "token_classification": ("token_classification",),
     "seq2seq": ("seq2seq",),
+    "reward": ("preference",),
 }
 """{train.objective: the data.kind that it accepts}"""
-WITHOUT_TEXT = ("classification", "token_classification")
-"""Objectives whose models predict classes and generate no text."""
+SEQUENCE_CLASSIFIERS = ("classification", "reward")
+"""Objectives whose model has outputs for a whole text."""
+WITHOUT_TEXT = (*SEQUENCE_CLASSIFIERS, "token_classification")
+"""Objectives whose models generate no text."""
 WITHOUT_CHAT = (*WITHOUT_TEXT, "seq2seq")
 """Objectives whose models cannot answer chats."""
 
@@ -101,6 +104,12 @@ class TokenClassification(Section):
     class_weights: Literal["none", "balanced"] = "none"
 
 
+class Reward(Section):
+    """Options of the objective reward."""
+
+    center_rewards_coefficient: NonNegative = 0.0
+
+
 class Train(Section):
     """Options of a training run."""
 
@@ -113,12 +122,14 @@ class Train(Section):
         "classification",
         "token_classification",
         "seq2seq",
+        "reward",
     ] = "sft"
     preference: Preference = Preference()
     kto: Kto = Kto()
     distillation: Distillation = Distillation()
     classification: Classification = Classification()
     token_classification: TokenClassification = TokenClassification()
+    reward: Reward = Reward()
     epochs: Positive = 1.0
     batch_size: Count = 8
     gradient_accumulation: Count = 2

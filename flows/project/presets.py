@@ -11,6 +11,7 @@ Task = Literal[
     "classification",
     "token_classification",
     "seq2seq",
+    "reward",
 ]
 Hardware = Literal["cpu", "gpu"]
 TASKS: tuple[Task, ...] = get_args(Task)
@@ -72,6 +73,14 @@ BY_TASK: Mapping[Task, Values] = {
         "data.kind": "token_classification",
         "train.objective": "token_classification",
         "data.max_length": 512,
+        "gate.max_forgetting": None,
+        "evaluate.control.source": None,
+    },
+    "reward": {
+        "data.kind": "preference",
+        "train.objective": "reward",
+        "train.learning_rate": 2.0e-4,
+        "gate.min_accuracy": 0.6,
         "gate.max_forgetting": None,
         "evaluate.control.source": None,
     },

@@ -18,11 +18,13 @@ SLICES = 12
 
 _TASKS = {
     "classification": "text-classification",
+    "reward": "text-classification",
     "token_classification": "token-classification",
     "seq2seq": "text2text-generation",
 }
 _CLASSES = {
     "classification": "SequenceClassification",
+    "reward": "SequenceClassification",
     "token_classification": "TokenClassification",
     "seq2seq": "Seq2SeqLM",
 }
@@ -182,7 +184,9 @@ def _lineage(record: Mapping[str, Any]) -> list[str]:
 
 
 def _loading(record: Mapping[str, Any]) -> list[str]:
-    kind = _CLASSES.get(record["params"]["train"].get("objective"), "CausalLM")
+    objective = record["params"]["train"].get("objective")
+    kind = _CLASSES.get(objective, "CausalLM")
+    outputs = ", num_labels=1" if objective == "reward" else ""
     tag, base, calibrated, note = f"{record['name']}@{record['version']}", "BASE", [], []
     if record.get("calibrated_base"):
         base, calibrated = "calibrated", [f"dvc get . artifacts/calibrated --rev {tag}"]
@@ -198,7 +202,7 @@ def _loading(record: Mapping[str, Any]) -> list[str]:
         f"from transformers import AutoModelFor{kind}",
         "from peftcore import PeftModel  # or: from peft import PeftModel",
         "",
-        f'model = PeftModel.from_pretrained(AutoModelFor{kind}.from_pretrained("{base}"), "adapter")',
+        f'model = PeftModel.from_pretrained(AutoModelFor{kind}.from_pretrained("{base}"{outputs}), "adapter")',
         "```",
     ]
 

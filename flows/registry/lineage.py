@@ -26,7 +26,10 @@ from flows.runtime.project import changed_stages, stage_order
 from peftcore.files import MANIFEST, damaged_files, read_manifest, sha256
 
 LOCK = "dvc.lock"
-PARTS = ("objective", "loss_function", "control", "latency", "scorers", "suites", "benchmarks", "calibration")
+PARTS = (
+    *("objective", "loss_function", "control", "latency", "scorers", "suites", "benchmarks", "calibration"),
+    "best_of_n",
+)
 """Optional parts of an evaluation; records of older releases lack them."""
 SOFTWARE = ("torch", "transformers", "bitsandbytes", "peftcore")
 

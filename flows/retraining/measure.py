@@ -121,7 +121,8 @@ def _losses(
         load_dequantized(base, params.quantization, labels, rows_of(params).task), champion.adapter
     ).eval()
     pad = padding_id(load_tokenizer(base))
-    samples = {name: _judged(rows, params.data.max_length, labels)[:count] for name, rows in new_files.items()}
+    classes = labels if params.train.objective == "classification" else None
+    samples = {name: _judged(rows, params.data.max_length, classes)[:count] for name, rows in new_files.items()}
     result = {}
     with progress(sum(map(len, samples.values())), "the champion on new rows", unit="row") as bar:
         for name, rows in samples.items():

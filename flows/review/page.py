@@ -69,6 +69,7 @@ def _content(params: Params, paths: Paths) -> dict[str, Any]:
         "evaluation": evaluation,
         "scorers": evaluation.get("scorers") or {},
         "calibration": calibration,
+        "best_of_n": evaluation.get("best_of_n"),
         "benchmarks": evaluation.get("benchmarks") or {},
         "suites": _suites(paths, evaluation.get("suites") or {}),
         "training": training,

@@ -22,6 +22,7 @@ from flows.base.identity import base_identity
 from flows.base.model import check_base, load_dequantized, load_tokenizer, padding_id
 from flows.data.rows import Row, read_rows
 from flows.evaluation.benchmarks import Harness, model_digests
+from flows.evaluation.best_of_n import measure_best_of_n
 from flows.evaluation.calibration import token_calibration
 from flows.evaluation.chats import evaluate_chats
 from flows.evaluation.classes import evaluate_classes
@@ -30,13 +31,15 @@ from flows.evaluation.divergence import with_divergence
 from flows.evaluation.latency import measure_latency
 from flows.evaluation.pairs import evaluate_pairs
 from flows.evaluation.result import EvaluationResult
+from flows.evaluation.rewards import evaluate_rewards
 from flows.evaluation.scorers.load import load_scorer
 from flows.evaluation.scorers.scores import with_scores
+from flows.evaluation.scorers.texts import Score
 from flows.evaluation.sequences import evaluate_sequences
 from flows.evaluation.suites.results import answer_suites, suite_checks
 from flows.evaluation.tags import evaluate_tags
 from flows.evaluation.unpaired import evaluate_unpaired
-from flows.params import Params, Suite, load_suites
+from flows.params import Params, Scorer, Suite, load_suites
 from flows.paths import Paths
 from flows.runtime.stage import start
 from flows.training.objectives import check_split, class_names, loss_function, rows_of
@@ -52,7 +55,7 @@ def run(params: Params, paths: Paths) -> None:
     rows = read_rows(paths.split("test"), limit=params.evaluate.rows)
     scorers = {scorer.name: (scorer, load_scorer(scorer, paths.root)) for scorer in params.evaluate.scorers}
     suites = load_suites(params.evaluate, params.data.system_prompt, paths.root)
-    result, control, answered = _evaluate(params, paths, rows, suites)
+    result, control, answered = _evaluate(params, paths, rows, suites, scorers)
     result = with_scores(result, scorers, rows, paths.root)
     context: dict[str, Any] = {"objective": params.train.objective, "loss_function": loss_function(params)}
     context |= {
@@ -79,7 +82,11 @@ def run(params: Params, paths: Paths) -> None:
 
 
 def _evaluate(
-    params: Params, paths: Paths, rows: list[Row], suites: Mapping[str, Suite]
+    params: Params,
+    paths: Paths,
+    rows: list[Row],
+    suites: Mapping[str, Suite],
+    scorers: Mapping[str, tuple[Scorer, Score]],
 ) -> tuple[EvaluationResult, pa.Table | None, dict[str, Any]]:
     """Return the result, the table of the control set, and the content of suites.json, which is empty without suites.
 
@@ -95,6 +102,9 @@ def _evaluate(
         load_dequantized(base, params.quantization, names, rows_of(params).task), paths.adapter
     )
     extra: dict[str, Any] = {"control": None, "latency": None}
+    if params.train.objective == "reward":
+        result = evaluate_rewards(params, model, tokenizer, rows)
+        return replace(result, metrics=result.metrics | extra), None, {}
     if names is not None and params.train.objective == "token_classification":
         tags = [row["labels"] for row in read_rows(paths.split("train"), ["labels"])]
         result = evaluate_tags(params, model, tokenizer, rows, names, tags)
@@ -128,6 +138,9 @@ def _evaluate(
         for side, context in (("base", model.disable_adapter()), ("adapter", nullcontext())):
             with context:
                 extra["calibration"][side] = token_calibration(model, rows[: evaluate.calibration_rows], pad, size)
+    if evaluate.best_of_n.answers is not None:
+        scorer, score = scorers[str(evaluate.best_of_n.scorer)]
+        extra["best_of_n"] = measure_best_of_n(params, model, tokenizer, rows, scorer, score)
     answered = answer_suites(model, tokenizer, suites, checks, evaluate.batch_size, paths.root) if suites else {}
     if harness is not None:  # last, because the harness seeds all generators and may set the tokenizer's padding
         extra["benchmarks"] = _benchmarks(params, paths, harness, model, tokenizer)

@@ -30,6 +30,7 @@ from flows.evaluation.fidelity import (
     Reference,
     class_fidelity,
     fidelity,
+    reward_fidelity,
     same_function,
     tag_fidelity,
     target_fidelity,
@@ -68,7 +69,7 @@ def run(params: Params, paths: Paths) -> None:
     check_adapter(paths.adapter, calibrated_identity(base))
     rows = merged_rows(params, paths.split("test"), params.merge.rows)
     tokenizer, labels, task = load_tokenizer(paths.base), class_names(params, paths), rows_of(params).task
-    compare = _COMPARE.get(task, fidelity)
+    compare = reward_fidelity if params.train.objective == "reward" else _COMPARE.get(task, fidelity)
     adapted = PeftModel.from_pretrained(load_dequantized(base, params.quantization, labels, task), paths.adapter)
     reference = Reference(adapted, rows, padding_id(tokenizer), BATCH_SIZE)
     names = ONLY_CANDIDATE.get(params.quantization.storage, (*SIXTEEN_BIT, REQUANTIZED))

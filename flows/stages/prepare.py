@@ -11,7 +11,7 @@ from datasets import Dataset, Features, disable_progress_bars
 
 from flows.base.heads import check_base_of_kind
 from flows.base.model import check_base, load_tokenizer
-from flows.data.encoders import COLUMNS, EXTRA, Encoder, encoder_of, label_names
+from flows.data.encoders import COLUMNS, EXTRA, MARGIN, Encoder, encoder_of, label_names
 from flows.data.examples import AnyExample
 from flows.data.mixture import mixed, mixture_report
 from flows.data.report import data_report
@@ -82,6 +82,7 @@ def run(params: Params, paths: Paths) -> None:
     with directory_written_atomically(paths.data) as folder:
         for split in SPLITS:
             features = COLUMNS[data.kind] | (EXTRA if data.extra_columns else {})
+            features |= MARGIN if data.margin_column else {}
             write_rows(splits[split], folder / paths.split(split).name, Features(features))
         if labels:
             (folder / paths.labels.name).write_text(json.dumps(labels, ensure_ascii=False) + "\n")

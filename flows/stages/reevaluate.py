@@ -8,7 +8,7 @@ Keys of TASK.json:
     base, adapter: folders.
     test: the file of the test split.
     rows: the number of rows to measure, from the first row of the split.
-    labels: the names of the classes, or null.
+    labels: the names of the classes; null without classes.
     metrics: optional; further metrics to measure, figures or names of scorers. These keys go with it:
     answered: the ids of the rows whose prompts are answered; max_new_tokens: maximum tokens of an answer.
     root: the repository, with the files of the scorers.
@@ -32,6 +32,7 @@ from flows.base.model import check_base, load_dequantized, load_tokenizer, paddi
 from flows.data.rows import Row, read_rows
 from flows.evaluation.generation import generate_answers
 from flows.evaluation.pairs import pair_margins
+from flows.evaluation.rewards import check_finite, reward_accuracies, reward_losses
 from flows.evaluation.scorers.load import load_scorer
 from flows.evaluation.scorers.scores import ScoredAnswer, score_answers
 from flows.evaluation.scorers.texts import Score
@@ -40,6 +41,7 @@ from flows.evaluation.scoring import (
     answers_log_probs,
     class_log_probs,
     pairs_log_probs,
+    pairs_rewards,
     rouge_l,
     row_losses,
     sequence_losses,
@@ -51,7 +53,14 @@ from flows.params import Params, Scorer
 from flows.runtime.progress import progress
 from flows.runtime.stage import set_seed
 from flows.runtime.task import run_task
-from flows.training.objectives import check_split, kto_objective, preference_objective, rows_of
+from flows.training.objectives import (
+    REWARD,
+    check_split,
+    kto_objective,
+    preference_objective,
+    reward_objective,
+    rows_of,
+)
 from peftcore import PeftModel
 
 _KNOWN = {"preference": ("chosen_input_ids", "chosen"), "seq2seq": ("input_ids", "target")}
@@ -70,7 +79,8 @@ def measure(task: dict[str, Any]) -> pyarrow.Table:
     for scorer in params.evaluate.scorers:
         if scorer.name in metrics:
             scorers[scorer.name] = scorer, load_scorer(scorer, Path(task["root"]))
-    loaded = load_dequantized(base, params.quantization, task["labels"], rows_of(params).task)
+    outputs = [REWARD] if params.train.objective == "reward" else task["labels"]
+    loaded = load_dequantized(base, params.quantization, outputs, rows_of(params).task)
     model = PeftModel.from_pretrained(loaded, task["adapter"])
     tokenizer = load_tokenizer(base)
     with progress(len(rows), f"evaluate {task['version']} again", "row") as bar:
@@ -136,6 +146,12 @@ def adapter_values(
         scores = answer_scores(kto_objective(params), rows, model_side, base_side)
         columns = {"adapter_margin": scores.margins.tolist(), "adapter_accuracy": scores.accuracies.tolist()}
         return scores.losses, columns
+    if params.train.objective == "reward":
+        rewards = pairs_rewards(model, rows, pad, size, bar)
+        check_finite(rows, rewards)
+        margins = rewards[0] - rewards[1]
+        columns = {"adapter_margin": margins.tolist(), "adapter_accuracy": reward_accuracies(margins).tolist()}
+        return reward_losses(reward_objective(params), rows, rewards), columns
     log_probs, objective = pairs_log_probs(model, rows, pad, size, bar), preference_objective(params)
     with model.disable_adapter():
         reference = pairs_log_probs(model, rows, pad, size)

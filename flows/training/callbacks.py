@@ -112,6 +112,7 @@ def _metrics(logs: dict[str, Any], prefix: str = "") -> dict[str, float | None]:
     """Return the metrics of an objective in a log: accuracy and reward margin, or the divergence from a teacher."""
     accuracy = logs.get(f"{prefix}rewards/accuracies", logs.get(f"{prefix}accuracy"))
     margin, divergence = logs.get(f"{prefix}rewards/margins"), logs.get(f"{prefix}divergence")
+    margin = logs.get(f"{prefix}margin") if margin is None else margin  # TRL's name of it for reward models
     return {"accuracy": accuracy, "reward_margin": margin, "divergence": divergence}
 
 

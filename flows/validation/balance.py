@@ -156,6 +156,23 @@ def equal_pairs(prepared: Prepared) -> Finding:
     )
 
 
+def contradictory_pairs(prepared: Prepared) -> Finding:
+    """Check that no two training pairs prefer the same two answers to a prompt in opposite ways."""
+    table = prepared.splits["train"]
+    one, other = (sequences.answers for sequences in table.sequences)
+    pairs = [tuple(" ".join(text.split()) for text in texts) for texts in zip(table.questions, one, other, strict=True)]
+    preferred = set(pairs)
+    both = [pair for pair in pairs if (pair[0], pair[2], pair[1]) in preferred and pair[1] != pair[2]]
+    return make_finding(
+        "contradictions",
+        f"{len(both)} of {len(pairs)} pairs are preferred in both ways",
+        len(both) / len(pairs),
+        warning=bool(both),
+        fix="such pairs teach nothing: keep the preference of most raters",
+        examples=tuple(f"{better[:40]} over {worse[:40]}" for _, better, worse in both[:SHOWN]),
+    )
+
+
 def pair_lengths(prepared: Prepared) -> Finding:
     """Check that the chosen answer is not nearly always the longer, or the shorter one."""
     table = prepared.splits["train"]

@@ -37,7 +37,7 @@ _CHAT: tuple[Check, ...] = (
 CHECKS: dict[str, tuple[Check, ...]] = {
     "chat": (*_CHAT, *_ANY),
     "text": (masks.supervised, masks.mask, template.special_tokens, template.round_trip, *_ANY),
-    "preference": (*_CHAT, balance.equal_pairs, balance.pair_lengths, *_ANY),
+    "preference": (*_CHAT, balance.equal_pairs, balance.contradictory_pairs, balance.pair_lengths, *_ANY),
     "unpaired_preference": (
         *_CHAT,
         balance.desirable,

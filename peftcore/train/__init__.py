@@ -17,6 +17,7 @@ from peftcore.train.batches import (
     UnpairedPreferenceCollator,
     mismatched_answers,
 )
+from peftcore.train.best_of_n import Candidates, Reward, best_of_n, divergence_bound, expected_best
 from peftcore.train.checkpoints import fault_of_checkpoint, last_good_checkpoint
 from peftcore.train.classification import (
     ClassificationTrainer,
@@ -47,6 +48,9 @@ from peftcore.train.preference_trainer import PAIR_COLUMNS, PreferenceTrainer, P
 from peftcore.train.rank_search import RankSearch, find_ranks
 from peftcore.train.recomputation import SELECTED, Mode, recompute_activations
 from peftcore.train.reference import pair_log_probs, reference_acting, reference_model, row_log_probs, shared_copy
+from peftcore.train.reward import BradleyTerry, pair_rewards, sequence_rewards
+from peftcore.train.reward_model import RewardModel, check_reward_adapter
+from peftcore.train.reward_trainer import MARGIN, REWARD_COLUMNS, RewardCollator, RewardTrainer, RewardTrainerMixin
 from peftcore.train.sequence_to_sequence import (
     SequenceToSequenceTrainer,
     SequenceToSequenceTrainerMixin,
@@ -62,13 +66,17 @@ from peftcore.train.token_classification import (
 from peftcore.train.trainer import AdapterTrainer, AdapterTrainerMixin
 
 __all__ = [
+    "MARGIN",
     "OUTSIDE",
     "PAIR_COLUMNS",
+    "REWARD_COLUMNS",
     "SELECTED",
     "UNPAIRED_COLUMNS",
     "WEIGHT",
     "AdapterTrainer",
     "AdapterTrainerMixin",
+    "BradleyTerry",
+    "Candidates",
     "ClassificationCollator",
     "ClassificationTrainer",
     "ClassificationTrainerMixin",
@@ -95,6 +103,11 @@ __all__ = [
     "PreferenceTrainer",
     "PreferenceTrainerMixin",
     "RankSearch",
+    "Reward",
+    "RewardCollator",
+    "RewardModel",
+    "RewardTrainer",
+    "RewardTrainerMixin",
     "RightPaddingCollator",
     "SequenceToSequenceCollator",
     "SequenceToSequenceTrainer",
@@ -106,9 +119,13 @@ __all__ = [
     "TokenClassificationTrainerMixin",
     "UnpairedPreferenceCollator",
     "balanced_class_weights",
+    "best_of_n",
     "check_packable",
+    "check_reward_adapter",
+    "divergence_bound",
     "entities",
     "entity_counts",
+    "expected_best",
     "fault_of_checkpoint",
     "find_ranks",
     "is_bio_tag",
@@ -120,11 +137,13 @@ __all__ = [
     "macro_f1",
     "mismatched_answers",
     "pair_log_probs",
+    "pair_rewards",
     "recompute_activations",
     "reference_acting",
     "reference_model",
     "row_log_probs",
     "row_sums",
+    "sequence_rewards",
     "shared_copy",
     "summed_counts",
     "supervised_logits",

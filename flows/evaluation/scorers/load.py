@@ -25,8 +25,11 @@ MODULES = {
     "chrf": "flows.evaluation.scorers.translation",
     "bleu": "flows.evaluation.scorers.translation",
     "code": "flows.evaluation.scorers.program",
+    "reward": "flows.evaluation.scorers.reward",
 }
 """{built-in scorer: the module with the function of this name that makes it}"""
+NEED_ROOT = ("reward",)
+"""Built-in scorers that also get the repository, as `root`."""
 
 
 def load_scorer(scorer: Scorer, root: Path) -> Score:
@@ -42,6 +45,7 @@ def load_scorer(scorer: Scorer, root: Path) -> Score:
     options = scorer.given_options(root)
     if scorer.scorer in BUILT_IN:
         make = getattr(importlib.import_module(MODULES[scorer.scorer]), scorer.scorer)
+        options |= {"root": root} if scorer.scorer in NEED_ROOT else {}
         try:
             return make(**options)
         except (ValueError, TypeError, OSError) as error:

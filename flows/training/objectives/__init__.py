@@ -8,6 +8,7 @@
 | classification | classification | sequence classifier | cross entropy of classes |
 | token_classification | token_classification | token classifier | cross entropy of tags |
 | seq2seq | seq2seq | encoder-decoder | cross entropy of target tokens |
+| reward | preference | sequence classifier of one output | Bradley-Terry loss, `peftcore.train.reward` |
 
 Each has a file with a subclass of `Objective`. The stages call the functions of this module.
 """
@@ -28,6 +29,7 @@ from flows.training.objectives.classification import Classification
 from flows.training.objectives.kto import UnpairedPreference, kto_objective
 from flows.training.objectives.objective import Objective, Rows, Trainer
 from flows.training.objectives.preference import Preference, preference_objective
+from flows.training.objectives.reward import REWARD, Reward, reward_objective
 from flows.training.objectives.sequence_to_sequence import SequenceToSequence
 from flows.training.objectives.sft import SupervisedFinetuning, distillation_of
 from flows.training.objectives.token_classification import TokenClassification
@@ -35,6 +37,7 @@ from peftcore.train import WEIGHT, PackedCollator, RightPaddingCollator
 
 __all__ = [
     "OBJECTIVES",
+    "REWARD",
     "Objective",
     "Rows",
     "Trainer",
@@ -49,6 +52,7 @@ __all__ = [
     "objective_of",
     "padded_collator",
     "preference_objective",
+    "reward_objective",
     "rows_of",
     "start_batch",
     "start_rows",
@@ -67,6 +71,7 @@ OBJECTIVES: dict[str, Objective] = {
     "classification": Classification(),
     "token_classification": TokenClassification(),
     "seq2seq": SequenceToSequence(),
+    "reward": Reward(),
 }
 """{train.objective: its rows, loss and trainer}"""
 
@@ -101,15 +106,19 @@ def check_split(params: Params, path: Path) -> None:
 def training_rows(params: Params, paths: Paths) -> dict[Split, Dataset]:
     """Return the train and validation rows, with a weight column only if some weight is not 1."""
     splits: tuple[Split, ...] = ("train", "validation")
-    columns, rows = list(rows_of(params).columns), {}
+    objective, rows = objective_of(params), {}
     for split in splits:
         path = paths.split(split)
         check_split(params, path)
-        weighted = path.exists() and WEIGHT in parquet.read_schema(path).names
-        rows[split] = Dataset.from_list(read_rows(path, [*columns, WEIGHT] if weighted else columns))
+        names = parquet.read_schema(path).names if path.exists() else []
+        further = [name for name in (*objective.optional_columns, WEIGHT) if name in names]
+        rows[split] = Dataset.from_list(read_rows(path, [*objective.rows.columns, *further]))
     if any(weight != 1 for each in rows.values() if WEIGHT in each.column_names for weight in each[WEIGHT]):
         return rows
-    return {split: each.select_columns(columns) for split, each in rows.items()}
+    return {
+        split: each.select_columns([name for name in each.column_names if name != WEIGHT])
+        for split, each in rows.items()
+    }
 
 
 def merged_rows(params: Params, path: Path, limit: int) -> list[Row]:
@@ -128,7 +137,9 @@ def longest(params: Params, rows: dict[Split, Dataset]) -> int:
 
 
 def class_names(params: Params, paths: Paths) -> list[str] | None:
-    """Return the class names by index; None if the objective has no classes."""
+    """Return the names of the classes, or of a reward model's output, by index; None for a language model."""
+    if objective_of(params).outputs:
+        return list(objective_of(params).outputs)
     if not objective_of(params).has_classes:
         return None
     if not paths.labels.exists():

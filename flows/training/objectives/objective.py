@@ -32,6 +32,10 @@ class Objective:
     """True if rows may be concatenated."""
     has_classes = False
     """True if the model has a classification head, whose names the prepare stage writes."""
+    optional_columns: tuple[str, ...] = ()
+    """Columns that training reads if the prepared rows have them."""
+    outputs: tuple[str, ...] = ()
+    """Names of a head's outputs, if the objective itself has names for them."""
 
     def collator(self, pad: int, longest_row: int) -> RightPaddingCollator:
         """Return the collator of padded batches. longest_row: length of the longest row in tokens."""

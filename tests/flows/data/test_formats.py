@@ -361,3 +361,21 @@ def test_tagged_words_that_cannot_be_used(row: dict[str, Any], fault: str) -> No
 def test_tagged_words_are_no_chat() -> None:
     with pytest.raises(FaultyRow, match=r"it has tokens and tags; set data\.kind to token_classification"):
         formats.chat({"tokens": ["a"], "tags": ["O"]})
+
+
+@pytest.mark.parametrize(("value", "margin"), [(0, 0.0), (1.5, 1.5), ("2", 2.0)])
+def test_a_margin_is_a_number_of_at_least_zero(value: Any, margin: float) -> None:
+    assert formats.margin({"by": value}, "by") == margin
+
+
+@pytest.mark.parametrize("value", [-1, True, "much", float("nan"), float("inf"), [1]])
+def test_a_wrong_margin_is_told_what_fits(value: Any) -> None:
+    with pytest.raises(FaultyRow, match="give a number of at least 0: by how much chosen is better"):
+        formats.margin({"by": value}, "by")
+
+
+def test_a_missing_margin_names_the_columns() -> None:
+    with pytest.raises(
+        FaultyRow, match=r"it has no by \(data.margin_column\); its columns are By, x; write 'By' as by"
+    ):
+        formats.margin({"By": 1, "x": 2}, "by")

@@ -2,11 +2,11 @@ import copy
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
 from flows.data.rows import Row
 from flows.evaluation import fidelity as module
-from flows.evaluation.fidelity import Reference, fidelity, same_function
+from flows.evaluation.fidelity import Reference, fidelity, reward_fidelity, same_function
 
 
 @pytest.fixture
@@ -77,3 +77,27 @@ def test_models_are_the_same_function_only_with_the_same_tensors_and_settings(mo
         other.lm_head.weight[0, 0] += 1e-3
     assert not same_function(model, other)
     assert not same_function(model, copy.deepcopy(model).half())
+
+
+def test_reward_models_are_compared_by_the_probabilities_of_their_preferences() -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_labels=1, pad_token_id=0,
+    )  # fmt: skip
+    model, ids = LlamaForSequenceClassification(config).eval(), torch.randint(1, 40, (4, 2, 6)).tolist()
+    rows: list[Row] = [{"chosen_input_ids": one, "rejected_input_ids": other} for one, other in ids]
+    reference = Reference(model, rows, 0, 2)
+    same = reward_fidelity(reference, model)
+    assert same.kl == pytest.approx(0, abs=1e-12) and same.top1_agreement == 1.0 and same.tokens == 4
+    opposite = copy.deepcopy(model)
+    with torch.no_grad():
+        opposite.score.weight.neg_()
+        margins = [float((model(torch.tensor([a])).logits - model(torch.tensor([b])).logits).item()) for a, b in ids]
+    found = reward_fidelity(reference, opposite)
+    p = torch.tensor(margins, dtype=torch.float64).sigmoid()
+    q = 1 - p
+    assert found.kl == pytest.approx((p * (p / q).log() + q * (q / p).log()).mean().item(), rel=1e-4)
+    assert found.top1_agreement == 0.0
+    assert found.reference_loss == pytest.approx(-p.log().mean().item(), rel=1e-4)
+    assert found.loss == pytest.approx(-q.log().mean().item(), rel=1e-4)

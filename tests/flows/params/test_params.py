@@ -89,6 +89,7 @@ def test_a_records_renamed_keys_keep_their_values() -> None:
         ("simpo", "preference"),
         ("kto", "unpaired_preference"),
         ("classification", "classification"),
+        ("reward", "preference"),
     ],
 )
 def test_an_objective_takes_the_rows_of_its_kind(tmp_path: Path, objective: str, kind: str) -> None:
@@ -99,6 +100,35 @@ def test_an_objective_takes_the_rows_of_its_kind(tmp_path: Path, objective: str,
 @pytest.mark.parametrize("source", ["hub:a/b", "hub:a/b@main", "path:models/x", "wheel:a-b==1.0"])
 def test_each_kind_of_base_is_taken(tmp_path: Path, source: str) -> None:
     assert read(tmp_path, f"base: {{source: '{source}'}}").base.source == source
+
+
+REWARD = "data: {source: a.jsonl, kind: preference}\ntrain: {objective: reward}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (REWARD + "evaluate: {scorers: [length]}", "evaluate.scorers"),
+        (REWARD + "evaluate: {suites: [data/a.yaml]}", "evaluate.suites"),
+        (
+            REWARD + "evaluate: {scorers: [length], best_of_n: {answers: 4, scorer: length}}",
+            "evaluate.best_of_n.answers: 4 does not fit; train.objective is reward, which generates no text; give null",
+        ),
+        (
+            "data: {source: a.jsonl, kind: preference, margin_column: m}\ntrain: {objective: dpo}",
+            "data.margin_column: 'm' does not fit; train.objective is dpo, and only reward reads margins; give null",
+        ),
+        (REWARD.replace("reward}", "reward, reward: {center_rewards_coefficient: -1.0}}"), "center_rewards"),
+        (REWARD + "gate: {rules: [{metric: rouge_l, limit: 0.1}]}", "gate.rules.0.metric: 'rouge_l' does not fit"),
+    ],
+)
+def test_a_reward_model_generates_no_text_and_reads_margins(tmp_path: Path, text: str, message: str) -> None:
+    assert message in refusal(tmp_path, text)
+
+
+def test_a_reward_model_has_rules_on_its_margin(tmp_path: Path) -> None:
+    params = read(tmp_path, REWARD + "gate: {rules: [{metric: margin, limit: 0.5, bound: 0.1}]}")
+    assert params.gate.rules[0].metric == "margin"
 
 
 def test_only_chats_have_tokens_whose_calibration_is_measured(tmp_path: Path) -> None:

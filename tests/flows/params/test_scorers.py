@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from params_texts import read, refusal
 
-from flows.evaluation.scorers.load import MODULES
+from flows.evaluation.scorers.load import MODULES, NEED_ROOT
 from flows.params import Params, Scorer
 from flows.params.scorers import BUILT_IN, REQUIRED
 
@@ -40,6 +40,20 @@ def test_a_text_is_a_scorer_and_gives_it_its_name(tmp_path: Path) -> None:
         ("chrf, chrf", "1.name: 'chrf' does not fit; two scorers have this name"),
         ("rouge_l", "0.scorer: 'rouge_l' does not fit; generated answers always have it"),
         ("{scorer: chrf, name: loss}", "0.name: 'loss' does not fit; every evaluation has this figure"),
+        ("reward", "0.options: {} does not fit; reward needs options.model"),
+        (
+            "{scorer: reward, options: {model: ../adapter}}",
+            "0.options.model: '../adapter' does not fit; give a registered version as NAME@v0.1.0, or the folder",
+        ),
+        ("{scorer: reward, options: {model: 'a@v1'}}", "0.options.model: 'a@v1' does not fit"),
+        (
+            "{scorer: reward, options: {model: 'a@v0.1.0', base: 'hub:a/b'}}",
+            "0.options.base: 'hub:a/b' does not fit; a registered version has its own base; remove it",
+        ),
+        (
+            "{scorer: reward, options: {model: data/a, base: gpt2}}",
+            "0.options.base: 'gpt2' does not fit; give hub:NAME",
+        ),
         ("{scorer: chrf, name: A-b}", "0.name: 'A-b' does not fit; give lower-case letters, digits and underscores"),
     ],
 )
@@ -73,6 +87,31 @@ def test_the_table_of_built_in_scorers_is_that_of_their_functions() -> None:
     assert BUILT_IN.keys() == MODULES.keys()
     for name, options in BUILT_IN.items():
         parameters = inspect.signature(getattr(__import__(MODULES[name], fromlist=[name]), name)).parameters
-        assert tuple(parameters) == options
-        needed = [one.name for one in parameters.values() if one.default is inspect.Parameter.empty]
+        given = {key: one for key, one in parameters.items() if key != "root"}  # which `load_scorer` gives
+        assert tuple(given) == options and ("root" in parameters) == (name in NEED_ROOT)
+        needed = [one.name for one in given.values() if one.default is inspect.Parameter.empty]
         assert needed == ([REQUIRED[name]] if name in REQUIRED else [])
+
+
+def test_the_identity_of_a_folder_is_that_of_its_files(tmp_path: Path) -> None:
+    scorer = Scorer.model_validate({"scorer": "reward", "options": {"model": "data/adapter"}})
+    assert scorer.identity(tmp_path)["files"] == {"data/adapter": None}
+    (tmp_path / "data" / "adapter" / "inner").mkdir(parents=True)
+    (tmp_path / "data" / "adapter" / "a").write_text("1")
+    digest = scorer.identity(tmp_path)["files"]["data/adapter"]
+    (tmp_path / "data" / "adapter" / "inner" / "b").write_text("1")
+    assert digest is not None and scorer.identity(tmp_path)["files"]["data/adapter"] != digest
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("{answers: 1, scorer: length}", "best_of_n.answers"),
+        ("{answers: 4}", "best_of_n.scorer: nothing (null) does not fit; it chooses the best answer; give a name"),
+        ("{answers: 4, scorer: lenght}", "best_of_n.scorer: 'lenght' does not fit; evaluate.scorers has no such name"),
+        ("{answers: 4, scorer: chrf}", "best_of_n.scorer: 'chrf' does not fit; its scorer has on_error: skip"),
+    ],
+)
+def test_best_of_n_needs_a_scorer_that_scores_every_answer(tmp_path: Path, options: str, message: str) -> None:
+    text = f"evaluate: {{scorers: [length, {{scorer: chrf, on_error: skip}}], best_of_n: {options}}}"
+    assert message in refusal(tmp_path, text)

@@ -193,6 +193,22 @@ def test_calibration_has_a_reliability_plot(project: Any) -> None:
     assert page.tags.count("svg") == 4 and all(link.startswith("#") for link in page.links)
 
 
+def test_a_reward_model_and_best_of_n_are_shown(project: Any) -> None:
+    curve = [{"n": n, "reward": n / 8, "rouge_l": 0.25, "kl_bound": 0.5} for n in (1, 2)]
+    best = {"answers": 2, "scorer": "reward", "rows": 9, "prompts": 9, "failures": 0, "curve": curve}
+    sides = {
+        "base": {"loss": 0.6931, "accuracy": 0.5, "margin": 0.0},
+        "adapter": {"loss": 0.4, "accuracy": 0.8125, "margin": 1.5},
+    }
+    project.register(**sides, objective="reward", best_of_n=best, latency=None, control=None)
+    page = page_of(project)
+    words = " ".join(page.text.split())
+    assert "sampled 2 answers to each of 9 prompts, and the scorer reward chose the best of n." in words
+    assert "81.2" in words, "the accuracy"
+    cells = re.sub(r"\s*<[^>]*>\s*", "|", project.paths.review.read_text())
+    assert "||2||0.2500||0.2500||0.50||" in cells
+
+
 def test_the_judges_verdicts_have_a_section(project: Any) -> None:
     project.register()
     promotion = promote(project.params, project.paths)

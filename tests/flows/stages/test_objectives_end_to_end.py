@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from flows.base.model import load_dequantized, load_tokenizer
-from flows.errors import StageError
+from flows.errors import DataError, StageError
 from flows.gate.rows import row_values
 from flows.params import Params
 from flows.paths import Paths
@@ -30,7 +30,8 @@ TEXTS: dict[str, Any] = {"kind": "classification", "near_duplicates": "keep"}
 def answers(number: int) -> dict[str, Any]:
     book = f"book{number // 4}"
     prompt = f"How much is {number} and 1?"
-    return {"prompt": prompt, "chosen": f"{number + 1}.", "rejected": "I do not know.", "book": book}
+    row = {"prompt": prompt, "chosen": f"{number + 1}.", "rejected": "I do not know.", "book": book}
+    return row | {"margin": number % 4 / 2}
 
 
 def marked(number: int) -> dict[str, Any]:
@@ -53,7 +54,9 @@ def made(tmp_path: Path, tiny_base: Path, tiny_params: Callable[..., Params]) ->
         kind, row = {"classification": (TEXTS, text), "kto": (MARKED, marked)}.get(objective, (PAIRS, answers))
         (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row(n)) + "\n" for n in range(100)))
         sections["train"] = {"objective": objective, **sections.get("train", {})}
-        params = tiny_params(data=kind, evaluate={"scorers": [CHARACTERS, "exact_match"]}, **sections)
+        scorers = [] if objective == "reward" else [CHARACTERS, "exact_match"]  # a reward model gives no answers
+        data = kind | sections.pop("data", {})
+        params = tiny_params(data=data, evaluate={"scorers": scorers}, **sections)
         prepare.run(params, Paths(tmp_path))
         return params, Paths(tmp_path)
 
@@ -65,7 +68,11 @@ def metrics_of(paths: Paths) -> dict[str, Any]:
 
 
 def assert_measured_alike(
-    params: Params, paths: Paths, rows: list[dict[str, Any]], labels: list[str] | None = None
+    params: Params,
+    paths: Paths,
+    rows: list[dict[str, Any]],
+    labels: list[str] | None = None,
+    metrics: tuple[str, ...] = ("accuracy", "characters", "exact_match"),
 ) -> None:
     """An adapter that is measured again, as a champion on new test rows, has the losses that its evaluation found.
 
@@ -73,11 +80,11 @@ def assert_measured_alike(
     """
     places = {"base": str(paths.base), "adapter": str(paths.adapter), "test": str(paths.split("test"))}
     task = {"version": "v0.1.0", "params": params.model_dump(), "rows": len(rows), "labels": labels, **places}
-    answered = [row["id"] for row in rows if row["adapter_characters"] is not None]
+    answered = [row["id"] for row in rows if row.get("adapter_characters") is not None]
     limits = {"answered": answered, "max_new_tokens": params.evaluate.max_new_tokens, "root": str(paths.root)}
-    table = measure(task | {"metrics": ["characters", "exact_match", "accuracy"]} | limits)
+    table = measure(task | {"metrics": list(metrics)} | limits)
     again = table.to_pylist()
-    for metric in ("accuracy", "characters", "exact_match"):
+    for metric in metrics:
         told = row_values(pyarrow.Table.from_pylist(rows), metric)
         assert row_values(table, metric) == told and told is not None, metric
     assert [row["id"] for row in again] == [row["id"] for row in rows]
@@ -139,6 +146,77 @@ def test_marked_answers_are_trained_judged_and_merged(made: Callable[..., tuple[
     assert_measured_alike(params, paths, rows)
     merge.run(params, paths)
     assert json.loads(paths.merge_report.read_text())["tokens"] > 0
+
+
+def test_a_reward_model_is_trained_judged_and_merged(made: Callable[..., tuple[Params, Paths]]) -> None:
+    params, paths = made("reward", train={"epochs": 4.0, "reward": {"center_rewards_coefficient": 0.01}})
+    train.run(params, paths)
+    assert PeftConfig.from_pretrained(paths.adapter).task_type == "SEQ_CLS"
+    log = [json.loads(line) for line in paths.training_log.read_text().splitlines()]
+    assert all(record["accuracy"] is not None and record["reward_margin"] is not None for record in log)
+    evaluate.run(params, paths)
+    metrics, rows = metrics_of(paths), parquet.read_table(paths.evaluation_rows).to_pylist()
+    base, adapter = metrics["base"], metrics["adapter"]
+    assert (base["loss"], base["accuracy"], base["margin"]) == (pytest.approx(math.log(2)), 0.5, 0.0)
+    for name, side in (("base", base), ("adapter", adapter)):
+        for metric in ("loss", "accuracy", "margin"):
+            assert side[metric] == pytest.approx(sum(row[f"{name}_{metric}"] for row in rows) / len(rows)), metric
+    assert adapter["accuracy"] == 1.0 and adapter["loss"] < 0.3
+    names = ["reward"]
+    model: Any = PeftModel.from_pretrained(load_dequantized(paths.base, params.quantization, names), paths.adapter)
+    row, prepared = rows[0], parquet.read_table(paths.split("test")).to_pylist()[0]
+    for side in ("chosen", "rejected"):
+        alone = model(torch.tensor([prepared[f"{side}_input_ids"]])).logits.item()
+        assert row[f"{side}_reward"] == pytest.approx(alone, abs=0.05)  # bfloat16, and other rows in its batch
+    assert row["adapter_margin"] == pytest.approx(row["chosen_reward"] - row["rejected_reward"])
+    centre = 0.01 * (row["chosen_reward"] + row["rejected_reward"]) ** 2
+    assert row["adapter_loss"] == pytest.approx(math.log1p(math.exp(-row["adapter_margin"])) + centre)
+    assert metrics["loss_function"] == "BradleyTerry(center_rewards_coefficient=0.01)"
+    assert json.loads(paths.samples.read_text())[0]["reference"] == prepared["chosen"]
+    assert_measured_alike(params, paths, rows, metrics=("accuracy", "margin"))
+    merge.run(params, paths)
+    report = json.loads(paths.merge_report.read_text())
+    assert report["tokens"] == params.merge.rows and report["top1_agreement"] == 1.0
+    merged: Any = AutoModelForSequenceClassification.from_pretrained(paths.merged, dtype=torch.bfloat16).eval()
+    assert merged.config.num_labels == 1
+    ids = torch.tensor([prepared["chosen_input_ids"]])
+    torch.testing.assert_close(merged(ids).logits, model(ids).logits, rtol=0.05, atol=0.05)
+
+
+def test_margins_of_pairs_reach_the_loss(made: Callable[..., tuple[Params, Paths]]) -> None:
+    params, paths = made("reward", data={"margin_column": "margin"}, train={"max_steps": 2})
+    rows = parquet.read_table(paths.split("test")).to_pylist()
+    assert {row["margin"] for row in rows} <= {0.0, 0.5, 1.0, 1.5} and len({row["margin"] for row in rows}) > 1
+    train.run(params, paths)
+    evaluate.run(params, paths)
+    for row, result in zip(rows, parquet.read_table(paths.evaluation_rows).to_pylist(), strict=True):
+        expected = math.log1p(math.exp(row["margin"] - result["adapter_margin"]))
+        assert result["adapter_loss"] == pytest.approx(expected)
+        assert result["base_loss"] == pytest.approx(math.log1p(math.exp(row["margin"])))
+
+
+def test_equal_answers_are_refused_before_training(made: Callable[..., tuple[Params, Paths]]) -> None:
+    params, paths = made("reward")
+    rows = [json.loads(line) for line in (paths.root / "rows.jsonl").read_text().splitlines()]
+    for row in rows[::9]:
+        row["rejected"] = row["chosen"]
+    (paths.root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prepare.run(params, paths)
+    with pytest.raises(DataError, match=r"chosen and rejected: the same in \d+ of \d+ rows"):
+        train.run(params, paths)
+    assert not paths.adapter.exists()
+
+
+def test_a_reward_that_is_not_finite_stops_the_evaluation(made: Callable[..., tuple[Params, Paths]]) -> None:
+    params, paths = made("reward", train={"max_steps": 1})
+    train.run(params, paths)
+    model: Any = PeftModel.from_pretrained(load_dequantized(paths.base, params.quantization, ["reward"]), paths.adapter)
+    with torch.no_grad():
+        model.score.current().weight.fill_(torch.inf)
+    model.save_pretrained(paths.adapter)
+    with pytest.raises(StageError, match=r"12 of 12 pairs have rewards that are not finite.*lower train.learning_rate"):
+        evaluate.run(params, paths)
+    assert not paths.evaluation_metrics.exists()
 
 
 def test_texts_are_classified_and_merging_keeps_the_head(made: Callable[..., tuple[Params, Paths]]) -> None:

@@ -17,12 +17,14 @@ from flows.training.objectives import (
     loss_function,
     merged_rows,
     preference_objective,
+    start_batch,
     start_rows,
     trainer_of,
     training_rows,
 )
 from peftcore.train import (
     AdapterTrainer,
+    BradleyTerry,
     ClassificationTrainer,
     Distillation,
     DistillationTrainer,
@@ -31,6 +33,7 @@ from peftcore.train import (
     KtoTrainer,
     Orpo,
     PreferenceTrainer,
+    RewardTrainer,
     SimPo,
 )
 
@@ -44,6 +47,7 @@ KINDS = {
     "simpo": "preference",
     "kto": "unpaired_preference",
     "classification": "classification",
+    "reward": "preference",
 }
 
 
@@ -181,3 +185,26 @@ def test_classes_are_those_that_prepare_wrote(tmp_path: Path) -> None:
         class_names(params("classification"), paths)
     paths.labels.write_text(json.dumps(["a", "b"]))
     assert class_names(params("classification"), paths) == ["a", "b"]
+
+
+PAIR = {name: [1, 2, 3] for name in ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")}
+
+
+def test_a_reward_model_learns_from_both_answers_and_margins(tmp_path: Path) -> None:
+    run = params("reward", reward={"center_rewards_coefficient": 0.02})
+    paths = written(tmp_path, [PAIR | {"weight": 1.0}] * 3)
+    assert training_rows(run, paths)["train"].column_names == ["chosen_input_ids", "rejected_input_ids"]
+    assert class_names(run, paths) == ["reward"]
+    assert (
+        merged_rows(run, paths.split("train"), 2)
+        == [{"chosen_input_ids": [1, 2, 3], "rejected_input_ids": [1, 2, 3]}] * 2
+    )
+    trainer, options = trainer_of(run, training_rows(run, paths)["train"], ["reward"])
+    assert trainer is RewardTrainer and options == {"objective": BradleyTerry(0.02)}
+    assert loss_function(run) == "BradleyTerry(center_rewards_coefficient=0.02)"
+    assert start_batch(run, [PAIR], 0)["input_ids"].tolist() == [[1, 2, 3, 0, 0, 0, 0, 0]]
+    with_margins = written(tmp_path / "margins", [PAIR | {"weight": 2.0, "margin": 0.5}] * 3)
+    row = training_rows(run, with_margins)["train"][0]
+    assert (row["margin"], row["weight"]) == (0.5, 2.0)
+    assert training_rows(params("dpo"), with_margins)["train"].column_names[:2] == ["chosen_input_ids", "chosen_labels"]
+    assert "margin" not in training_rows(params("dpo"), with_margins)["train"].column_names

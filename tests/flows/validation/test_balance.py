@@ -10,6 +10,7 @@ from flows.validation.balance import (
     classes,
     contradictions,
     contradictory_answers,
+    contradictory_pairs,
     desirable,
     equal_pairs,
     pair_lengths,
@@ -78,6 +79,16 @@ def test_equal_chosen_and_rejected_are_an_error(patient: Any) -> None:
     ill.change("train", "rejected_labels", lambda rows: [[-100] * len(ids[0]), *rows[1:]])
     found = ill.look(equal_pairs)
     assert (found.severity, found.value) == ("error", 1)
+
+
+def test_pairs_that_are_preferred_in_both_ways_are_a_warning(patient: Any) -> None:
+    ill = patient("preference")
+    assert ill.look(contradictory_pairs).severity == "ok"
+    ill.change("train", "prompt", lambda rows: ["Which?"] * len(rows))
+    ill.change("train", "chosen", lambda rows: ["left", "right ", *rows[2:]])
+    ill.change("train", "rejected", lambda rows: ["right", "left", *rows[2:]])
+    found = ill.look(contradictory_pairs)
+    assert found.severity == "warning" and found.examples == ("left over right", "right over left")
 
 
 def test_always_longer_chosen_answers_are_a_warning(patient: Any) -> None:

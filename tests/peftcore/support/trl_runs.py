@@ -22,6 +22,8 @@ with warnings.catch_warnings():
         GRPOTrainer,
         KTOConfig,
         KTOTrainer,
+        RewardConfig,
+        RewardTrainer,
         RLOOConfig,
         RLOOTrainer,
         SFTConfig,
@@ -103,6 +105,18 @@ def kto(model: Any, folder: Path, reference: Any = None, made_by: type[KTOTraine
         ref_model=reference,
         args=KTOConfig(**options(folder, **own)),
         train_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer(),
+    )
+    return without_printing(made)
+
+
+def rewards(model: Any, folder: Path, rows: list[dict[str, Any]], **own: Any) -> RewardTrainer:
+    """A trainer of a reward model on pairs, which may have margins."""
+    made = RewardTrainer(
+        model=model,
+        args=RewardConfig(**options(folder, **own)),
+        train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows),
         processing_class=tokenizer(),
     )
     return without_printing(made)
