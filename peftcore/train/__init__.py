@@ -22,8 +22,17 @@ from peftcore.train.classification import (
     balanced_class_weights,
     macro_f1,
 )
+from peftcore.train.contrastive import Contrastive, Pooling, false_negatives, pool
 from peftcore.train.distillation import Distillation, DistillationTrainer, DistillationTrainerMixin
 from peftcore.train.divergence import token_divergences
+from peftcore.train.embedding import (
+    RETRIEVAL_COLUMNS,
+    EmbeddingCollator,
+    EmbeddingTrainer,
+    EmbeddingTrainerMixin,
+    embed,
+    evaluate_texts,
+)
 from peftcore.train.fault_policy import FaultPolicy
 from peftcore.train.kto import Kto, kto_reference_point, kto_weight_range
 from peftcore.train.kto_trainer import UNPAIRED_COLUMNS, KtoTrainer, KtoTrainerMixin
@@ -33,6 +42,7 @@ from peftcore.train.packing import PackedCollator, Packs, PackSampler, check_pac
 from peftcore.train.preference import Dpo, Orpo, PairLogProbs, PreferenceObjective, SimPo
 from peftcore.train.preference_trainer import PAIR_COLUMNS, PreferenceTrainer, PreferenceTrainerMixin
 from peftcore.train.rank_search import RankSearch, find_ranks
+from peftcore.train.ranking import RANKING_METRICS, ranking_metrics, ranks, retrieval_ranks
 from peftcore.train.recomputation import SELECTED, Mode, recompute_activations
 from peftcore.train.reference import pair_log_probs, reference_acting, reference_model, row_log_probs, shared_copy
 from peftcore.train.supervised_head import supervised_logits
@@ -40,6 +50,8 @@ from peftcore.train.trainer import AdapterTrainer, AdapterTrainerMixin
 
 __all__ = [
     "PAIR_COLUMNS",
+    "RANKING_METRICS",
+    "RETRIEVAL_COLUMNS",
     "SELECTED",
     "UNPAIRED_COLUMNS",
     "WEIGHT",
@@ -48,10 +60,14 @@ __all__ = [
     "ClassificationCollator",
     "ClassificationTrainer",
     "ClassificationTrainerMixin",
+    "Contrastive",
     "Distillation",
     "DistillationTrainer",
     "DistillationTrainerMixin",
     "Dpo",
+    "EmbeddingCollator",
+    "EmbeddingTrainer",
+    "EmbeddingTrainerMixin",
     "FaultPolicy",
     "FusedAdamW",
     "Kto",
@@ -64,6 +80,7 @@ __all__ = [
     "PackedCollator",
     "Packs",
     "PairLogProbs",
+    "Pooling",
     "PreferenceCollator",
     "PreferenceObjective",
     "PreferenceTrainer",
@@ -74,6 +91,9 @@ __all__ = [
     "UnpairedPreferenceCollator",
     "balanced_class_weights",
     "check_packable",
+    "embed",
+    "evaluate_texts",
+    "false_negatives",
     "fault_of_checkpoint",
     "find_ranks",
     "kto_reference_point",
@@ -83,9 +103,13 @@ __all__ = [
     "macro_f1",
     "mismatched_answers",
     "pair_log_probs",
+    "pool",
+    "ranking_metrics",
+    "ranks",
     "recompute_activations",
     "reference_acting",
     "reference_model",
+    "retrieval_ranks",
     "row_log_probs",
     "row_sums",
     "shared_copy",
