@@ -1,7 +1,8 @@
 """Loading of the base model: quantised for training, dequantised for evaluation and merging, or as fetched.
 
-If a function gets `labels`, the names of classes, it loads the base with a classification head. This head is randomly
-initialised and not quantised. With `labels=None` it loads the language-model head.
+If a function gets `labels`, the names of a head's outputs, it loads the base with a classification head. This head is
+not quantised, and randomly initialised if the base has none. Without names, `labels=()`, it loads the base without a
+head, for embeddings. With `labels=None` it loads the language-model head.
 
 The folder is that of the base as fetched, or of the calibrated base (`calibrated.trained_base`), whose weights are
 quantised already. A folder that does not fit `quantization.calibration` is refused.
@@ -20,6 +21,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -32,6 +35,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging as transformers_logging
 
+from flows.base.auto_class import auto_class, without_pooler
 from flows.base.calibrated import calibration_record, check_calibration, recorded_quantization
 from flows.base.gguf import holds_gguf, load_packed
 from flows.errors import BaseModelError
@@ -199,8 +203,16 @@ def _load(
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device()}}
     if storage is not None:  # None would hide the storage in the folder's own configuration
         options["quantization_config"] = storage
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
     if labels is None:
+        if auto_class(config) is not AutoModelForCausalLM:
+            raise BaseModelError(
+                f"{folder} holds {(config.architectures or ['an encoder'])[0]}, which generates no text; set "
+                "train.objective to embedding, reranker or classification, or base.source to a decoder"
+            )
         return AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, **options).eval()
+    if not labels:
+        return AutoModel.from_pretrained(folder, local_files_only=True, **options, **without_pooler(config)).eval()
     # a decoder's classification head reads the last token that is not padding
     options |= {"num_labels": len(labels), "pad_token_id": padding_id(load_tokenizer(folder))}
     options |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}

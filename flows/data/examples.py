@@ -1,4 +1,4 @@
-"""One example of any source: a chat, a preference pair, an answer with a label, a labelled text, or a plain text."""
+"""One example of any source: a chat, a preference pair, an answer with a label, a text, or a query with passages."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -70,7 +70,16 @@ class Document(Origin):
     text: str
 
 
-AnyExample = Example | Preference | UnpairedPreference | Labelled | Document
+@dataclass(frozen=True)
+class Retrieval(Origin):
+    """A query, a passage that answers it, and passages that do not, which may be none."""
+
+    query: str
+    positive: str
+    negatives: tuple[str, ...] = ()
+
+
+AnyExample = Example | Preference | UnpairedPreference | Labelled | Document | Retrieval
 
 
 def question_and_answer(prompt: str, completion: str, system_prompt: str | None) -> list[Message]:

@@ -1,21 +1,40 @@
-"""Formats of a row: chats in the formats of OpenAI, ShareGPT and Alpaca, preferences, and labelled texts.
+"""Formats of a row: chats in the formats of OpenAI, ShareGPT and Alpaca, preferences, labelled texts, and queries.
 
 Each function takes a row's columns and raises FaultyRow with the problem and what fits. A null column or field counts
 as absent, because Parquet gives every row all columns. `flows.data.turns` reads the turns of a chat.
 """
 
+import json
 import math
+import re
 from collections.abc import Collection, Iterable
 from typing import Any
 
 from flows.data.examples import Message
 from flows.data.turns import REASONING, FaultyRow, check_characters, check_data, check_order, listed, read_turns
 
-__all__ = ["FaultyRow", "chat", "document", "labelled", "preference", "spelled_otherwise", "tools", "weight"]
+__all__ = [
+    "FaultyRow",
+    "chat",
+    "document",
+    "labelled",
+    "preference",
+    "retrieval",
+    "spelled_otherwise",
+    "tools",
+    "weight",
+]
 ONE_TURN = {"prompt": "completion", "question": "answer", "instruction": "output"}
 """{column of the question: column of the answer}; an `instruction` may have an `input`, as in Alpaca."""
-_OTHER_KINDS = {"preference": ("chosen", "rejected"), "classification": ("text", "label")}
+_OTHER_KINDS = {
+    "preference": ("chosen", "rejected"),
+    "classification": ("text", "label"),
+    "retrieval": ("query", "positive"),
+}
 """{data.kind: columns that only rows of this kind have}"""
+QUERIES = ("query", "anchor")
+"""Columns of a query, of which a row has one."""
+_NEGATIVE = re.compile(r"negative(_\d+)?")
 
 
 def chat(row: dict[str, Any], ignored: Collection[str] = ()) -> list[Message]:
@@ -134,6 +153,46 @@ def labelled(row: dict[str, Any]) -> tuple[str, str]:
     if not isinstance(label, str | int) or not str(label).strip():
         raise FaultyRow(f"its label is {label!r:.80}; give a name or a whole number")
     return _text(row, "text"), str(label).strip()
+
+
+def retrieval(row: dict[str, Any]) -> tuple[str, str, tuple[str, ...]]:
+    """Return the query, its passage and the hard negatives of a row.
+
+    Columns: query and positive, with negatives (a list of texts, in CSV as JSON); or those of Sentence Transformers:
+    anchor, positive, and negative or negative_1, negative_2 and so on.
+    """
+    query = next((name for name in QUERIES if row.get(name) is not None), None)
+    if query is None or row.get("positive") is None:
+        missing = "query" if query is None else "positive"
+        raise FaultyRow(
+            f"it has no {missing}; a row of data.kind retrieval has query (or anchor), positive, and optional negatives"
+            + spelled_otherwise(row, [*QUERIES, "positive", "negatives"])
+        )
+    others = [name for name in QUERIES if name != query and row.get(name) is not None]
+    if others and row[others[0]] != row[query]:
+        raise FaultyRow(f"its {query} and {others[0]} differ; give one of them")
+    negatives: list[Any] = []
+    if row.get("negatives") is not None:
+        negatives += _texts(row["negatives"])
+    negatives += [value for name, value in row.items() if _NEGATIVE.fullmatch(str(name)) and value is not None]
+    numbered = {f"negatives[{number}]": value for number, value in enumerate(negatives)}
+    texts = tuple(_text(numbered, name) for name in numbered)
+    positive = _text(row, "positive")
+    if positive in texts:
+        raise FaultyRow("its positive is one of its negatives; remove it there")
+    return _text(row, query), positive, texts
+
+
+def _texts(value: Any) -> list[Any]:
+    """Return the negatives of a row, which CSV holds as JSON."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            value = None
+    if not isinstance(value, list):
+        raise FaultyRow('its negatives are no list of texts, such as ["one", "two"]')
+    return value
 
 
 def document(row: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ from flows.data.examples import (
     Labelled,
     Message,
     Preference,
+    Retrieval,
     UnpairedPreference,
     with_system_prompt,
 )
@@ -117,6 +118,9 @@ def _example(data: Data, where: str, row: dict[str, Any]) -> AnyExample:
     if data.kind == "classification":
         text, label = formats.labelled(row)
         return Labelled(text, label, **_origin(data, where, row, text))
+    if data.kind == "retrieval":
+        query, positive, negatives = formats.retrieval(row)
+        return Retrieval(query, positive, negatives, **_origin(data, where, row, query))
     ignored = (*data.ignored_fields, *(REASONING if data.reasoning == "none" else ()))
     if data.kind == "preference":
         prompt, chosen, rejected = formats.preference(row, ignored)

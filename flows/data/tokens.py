@@ -1,4 +1,4 @@
-"""Examples as token ids: a chat with labels, a preference pair, a marked answer, or a text with its class."""
+"""Examples as token ids: a chat with labels, a preference pair, a marked answer, a classified text, or a query."""
 
 import hashlib
 from dataclasses import dataclass
@@ -159,6 +159,43 @@ class TextTokens:
     def parts(self) -> list[Sequence]:
         """Sequences of the row."""
         return [(self.input_ids, [IGNORED] * len(self.input_ids))]
+
+    def columns(self) -> dict[str, Any]:
+        """Return the kind's own columns of the Parquet file."""
+        return vars(self)
+
+
+@dataclass(frozen=True)
+class RetrievalTokens:
+    """A query with its passage and hard negatives: texts and token ids, each with the tokenizer's special tokens."""
+
+    query: str
+    positive: str
+    negatives: list[str]
+    query_input_ids: list[int]
+    positive_input_ids: list[int]
+    negatives_input_ids: list[list[int]]
+
+    @property
+    def id(self) -> str:
+        """Digest of the row's texts."""
+        return _identity(self.query, self.positive, *self.negatives)
+
+    @property
+    def question(self) -> str:
+        """The query."""
+        return self.query
+
+    @property
+    def answer(self) -> str:
+        """The passages, the right one first."""
+        return "\n".join([self.positive, *self.negatives])
+
+    @property
+    def parts(self) -> list[Sequence]:
+        """Sequences of the row: query, positive, negatives."""
+        texts = [self.query_input_ids, self.positive_input_ids, *self.negatives_input_ids]
+        return [(ids, [IGNORED] * len(ids)) for ids in texts]
 
     def columns(self) -> dict[str, Any]:
         """Return the kind's own columns of the Parquet file."""

@@ -72,7 +72,7 @@ class Data(Section):
 
     source: str = DEMONSTRATION
     mixture: list[MixedSource] = Field(default=[])
-    kind: Literal["chat", "text", "preference", "unpaired_preference", "classification"] = "chat"
+    kind: Literal["chat", "text", "preference", "unpaired_preference", "classification", "retrieval"] = "chat"
     supervise: Literal["all", "last"] = "all"
     reasoning: Literal["all", "supervised", "none"] = "all"
     ignored_fields: list[Text] = Field(default=[])
@@ -161,13 +161,13 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _check_text(self) -> Self:
-        if self.kind != "text":
+        if self.kind not in ("text", "retrieval"):
             return self
         for key, default in OF_TURNS.items():
             if (value := getattr(self, key)) != default:
                 shown = {None: "null"}.get(default, default)
-                raise invalid_value(f"data.kind is text, which has no turns; give {shown}", key, value)
-        if self.overlong != "drop":
+                raise invalid_value(f"data.kind is {self.kind}, which has no turns; give {shown}", key, value)
+        if self.kind == "text" and self.overlong != "drop":
             expected = "data.kind is text, and texts are cut into rows of max_length tokens; give drop"
             raise invalid_value(expected, "overlong", self.overlong)
         return self

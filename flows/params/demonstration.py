@@ -32,7 +32,7 @@ def left_over(params: Params) -> list[str]:
             f"project.name is the demonstration's, {NAME}, but {source}: versions are registered under it; give a name "
             "of your own, here and under `artifacts:` in dvc.yaml"
         )
-    if params.data.system_prompt == DEMONSTRATION_PROMPT and params.data.kind != "classification":
+    if params.data.system_prompt == DEMONSTRATION_PROMPT and params.data.kind not in ("classification", "retrieval"):
         warnings.append(
             f"data.system_prompt is the demonstration's, {DEMONSTRATION_PROMPT!r}, but {source}: every row without a "
             "system prompt gets it; give your own, or null"

@@ -16,7 +16,7 @@ from flows.params.method import Method, Quantization
 from flows.params.retrain import Retrain
 from flows.params.scorers import BUILT_IN
 from flows.params.section import MODEL, Name, Section, Text, invalid_value
-from flows.params.train import KINDS, Train
+from flows.params.train import KINDS, WITHOUT_TEXT, Train
 from flows.params.webhooks import Webhooks
 
 
@@ -112,6 +112,9 @@ with warnings.catch_warnings():
         def _check_gguf(self) -> Self:
             if self.quantization.storage != "gguf":
                 return self
+            if self.train.objective == "embedding":
+                expected = "embeddings need the base without its head, which a GGUF file does not give; give another"
+                raise invalid_value(expected, "quantization.storage", self.quantization.storage)
             source = self.base.source
             if not (source.startswith("wheel:") or (source.startswith("path:") and source.endswith(".gguf"))):
                 expected = "quantization.storage gguf needs wheel:NAME==VERSION or path:FILE.gguf"
@@ -152,13 +155,17 @@ with warnings.catch_warnings():
 
         @model_validator(mode="after")
         def _check_generative(self) -> Self:
-            if self.train.objective == "classification":
-                expected = "train.objective is classification, which generates no text; give []"
-                for name in ("suites", "benchmarks"):
+            objective = self.train.objective
+            if objective in WITHOUT_TEXT:
+                expected = f"train.objective is {objective}, which generates no text; give []"
+                names = ("suites", "benchmarks") if objective == "classification" else (
+                    "suites", "benchmarks", "scorers",
+                )  # fmt: skip
+                for name in names:
                     if value := getattr(self.evaluate, name):
                         raise invalid_value(expected, f"evaluate.{name}", value)
                 if self.gate.judge.is_on:
-                    expected = "train.objective is classification, which generates no answers to judge; remove it"
+                    expected = f"train.objective is {objective}, which generates no answers to judge; remove it"
                     name = "endpoint" if self.gate.judge.endpoint else "callable"
                     raise invalid_value(expected, f"gate.judge.{name}", getattr(self.gate.judge, name))
             return self

@@ -19,8 +19,12 @@ KINDS = {
     "simpo": ("preference",),
     "kto": ("unpaired_preference",),
     "classification": ("classification",),
+    "embedding": ("retrieval",),
+    "reranker": ("retrieval",),
 }
 """{train.objective: the data.kind that it accepts}"""
+WITHOUT_TEXT = ("classification", "embedding", "reranker")
+"""Objectives whose models generate no text."""
 
 
 class Preference(Section):
@@ -89,14 +93,34 @@ class Classification(Section):
     class_weights: Literal["none", "balanced"] = "none"
 
 
+class Embedding(Section):
+    """Options of the objective embedding."""
+
+    pooling: Literal["mean", "cls", "last"] = "mean"
+    normalize: bool = True
+    scale: Positive = 20.0
+    symmetric: bool = False
+    mask_false_negatives: bool = True
+    rows_at_once: Count | None = None
+
+
+class Reranker(Section):
+    """Options of the objective reranker."""
+
+    loss: Literal["softmax", "binary"] = "softmax"
+    negatives: Count = 4
+
+
 class Train(Section):
     """Options of a training run."""
 
-    objective: Literal["sft", "dpo", "orpo", "simpo", "kto", "classification"] = "sft"
+    objective: Literal["sft", "dpo", "orpo", "simpo", "kto", "classification", "embedding", "reranker"] = "sft"
     preference: Preference = Preference()
     kto: Kto = Kto()
     distillation: Distillation = Distillation()
     classification: Classification = Classification()
+    embedding: Embedding = Embedding()
+    reranker: Reranker = Reranker()
     epochs: Positive = 1.0
     batch_size: Count = 8
     gradient_accumulation: Count = 2
@@ -134,6 +158,13 @@ class Train(Section):
     def _check_kto_batch(self) -> Self:
         if self.objective == "kto" and self.kto.loss == "kto" and self.batch_size < 2:
             expected = "kto compares a prompt with the answers of other rows of its batch; give 2 or more"
+            raise invalid_value(expected, "batch_size", self.batch_size)
+        return self
+
+    @model_validator(mode="after")
+    def _check_embedding_batch(self) -> Self:
+        if self.objective == "embedding" and self.batch_size < 2:
+            expected = "the passages of a batch's other rows are a query's negatives; give 2 or more, better 32 or more"
             raise invalid_value(expected, "batch_size", self.batch_size)
         return self
 

@@ -16,7 +16,17 @@ CARD = "registry/README.md"
 SLICES = 12
 """Largest number of slices shown, largest slices first."""
 
-_TASKS = {"classification": "text-classification"}
+_TASKS = {
+    "classification": "text-classification",
+    "embedding": "sentence-similarity",
+    "reranker": "text-ranking",
+}
+_LOADERS = {
+    "classification": "AutoModelForSequenceClassification",
+    "embedding": "AutoModel",
+    "reranker": "AutoModelForSequenceClassification",
+}
+"""{objective: class that loads the base}"""
 _FIGURES = {
     "loss": "test loss, nats per token",
     "perplexity": "perplexity",
@@ -24,6 +34,11 @@ _FIGURES = {
     "ended": "EOS rate: share of answers that end before the token limit",
     "accuracy": "accuracy",
     "macro_f1": "macro F1",
+    "recall_at_1": "recall@1: share of queries whose passage is ranked first",
+    "recall_at_5": "recall@5",
+    "recall_at_10": "recall@10",
+    "mrr_at_10": "MRR@10",
+    "ndcg_at_10": "nDCG@10",
     "divergence": "divergence from the teacher, nats per token",
     "reward_desirable": "mean reward of good answers",
     "reward_undesirable": "mean reward of bad answers",
@@ -115,6 +130,11 @@ def _slices(slices: Mapping[str, Any]) -> list[str]:
 def _merge(merge: Mapping[str, Any]) -> list[str]:
     if not merge:
         return []
+    if "cosine" in merge:
+        return [
+            f"Merged model against base and adapter apart: mean cosine similarity of embeddings "
+            f"{_number(merge['cosine'])}, nearest passages agree for {_number(merge.get('top1_agreement'))}."
+        ]
     return [
         f"Merged model against base and adapter apart: KL divergence {_number(merge.get('kl'))} nats per token, top-1 "
         f"agreement {_number(merge.get('top1_agreement'))}."
@@ -168,7 +188,9 @@ def _lineage(record: Mapping[str, Any]) -> list[str]:
 
 
 def _loading(record: Mapping[str, Any]) -> list[str]:
-    kind = "SequenceClassification" if record["params"]["train"].get("objective") == "classification" else "CausalLM"
+    objective = record["params"]["train"].get("objective")
+    loader = _LOADERS.get(objective, "AutoModelForCausalLM")
+    options = ", num_labels=1" if objective == "reranker" else ""
     tag, base, calibrated, note = f"{record['name']}@{record['version']}", "BASE", [], []
     if record.get("calibrated_base"):
         base, calibrated = "calibrated", [f"dvc get . artifacts/calibrated --rev {tag}"]
@@ -181,12 +203,24 @@ def _loading(record: Mapping[str, Any]) -> list[str]:
         "```",
         "",
         "```python",
-        f"from transformers import AutoModelFor{kind}",
+        f"from transformers import {loader}",
         "from peftcore import PeftModel  # or: from peft import PeftModel",
         "",
-        f'model = PeftModel.from_pretrained(AutoModelFor{kind}.from_pretrained("{base}"), "adapter")',
+        f'model = PeftModel.from_pretrained({loader}.from_pretrained("{base}"{options}), "adapter")',
         "```",
+        *_pooling(record["params"]["train"]),
     ]
+
+
+def _pooling(train: Mapping[str, Any]) -> list[str]:
+    """Return a line on how a text's vector comes from the hidden states; nothing for other objectives."""
+    if train.get("objective") != "embedding":
+        return []
+    options = train["embedding"]
+    scaled = ", divided by its length" if options["normalize"] else ""
+    pooled = {"mean": "mean of its tokens' last hidden states", "cls": "first token's last hidden state"}
+    of = pooled.get(options["pooling"], "last token's last hidden state")
+    return ["", f"A text's embedding is the {of}{scaled}."]
 
 
 def _limits(record: Mapping[str, Any]) -> list[str]:

@@ -13,6 +13,7 @@ from flows.base.calibrated import calibrated_identity, trained_base
 from flows.base.identity import base_identity, have_same_base
 from flows.errors import BaseModelError, RegistryError
 from flows.params import Params, Quantization
+from flows.params.train import WITHOUT_TEXT
 from flows.paths import Paths
 from flows.registry.reader import RegistryReader, Version
 from flows.registry.registered_files import files_of
@@ -84,6 +85,7 @@ def load_evaluated_base(
     """
     from flows.base.model import check_base, load_dequantized, load_tokenizer
 
+    check_generates(params.train.objective, f"the project's train.objective is {params.train.objective}")
     holder = registry.stages().get(params.gate.stage)
     manifest = check_base(folder)
     base = ServedBase(base_identity(folder), params.quantization, manifest)
@@ -91,6 +93,8 @@ def load_evaluated_base(
         weights = folder
         if holder is not None and holder.version is not None:
             version = registry.version(holder.version)
+            objective = registry.record(version)["params"]["train"].get("objective", "sft")
+            check_generates(objective, f"{version.number} was trained by train.objective {objective}")
             evaluated = ServedBase.of_record(registry.record(version))
             base = replace(base, quantization=evaluated.quantization, calibrated=evaluated.calibrated)
             if not evaluated.is_same(base):
@@ -116,6 +120,15 @@ def _calibrated(stack: ExitStack, paths: Paths, registry: RegistryReader, versio
     return stack.enter_context(files_of(paths, registry, version, [paths.calibrated])).calibrated
 
 
+def check_generates(objective: str, subject: str) -> None:
+    """Raise ConfigError if models of an objective generate no text. subject: beginning of the message."""
+    if objective in WITHOUT_TEXT:
+        raise ConfigError(
+            f"{subject}, and the server generates text; load the model in your own program, as the version's card and "
+            "docs/how-to/embeddings.md show"
+        )
+
+
 def load_given_base(folder: Path, dtype: str) -> tuple[Any, Any]:
     """Load a base outside of a project; a calibrated base is dequantised to the dtype of its calibration.
 
@@ -126,8 +139,12 @@ def load_given_base(folder: Path, dtype: str) -> tuple[Any, Any]:
     Raises:
         BaseModelError: The calibrated base is damaged.
         CheckpointError: The folder holds no base.
-        ConfigError: A dtype is given for a calibrated base.
+        ConfigError: A dtype is given for a calibrated base, or the base generates no text.
     """
+    from flows.base.auto_class import generates_text
+
+    if not generates_text(folder):
+        check_generates("embedding", f"{folder} holds an encoder or a classifier")
     if calibrated_identity(folder) is None:
         from peftcore.serving import load_base
 

@@ -8,8 +8,9 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
+from flows.base.auto_class import auto_class
 from flows.base.model import check_base
 from flows.errors import BaseModelError
 from flows.params import Params
@@ -26,9 +27,8 @@ def run(params: Params, paths: Paths) -> None:
     """Write `paths.architecture`.
 
     Raises:
-        BaseModelError: The base is absent, damaged, not a causal language model that transformers knows, or has nothing
-            to
-            adapt. The file of an earlier run then stays.
+        BaseModelError: The base is absent, damaged, not a model that transformers knows, or has nothing to adapt. The
+            file of an earlier run then stays.
     """
     check_base(paths.base)
     model = without_weights(paths.base)
@@ -56,13 +56,14 @@ def without_weights(folder: Path) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            return auto_class(config).from_config(config)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         # raised for a config.json that is absent, not JSON, of an unknown type, or with impossible sizes
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise BaseModelError(
-            f"{folder / 'config.json'} does not describe a causal language model that transformers knows; set "
-            f"base.source to a decoder such as Llama, Qwen or GPT-2, or upgrade transformers ({reason})"
+            f"{folder / 'config.json'} does not describe a language model or encoder that transformers knows; "
+            f"set base.source to a decoder such as Llama or Qwen, or an encoder such as BERT, or upgrade transformers "
+            f"({reason})"
         ) from error
 
 

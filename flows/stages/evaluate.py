@@ -27,6 +27,7 @@ from flows.evaluation.chats import evaluate_chats
 from flows.evaluation.classes import evaluate_classes
 from flows.evaluation.control import evaluate_control
 from flows.evaluation.divergence import with_divergence
+from flows.evaluation.embeddings import evaluate_embeddings
 from flows.evaluation.latency import measure_latency
 from flows.evaluation.pairs import evaluate_pairs
 from flows.evaluation.result import EvaluationResult
@@ -37,6 +38,7 @@ from flows.evaluation.unpaired import evaluate_unpaired
 from flows.params import Params, Suite, load_suites
 from flows.paths import Paths
 from flows.runtime.stage import start
+from flows.training.model_outputs import model_outputs
 from flows.training.objectives import check_split, class_names, loss_function, rows_of
 from flows.verdicts import IDENTITY, suite_figures
 from peftcore import PeftModel
@@ -86,14 +88,18 @@ def _evaluate(
     checks = suite_checks(suites, paths.root)
     harness = Harness(params.evaluate.benchmarks, paths.root) if params.evaluate.benchmarks else None
     names, tokenizer = class_names(params, paths), load_tokenizer(paths.base)
+    outputs = model_outputs(params, paths)
     base = trained_base(paths, params.quantization)
     check_base(base)
     check_adapter(paths.adapter, calibrated_identity(base))
-    model = PeftModel.from_pretrained(load_dequantized(base, params.quantization, names), paths.adapter)
+    model = PeftModel.from_pretrained(load_dequantized(base, params.quantization, outputs), paths.adapter)
     extra: dict[str, Any] = {"control": None, "latency": None}
     if names is not None:
         train_labels = [row["label"] for row in read_rows(paths.split("train"), ["label"])]
         result = evaluate_classes(params, model, tokenizer, rows, names, train_labels)
+        return replace(result, metrics=result.metrics | extra), None, {}
+    if params.train.objective == "embedding":
+        result = evaluate_embeddings(params, model, tokenizer, rows)
         return replace(result, metrics=result.metrics | extra), None, {}
     evaluate_rows = {"chat": evaluate_chats, "unpaired_preference": evaluate_unpaired, "preference": evaluate_pairs}[
         rows_of(params).kind

@@ -1,5 +1,7 @@
 """fetch: the base model, converted once to a bfloat16 transformers folder whose generation ends turns.
 
+A base is a causal language model, an encoder such as BERT, or a sequence classifier.
+
 With `quantization.storage: gguf` the folder holds the base's GGUF file in place of bfloat16 weights.
 """
 
@@ -29,7 +31,7 @@ def run(params: Params, paths: Paths) -> None:
         checkpoint, packed = obtain(source, paths.root, Path(scratch)), params.quantization.storage == "gguf"
         model, tokenizer = load_packed(source, checkpoint) if packed else load(source, checkpoint)
         set_chat_template(tokenizer, params.data, paths.root)
-        if not tokenizer.chat_template:
+        if not tokenizer.chat_template and model.can_generate():
             logger.warning("%s has no chat template; chats need data.chat_template", source)
         add_special_tokens(model, tokenizer, params.data.special_tokens, packed)
         settle_special_tokens(model, tokenizer)
@@ -49,8 +51,14 @@ def run(params: Params, paths: Paths) -> None:
 def settle_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Make generation stop at the chat template's end of turn (or end of a text), and pad with another token.
 
-    If padding were the end of turn, masking padding would also hide the ends of turns.
+    If padding were the end of turn, masking padding would also hide the ends of turns. An encoder, which generates
+    nothing, keeps its tokens.
     """
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context and context < tokenizer.model_max_length:
+        tokenizer.model_max_length = context
+    if not model.can_generate():  # an encoder
+        return
     end = end_token(tokenizer)
     assert model.generation_config is not None
     configured = model.generation_config.eos_token_id
@@ -62,9 +70,6 @@ def settle_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizer
         config.eos_token_id = ends if len(ends) > 1 else end
         config.pad_token_id = tokenizer.pad_token_id
     model.generation_config._from_model_config = False  # otherwise generate() rebuilds it without the list of ends
-    context = getattr(model.config, "max_position_embeddings", None)
-    if context and context < tokenizer.model_max_length:
-        tokenizer.model_max_length = context
 
 
 def _choose_padding(tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> None:

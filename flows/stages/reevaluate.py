@@ -33,6 +33,7 @@ from flows.base.calibrated import calibrated_identity, check_adapter
 from flows.base.model import check_base, load_dequantized, load_tokenizer, padding_id
 from flows.data.rows import Row, read_rows
 from flows.errors import PipelineError
+from flows.evaluation.embeddings import retrieval_values, row_tokens
 from flows.evaluation.generation import generate_answers
 from flows.evaluation.pairs import pair_margins
 from flows.evaluation.scorers.load import load_scorer
@@ -51,9 +52,11 @@ from flows.params import Params, Scorer
 from flows.runtime.processes import watch_parent
 from flows.runtime.progress import progress
 from flows.runtime.stage import set_seed
+from flows.training.model_outputs import RELEVANCE
 from flows.training.objectives import check_split, kto_objective, preference_objective, rows_of
 from peftcore import PeftModel
 from peftcore.errors import PeftError
+from peftcore.train import RANKING_METRICS
 
 PAIR_COLUMNS = ("chosen_input_ids", "chosen")
 """Columns of a pair's prompt with its known answer: token ids and text."""
@@ -83,7 +86,8 @@ def measure(task: dict[str, Any]) -> pyarrow.Table:
     for scorer in params.evaluate.scorers:
         if scorer.name in metrics:
             scorers[scorer.name] = scorer, load_scorer(scorer, Path(task["root"]))
-    model = PeftModel.from_pretrained(load_dequantized(base, params.quantization, task["labels"]), task["adapter"])
+    outputs = {"embedding": (), "reranker": RELEVANCE}.get(params.train.objective, task["labels"])
+    model = PeftModel.from_pretrained(load_dequantized(base, params.quantization, outputs), task["adapter"])
     tokenizer = load_tokenizer(base)
     with progress(len(rows), f"evaluate {task['version']} again", "row") as bar:
         losses, columns = adapter_values(params, model, rows, padding_id(tokenizer), bar)
@@ -115,7 +119,7 @@ def adapter_losses(params: Params, model: Any, rows: list[Row], pad: int, bar: A
 def adapter_values(
     params: Params, model: Any, rows: list[Row], pad: int, bar: Any = None
 ) -> tuple[RowLosses, dict[str, list[Any]]]:
-    """Return the loss of each row, and a column of what the accuracy follows from: margins, or indices of classes.
+    """Return the loss of each row, and columns of what other metrics follow from: margins, classes, or ranks.
 
     The arguments are those of `adapter_losses`.
     """
@@ -128,6 +132,12 @@ def adapter_values(
         means = -log_probs.gather(1, labels)[:, 0]
         losses = RowLosses(means.tolist(), [len(row["input_ids"]) for row in rows], _weights(rows))
         return losses, {"adapter_prediction": log_probs.argmax(1).tolist()}
+    if params.train.objective == "embedding":
+        values = retrieval_values(params, model, rows, pad)
+        if bar is not None:
+            bar.update(len(rows))
+        losses = RowLosses(values["loss"].tolist(), row_tokens(rows), _weights(rows))
+        return losses, {f"adapter_{name}": values[name].tolist() for name in RANKING_METRICS}
     if params.train.objective == "kto":
         model_side = answers_log_probs(model, rows, pad, size, bar)
         with model.disable_adapter():

@@ -45,9 +45,9 @@ from flows.training.launcher import is_launched, joined, launch
 from flows.training.loftq import attach_adapter
 from flows.training.log import RANK_HISTORY, TrainingLog, loss_table
 from flows.training.nodes import check_shared, this_node
+from flows.training.model_outputs import model_outputs
 from flows.training.objectives import (
     check_batching,
-    class_names,
     longest,
     padded_collator,
     start_batch,
@@ -94,7 +94,7 @@ def _run(params: Params, paths: Paths, processes: PartialState) -> None:
     main = processes.is_main_process
     base_folder = trained_base(paths, params.quantization)
     base = check_base(base_folder)
-    rows, labels = training_rows(params, paths), class_names(params, paths)
+    rows, labels = training_rows(params, paths), model_outputs(params, paths)
     training_set = _training_set(params, rows["train"])
     folder = paths.checkpoints / run_key(params, paths, base)
     check_shared(folder, processes, params.train.nodes)

@@ -3,6 +3,7 @@
 from flows.gate.candidate import Candidate, CheckResult
 from flows.params import Gate, Merge, Rule
 from flows.params.gate import FIGURES, Direction
+from flows.params.train import WITHOUT_TEXT
 
 
 def test_loss(candidate: Candidate, gate: Gate) -> CheckResult:
@@ -90,8 +91,8 @@ def latency(candidate: Candidate, gate: Gate) -> CheckResult:
     if measured is None:
         if not any(limit for limit, _ in limits.values()):
             return True, "not measured, no limit set"
-        if candidate.metrics.get("objective") == "classification":
-            return True, "not checked: classification generates no text"
+        if (objective := candidate.metrics.get("objective")) in WITHOUT_TEXT:
+            return True, f"not checked: {objective} generates no text"
         return False, "not measured; set evaluate.latency_rows and run the pipeline again"
     base, adapter = measured["base"], measured["adapter"]
     values = (adapter["first_token_ms"], adapter["token_ms"], adapter["token_ms"] / base["token_ms"])
@@ -105,6 +106,13 @@ def latency(candidate: Candidate, gate: Gate) -> CheckResult:
 def merge_fidelity(candidate: Candidate, merge: Merge) -> CheckResult:
     """Check the merged model against base and adapter apart: KL divergence and agreement of the top-1 tokens."""
     divergence, agreement = candidate.merge["kl"], candidate.merge["top1_agreement"]
+    if (cosine := candidate.merge.get("cosine")) is not None:
+        return (
+            cosine >= merge.min_cosine and divergence <= merge.max_kl and agreement >= merge.min_top1_agreement,
+            f"cosine similarity of embeddings {cosine:.4f}, at least {merge.min_cosine:g}; KL {divergence:.4f} nats, "
+            f"at most {merge.max_kl:g}; the nearest passages agree on {agreement:.1%}, at least "
+            f"{merge.min_top1_agreement:.0%}",
+        )
     return divergence <= merge.max_kl and agreement >= merge.min_top1_agreement, (
         f"KL {divergence:.4f} nats, at most {merge.max_kl:g}; "
         f"top-1 tokens agree on {agreement:.1%}, at least {merge.min_top1_agreement:.0%}"

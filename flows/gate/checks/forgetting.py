@@ -11,7 +11,7 @@ def forgetting(candidate: Candidate, gate: Gate, seed: int) -> CheckResult:
     limit = gate.max_forgetting
     allowed = "no limit set" if limit is None else f"at most {limit:g}"
     if candidate.metrics.get("control") is None:
-        why = "evaluate.control.source is null, or the objective is classification"
+        why = "evaluate.control.source is null, or the objective generates no text"
         why = why if "control" in candidate.metrics else "the version was registered before there were control sets"
         return True, f"not measured: {why}"
     if candidate.control is None or candidate.control.num_rows == 0:

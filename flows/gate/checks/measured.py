@@ -13,6 +13,7 @@ from typing import Any
 
 from flows.gate.candidate import Candidate, CheckResult
 from flows.params import Params, load_suites
+from flows.params.train import WITHOUT_TEXT
 from flows.verdicts import is_same_suite
 
 
@@ -79,7 +80,7 @@ def _leakage(data: Mapping[str, Any], rules: Params) -> Iterator[str]:
 
 def _control(settings: Mapping[str, Any], metrics: Mapping[str, Any], rules: Params) -> Iterator[str]:
     required = rules.evaluate.control
-    if rules.gate.max_forgetting is None or required.source is None or rules.train.objective == "classification":
+    if rules.gate.max_forgetting is None or required.source is None or rules.train.objective in WITHOUT_TEXT:
         return
     control = settings.get("evaluate", {}).get("control") or {}
     if control.get("source") != required.source:

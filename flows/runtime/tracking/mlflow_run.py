@@ -14,6 +14,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from flows.params.train import WITHOUT_TEXT
 from flows.paths import Paths
 from flows.runtime.tracking.flat import flat, numbers
 from peftcore.errors import require_extra
@@ -109,7 +110,7 @@ class MlflowRun:
             adapter: The adapter's folder.
         """
         name = record["name"]
-        is_chat = record["params"]["train"]["objective"] != "classification"
+        is_chat = record["params"]["train"]["objective"] not in WITHOUT_TEXT
         if is_chat:
             self._log_model(record["params"], adapter)
         if not self._client.search_registered_models(f"name = '{name}'"):
