@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from flows.evaluation.embeddings import contrastive_loss, embeddings, texts_of
+from flows.evaluation.embeddings import embeddings, texts_of
 from flows.evaluation.fidelity import Fidelity, Reference
 from flows.params import Params
+from flows.training.objectives.embedding import contrastive_loss
 
 
 @dataclass(frozen=True)

@@ -19,16 +19,11 @@ from flows.evaluation.result import COMMON, EvaluationResult, common_columns, co
 from flows.evaluation.scoring import RowLosses, by_length
 from flows.params import Params
 from flows.runtime.progress import progress
-from peftcore.train import RANKING_METRICS, Contrastive, Pooling, RightPaddingCollator, embed, evaluate_texts
+from flows.training.objectives.embedding import contrastive_loss
+from peftcore.train import RANKING_METRICS, Pooling, RightPaddingCollator, embed, evaluate_texts
 
 RANKING_COLUMNS = tuple((f"{side}_{name}", pa.float64()) for side in ("base", "adapter") for name in RANKING_METRICS)
 """Columns after the common ones: the metrics of each row."""
-
-
-def contrastive_loss(params: Params) -> Contrastive:
-    """Return the contrastive loss of the parameters."""
-    options = params.train.embedding
-    return Contrastive(options.scale, options.symmetric, options.mask_false_negatives)
 
 
 @torch.no_grad()

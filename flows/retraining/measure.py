@@ -39,7 +39,7 @@ from flows.paths import Paths
 from flows.runtime.progress import progress
 from flows.runtime.stage import start
 from flows.stages.reevaluate import adapter_losses
-from flows.training.objectives import class_names
+from flows.training.objectives import class_names, model_outputs
 from peftcore import PeftModel
 from peftcore.files import write_atomically
 
@@ -115,9 +115,9 @@ def _losses(
     params: Params, champion: Paths, base: Path, new_files: dict[str, list[AnyTokens]], count: int
 ) -> dict[str, dict[str, float]]:
     """Return the champion's loss (nats, of its own objective) on each file's first rows, with its standard error."""
-    labels = class_names(params, champion)
+    labels, outputs = class_names(params, champion), model_outputs(params, champion)
     check_adapter(champion.adapter, calibrated_identity(base))
-    model = PeftModel.from_pretrained(load_dequantized(base, params.quantization, labels), champion.adapter).eval()
+    model = PeftModel.from_pretrained(load_dequantized(base, params.quantization, outputs), champion.adapter).eval()
     pad = padding_id(load_tokenizer(base))
     samples = {name: _judged(rows, params.data.max_length, labels)[:count] for name, rows in new_files.items()}
     result = {}

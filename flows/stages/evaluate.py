@@ -38,8 +38,7 @@ from flows.evaluation.unpaired import evaluate_unpaired
 from flows.params import Params, Suite, load_suites
 from flows.paths import Paths
 from flows.runtime.stage import start
-from flows.training.model_outputs import model_outputs
-from flows.training.objectives import check_split, class_names, loss_function, rows_of
+from flows.training.objectives import check_split, class_names, loss_function, model_outputs, rows_of
 from flows.verdicts import IDENTITY, suite_figures
 from peftcore import PeftModel
 from peftcore.files import directory_written_atomically, sha256, write_atomically

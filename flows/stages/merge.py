@@ -33,8 +33,7 @@ from flows.params import Merge, Params
 from flows.paths import Paths
 from flows.runtime.progress import progress
 from flows.runtime.stage import start
-from flows.training.model_outputs import model_outputs
-from flows.training.objectives import merged_rows
+from flows.training.objectives import merged_rows, model_outputs
 from peftcore import PeftModel
 from peftcore.bases import keep_quantized_weights_trainable
 from peftcore.files import directory_written_atomically, write_atomically, write_manifest

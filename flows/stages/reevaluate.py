@@ -52,8 +52,7 @@ from flows.params import Params, Scorer
 from flows.runtime.processes import watch_parent
 from flows.runtime.progress import progress
 from flows.runtime.stage import set_seed
-from flows.training.model_outputs import RELEVANCE
-from flows.training.objectives import check_split, kto_objective, preference_objective, rows_of
+from flows.training.objectives import check_split, kto_objective, objective_of, preference_objective, rows_of
 from peftcore import PeftModel
 from peftcore.errors import PeftError
 from peftcore.train import RANKING_METRICS
@@ -86,7 +85,7 @@ def measure(task: dict[str, Any]) -> pyarrow.Table:
     for scorer in params.evaluate.scorers:
         if scorer.name in metrics:
             scorers[scorer.name] = scorer, load_scorer(scorer, Path(task["root"]))
-    outputs = {"embedding": (), "reranker": RELEVANCE}.get(params.train.objective, task["labels"])
+    outputs = task["labels"] if objective_of(params).outputs is None else objective_of(params).outputs
     model = PeftModel.from_pretrained(load_dequantized(base, params.quantization, outputs), task["adapter"])
     tokenizer = load_tokenizer(base)
     with progress(len(rows), f"evaluate {task['version']} again", "row") as bar:

@@ -45,10 +45,10 @@ from flows.training.launcher import is_launched, joined, launch
 from flows.training.loftq import attach_adapter
 from flows.training.log import RANK_HISTORY, TrainingLog, loss_table
 from flows.training.nodes import check_shared, this_node
-from flows.training.model_outputs import model_outputs
 from flows.training.objectives import (
     check_batching,
     longest,
+    model_outputs,
     padded_collator,
     start_batch,
     start_rows,

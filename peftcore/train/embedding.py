@@ -172,8 +172,10 @@ class EmbeddingObjective(ExampleObjective):
         texts = self.embeddings(model, inputs)
         losses, _ = self._losses(texts, inputs)
         weights = self.example_weights(inputs).to(losses)
-        present = inputs["attention_mask"].any(-1)
-        return {"loss": losses * weights, WEIGHT: weights, "texts": texts, _KEYS: inputs[_KEYS], "present": present}
+        padded = self.trainer.accelerator.pad_across_processes  # a batch of another process may have more negatives
+        places = {"texts": texts, _KEYS: inputs[_KEYS], "present": inputs["attention_mask"].any(-1)}
+        places = {name: padded(tensor, dim=1) for name, tensor in places.items()}
+        return {"loss": losses * weights, WEIGHT: weights, **places}
 
     def set_metrics(self, batches: list[dict[str, Tensor]]) -> dict[str, float]:
         """Return the weighted mean `loss` and the ranking metrics, with all passages of the set as candidates."""

@@ -6,6 +6,7 @@
 | dpo, orpo, simpo | preference | causal | preference loss, `peftcore.train.preference` |
 | kto | unpaired_preference | causal | KTO loss, `peftcore.train.kto` |
 | classification | classification | sequence classifier | cross entropy of classes |
+| embedding | retrieval | without a head | contrastive loss, `peftcore.train.embedding` |
 
 Each has a file with a subclass of `Objective`. The stages call the functions of this module.
 """
@@ -23,6 +24,7 @@ from flows.errors import StageError
 from flows.params import Params
 from flows.paths import Paths, Split
 from flows.training.objectives.classification import Classification
+from flows.training.objectives.embedding import Embedding
 from flows.training.objectives.kto import UnpairedPreference, kto_objective
 from flows.training.objectives.objective import Objective, Rows, Trainer
 from flows.training.objectives.preference import Preference, preference_objective
@@ -42,6 +44,7 @@ __all__ = [
     "longest",
     "loss_function",
     "merged_rows",
+    "model_outputs",
     "objective_of",
     "padded_collator",
     "preference_objective",
@@ -61,6 +64,7 @@ OBJECTIVES: dict[str, Objective] = {
     "simpo": Preference(),
     "kto": UnpairedPreference(),
     "classification": Classification(),
+    "embedding": Embedding(),
 }
 """{train.objective: its rows, loss and trainer}"""
 
@@ -129,6 +133,15 @@ def class_names(params: Params, paths: Paths) -> list[str] | None:
             f"there is no {paths.labels}; set data.kind: {rows_of(params).kind} and run `peftcore stage prepare` again"
         )
     return cast(list[str], json.loads(paths.labels.read_text()))
+
+
+def model_outputs(params: Params, paths: Paths) -> list[str] | None:
+    """Return the names of the head's outputs: the classes, or what the objective says.
+
+    [] for a model without a head, None for a language model.
+    """
+    outputs = objective_of(params).outputs
+    return class_names(params, paths) if outputs is None else list(outputs)
 
 
 def padded_collator(params: Params, pad: int, longest_row: int) -> RightPaddingCollator:

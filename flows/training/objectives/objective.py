@@ -32,6 +32,8 @@ class Objective:
     """True if rows may be concatenated."""
     has_classes = False
     """True if the model has a classification head, whose names the prepare stage writes."""
+    outputs: tuple[str, ...] | None = None
+    """Names of a head's outputs that do not depend on the data; () for a model without a head."""
 
     def collator(self, pad: int, longest_row: int) -> RightPaddingCollator:
         """Return the collator of padded batches. longest_row: length of the longest row in tokens."""
