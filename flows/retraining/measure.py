@@ -39,7 +39,7 @@ from flows.paths import Paths
 from flows.runtime.progress import progress
 from flows.runtime.stage import start
 from flows.stages.reevaluate import adapter_losses
-from flows.training.objectives import class_names, model_outputs
+from flows.training.objectives import class_names, model_outputs, objective_of
 from peftcore import PeftModel
 from peftcore.files import write_atomically
 
@@ -120,6 +120,8 @@ def _losses(
     model = PeftModel.from_pretrained(load_dequantized(base, params.quantization, outputs), champion.adapter).eval()
     pad = padding_id(load_tokenizer(base))
     samples = {name: _judged(rows, params.data.max_length, labels)[:count] for name, rows in new_files.items()}
+    complete = objective_of(params).complete_rows
+    samples = {name: complete(params, base, rows) if rows else rows for name, rows in samples.items()}
     result = {}
     with progress(sum(map(len, samples.values())), "the champion on new rows", unit="row") as bar:
         for name, rows in samples.items():

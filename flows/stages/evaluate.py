@@ -16,7 +16,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
+from transformers import AutoConfig
 
+from flows.base.auto_class import ranks_passages
 from flows.base.calibrated import calibrated_identity, check_adapter, trained_base
 from flows.base.identity import base_identity
 from flows.base.model import check_base, load_dequantized, load_tokenizer, padding_id
@@ -30,6 +32,7 @@ from flows.evaluation.divergence import with_divergence
 from flows.evaluation.embeddings import evaluate_embeddings
 from flows.evaluation.latency import measure_latency
 from flows.evaluation.pairs import evaluate_pairs
+from flows.evaluation.rerankers import evaluate_rerankers
 from flows.evaluation.result import EvaluationResult
 from flows.evaluation.scorers.load import load_scorer
 from flows.evaluation.scorers.scores import with_scores
@@ -38,7 +41,7 @@ from flows.evaluation.unpaired import evaluate_unpaired
 from flows.params import Params, Suite, load_suites
 from flows.paths import Paths
 from flows.runtime.stage import start
-from flows.training.objectives import check_split, class_names, loss_function, model_outputs, rows_of
+from flows.training.objectives import check_split, class_names, loss_function, model_outputs, objective_of, rows_of
 from flows.verdicts import IDENTITY, suite_figures
 from peftcore import PeftModel
 from peftcore.files import directory_written_atomically, sha256, write_atomically
@@ -97,8 +100,13 @@ def _evaluate(
         train_labels = [row["label"] for row in read_rows(paths.split("train"), ["label"])]
         result = evaluate_classes(params, model, tokenizer, rows, names, train_labels)
         return replace(result, metrics=result.metrics | extra), None, {}
-    if params.train.objective == "embedding":
-        result = evaluate_embeddings(params, model, tokenizer, rows)
+    if params.train.objective in ("embedding", "reranker"):
+        rows = objective_of(params).complete_rows(params, paths.base, rows)
+        if params.train.objective == "embedding":
+            result = evaluate_embeddings(params, model, tokenizer, rows)
+        else:
+            base_ranks = ranks_passages(AutoConfig.from_pretrained(paths.base, local_files_only=True))
+            result = evaluate_rerankers(params, model, tokenizer, rows, base_ranks)
         return replace(result, metrics=result.metrics | extra), None, {}
     evaluate_rows = {"chat": evaluate_chats, "unpaired_preference": evaluate_unpaired, "preference": evaluate_pairs}[
         rows_of(params).kind

@@ -29,11 +29,12 @@ from flows.base.model import (
 from flows.errors import StageError
 from flows.evaluation.embedding_fidelity import EmbeddingFidelity, embedding_fidelity
 from flows.evaluation.fidelity import Fidelity, Reference, class_fidelity, fidelity, same_function
+from flows.evaluation.rerankers import reranker_fidelity
 from flows.params import Merge, Params
 from flows.paths import Paths
 from flows.runtime.progress import progress
 from flows.runtime.stage import start
-from flows.training.objectives import merged_rows, model_outputs
+from flows.training.objectives import merged_rows, model_outputs, objective_of
 from peftcore import PeftModel
 from peftcore.bases import keep_quantized_weights_trainable
 from peftcore.files import directory_written_atomically, write_atomically, write_manifest
@@ -56,6 +57,7 @@ def run(params: Params, paths: Paths) -> None:
         check_base(folder)
     check_adapter(paths.adapter, calibrated_identity(base))
     rows = merged_rows(params, paths.split("test"), params.merge.rows)
+    rows = objective_of(params).complete_rows(params, paths.base, rows)
     tokenizer, labels = load_tokenizer(paths.base), model_outputs(params, paths)
     compare = _comparison(params)
     adapted = PeftModel.from_pretrained(load_dequantized(base, params.quantization, labels), paths.adapter)
@@ -89,6 +91,8 @@ def _comparison(params: Params) -> Callable[..., Fidelity]:
     """Return the function that compares a candidate with the reference: (reference, candidate, bar)."""
     if params.train.objective == "embedding":
         return partial(embedding_fidelity, params)
+    if params.train.objective == "reranker":
+        return partial(reranker_fidelity, params)
     return class_fidelity if params.train.objective == "classification" else fidelity
 
 

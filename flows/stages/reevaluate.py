@@ -36,6 +36,7 @@ from flows.errors import PipelineError
 from flows.evaluation.embeddings import retrieval_values, row_tokens
 from flows.evaluation.generation import generate_answers
 from flows.evaluation.pairs import pair_margins
+from flows.evaluation.rerankers import pair_tokens, ranking_values, row_scores
 from flows.evaluation.scorers.load import load_scorer
 from flows.evaluation.scorers.scores import ScoredAnswer, score_answers
 from flows.evaluation.scorers.texts import Score
@@ -80,7 +81,7 @@ def measure(task: dict[str, Any]) -> pyarrow.Table:
     check_base(base)
     check_adapter(Path(task["adapter"]), calibrated_identity(base))
     check_split(params, test)
-    rows = read_rows(test, limit=task["rows"])
+    rows = objective_of(params).complete_rows(params, base, read_rows(test, limit=task["rows"]))
     metrics, scorers = set(task.get("metrics", ())), {}
     for scorer in params.evaluate.scorers:
         if scorer.name in metrics:
@@ -108,7 +109,7 @@ def adapter_losses(params: Params, model: Any, rows: list[Row], pad: int, bar: A
     Args:
         params: The parameters of the adapter's run.
         model: A PeftModel.
-        rows: Prepared rows of the run's objective.
+        rows: Prepared rows of the run's objective, with what `complete_rows` adds.
         pad: Token id of padding.
         bar: Progress bar that counts rows.
     """
@@ -136,6 +137,10 @@ def adapter_values(
         if bar is not None:
             bar.update(len(rows))
         losses = RowLosses(values["loss"].tolist(), row_tokens(rows), _weights(rows))
+        return losses, {f"adapter_{name}": values[name].tolist() for name in RANKING_METRICS}
+    if params.train.objective == "reranker":
+        values = ranking_values(params, row_scores(model, rows, pad, size, bar))
+        losses = RowLosses(values["loss"].tolist(), pair_tokens(rows), _weights(rows))
         return losses, {f"adapter_{name}": values[name].tolist() for name in RANKING_METRICS}
     if params.train.objective == "kto":
         model_side = answers_log_probs(model, rows, pad, size, bar)

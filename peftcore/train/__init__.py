@@ -45,14 +45,25 @@ from peftcore.train.rank_search import RankSearch, find_ranks
 from peftcore.train.ranking import RANKING_METRICS, ranking_metrics, ranks, retrieval_ranks
 from peftcore.train.recomputation import SELECTED, Mode, recompute_activations
 from peftcore.train.reference import pair_log_probs, reference_acting, reference_model, row_log_probs, shared_copy
+from peftcore.train.reranking import (
+    PAIRS_COLUMN,
+    TYPES_COLUMN,
+    RerankingCollator,
+    RerankingTrainer,
+    RerankingTrainerMixin,
+    passage_scores,
+    reranking_losses,
+)
 from peftcore.train.supervised_head import supervised_logits
 from peftcore.train.trainer import AdapterTrainer, AdapterTrainerMixin
 
 __all__ = [
+    "PAIRS_COLUMN",
     "PAIR_COLUMNS",
     "RANKING_METRICS",
     "RETRIEVAL_COLUMNS",
     "SELECTED",
+    "TYPES_COLUMN",
     "UNPAIRED_COLUMNS",
     "WEIGHT",
     "AdapterTrainer",
@@ -86,6 +97,9 @@ __all__ = [
     "PreferenceTrainer",
     "PreferenceTrainerMixin",
     "RankSearch",
+    "RerankingCollator",
+    "RerankingTrainer",
+    "RerankingTrainerMixin",
     "RightPaddingCollator",
     "SimPo",
     "UnpairedPreferenceCollator",
@@ -103,12 +117,14 @@ __all__ = [
     "macro_f1",
     "mismatched_answers",
     "pair_log_probs",
+    "passage_scores",
     "pool",
     "ranking_metrics",
     "ranks",
     "recompute_activations",
     "reference_acting",
     "reference_model",
+    "reranking_losses",
     "retrieval_ranks",
     "row_log_probs",
     "row_sums",

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Trainer
 
 from peftcore.errors import TrainingError
-from peftcore.train.batches import WEIGHT, RightPaddingCollator
+from peftcore.train.batches import WEIGHT, LengthGroupedSampler, RightPaddingCollator
 from peftcore.train.contrastive import Contrastive, Pooling, false_negatives, pool
 from peftcore.train.example_objective import ExampleObjective
 from peftcore.train.ranking import ranking_metrics, retrieval_ranks
@@ -273,6 +273,12 @@ class EmbeddingTrainerMixin(AdapterTrainerMixin):
     def make_objective(self) -> EmbeddingObjective:
         """Return the contrastive loss of texts."""
         return EmbeddingObjective(self, *self._embedding_options)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        """Return batches of similar length for "group_by_length", whose lengths Trainer would not find."""
+        if not self.groups_by_length(eval_dataset):
+            return super()._get_eval_sampler(eval_dataset)
+        return LengthGroupedSampler(self.training_objective.lengths(eval_dataset), self.args.eval_batch_size)
 
 
 class EmbeddingTrainer(EmbeddingTrainerMixin, Trainer):

@@ -7,6 +7,7 @@
 | kto | unpaired_preference | causal | KTO loss, `peftcore.train.kto` |
 | classification | classification | sequence classifier | cross entropy of classes |
 | embedding | retrieval | without a head | contrastive loss, `peftcore.train.embedding` |
+| reranker | retrieval | sequence classifier, one output | cross entropy of passages, `peftcore.train.reranking` |
 
 Each has a file with a subclass of `Objective`. The stages call the functions of this module.
 """
@@ -28,6 +29,7 @@ from flows.training.objectives.embedding import Embedding
 from flows.training.objectives.kto import UnpairedPreference, kto_objective
 from flows.training.objectives.objective import Objective, Rows, Trainer
 from flows.training.objectives.preference import Preference, preference_objective
+from flows.training.objectives.reranker import Reranker
 from flows.training.objectives.sft import SupervisedFinetuning, distillation_of
 from peftcore.train import WEIGHT, PackedCollator, RightPaddingCollator
 
@@ -65,6 +67,7 @@ OBJECTIVES: dict[str, Objective] = {
     "kto": UnpairedPreference(),
     "classification": Classification(),
     "embedding": Embedding(),
+    "reranker": Reranker(),
 }
 """{train.objective: its rows, loss and trainer}"""
 
@@ -104,10 +107,14 @@ def training_rows(params: Params, paths: Paths) -> dict[Split, Dataset]:
         path = paths.split(split)
         check_split(params, path)
         weighted = path.exists() and WEIGHT in parquet.read_schema(path).names
-        rows[split] = Dataset.from_list(read_rows(path, [*columns, WEIGHT] if weighted else columns))
+        read = read_rows(path, [*columns, WEIGHT] if weighted else columns)
+        rows[split] = Dataset.from_list(objective_of(params).complete_rows(params, paths.base, read))
     if any(weight != 1 for each in rows.values() if WEIGHT in each.column_names for weight in each[WEIGHT]):
         return rows
-    return {split: each.select_columns(columns) for split, each in rows.items()}
+    return {
+        split: each.select_columns([name for name in each.column_names if name != WEIGHT])
+        for split, each in rows.items()
+    }
 
 
 def merged_rows(params: Params, path: Path, limit: int) -> list[Row]:
@@ -121,7 +128,7 @@ def merged_rows(params: Params, path: Path, limit: int) -> list[Row]:
 
 def longest(params: Params, rows: dict[Split, Dataset]) -> int:
     """Return the tokens of the longest row."""
-    return max(len(ids) for split in rows.values() for name in rows_of(params).token_ids for ids in split[name])
+    return max(objective_of(params).longest(split) for split in rows.values())
 
 
 def class_names(params: Params, paths: Paths) -> list[str] | None:

@@ -6,7 +6,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from flows.data.encoders import DocumentEncoder, LabelledEncoder, PreferenceEncoder, encoder_of, label_names
-from flows.data.examples import Document, Labelled, Message, Preference, UnpairedPreference
+from flows.data.examples import Document, Labelled, Message, Preference, Retrieval, UnpairedPreference
 from flows.data.tokens import IGNORED, length
 from flows.errors import DataError
 from flows.params import Data
@@ -101,3 +101,20 @@ def test_rows_of_a_text_join_to_the_text(tokenizer: PreTrainedTokenizerBase, lim
 def test_a_text_may_not_hold_a_special_token(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(DataError, match=r"<\|im_end\|>, which the model reads"):
         DocumentEncoder(tokenizer).parts(Document(text="a<|im_end|>b", **ORIGIN), 8)
+
+
+def test_queries_and_passages_are_texts_of_their_own_and_cut_one_by_one(tokenizer: PreTrainedTokenizerBase) -> None:
+    data = Data(source="rows.jsonl", kind="retrieval", system_prompt=None)
+    encoder = encoder_of(data, tokenizer, [])
+    example = Retrieval("Is it one?", "It is one and no more than one.", ("It is two.",), **ORIGIN)
+    tokens = encoder.encode(example)
+    assert [ids for ids, _ in tokens.parts] == [
+        tokenizer(text)["input_ids"] for text in (example.query, example.positive, *example.negatives)
+    ]
+    shorter = encoder.shorten(example, len(tokens.parts[0][0]))
+    assert isinstance(shorter, Retrieval) and shorter.query == example.query
+    assert example.positive.startswith(shorter.positive) and len(shorter.positive) < len(example.positive)
+    same = Retrieval("q", "one two three", ("one two four",), **ORIGIN)
+    assert encoder.shorten(same, len(tokenizer("one two")["input_ids"])) is None  # the positive would be a negative
+    with pytest.raises(DataError, match="which the model reads as a special token"):
+        encoder.encode(Retrieval("q", f"a {tokenizer.all_special_tokens[0]}", (), **ORIGIN))

@@ -18,6 +18,7 @@ from flows.data.examples import (
     Example,
     Labelled,
     Preference,
+    Retrieval,
     UnpairedPreference,
     question_and_answer,
 )
@@ -95,4 +96,7 @@ def example(kind: Kind, n: int) -> AnyExample:
     if kind == "unpaired_preference":
         (prompt, answer), good = question_and_answer(question, f"{n * n + 1000}.", None), n % 3 != 1
         return UnpairedPreference([prompt], [answer], good, **origin)
+    if kind == "retrieval":
+        wrong = (f"Not {n}, {n * n}.",) if n % 2 else ()
+        return Retrieval(question, f"It is {n * n + 1000}.", wrong, **origin)
     return Example(question_and_answer(question, f"{n * n + 1000}.", None), **origin)
