@@ -49,7 +49,7 @@ def embedding_fidelity(
         normalize=options.normalize,
     )
     vectors = reference.predictions(0, predict), predict(candidate)
-    cosines = F.cosine_similarity(*vectors, dim=-1).double()
+    cosines = F.cosine_similarity(*vectors, dim=-1).double().clamp(max=1)  # rounding exceeds 1
     scores = [options.scale * each[:rows] @ each[rows:].T for each in vectors]
     p, q = (each.double().log_softmax(-1) for each in scores)
     reference_loss, loss = (_loss(params, each, rows) for each in vectors)

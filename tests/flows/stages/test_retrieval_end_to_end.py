@@ -13,8 +13,9 @@ from transformers import AutoModel, AutoModelForSequenceClassification
 
 from flows.base.model import load_dequantized, load_tokenizer
 from flows.errors import StageError
+from flows.evaluation.embedding_fidelity import EmbeddingFidelity
 from flows.gate.rows import row_values
-from flows.params import Params
+from flows.params import Merge, Params
 from flows.paths import Paths
 from flows.stages import evaluate, merge, prepare, train
 from flows.stages.reevaluate import measure
@@ -139,20 +140,29 @@ def test_passages_are_reranked_and_merged(made: Callable[..., tuple[Params, Path
     assert score(merged, "a?", "b.") == pytest.approx(score(model, "a?", "b."), abs=1e-4)
 
 
-def test_an_unfaithful_merge_names_the_cosine(made: Callable[..., tuple[Params, Paths]]) -> None:
-    params, paths = made("embedding", train={"max_steps": 1}, merge=ANYTHING | {"min_cosine": 1.0, "max_kl": 0.0})
-    train.run(params, paths)
-    with pytest.raises(StageError, match=r"merge\.min_cosine 1 or merge\.min_top1_agreement 0, so nothing was written"):
-        merge.run(params, paths)
+def test_a_merge_of_other_embeddings_is_refused_by_their_cosine() -> None:
+    measured = EmbeddingFidelity(0.0, 1.0, 0.5, 0.5, 8, cosine=0.9, least_cosine=0.8)
+    limits = Merge(min_cosine=0.95)
+    with pytest.raises(StageError, match=r"max_kl 0\.05, merge\.min_cosine 0\.95 or .*original: cosine 0\.90000"):
+        merge._chosen(limits, {"original": measured})
+    assert merge._chosen(Merge(min_cosine=0.9), {"original": measured}) == "original"
 
 
 def test_overlong_texts_are_cut_or_dropped(made: Callable[..., tuple[Params, Paths]]) -> None:
-    _, paths = made("embedding", data={"max_length": 12, "overlong": "truncate"})
+    params, paths = made("embedding")
     rows = parquet.read_table(paths.split("train")).to_pylist()
-    lengths = [len(ids) for one in rows for ids in (one["query_input_ids"], one["positive_input_ids"])]
-    assert max(lengths) == 12
-    report = json.loads(paths.data_report.read_text())
-    assert report["splits"]["train"]["truncated"] == len(rows)
+    limit = max(len(one["query_input_ids"]) for one in rows) + 2
+    longer = [row(n) | ({"positive": f"It is {n + 1}, " * 9} if n % 2 else {}) for n in range(100)]
+    (paths.root / "rows.jsonl").write_text("".join(json.dumps(one) + "\n" for one in longer))
+    reports = {}
+    for overlong in ("truncate", "drop"):
+        data = params.data.model_copy(update={"max_length": limit, "overlong": overlong})
+        prepare.run(params.model_copy(update={"data": data}), paths)
+        rows = parquet.read_table(paths.split("train")).to_pylist()
+        assert max(len(one["positive_input_ids"]) for one in rows) <= limit
+        reports[overlong] = json.loads(paths.data_report.read_text())
+    assert reports["truncate"]["splits"]["train"]["truncated"] > 5 and reports["truncate"]["dropped"] == {}
+    assert reports["drop"]["dropped"] == {f"longer than {limit} tokens": 50}
 
 
 def test_queries_are_not_packed(made: Callable[..., tuple[Params, Paths]]) -> None:
