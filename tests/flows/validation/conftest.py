@@ -97,6 +97,5 @@ def example(kind: Kind, n: int) -> AnyExample:
         (prompt, answer), good = question_and_answer(question, f"{n * n + 1000}.", None), n % 3 != 1
         return UnpairedPreference([prompt], [answer], good, **origin)
     if kind == "retrieval":
-        wrong = (f"Not {n}, {n * n}.",) if n % 2 else ()
-        return Retrieval(question, f"It is {n * n + 1000}.", wrong, **origin)
+        return Retrieval(question, f"It is {n * n + 1000}.", (f"Not {n}, {n * n}.",), **origin)
     return Example(question_and_answer(question, f"{n * n + 1000}.", None), **origin)

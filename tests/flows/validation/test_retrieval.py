@@ -9,9 +9,17 @@ def test_rows_that_are_well(patient: Any) -> None:
     well = patient("retrieval")
     for check in (retrieval.passages, retrieval.repeated_queries, retrieval.shared_passages):
         assert well.look(check).severity == "ok", check
-    finding = well.look(retrieval.negatives)  # every second row has a negative
-    assert finding.severity == "warning" and finding.figure == "0.5 per training row, none in 20 of 40"
-    assert not [one for one in well.examine().findings if one.severity == "error"]
+    finding = well.look(retrieval.negatives)
+    assert finding.severity == "ok" and finding.figure == "1.0 per training row, none in 0 of 40"
+
+
+def test_negatives_for_some_rows_alone_are_a_warning(patient: Any) -> None:
+    ill = patient("retrieval")
+    ill.change("train", "negatives", lambda rows: [row if n % 4 else [] for n, row in enumerate(rows)])
+    finding = ill.look(retrieval.negatives)
+    assert finding.severity == "warning" and finding.figure == "0.8 per training row, none in 10 of 40"
+    ill.change("train", "negatives", lambda rows: [[] for _ in rows])
+    assert ill.look(retrieval.negatives).severity == "ok"
 
 
 def test_a_right_passage_among_the_negatives_is_an_error(patient: Any) -> None:
