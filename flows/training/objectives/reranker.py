@@ -6,10 +6,10 @@ from typing import Any
 from datasets import Dataset
 
 from flows.base.model import load_tokenizer
-from flows.data.reranking import with_pairs
 from flows.data.rows import Row
 from flows.params import Params
 from flows.training.objectives.objective import Objective, Rows, Trainer
+from flows.training.reranking_pairs import with_pairs
 from peftcore import TaskType
 from peftcore.train import PAIRS_COLUMN, TYPES_COLUMN, RerankingCollator, RerankingTrainer, RightPaddingCollator
 

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from flows.data.reranking import with_pairs
 from flows.errors import StageError
+from flows.training.reranking_pairs import with_pairs
 
 
 def rows(count: int) -> list[dict[str, Any]]:
