@@ -158,9 +158,7 @@ with warnings.catch_warnings():
             objective = self.train.objective
             if objective in WITHOUT_TEXT:
                 expected = f"train.objective is {objective}, which generates no text; give []"
-                names = ("suites", "benchmarks") if objective == "classification" else (
-                    "suites", "benchmarks", "scorers",
-                )  # fmt: skip
+                names = ["suites", "benchmarks", *([] if objective == "classification" else ["scorers"])]
                 for name in names:
                     if value := getattr(self.evaluate, name):
                         raise invalid_value(expected, f"evaluate.{name}", value)
