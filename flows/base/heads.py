@@ -3,15 +3,18 @@
 | base | published head | objectives |
 |---|---|---|
 | decoder, such as Llama | next token | all but seq2seq |
-| encoder, such as BERT | masked token, or none | classification, token_classification |
+| encoder, such as BERT | masked token, or none | classification, token_classification, embedding, reranker |
+| classifier or trained reranker | classes, or one output | reranker, and those of its decoder or encoder |
 | encoder-decoder, such as T5 | next token of the decoder | seq2seq, classification, token_classification |
 """
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import (
+    MODEL_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -20,7 +23,10 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+)
 
 from flows.errors import BaseModelError
 from peftcore import TaskType
@@ -30,12 +36,14 @@ _CLASSES: dict[str, Any] = {
     TaskType.SEQ_CLS: AutoModelForSequenceClassification,
     TaskType.TOKEN_CLS: AutoModelForTokenClassification,
     TaskType.SEQ_2_SEQ_LM: AutoModelForSeq2SeqLM,
+    TaskType.FEATURE_EXTRACTION: AutoModel,
 }
 """{task: transformers' class of the models with its head}"""
 _TASK_OF_KIND = {
     "classification": TaskType.SEQ_CLS,
     "token_classification": TaskType.TOKEN_CLS,
     "seq2seq": TaskType.SEQ_2_SEQ_LM,
+    "retrieval": TaskType.FEATURE_EXTRACTION,
 }
 """{data.kind: task}; the task of all other kinds is CAUSAL_LM."""
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
@@ -46,22 +54,50 @@ def head_class(task: str | None, labels: Sequence[str] | None) -> Any:
     """Return transformers' class for a task.
 
     Args:
-        task: A task of `peftcore.TaskType`. None: a language model, or with labels a sequence classifier.
-        labels: Names of the classes, or None.
+        task: A task of `peftcore.TaskType`. None: a language model without labels, a model without a head with no
+            names, and a sequence classifier with names.
+        labels: Names of the head's outputs, or None.
     """
-    if task is None:
-        task = TaskType.CAUSAL_LM if labels is None else TaskType.SEQ_CLS
+    if task is None and labels is None:
+        task = TaskType.CAUSAL_LM
+    elif task is None:
+        task = TaskType.SEQ_CLS if labels else TaskType.FEATURE_EXTRACTION
     return _CLASSES[TaskType(task)]
 
 
 def published_class(config: Any) -> Any:
     """Return transformers' class that loads every weight of a base, and no others."""
+    name = next(iter(getattr(config, "architectures", None) or ()), "")
+    if name in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values():
+        return AutoModelForSequenceClassification
     if is_encoder_decoder(config):
         return AutoModelForSeq2SeqLM
     if not is_encoder(config):
         return AutoModelForCausalLM
     has_head = any(name.endswith("ForMaskedLM") for name in getattr(config, "architectures", None) or ())
     return AutoModelForMaskedLM if has_head else AutoModel
+
+
+def answers_chats(folder: Path) -> bool:
+    """Return True if a folder holds a causal language model; also if its config.json cannot be read."""
+    if not (folder / "config.json").is_file():
+        return True
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError):  # not JSON, or of an unknown type
+        return True
+    return published_class(config) is AutoModelForCausalLM
+
+
+def ranks_passages(config: Any) -> bool:
+    """Return True if a base is a trained reranker: a sequence classifier with one output."""
+    return published_class(config) is AutoModelForSequenceClassification and config.num_labels == 1
+
+
+def without_pooler(config: Any) -> dict[str, Any]:
+    """Return the options by which AutoModel leaves out a pooling layer, which embeddings do not use."""
+    model: Any = MODEL_MAPPING[type(config)]
+    return {"add_pooling_layer": False} if "add_pooling_layer" in inspect.signature(model).parameters else {}
 
 
 def is_encoder(config: Any) -> bool:
@@ -106,7 +142,7 @@ def check_head(folder: Path, task: str) -> None:
             "such a base, or data.kind: chat and train.objective: sft"
         )
     if task == TaskType.CAUSAL_LM and (is_encoder(config) or is_encoder_decoder(config)):
-        fitting = "seq2seq" if is_encoder_decoder(config) else "classification or token_classification"
+        fitting = "seq2seq" if is_encoder_decoder(config) else "classification, token_classification or embedding"
         raise BaseModelError(
             f"this train.objective needs a decoder such as Llama or GPT-2, and base.source is a {name}; give such a "
             f"base, or train.objective: {fitting}"

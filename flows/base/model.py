@@ -1,8 +1,9 @@
 """Loading of the base model: quantised for training, dequantised for evaluation and merging, or as fetched.
 
-If a function gets `labels`, the names of classes, it loads the base with a classification head. This head is randomly
-initialised and not quantised. With `labels=None` it loads the language-model head. `task` (`peftcore.TaskType`) asks
-for another head: classes of tokens, or an encoder-decoder's.
+If a function gets `labels`, the names of a head's outputs, it loads the base with a classification head. This head is
+not quantised, and randomly initialised if the base has none. Without names, `labels=()`, it loads the base without a
+head, for embeddings. With `labels=None` it loads the language-model head. `task` (`peftcore.TaskType`) asks for another
+head: classes of tokens, or an encoder-decoder's.
 
 The folder is that of the base as fetched, or of the calibrated base (`calibrated.trained_base`), whose weights are
 quantised already. A folder that does not fit `quantization.calibration` is refused.
@@ -21,6 +22,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import (
+    AutoConfig,
+    AutoModel,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -33,7 +36,7 @@ from transformers.utils import logging as transformers_logging
 
 from flows.base.calibrated import calibration_record, check_calibration, recorded_quantization
 from flows.base.gguf import holds_gguf, load_packed
-from flows.base.heads import check_head, head_class
+from flows.base.heads import check_head, head_class, without_pooler
 from flows.errors import BaseModelError
 from flows.params import Quantization
 from peftcore.bases import dequantize_model
@@ -223,6 +226,9 @@ def _load(
     kind = head_class(task, labels)
     if task is not None:
         check_head(folder, task)
+    if kind is AutoModel:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        return AutoModel.from_pretrained(folder, local_files_only=True, **options, **without_pooler(config)).eval()
     if labels is None:
         return kind.from_pretrained(folder, local_files_only=True, **options).eval()
     # a decoder's classification head reads the last token that is not padding

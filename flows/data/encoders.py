@@ -20,11 +20,22 @@ from flows.data.examples import (
     Labelled,
     Message,
     Preference,
+    Retrieval,
     Tagged,
     Translation,
     UnpairedPreference,
 )
-from flows.data.tokens import IGNORED, AnswerTokens, AnyTokens, PairTokens, TagTokens, TargetTokens, TextTokens, Tokens
+from flows.data.tokens import (
+    IGNORED,
+    AnswerTokens,
+    AnyTokens,
+    PairTokens,
+    RetrievalTokens,
+    TagTokens,
+    TargetTokens,
+    TextTokens,
+    Tokens,
+)
 from flows.errors import DataError
 from flows.params import Data
 
@@ -36,6 +47,7 @@ Kind = Literal[
     "classification",
     "token_classification",
     "seq2seq",
+    "retrieval",
 ]
 _IDS = List(Value("int32"))
 _TEXT = Value("string")
@@ -65,6 +77,12 @@ COLUMNS: dict[Kind, Features] = {
     "seq2seq": Features(
         _ORIGIN
         | {"prompt": _TEXT, "target": _TEXT, "prompt_length": Value("int32"), "input_ids": _IDS, "labels": _IDS}
+        | _WEIGHT
+    ),
+    "retrieval": Features(
+        _ORIGIN
+        | {"query": _TEXT, "positive": _TEXT, "negatives": List(_TEXT)}
+        | {"query_input_ids": _IDS, "positive_input_ids": _IDS, "negatives_input_ids": List(_IDS)}
         | _WEIGHT
     ),
 }
@@ -309,6 +327,49 @@ class TranslationEncoder(Encoder):
         return example
 
 
+class RetrievalEncoder(Encoder):
+    """Queries and passages, each tokenised as a text of its own with the tokenizer's special tokens."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.special = tokenizer.all_special_tokens
+
+    def encode(self, example: Retrieval) -> RetrievalTokens:
+        """Tokenise the texts of a row."""
+        query, positive, *negatives = (self._ids(text) for text in self._texts(example))
+        return RetrievalTokens(example.query, example.positive, list(example.negatives), query, positive, negatives)
+
+    def shorten(self, example: Retrieval, limit: int) -> Retrieval | None:
+        """Return the row with each longer text cut to fit; None if cutting makes the positive a negative."""
+        query, positive, *negatives = (self._cut(text, limit) for text in self._texts(example))
+        if positive in negatives or not (query and positive and all(negatives)):
+            return None
+        return replace(example, query=query, positive=positive, negatives=tuple(negatives))
+
+    def _texts(self, example: Retrieval) -> list[str]:
+        return [example.query, example.positive, *example.negatives]
+
+    def _ids(self, text: str) -> list[int]:
+        if tokens := [token for token in self.special if token in text]:
+            raise DataError(f"a text holds {', '.join(tokens)}, which the model reads as a special token; remove it")
+        ids = self.tokenizer(text)["input_ids"]
+        assert isinstance(ids, list)
+        if not ids:
+            raise DataError(f"the text {text!r:.40} has no tokens")
+        return ids
+
+    def _cut(self, text: str, limit: int) -> str:
+        """Return the beginning of a text that has at most `limit` tokens; "" if there is none."""
+        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        length = len(offsets)
+        while (excess := len(self._ids(text)) - limit) > 0:
+            length -= excess
+            if length <= 0:
+                return ""
+            text = text[: offsets[length - 1][1]]
+        return text
+
+
 class DocumentEncoder(Encoder):
     """Plain texts, cut into rows of at most `max_length` tokens, all of them supervised.
 
@@ -377,6 +438,8 @@ def encoder_of(data: Data, tokenizer: PreTrainedTokenizerBase, labels: list[str]
         return TranslationEncoder(tokenizer)
     if data.kind == "text":
         return DocumentEncoder(tokenizer)
+    if data.kind == "retrieval":
+        return RetrievalEncoder(tokenizer)
     if data.kind == "preference":
         return PreferenceEncoder(tokenizer, _shown(data))
     if data.kind == "unpaired_preference":

@@ -1,4 +1,4 @@
-"""One example of any source: a chat, a preference pair, an answer or a text with a label, tagged words, or a text."""
+"""One example of any source: a chat, a preference pair, an answer or text with a label, tags, a text, or a query."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -90,7 +90,16 @@ class Document(Origin):
     text: str
 
 
-AnyExample = Example | Preference | UnpairedPreference | Labelled | Tagged | Translation | Document
+@dataclass(frozen=True)
+class Retrieval(Origin):
+    """A query, a passage that answers it, and passages that do not, which may be none."""
+
+    query: str
+    positive: str
+    negatives: tuple[str, ...] = ()
+
+
+AnyExample = Example | Preference | UnpairedPreference | Labelled | Tagged | Translation | Document | Retrieval
 
 
 def question_and_answer(prompt: str, completion: str, system_prompt: str | None) -> list[Message]:

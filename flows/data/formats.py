@@ -1,4 +1,4 @@
-"""Formats of a row: chats in the formats of OpenAI, ShareGPT and Alpaca, preferences, labelled texts, tagged words.
+"""Formats of a row: chats in the formats of OpenAI, ShareGPT and Alpaca, preferences, labelled texts, tags, queries.
 
 Each function takes a row's columns and raises FaultyRow with the problem and what fits. A null column or field counts
 as absent, because Parquet gives every row all columns. `flows.data.turns` reads the turns of a chat.
@@ -20,6 +20,7 @@ __all__ = [
     "labelled",
     "margin",
     "preference",
+    "retrieval",
     "source_and_target",
     "spelled_otherwise",
     "tagged",
@@ -33,8 +34,12 @@ _OTHER_KINDS = {
     "classification": ("text", "label"),
     "token_classification": ("tokens", "tags"),
     "seq2seq": ("source", "target"),
+    "retrieval": ("query", "positive"),
 }
 """{data.kind: columns that only rows of this kind have}"""
+QUERIES = ("query", "anchor")
+"""Columns of a query, of which a row has one."""
+_NEGATIVE = re.compile(r"negative(_\d+)?")
 
 
 def chat(row: dict[str, Any], ignored: Collection[str] = ()) -> list[Message]:
@@ -209,6 +214,46 @@ def source_and_target(row: dict[str, Any]) -> tuple[str, str]:
             + spelled_otherwise(row, ["source", "input", "target"])
         )
     return _text(row, source), _text(row, "target")
+
+
+def retrieval(row: dict[str, Any]) -> tuple[str, str, tuple[str, ...]]:
+    """Return the query, its passage and the hard negatives of a row.
+
+    Columns: query and positive, with negatives (a list of texts, in CSV as JSON); or those of Sentence Transformers:
+    anchor, positive, and negative or negative_1, negative_2 and so on.
+    """
+    query = next((name for name in QUERIES if row.get(name) is not None), None)
+    if query is None or row.get("positive") is None:
+        missing = "query" if query is None else "positive"
+        raise FaultyRow(
+            f"it has no {missing}; a row of data.kind retrieval has query (or anchor), positive, and optional negatives"
+            + spelled_otherwise(row, [*QUERIES, "positive", "negatives"])
+        )
+    others = [name for name in QUERIES if name != query and row.get(name) is not None]
+    if others and row[others[0]] != row[query]:
+        raise FaultyRow(f"its {query} and {others[0]} differ; give one of them")
+    negatives: list[Any] = []
+    if row.get("negatives") is not None:
+        negatives += _texts(row["negatives"])
+    negatives += [value for name, value in row.items() if _NEGATIVE.fullmatch(str(name)) and value is not None]
+    numbered = {f"negatives[{number}]": value for number, value in enumerate(negatives)}
+    texts = tuple(_text(numbered, name) for name in numbered)
+    positive = _text(row, "positive")
+    if positive in texts:
+        raise FaultyRow("its positive is one of its negatives; remove it there")
+    return _text(row, query), positive, texts
+
+
+def _texts(value: Any) -> list[Any]:
+    """Return the negatives of a row, which CSV holds as JSON."""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            value = None
+    if not isinstance(value, list):
+        raise FaultyRow('its negatives are no list of texts, such as ["one", "two"]')
+    return value
 
 
 def document(row: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ from flows.data.examples import (
     Labelled,
     Message,
     Preference,
+    Retrieval,
     Tagged,
     Translation,
     UnpairedPreference,
@@ -126,6 +127,9 @@ def as_example(data: Data, where: str, row: dict[str, Any]) -> AnyExample:
     if data.kind == "seq2seq":
         source, target = formats.source_and_target(row)
         return Translation(source, target, **_origin(data, where, row, source))
+    if data.kind == "retrieval":
+        query, positive, negatives = formats.retrieval(row)
+        return Retrieval(query, positive, negatives, **_origin(data, where, row, query))
     ignored = (*data.ignored_fields, *(REASONING if data.reasoning == "none" else ()))
     if data.kind == "preference":
         prompt, chosen, rejected = formats.preference(row, ignored)

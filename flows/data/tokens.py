@@ -1,4 +1,4 @@
-"""Examples as token ids: a chat with labels, a preference pair, a marked answer, a labelled text, or tagged words."""
+"""Examples as token ids: a chat with labels, a preference pair, a marked answer, a labelled text, tags, or a query."""
 
 import hashlib
 from dataclasses import dataclass
@@ -239,6 +239,43 @@ class TargetTokens:
     def columns(self) -> dict[str, Any]:
         """Return the kind's own columns of the Parquet file."""
         return vars(self) | {"prompt_length": len(self.input_ids)}
+
+
+@dataclass(frozen=True)
+class RetrievalTokens:
+    """A query with its passage and hard negatives: texts and token ids, each with the tokenizer's special tokens."""
+
+    query: str
+    positive: str
+    negatives: list[str]
+    query_input_ids: list[int]
+    positive_input_ids: list[int]
+    negatives_input_ids: list[list[int]]
+
+    @property
+    def id(self) -> str:
+        """Digest of the row's texts."""
+        return _identity(self.query, self.positive, *self.negatives)
+
+    @property
+    def question(self) -> str:
+        """The query."""
+        return self.query
+
+    @property
+    def answer(self) -> str:
+        """The passages, the right one first."""
+        return "\n".join([self.positive, *self.negatives])
+
+    @property
+    def parts(self) -> list[Sequence]:
+        """Sequences of the row: query, positive, negatives."""
+        texts = [self.query_input_ids, self.positive_input_ids, *self.negatives_input_ids]
+        return [(ids, [IGNORED] * len(ids)) for ids in texts]
+
+    def columns(self) -> dict[str, Any]:
+        """Return the kind's own columns of the Parquet file."""
+        return vars(self)
 
 
 PART = ("input_ids", "labels")

@@ -24,6 +24,7 @@ from flows.gate.judging import judge_answers
 from flows.gate.reevaluation import reevaluate_benchmarks, reevaluate_candidate, reevaluate_champion, reevaluate_suites
 from flows.gate.sequence import look_of
 from flows.params import EventType, Params
+from flows.params.gate import RANKING
 from flows.paths import Paths
 from flows.registry.approvals import approvals, unsigned_approvals
 from flows.registry.lineage import read_json
@@ -44,7 +45,10 @@ OPTIONAL_COLUMNS = (
     *(
         f"{side}_{name}"
         for side in ("base", "adapter")
-        for name in ("rouge_l", "ended", "margin", "prediction", "accuracy", "divergence", "entities", "correct")
+        for name in (
+            *("rouge_l", "ended", "margin", "prediction", "accuracy", "divergence", "entities", "correct"),
+            *RANKING,
+        )
     ),
 )
 """Columns of the evaluation's rows that some objectives have."""

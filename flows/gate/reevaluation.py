@@ -35,8 +35,8 @@ from peftcore.files import sha256
 CODE = Path(__file__).parents[2]
 """The folder of this package. The measuring process runs this code, whatever working tree is judged."""
 Result = TypeVar("Result")
-TEXTS = ("prompt", "text")
-"""Text columns; prepared rows have one of them: the question, or the text to classify."""
+TEXTS = ("prompt", "text", "query")
+"""Text columns; prepared rows have one of them: the question, the text to classify, or the query."""
 
 
 def reevaluate_champion(

@@ -80,6 +80,7 @@ class Data(Section):
         "classification",
         "token_classification",
         "seq2seq",
+        "retrieval",
     ] = "chat"
     tag_scheme: Literal["bio", "plain"] = "bio"
     supervise: Literal["all", "last"] = "all"
@@ -178,13 +179,13 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _check_text(self) -> Self:
-        if self.kind != "text":
+        if self.kind not in ("text", "retrieval"):
             return self
         for key, default in OF_TURNS.items():
             if (value := getattr(self, key)) != default:
                 shown = {None: "null"}.get(default, default)
-                raise invalid_value(f"data.kind is text, which has no turns; give {shown}", key, value)
-        if self.overlong != "drop":
+                raise invalid_value(f"data.kind is {self.kind}, which has no turns; give {shown}", key, value)
+        if self.kind == "text" and self.overlong != "drop":
             expected = "data.kind is text, and texts are cut into rows of max_length tokens; give drop"
             raise invalid_value(expected, "overlong", self.overlong)
         return self

@@ -116,4 +116,5 @@ class Merge(Section):
     into: Literal["best", "dequantized", "original", "requantized"] = "best"
     max_kl: NonNegative = 0.05
     min_top1_agreement: Probability = 0.85
+    min_cosine: Probability = 0.99
     rows: Count = 64

@@ -23,6 +23,13 @@ from flows.params.section import (
 Direction = Literal["higher", "lower"]
 _ANSWERS: Mapping[str, Direction] = {"rouge_l": "higher", "ended": "higher"}
 _PAIRS: Mapping[str, Direction] = {"loss": "lower", **_ANSWERS, "accuracy": "higher", "margin": "higher"}
+RANKING: Mapping[str, Direction] = {
+    "recall_at_1": "higher",
+    "recall_at_5": "higher",
+    "recall_at_10": "higher",
+    "mrr_at_10": "higher",
+    "ndcg_at_10": "higher",
+}
 FIGURES: Mapping[str, Mapping[str, Direction]] = {
     "sft": {"loss": "lower", **_ANSWERS},
     "dpo": _PAIRS,
@@ -33,6 +40,8 @@ FIGURES: Mapping[str, Mapping[str, Direction]] = {
     "token_classification": {"loss": "lower", "entity_f1": "higher"},
     "seq2seq": {"loss": "lower", **_ANSWERS},
     "reward": {"loss": "lower", "accuracy": "higher", "margin": "higher"},
+    "embedding": {"loss": "lower", **RANKING},
+    "reranker": {"loss": "lower", **RANKING},
 }
 """{objective: {figure that its evaluation has for each row: the better direction}}; `ended` is the EOS rate."""
 

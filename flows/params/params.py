@@ -119,6 +119,9 @@ with warnings.catch_warnings():
         def _check_gguf(self) -> Self:
             if self.quantization.storage != "gguf":
                 return self
+            if self.train.objective == "embedding":
+                expected = "embeddings need the base without its head, which a GGUF file does not give; give another"
+                raise invalid_value(expected, "quantization.storage", self.quantization.storage)
             source = self.base.source
             if not (source.startswith("wheel:") or (source.startswith("path:") and source.endswith(".gguf"))):
                 expected = "quantization.storage gguf needs wheel:NAME==VERSION or path:FILE.gguf"
@@ -165,7 +168,8 @@ with warnings.catch_warnings():
                     expected = f"train.objective is {objective}, which generates no {text}; give null"
                     raise invalid_value(expected, "evaluate.best_of_n.answers", best)
                 expected = f"train.objective is {objective}, which generates no {text}; give []"
-                for name in ("suites", "benchmarks", *(("scorers",) if objective == "reward" else ())):
+                unscored = objective in ("reward", "embedding", "reranker")
+                for name in ("suites", "benchmarks", *(("scorers",) if unscored else ())):
                     if value := getattr(self.evaluate, name):
                         raise invalid_value(expected, f"evaluate.{name}", value)
                 if objective in WITHOUT_TEXT and self.gate.judge.is_on:

@@ -22,11 +22,13 @@ KINDS = {
     "token_classification": ("token_classification",),
     "seq2seq": ("seq2seq",),
     "reward": ("preference",),
+    "embedding": ("retrieval",),
+    "reranker": ("retrieval",),
 }
 """{train.objective: the data.kind that it accepts}"""
-SEQUENCE_CLASSIFIERS = ("classification", "reward")
+SEQUENCE_CLASSIFIERS = ("classification", "reward", "reranker")
 """Objectives whose model has outputs for a whole text."""
-WITHOUT_TEXT = (*SEQUENCE_CLASSIFIERS, "token_classification")
+WITHOUT_TEXT = (*SEQUENCE_CLASSIFIERS, "token_classification", "embedding")
 """Objectives whose models generate no text."""
 WITHOUT_CHAT = (*WITHOUT_TEXT, "seq2seq")
 """Objectives whose models cannot answer chats."""
@@ -110,6 +112,24 @@ class Reward(Section):
     center_rewards_coefficient: NonNegative = 0.0
 
 
+class Embedding(Section):
+    """Options of the objective embedding."""
+
+    pooling: Literal["mean", "cls", "last"] = "mean"
+    normalize: bool = True
+    scale: Positive = 20.0
+    symmetric: bool = False
+    mask_false_negatives: bool = True
+    rows_at_once: Count | None = None
+
+
+class Reranker(Section):
+    """Options of the objective reranker."""
+
+    loss: Literal["softmax", "binary"] = "softmax"
+    negatives: Count = 4
+
+
 class Train(Section):
     """Options of a training run."""
 
@@ -123,6 +143,8 @@ class Train(Section):
         "token_classification",
         "seq2seq",
         "reward",
+        "embedding",
+        "reranker",
     ] = "sft"
     preference: Preference = Preference()
     kto: Kto = Kto()
@@ -130,6 +152,8 @@ class Train(Section):
     classification: Classification = Classification()
     token_classification: TokenClassification = TokenClassification()
     reward: Reward = Reward()
+    embedding: Embedding = Embedding()
+    reranker: Reranker = Reranker()
     epochs: Positive = 1.0
     batch_size: Count = 8
     gradient_accumulation: Count = 2
@@ -167,6 +191,13 @@ class Train(Section):
     def _check_kto_batch(self) -> Self:
         if self.objective == "kto" and self.kto.loss == "kto" and self.batch_size < 2:
             expected = "kto compares a prompt with the answers of other rows of its batch; give 2 or more"
+            raise invalid_value(expected, "batch_size", self.batch_size)
+        return self
+
+    @model_validator(mode="after")
+    def _check_embedding_batch(self) -> Self:
+        if self.objective == "embedding" and self.batch_size < 2:
+            expected = "the passages of a batch's other rows are a query's negatives; give 2 or more, better 32 or more"
             raise invalid_value(expected, "batch_size", self.batch_size)
         return self
 

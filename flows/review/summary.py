@@ -22,6 +22,10 @@ FIGURES = (
     ("macro-F1", "macro_f1", "{:.3f}"),
     ("entity F1", "entity_f1", "{:.3f}"),
     ("right tags", "tag_accuracy", "{:.1%}"),
+    ("recall@1", "recall_at_1", "{:.1%}"),
+    ("recall@10", "recall_at_10", "{:.1%}"),
+    ("MRR@10", "mrr_at_10", "{:.3f}"),
+    ("nDCG@10", "ndcg_at_10", "{:.3f}"),
     ("margin (nats)", "margin", "{:.3f}"),
     ("reward accuracy", "reward_accuracy", "{:.1%}"),
     ("divergence from the teacher", "divergence", "{:.4f}"),
@@ -43,8 +47,9 @@ def print_summary(
     console.print()
     console.print(_figures(metrics, promotion))
     merge = metrics["merge"]
+    cosine = f"cosine {merge['cosine']:.4f}, " if "cosine" in merge else ""
     lines = {
-        "merged": f"KL {merge['kl']:.4f} nats, top-1 tokens agree on {merge['top1_agreement']:.1%}",
+        "merged": f"{cosine}KL {merge['kl']:.4f} nats, top-1 tokens agree on {merge['top1_agreement']:.1%}",
         "verdict": f"[{'green' if promotion.accepted else 'red'}]{escape(promotion.sentence)}[/]",
         "seconds": " · ".join(f"{name} {value:.1f}" for name, value in seconds.items()),
     }

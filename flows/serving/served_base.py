@@ -86,11 +86,7 @@ def load_evaluated_base(
     """
     from flows.base.model import check_base, load_dequantized, load_tokenizer
 
-    if (objective := params.train.objective) in WITHOUT_CHAT:
-        raise BaseModelError(
-            f"train.objective is {objective}, and only models that answer chats are served; load {paths.merged} with "
-            "transformers, as the version's model card shows"
-        )
+    check_generates(params.train.objective, f"the project's train.objective is {params.train.objective}")
     holder = registry.stages().get(params.gate.stage)
     manifest = check_base(folder)
     base = ServedBase(base_identity(folder), params.quantization, manifest)
@@ -98,6 +94,8 @@ def load_evaluated_base(
         weights = folder
         if holder is not None and holder.version is not None:
             version = registry.version(holder.version)
+            objective = registry.record(version)["params"]["train"].get("objective", "sft")
+            check_generates(objective, f"{version.number} was trained by train.objective {objective}")
             evaluated = ServedBase.of_record(registry.record(version))
             base = replace(base, quantization=evaluated.quantization, calibrated=evaluated.calibrated)
             if not evaluated.is_same(base):
@@ -123,6 +121,15 @@ def _calibrated(stack: ExitStack, paths: Paths, registry: RegistryReader, versio
     return stack.enter_context(files_of(paths, registry, version, [paths.calibrated])).calibrated
 
 
+def check_generates(objective: str, subject: str) -> None:
+    """Raise ConfigError if models of an objective answer no chats. subject: beginning of the message."""
+    if objective in WITHOUT_CHAT:
+        raise ConfigError(
+            f"{subject}, and only models that answer chats are served; load the model in your own program, as the "
+            "version's model card shows"
+        )
+
+
 def load_given_base(folder: Path, dtype: str) -> tuple[Any, Any]:
     """Load a base outside of a project; a calibrated base is dequantised to the dtype of its calibration.
 
@@ -133,8 +140,12 @@ def load_given_base(folder: Path, dtype: str) -> tuple[Any, Any]:
     Raises:
         BaseModelError: The calibrated base is damaged.
         CheckpointError: The folder holds no base.
-        ConfigError: A dtype is given for a calibrated base.
+        ConfigError: A dtype is given for a calibrated base, or the base generates no text.
     """
+    from flows.base.heads import answers_chats
+
+    if not answers_chats(folder):
+        check_generates("embedding", f"{folder} holds an encoder or a classifier")
     if calibrated_identity(folder) is None:
         from peftcore.serving import load_base
 

@@ -61,8 +61,9 @@ def without_weights(folder: Path) -> PreTrainedModel:
         # raised for a config.json that is absent, not JSON, of an unknown type, or with impossible sizes
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise BaseModelError(
-            f"{folder / 'config.json'} does not describe a language model that transformers knows; set "
-            f"base.source to a decoder such as Llama, Qwen or GPT-2, or upgrade transformers ({reason})"
+            f"{folder / 'config.json'} does not describe a language model or encoder that transformers knows; "
+            f"set base.source to a decoder such as Llama or Qwen, or an encoder such as BERT, or upgrade transformers "
+            f"({reason})"
         ) from error
 
 

@@ -16,8 +16,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
+from transformers import AutoConfig
 
 from flows.base.calibrated import calibrated_identity, check_adapter, trained_base
+from flows.base.heads import ranks_passages
 from flows.base.identity import base_identity
 from flows.base.model import check_base, load_dequantized, load_tokenizer, padding_id
 from flows.data.rows import Row, read_rows
@@ -28,8 +30,10 @@ from flows.evaluation.chats import evaluate_chats
 from flows.evaluation.classes import evaluate_classes
 from flows.evaluation.control import evaluate_control
 from flows.evaluation.divergence import with_divergence
+from flows.evaluation.embeddings import evaluate_embeddings
 from flows.evaluation.latency import measure_latency
 from flows.evaluation.pairs import evaluate_pairs
+from flows.evaluation.rerankers import evaluate_rerankers
 from flows.evaluation.result import EvaluationResult
 from flows.evaluation.rewards import evaluate_rewards
 from flows.evaluation.scorers.load import load_scorer
@@ -42,7 +46,7 @@ from flows.evaluation.unpaired import evaluate_unpaired
 from flows.params import Params, Scorer, Suite, load_suites
 from flows.paths import Paths
 from flows.runtime.stage import start
-from flows.training.objectives import check_split, class_names, loss_function, rows_of
+from flows.training.objectives import check_split, class_names, loss_function, model_outputs, objective_of, rows_of
 from flows.verdicts import IDENTITY, suite_figures
 from peftcore import PeftModel
 from peftcore.files import directory_written_atomically, sha256, write_atomically
@@ -95,12 +99,12 @@ def _evaluate(
     checks = suite_checks(suites, paths.root)
     harness = Harness(params.evaluate.benchmarks, paths.root) if params.evaluate.benchmarks else None
     names, tokenizer = class_names(params, paths), load_tokenizer(paths.base)
+    outputs = model_outputs(params, paths)
     base = trained_base(paths, params.quantization)
     check_base(base)
     check_adapter(paths.adapter, calibrated_identity(base))
-    model = PeftModel.from_pretrained(
-        load_dequantized(base, params.quantization, names, rows_of(params).task), paths.adapter
-    )
+    task = rows_of(params).task
+    model = PeftModel.from_pretrained(load_dequantized(base, params.quantization, outputs, task), paths.adapter)
     extra: dict[str, Any] = {"control": None, "latency": None}
     if params.train.objective == "reward":
         result = evaluate_rewards(params, model, tokenizer, rows)
@@ -118,6 +122,14 @@ def _evaluate(
         if params.evaluate.latency_rows:
             sources = [row["input_ids"] for row in rows[: params.evaluate.latency_rows]]
             extra["latency"] = measure_latency(model, tokenizer, sources)
+        return replace(result, metrics=result.metrics | extra), None, {}
+    if params.train.objective in ("embedding", "reranker"):
+        rows = objective_of(params).complete_rows(params, paths.base, rows)
+        if params.train.objective == "embedding":
+            result = evaluate_embeddings(params, model, tokenizer, rows)
+        else:
+            base_ranks = ranks_passages(AutoConfig.from_pretrained(paths.base, local_files_only=True))
+            result = evaluate_rerankers(params, model, tokenizer, rows, base_ranks)
         return replace(result, metrics=result.metrics | extra), None, {}
     evaluate_rows = {"chat": evaluate_chats, "unpaired_preference": evaluate_unpaired, "preference": evaluate_pairs}[
         rows_of(params).kind

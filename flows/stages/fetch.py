@@ -1,5 +1,7 @@
 """fetch: the base model, converted once to a bfloat16 transformers folder whose generation ends turns.
 
+A base is a causal language model, an encoder such as BERT, or a sequence classifier.
+
 With `quantization.storage: gguf` the folder holds the base's GGUF file in place of bfloat16 weights.
 """
 

@@ -10,7 +10,9 @@ own original, and is merged into dequantised.
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 
 from transformers import PreTrainedModel
 
@@ -25,22 +27,23 @@ from flows.base.model import (
     padding_id,
 )
 from flows.errors import StageError
+from flows.evaluation.embedding_fidelity import EmbeddingFidelity, embedding_fidelity
 from flows.evaluation.fidelity import (
     Fidelity,
     Reference,
     class_fidelity,
     fidelity,
-    reward_fidelity,
     same_function,
     tag_fidelity,
     target_fidelity,
 )
+from flows.evaluation.rerankers import reranker_fidelity
 from flows.params import Merge, Params
 from flows.paths import Paths
 from flows.runtime.progress import progress
 from flows.runtime.stage import start
-from flows.training.objectives import class_names, merged_rows, rows_of
-from peftcore import PeftModel, TaskType
+from flows.training.objectives import merged_rows, model_outputs, objective_of, rows_of
+from peftcore import PeftModel
 from peftcore.bases import keep_quantized_weights_trainable
 from peftcore.files import directory_written_atomically, write_atomically, write_manifest
 
@@ -51,12 +54,13 @@ SIXTEEN_BIT = ("dequantized", "original")
 REQUANTIZED = "requantized"
 ONLY_CANDIDATE = {"none": ("original",), "gguf": ("dequantized",)}
 """{storage: candidate}, for storages whose base exists in one precision only."""
-_COMPARE = {
-    TaskType.SEQ_CLS: class_fidelity,
-    TaskType.TOKEN_CLS: tag_fidelity,
-    TaskType.SEQ_2_SEQ_LM: target_fidelity,
+COMPARISONS: dict[str, Callable[..., Fidelity]] = {
+    "classification": class_fidelity,
+    "reward": reward_fidelity,
+    "token_classification": tag_fidelity,
+    "seq2seq": target_fidelity,
 }
-"""{task: function that compares two models}; others are compared by `fidelity`."""
+"""{objective: function that compares two models}"""
 BATCH_SIZE = 16
 """Rows per batch; their predictions are in memory twice."""
 
@@ -68,8 +72,9 @@ def run(params: Params, paths: Paths) -> None:
         check_base(folder)
     check_adapter(paths.adapter, calibrated_identity(base))
     rows = merged_rows(params, paths.split("test"), params.merge.rows)
-    tokenizer, labels, task = load_tokenizer(paths.base), class_names(params, paths), rows_of(params).task
-    compare = reward_fidelity if params.train.objective == "reward" else _COMPARE.get(task, fidelity)
+    rows = objective_of(params).complete_rows(params, paths.base, rows)
+    tokenizer, labels, task = load_tokenizer(paths.base), model_outputs(params, paths), rows_of(params).task
+    compare = _comparison(params)
     adapted = PeftModel.from_pretrained(load_dequantized(base, params.quantization, labels, task), paths.adapter)
     reference = Reference(adapted, rows, padding_id(tokenizer), BATCH_SIZE)
     names = ONLY_CANDIDATE.get(params.quantization.storage, (*SIXTEEN_BIT, REQUANTIZED))
@@ -97,8 +102,17 @@ def run(params: Params, paths: Paths) -> None:
     log.info("merged into the %s base: %s", into, written)
 
 
+def _comparison(params: Params) -> Callable[..., Fidelity]:
+    """Return the function that compares a candidate with the reference: (reference, candidate, bar)."""
+    if params.train.objective == "embedding":
+        return partial(embedding_fidelity, params)
+    if params.train.objective == "reranker":
+        return partial(reranker_fidelity, params)
+    return COMPARISONS.get(params.train.objective, fidelity)
+
+
 def _merged(params: Params, paths: Paths, into: str) -> PreTrainedModel:
-    labels, folder = class_names(params, paths), trained_base(paths, params.quantization)
+    labels, folder = model_outputs(params, paths), trained_base(paths, params.quantization)
     task = rows_of(params).task
     if into == "dequantized":
         base = load_dequantized(folder, params.quantization, labels, task)
@@ -120,13 +134,17 @@ def _chosen(merge: Merge, candidates: dict[str, Fidelity]) -> str:
 
 
 def _is_faithful(result: Fidelity, limits: Merge) -> bool:
+    if isinstance(result, EmbeddingFidelity) and result.cosine < limits.min_cosine:
+        return False
     return result.kl <= limits.max_kl and result.top1_agreement >= limits.min_top1_agreement
 
 
 def _unfaithful(subject: str, limits: Merge, candidates: dict[str, Fidelity]) -> StageError:
+    is_embedding = any(isinstance(result, EmbeddingFidelity) for result in candidates.values())
+    cosine = f", merge.min_cosine {limits.min_cosine:g}" if is_embedding else ""
     measured = "; ".join(f"into {name}: {result}" for name, result in candidates.items())
     return StageError(
-        f"{subject} differs from the adapter beyond merge.max_kl {limits.max_kl:g} or merge.min_top1_agreement "
+        f"{subject} differs from the adapter beyond merge.max_kl {limits.max_kl:g}{cosine} or merge.min_top1_agreement "
         f"{limits.min_top1_agreement:g}, so nothing was written. Measured {measured}. Set merge.into to a base that is "
         "within the limits, or raise the limits"
     )

@@ -30,8 +30,10 @@ import flows.stages  # noqa: F401 - sets the variables that silence libraries, b
 from flows.base.calibrated import calibrated_identity, check_adapter
 from flows.base.model import check_base, load_dequantized, load_tokenizer, padding_id
 from flows.data.rows import Row, read_rows
+from flows.evaluation.embeddings import retrieval_values, row_tokens
 from flows.evaluation.generation import generate_answers
 from flows.evaluation.pairs import pair_margins
+from flows.evaluation.rerankers import pair_tokens, ranking_values, row_scores
 from flows.evaluation.rewards import check_finite, reward_accuracies, reward_losses
 from flows.evaluation.scorers.load import load_scorer
 from flows.evaluation.scorers.scores import ScoredAnswer, score_answers
@@ -54,14 +56,15 @@ from flows.runtime.progress import progress
 from flows.runtime.stage import set_seed
 from flows.runtime.task import run_task
 from flows.training.objectives import (
-    REWARD,
     check_split,
     kto_objective,
+    objective_of,
     preference_objective,
     reward_objective,
     rows_of,
 )
 from peftcore import PeftModel
+from peftcore.train import RANKING_METRICS
 
 _KNOWN = {"preference": ("chosen_input_ids", "chosen"), "seq2seq": ("input_ids", "target")}
 """{kind of rows: columns of a prompt's token ids and of the known answer's text}"""
@@ -74,12 +77,12 @@ def measure(task: dict[str, Any]) -> pyarrow.Table:
     check_base(base)
     check_adapter(Path(task["adapter"]), calibrated_identity(base))
     check_split(params, test)
-    rows = read_rows(test, limit=task["rows"])
+    rows = objective_of(params).complete_rows(params, base, read_rows(test, limit=task["rows"]))
     metrics, scorers = set(task.get("metrics", ())), {}
     for scorer in params.evaluate.scorers:
         if scorer.name in metrics:
             scorers[scorer.name] = scorer, load_scorer(scorer, Path(task["root"]))
-    outputs = [REWARD] if params.train.objective == "reward" else task["labels"]
+    outputs = task["labels"] if objective_of(params).outputs is None else objective_of(params).outputs
     loaded = load_dequantized(base, params.quantization, outputs, rows_of(params).task)
     model = PeftModel.from_pretrained(loaded, task["adapter"])
     tokenizer = load_tokenizer(base)
@@ -111,7 +114,7 @@ def adapter_losses(params: Params, model: Any, rows: list[Row], pad: int, bar: A
     Args:
         params: The parameters of the adapter's run.
         model: A PeftModel.
-        rows: Prepared rows of the run's objective.
+        rows: Prepared rows of the run's objective, with what `complete_rows` adds.
         pad: Token id of padding.
         bar: Progress bar that counts rows.
     """
@@ -121,7 +124,7 @@ def adapter_losses(params: Params, model: Any, rows: list[Row], pad: int, bar: A
 def adapter_values(
     params: Params, model: Any, rows: list[Row], pad: int, bar: Any = None
 ) -> tuple[RowLosses, dict[str, list[Any]]]:
-    """Return the loss of each row, and a column of what other metrics follow from: margins, or indices of classes.
+    """Return the loss of each row, and columns of what other metrics follow from: margins, classes, or ranks.
 
     The arguments are those of `adapter_losses`.
     """
@@ -139,6 +142,16 @@ def adapter_values(
         return tag_losses(of_rows, rows), {"adapter_prediction": [of_tags.argmax(1) for of_tags, _ in of_rows]}
     if params.train.objective == "seq2seq":
         return sequence_losses(model, rows, pad, size, bar), {}
+    if params.train.objective == "embedding":
+        values = retrieval_values(params, model, rows, pad)
+        if bar is not None:
+            bar.update(len(rows))
+        losses = RowLosses(values["loss"].tolist(), row_tokens(rows), _weights(rows))
+        return losses, {f"adapter_{name}": values[name].tolist() for name in RANKING_METRICS}
+    if params.train.objective == "reranker":
+        values = ranking_values(params, row_scores(model, rows, pad, size, bar))
+        losses = RowLosses(values["loss"].tolist(), pair_tokens(rows), _weights(rows))
+        return losses, {f"adapter_{name}": values[name].tolist() for name in RANKING_METRICS}
     if params.train.objective == "kto":
         model_side = answers_log_probs(model, rows, pad, size, bar)
         with model.disable_adapter():

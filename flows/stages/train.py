@@ -47,8 +47,8 @@ from flows.training.log import RANK_HISTORY, TrainingLog, loss_table
 from flows.training.nodes import check_shared, this_node
 from flows.training.objectives import (
     check_batching,
-    class_names,
     longest,
+    model_outputs,
     padded_collator,
     rows_of,
     start_batch,
@@ -95,7 +95,7 @@ def _run(params: Params, paths: Paths, processes: PartialState) -> None:
     main = processes.is_main_process
     base_folder = trained_base(paths, params.quantization)
     base = check_base(base_folder)
-    rows, labels = training_rows(params, paths), class_names(params, paths)
+    rows, labels = training_rows(params, paths), model_outputs(params, paths)
     training_set = _training_set(params, rows["train"])
     folder = paths.checkpoints / run_key(params, paths, base)
     check_shared(folder, processes, params.train.nodes)

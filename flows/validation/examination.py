@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from flows.errors import DataError, StageError
 from flows.params import Data, Params
 from flows.paths import SPLITS, Paths
-from flows.validation import balance, contents, duplicates, lengths, masks, tags, targets, template
+from flows.validation import balance, contents, duplicates, lengths, masks, retrieval, tags, targets, template
 from flows.validation.findings import Finding, Findings
 from flows.validation.prepared import Prepared, read_prepared
 from peftcore.files import sha256
@@ -43,6 +43,15 @@ CHECKS: dict[str, tuple[Check, ...]] = {
         balance.desirable,
         balance.contradictory_answers,
         balance.answer_lengths,
+        *_ANY,
+    ),
+    "retrieval": (
+        template.special_tokens,
+        template.round_trip,
+        retrieval.passages,
+        retrieval.repeated_queries,
+        retrieval.shared_passages,
+        retrieval.negatives,
         *_ANY,
     ),
     "classification": (template.special_tokens, template.round_trip, balance.classes, balance.contradictions, *_ANY),

@@ -42,6 +42,7 @@ _COLUMNS = {
     "classification": _Columns("text", ("label_name",), others=("label",)),
     "token_classification": _Columns("text", ("tags",), others=()),
     "seq2seq": _Columns("prompt", ("target",), others=("labels",), has_labels=False),
+    "retrieval": _Columns("query", ("positive",), ("query_", "positive_"), ("negatives",)),
 }
 
 
@@ -98,7 +99,7 @@ class Table:
     weights: numpy.ndarray
     sequences: list[Sequences]
     columns: dict[str, Any]
-    """Further columns of a kind: prompt_length, desirable, label."""
+    """Further columns of a kind: prompt_length, desirable, label, negatives."""
 
     def named(self, rows: numpy.ndarray) -> tuple[str, ...]:
         """Return the ids of the first SHOWN rows that a mask (rows,) selects."""
@@ -160,9 +161,12 @@ def read_prepared(folder: Path, report: dict[str, Any], tokenizer: PreTrainedTok
 def _table(table: pa.Table, data: Data) -> Table:
     kind = _COLUMNS[data.kind]
     answers = {column: _texts(table, column) for column in kind.answers}
+    texts = [answers[column] for column in kind.answers]
+    if data.kind == "retrieval":  # a query is a sequence of its own
+        texts.insert(0, _texts(table, kind.question))
     sequences = [
-        _sequences(table, prefix, list(texts), kind.has_labels)
-        for prefix, texts in zip(kind.sequences, answers.values(), strict=True)
+        _sequences(table, prefix, list(each), kind.has_labels)
+        for prefix, each in zip(kind.sequences, texts, strict=True)
     ]
     return Table(
         ids=_texts(table, "id"),
@@ -171,7 +175,9 @@ def _table(table: pa.Table, data: Data) -> Table:
         answers=["\n".join(texts) for texts in zip(*answers.values(), strict=True)],
         weights=table["weight"].to_numpy(),
         sequences=sequences,
-        columns={name: table[name].to_numpy() for name in kind.others},
+        columns={
+            name: table[name].to_numpy() if name != "negatives" else table[name].to_pylist() for name in kind.others
+        },
     )
 
 

@@ -1,4 +1,4 @@
-"""Rows and findings in the terminal: prompts dim, supervised text green, rejected and undesirable answers red."""
+"""Rows and findings in the terminal: prompts dim, supervised text green, rejected and undesirable text red."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -42,7 +42,7 @@ def _title(row: Row, kind: Kind) -> str:
     tokens = {name.removesuffix("input_ids"): len(ids) for name, ids in row.items() if name.endswith("input_ids")}
     learned = [sum(label != IGNORED for label in row[f"{name}labels"]) for name in tokens if f"{name}labels" in row]
     of = " and ".join(map(str, tokens.values()))
-    supervised = f", {' and '.join(map(str, learned))} supervised" if kind != "classification" else ""
+    supervised = f", {' and '.join(map(str, learned))} supervised" if learned else ""
     return f"{row['id']} · {escape(row['group'])} · {of} tokens{supervised} · weight {row['weight']:g}"
 
 
@@ -55,6 +55,9 @@ def _texts(row: Row, tokenizer: PreTrainedTokenizerBase, kind: Kind) -> list[Tex
         return [Text.assemble(*parts)]
     if kind == "seq2seq":
         return [Text.assemble((row["prompt"], CONTEXT), (f" → {row['target']}", LEARNED))]
+    if kind == "retrieval":
+        texts = [(row["query"], CONTEXT), (row["positive"], LEARNED), *((text, REJECTED) for text in row["negatives"])]
+        return [Text.assemble(text) for text in texts]
     if kind in ("chat", "text"):
         return [_coloured(row, "", tokenizer, CONTEXT, LEARNED)]
     if kind == "unpaired_preference":

@@ -67,11 +67,13 @@ def generation_prompt(prepared: Prepared) -> Finding:
 def round_trip(prepared: Prepared) -> Finding:
     """Check that a row's tokens decode to its prompt, its whole answer and the end of turn."""
     checked, other, examples = 0, 0, ()
-    labelled = prepared.data.kind in ("classification", "token_classification", "seq2seq")
+    kind = prepared.data.kind
+    labelled = kind in ("classification", "token_classification", "seq2seq", "retrieval")
     for table, sequences in prepared.sequences:
         rows = spread(len(table.ids))
         for row, decoded in zip(rows, _decoded(prepared, sequences, rows), strict=True):
-            text = table.questions[row] if labelled else table.questions[row] + sequences.answers[row]
+            text = "" if kind == "retrieval" else table.questions[row]
+            text += "" if kind == "classification" else sequences.answers[row]
             differs = "".join(text.split()) != "".join(decoded.split())
             checked, other = checked + 1, other + differs
             examples += (table.ids[row],) if differs and len(examples) < 5 else ()
@@ -79,20 +81,20 @@ def round_trip(prepared: Prepared) -> Finding:
         "round trip",
         f"tokens decode to their text in {checked - other} of {checked} rows",
         other,
-        # a tokenizer for classification may drop case or accents
+        # a tokenizer for classification or embeddings may drop case or accents
         error=other > 0 and not labelled,
         warning=other > 0,
         fix="text is lost or an answer is cut: check that the tokenizer is the base's, and run "
         "`peftcore stage prepare` again"
         if not labelled
-        else "the tokenizer changes the texts; check that it drops nothing that separates the classes",
+        else "the tokenizer changes the texts; check that it drops nothing that separates them",
         examples=examples,
     )
 
 
 def _decoded(prepared: Prepared, sequences: Sequences, rows: list[int]) -> list[str]:
     """Return the text of each row; for chats without the last token, the end of turn."""
-    if prepared.data.kind in ("classification", "token_classification", "seq2seq", "text"):
+    if prepared.data.kind in ("classification", "token_classification", "seq2seq", "text", "retrieval"):
         return prepared.tokenizer.batch_decode([sequences.row(row) for row in rows], skip_special_tokens=True)
     return prepared.tokenizer.batch_decode([sequences.row(row)[:-1] for row in rows])
 

@@ -27,6 +27,7 @@ from peftcore.train.losses import (
     token_weights,
 )
 from peftcore.train.model_loss import ModelLossCheck, has_causal_loss
+from peftcore.train.out_of_memory import split_rows
 from peftcore.train.supervised_head import is_compiled
 
 
@@ -61,6 +62,10 @@ class Objective:
         The losses of parts of a batch then add up to the loss of the batch.
         """
         raise NotImplementedError
+
+    def parts(self, inputs: dict[str, Any], rows: int) -> list[dict[str, Any]]:
+        """Return a batch in parts whose losses add up, because a forward pass of more than `rows` rows does not fit."""
+        return split_rows(inputs, rows)
 
     def loss(
         self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None, return_outputs: bool

@@ -56,7 +56,8 @@ class BatchSplitter:
     def _sum_of_parts(
         self, compute: ComputeGradients, model: nn.Module, inputs: dict[str, Any], num_items: Any
     ) -> Tensor:
-        parts = [inputs] if self.rows_at_once is None else split_rows(inputs, self.rows_at_once)
+        rows, objective = self.rows_at_once, self.trainer.training_objective
+        parts = [inputs] if rows is None else objective.parts(inputs, rows)
         accelerator = self.trainer.accelerator
         gradient_state, sync = accelerator.gradient_state, accelerator.sync_gradients
         total: Tensor | None = None

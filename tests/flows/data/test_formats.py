@@ -67,6 +67,7 @@ def test_tools_and_their_calls() -> None:
         ({"messages": [USER, {"role": "assistant", "content": "a\udc00"}]}, r"turn 2 \(assistant\) has half"),
         ({"prompt": None, "chosen": "a", "rejected": "b"}, "set data.kind to preference"),
         ({"text": "a", "label": 1}, "set data.kind to classification"),
+        ({"query": "a", "positive": "b"}, "set data.kind to retrieval"),
     ],
 )
 def test_a_chat_that_cannot_be_used(row: dict[str, Any], fault: str) -> None:
@@ -379,3 +380,38 @@ def test_a_missing_margin_names_the_columns() -> None:
         FaultyRow, match=r"it has no by \(data.margin_column\); its columns are By, x; write 'By' as by"
     ):
         formats.margin({"By": 1, "x": 2}, "by")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"query": "q", "positive": "p", "negatives": ["n", "m"]},
+        {"query": "q", "positive": "p", "negatives": '["n", "m"]', "anchor": None},
+        {"anchor": "q", "positive": "p", "negative_1": "n", "negative_2": "m"},
+        {"anchor": "q", "positive": "p", "negative": "n", "negatives": ["m"]},
+    ],
+)
+def test_queries_with_passages(row: dict[str, Any]) -> None:
+    query, positive, negatives = formats.retrieval(row)
+    assert (query, positive, set(negatives)) == ("q", "p", {"n", "m"})
+
+
+def test_a_query_needs_no_negatives() -> None:
+    assert formats.retrieval({"query": "q", "positive": "p", "negatives": None}) == ("q", "p", ())
+
+
+@pytest.mark.parametrize(
+    ("row", "fault"),
+    [
+        ({"positive": "p"}, r"no query; a row of data.kind retrieval has query \(or anchor\), positive"),
+        ({"query": "q", "Positive": "p"}, "no positive; .*write 'Positive' as positive"),
+        ({"query": " ", "positive": "p"}, "its query is no text|its query is empty"),
+        ({"query": "q", "anchor": "r", "positive": "p"}, "its query and anchor differ"),
+        ({"query": "q", "positive": "p", "negatives": "n"}, r"its negatives are no list of texts"),
+        ({"query": "q", "positive": "p", "negatives": ["n", 3]}, r"its negatives\[1\] is no text"),
+        ({"query": "q", "positive": "p", "negatives": ["p"]}, "its positive is one of its negatives"),
+    ],
+)
+def test_a_query_that_cannot_be_used(row: dict[str, Any], fault: str) -> None:
+    with pytest.raises(FaultyRow, match=fault):
+        formats.retrieval(row)

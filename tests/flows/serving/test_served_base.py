@@ -1,12 +1,14 @@
 """The identity of a server's base: its files, and the storage of its weights."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flows.errors import RegistryError
 from flows.params import Params, Quantization
-from flows.serving.served_base import ServedBase
+from flows.serving.served_base import ServedBase, check_generates, load_given_base
+from peftcore.errors import ConfigError
 
 ONE, OTHER, MANIFEST = "1" * 64, "2" * 64, "9" * 64
 
@@ -68,3 +70,14 @@ def test_a_base_is_told_by_its_digest_and_by_what_it_computes_in() -> None:
     assert str(ServedBase(ONE, Quantization(compute_dtype="float16"))) == (
         "base 111111111111 as dequantised nf4 in float16"
     )
+
+
+def test_a_model_that_generates_no_text_is_not_served(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"the project's train\.objective is embedding, and the server generates text"
+    ):
+        check_generates("embedding", "the project's train.objective is embedding")
+    check_generates("sft", "")
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
+    with pytest.raises(ConfigError, match=r"holds an encoder or a classifier, and the server generates text; load the"):
+        load_given_base(tmp_path, "auto")

@@ -18,6 +18,7 @@ from flows.data.examples import (
     Example,
     Labelled,
     Preference,
+    Retrieval,
     Tagged,
     UnpairedPreference,
     question_and_answer,
@@ -100,4 +101,6 @@ def example(kind: Kind, n: int) -> AnyExample:
     if kind == "unpaired_preference":
         (prompt, answer), good = question_and_answer(question, f"{n * n + 1000}.", None), n % 3 != 1
         return UnpairedPreference([prompt], [answer], good, **origin)
+    if kind == "retrieval":
+        return Retrieval(question, f"It is {n * n + 1000}.", (f"Not {n}, {n * n}.",), **origin)
     return Example(question_and_answer(question, f"{n * n + 1000}.", None), **origin)

@@ -44,6 +44,7 @@ def test_without_labels_no_token_is_supervised() -> None:
         ("preference", ["chosen_", "rejected_"], "prompt"),
         ("unpaired_preference", [""], "prompt"),
         ("classification", [""], "text"),
+        ("retrieval", ["query_", "positive_"], "query"),
     ],
 )
 def test_each_row_is_read_as_it_was_written(patient: Any, kind: str, prefixes: list[str], question: str) -> None:
@@ -58,7 +59,7 @@ def test_each_row_is_read_as_it_was_written(patient: Any, kind: str, prefixes: l
         for prefix, sequences in zip(prefixes, table.sequences, strict=True):
             rows = [sequences.row(number) for number in range(len(written))]
             assert rows == [row[f"{prefix}input_ids"] for row in written]
-            if kind == "classification":
+            if kind in ("classification", "retrieval"):
                 assert sequences.labels is None
                 continue
             supervised = [sum(label != IGNORED for label in row[f"{prefix}labels"]) for row in written]
