@@ -25,6 +25,8 @@ from peftcore.train.classification import (
 from peftcore.train.distillation import Distillation, DistillationTrainer, DistillationTrainerMixin
 from peftcore.train.divergence import token_divergences
 from peftcore.train.fault_policy import FaultPolicy
+from peftcore.train.grpo import Grpo
+from peftcore.train.grpo_trainer import GrpoTrainer, GrpoTrainerMixin
 from peftcore.train.kto import Kto, kto_reference_point, kto_weight_range
 from peftcore.train.kto_trainer import UNPAIRED_COLUMNS, KtoTrainer, KtoTrainerMixin
 from peftcore.train.linear_cross_entropy import linear_cross_entropy
@@ -35,6 +37,8 @@ from peftcore.train.preference_trainer import PAIR_COLUMNS, PreferenceTrainer, P
 from peftcore.train.rank_search import RankSearch, find_ranks
 from peftcore.train.recomputation import SELECTED, Mode, recompute_activations
 from peftcore.train.reference import pair_log_probs, reference_acting, reference_model, row_log_probs, shared_copy
+from peftcore.train.rewards import Reward, Rewards
+from peftcore.train.sampling import PromptCollator, Sampling
 from peftcore.train.supervised_head import supervised_logits
 from peftcore.train.trainer import AdapterTrainer, AdapterTrainerMixin
 
@@ -54,6 +58,9 @@ __all__ = [
     "Dpo",
     "FaultPolicy",
     "FusedAdamW",
+    "Grpo",
+    "GrpoTrainer",
+    "GrpoTrainerMixin",
     "Kto",
     "KtoTrainer",
     "KtoTrainerMixin",
@@ -68,8 +75,12 @@ __all__ = [
     "PreferenceObjective",
     "PreferenceTrainer",
     "PreferenceTrainerMixin",
+    "PromptCollator",
     "RankSearch",
+    "Reward",
+    "Rewards",
     "RightPaddingCollator",
+    "Sampling",
     "SimPo",
     "UnpairedPreferenceCollator",
     "balanced_class_weights",
