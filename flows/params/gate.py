@@ -29,6 +29,7 @@ FIGURES: Mapping[str, Mapping[str, Direction]] = {
     "orpo": _PAIRS,
     "simpo": _PAIRS,
     "kto": _PAIRS,
+    "grpo": {"loss": "lower", **_ANSWERS, "reward": "higher"},
     "classification": {"loss": "lower", "accuracy": "higher"},
 }
 """{objective: {figure that its evaluation has for each row: the better direction}}; `ended` is the EOS rate."""

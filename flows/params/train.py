@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from flows.params.grpo import Grpo
 from flows.params.section import MODEL, Confidence, Count, NonNegative, Positive, Section, Share, invalid_value
 
 OnOutOfMemory = Literal["split", "stop"]
@@ -18,6 +19,7 @@ KINDS = {
     "orpo": ("preference",),
     "simpo": ("preference",),
     "kto": ("unpaired_preference",),
+    "grpo": ("chat",),
     "classification": ("classification",),
 }
 """{train.objective: the data.kind that it accepts}"""
@@ -92,9 +94,10 @@ class Classification(Section):
 class Train(Section):
     """Options of a training run."""
 
-    objective: Literal["sft", "dpo", "orpo", "simpo", "kto", "classification"] = "sft"
+    objective: Literal["sft", "dpo", "orpo", "simpo", "kto", "grpo", "classification"] = "sft"
     preference: Preference = Preference()
     kto: Kto = Kto()
+    grpo: Grpo = Grpo()
     distillation: Distillation = Distillation()
     classification: Classification = Classification()
     epochs: Positive = 1.0
@@ -135,6 +138,16 @@ class Train(Section):
         if self.objective == "kto" and self.kto.loss == "kto" and self.batch_size < 2:
             expected = "kto compares a prompt with the answers of other rows of its batch; give 2 or more"
             raise invalid_value(expected, "batch_size", self.batch_size)
+        return self
+
+    @model_validator(mode="after")
+    def _check_rewards(self) -> Self:
+        if self.objective == "grpo" and not self.grpo.rewards:
+            expected = (
+                "grpo learns from rewards; give at least one, such as [{scorer: data/rewards.py:FUNCTION}], a function "
+                "of (prompt, answer, reference, row) that returns a number"
+            )
+            raise invalid_value(expected, "grpo.rewards", self.grpo.rewards)
         return self
 
     @field_validator("gradient_checkpointing", mode="before")

@@ -35,7 +35,7 @@ from flows.data.rows import Row, read_rows
 from flows.errors import PipelineError
 from flows.evaluation.generation import generate_answers
 from flows.evaluation.pairs import pair_margins
-from flows.evaluation.scorers.load import load_scorer
+from flows.evaluation.scorers.rewards import load_scorers
 from flows.evaluation.scorers.scores import ScoredAnswer, score_answers
 from flows.evaluation.scorers.texts import Score
 from flows.evaluation.scoring import (
@@ -79,10 +79,9 @@ def measure(task: dict[str, Any]) -> pyarrow.Table:
     check_adapter(Path(task["adapter"]), calibrated_identity(base))
     check_split(params, test)
     rows = read_rows(test, limit=task["rows"])
-    metrics, scorers = set(task.get("metrics", ())), {}
-    for scorer in params.evaluate.scorers:
-        if scorer.name in metrics:
-            scorers[scorer.name] = scorer, load_scorer(scorer, Path(task["root"]))
+    metrics = set(task.get("metrics", ()))
+    wanted = [scorer for scorer in params.scorers if scorer.name in metrics]
+    scorers = load_scorers(wanted, Path(task["root"]))
     model = PeftModel.from_pretrained(load_dequantized(base, params.quantization, task["labels"]), task["adapter"])
     tokenizer = load_tokenizer(base)
     with progress(len(rows), f"evaluate {task['version']} again", "row") as bar:
@@ -120,7 +119,7 @@ def adapter_values(
     The arguments are those of `adapter_losses`.
     """
     size = params.evaluate.batch_size
-    if params.train.objective == "sft":
+    if rows_of(params).kind == "chat":
         return row_losses(model, rows, pad, size, bar), {}
     if params.train.objective == "classification":
         log_probs = class_log_probs(model, rows, pad, size, bar)

@@ -5,6 +5,7 @@
 | sft | chat, text | causal | cross entropy of supervised tokens; with a teacher also `peftcore.train.distillation` |
 | dpo, orpo, simpo | preference | causal | preference loss, `peftcore.train.preference` |
 | kto | unpaired_preference | causal | KTO loss, `peftcore.train.kto` |
+| grpo | chat | causal | rewards of generated answers, `peftcore.train.grpo`; the test loss is that of sft |
 | classification | classification | sequence classifier | cross entropy of classes |
 
 Each has a file with a subclass of `Objective`. The stages call the functions of this module.
@@ -23,6 +24,7 @@ from flows.errors import StageError
 from flows.params import Params
 from flows.paths import Paths, Split
 from flows.training.objectives.classification import Classification
+from flows.training.objectives.grpo import GroupRelativePolicy
 from flows.training.objectives.kto import UnpairedPreference, kto_objective
 from flows.training.objectives.objective import Objective, Rows, Trainer
 from flows.training.objectives.preference import Preference, preference_objective
@@ -60,6 +62,7 @@ OBJECTIVES: dict[str, Objective] = {
     "orpo": Preference(),
     "simpo": Preference(),
     "kto": UnpairedPreference(),
+    "grpo": GroupRelativePolicy(),
     "classification": Classification(),
 }
 """{train.objective: its rows, loss and trainer}"""
@@ -95,15 +98,18 @@ def check_split(params: Params, path: Path) -> None:
 def training_rows(params: Params, paths: Paths) -> dict[Split, Dataset]:
     """Return the train and validation rows, with a weight column only if some weight is not 1."""
     splits: tuple[Split, ...] = ("train", "validation")
-    columns, rows = list(rows_of(params).columns), {}
+    objective, rows = objective_of(params), {}
     for split in splits:
         path = paths.split(split)
         check_split(params, path)
-        weighted = path.exists() and WEIGHT in parquet.read_schema(path).names
-        rows[split] = Dataset.from_list(read_rows(path, [*columns, WEIGHT] if weighted else columns))
-    if any(weight != 1 for each in rows.values() if WEIGHT in each.column_names for weight in each[WEIGHT]):
+        present = parquet.read_schema(path).names if path.exists() else []
+        columns = [name for name in objective.columns(present) if name != WEIGHT]
+        weighted = [WEIGHT] if WEIGHT in present else []
+        rows[split] = Dataset.from_list(objective.training_rows(read_rows(path, [*columns, *weighted])))
+    weighted = {split: each for split, each in rows.items() if WEIGHT in each.column_names}
+    if any(weight != 1 for each in weighted.values() for weight in each[WEIGHT]):
         return rows
-    return {split: each.select_columns(columns) for split, each in rows.items()}
+    return rows | {split: each.remove_columns(WEIGHT) for split, each in weighted.items()}
 
 
 def merged_rows(params: Params, path: Path, limit: int) -> list[Row]:
@@ -116,8 +122,9 @@ def merged_rows(params: Params, path: Path, limit: int) -> list[Row]:
 
 
 def longest(params: Params, rows: dict[Split, Dataset]) -> int:
-    """Return the tokens of the longest row."""
-    return max(len(ids) for split in rows.values() for name in rows_of(params).token_ids for ids in split[name])
+    """Return the tokens of the longest row, with those that training generates behind it."""
+    row = max(len(ids) for split in rows.values() for name in rows_of(params).token_ids for ids in split[name])
+    return row + objective_of(params).new_tokens(params)
 
 
 def class_names(params: Params, paths: Paths) -> list[str] | None:
@@ -156,7 +163,7 @@ def _is_packed(params: Params) -> bool:
 
 def unweighted_chats(params: Params, rows: Dataset) -> list[Row]:
     """Return chat rows without weights for the search of ranks. Raises StageError for rows of another kind."""
-    if rows_of(params).kind != "chat":
+    if params.train.objective != "sft":
         raise StageError(
             f"method.r is auto, whose search supports sft only, and train.objective is {params.train.objective}; give "
             "a rank"

@@ -1,5 +1,6 @@
 """Interface of a training objective: its rows, collator, loss and trainer."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,18 @@ class Objective:
     """True if rows may be concatenated."""
     has_classes = False
     """True if the model has a classification head, whose names the prepare stage writes."""
+
+    def columns(self, present: Sequence[str]) -> list[str]:
+        """Return the columns that training reads, of those in the file of a split."""
+        return list(self.rows.columns)
+
+    def training_rows(self, rows: list[Row]) -> list[Row]:
+        """Return the rows as the trainer takes them."""
+        return rows
+
+    def new_tokens(self, params: Params) -> int:
+        """Return the maximum tokens that training generates behind a row."""
+        return 0
 
     def collator(self, pad: int, longest_row: int) -> RightPaddingCollator:
         """Return the collator of padded batches. longest_row: length of the longest row in tokens."""
