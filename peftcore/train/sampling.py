@@ -160,9 +160,7 @@ class AnswerSampler:
         return SampledAnswer(ids if stop is None else ids[: stop + 1], stop is not None)
 
 
-def supervised_batch(
-    prompts: Sequence[Sequence[int]], answers: Sequence[SampledAnswer], pad: int
-) -> dict[str, Tensor]:
+def supervised_batch(prompts: Sequence[Sequence[int]], answers: Sequence[SampledAnswer], pad: int) -> dict[str, Tensor]:
     """Return prompts with their answers as a batch padded on the right; labels are -100 except on the answers."""
     rows = [
         {"input_ids": [*prompt, *answer.ids], "labels": [*[IGNORED] * len(prompt), *answer.ids]}

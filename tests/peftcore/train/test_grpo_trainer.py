@@ -193,6 +193,7 @@ def test_the_scale_of_a_batch_is_that_of_all_accumulated_rewards(tmp_path: Path)
 # -- rewards -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_training_raises_the_reward(tmp_path: Path) -> None:
     made = trainer(
         adapted(init_lora_weights=True),
@@ -226,7 +227,10 @@ def test_a_reward_gets_the_row_and_the_text_of_the_answer(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (float("nan"), r"the reward letters returned nan on row row\d with the answer .*it must return a finite number"),
+        (
+            float("nan"),
+            r"the reward letters returned nan on row row\d with the answer .*it must return a finite number",
+        ),
         ("good", r"the reward letters returned 'good' on row row\d"),
         (None, r"the reward letters failed on row row\d with the answer .*ZeroDivisionError"),
     ],
@@ -237,6 +241,7 @@ def test_a_reward_that_fails_stops_the_run(tmp_path: Path, value: Any, message: 
         made.train()
 
 
+@pytest.mark.slow
 def test_groups_without_spread_are_counted_and_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     options: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 2, "max_steps": 4}
     model = adapted()
@@ -245,7 +250,10 @@ def test_groups_without_spread_are_counted_and_warned_of(tmp_path: Path, caplog:
     with caplog.at_level(logging.WARNING):
         made.train()
     warnings = [record.getMessage() for record in caplog.records if "equal rewards" in record.getMessage()]
-    assert [message[:30] for message in warnings] == ["step 2: all 4 groups since the", "step 4: all 4 groups since the"]
+    assert [message[:30] for message in warnings] == [
+        "step 2: all 4 groups since the",
+        "step 4: all 4 groups since the",
+    ]
     assert all(record["frac_reward_zero_std"] == 1 and record["reward_std"] == 0 for record in records(made))
     assert all(tensor.equal(before[name]) for name, tensor in trained(model).items())
     caplog.clear()
@@ -259,6 +267,7 @@ def test_groups_without_spread_are_counted_and_warned_of(tmp_path: Path, caplog:
 # -- what AdapterTrainer promises ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("iterations", [1, 2])
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, iterations: int) -> None:
     options: dict[str, Any] = {
@@ -304,9 +313,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"give data_collator=PromptCollator\(\)"):
         trainer(adapted(), tmp_path, data_collator=RightPaddingCollator(0))
     with pytest.raises(TrainingError, match="2 iterations need the rows of a whole optimiser step, which are 16"):
-        trainer(
-            adapted(), tmp_path, objective=Grpo(group_size=3, iterations=2), per_device_train_batch_size=16
-        ).train()
+        trainer(adapted(), tmp_path, objective=Grpo(group_size=3, iterations=2), per_device_train_batch_size=16).train()
     bert = BertForSequenceClassification(
         BertConfig(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     )

@@ -29,12 +29,12 @@ def test_the_total_is_the_weighted_sum() -> None:
 @pytest.mark.parametrize("value", [math.inf, math.nan, "1", None, [1.0]])
 def test_a_value_that_is_no_finite_number_is_refused(value: Any) -> None:
     rewards = Rewards({"words": words, "odd": lambda row, answer: value})
-    with pytest.raises(TrainingError, match="the reward odd returned .* on row r7 with the answer 'a b'; it must"):
+    with pytest.raises(TrainingError, match=r"the reward odd returned .* on row r7 with the answer 'a b'; it must"):
         rewards.values([{"id": "r7"}], ["a b"])
 
 
 def test_an_error_names_reward_and_row() -> None:
-    with pytest.raises(TrainingError, match="the reward right failed on row r7 .*KeyError: 'completion'; mend it"):
+    with pytest.raises(TrainingError, match=r"the reward right failed on row r7 .*KeyError: 'completion'; mend it"):
         Rewards({"right": right}).values([{"id": "r7"}], ["a b"])
 
 
