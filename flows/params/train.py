@@ -6,7 +6,17 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from flows.params.grpo import Grpo
-from flows.params.section import MODEL, Confidence, Count, NonNegative, Positive, Section, Share, invalid_value
+from flows.params.section import (
+    MODEL,
+    Confidence,
+    Count,
+    NonNegative,
+    Positive,
+    Probability,
+    Section,
+    Share,
+    invalid_value,
+)
 
 OnOutOfMemory = Literal["split", "stop"]
 OnBadLoss = Literal["stop", "rollback"]
@@ -68,6 +78,15 @@ class Distillation(Section):
     nll_weight: NonNegative = 1.0
     temperature: Positive = 1.0
     beta: Confidence = 0.5
+    on_policy: Probability = 0.0
+    max_new_tokens: Count = 128
+
+    @model_validator(mode="after")
+    def _check_on_policy(self) -> Self:
+        if self.on_policy and self.teacher is None:
+            expected = "answers that the model samples are learned from a teacher, and there is none; give 0"
+            raise invalid_value(expected, "on_policy", self.on_policy)
+        return self
 
     @field_validator("teacher")
     @classmethod

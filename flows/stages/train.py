@@ -67,8 +67,10 @@ from peftcore import LoraConfig, TrainingError, check_mergeable, initialize_from
 from peftcore.files import directory_written_atomically, write_atomically
 from peftcore.train import (
     AdapterTrainer,
+    OnPolicy,
     Packs,
     RightPaddingCollator,
+    Sampling,
     last_good_checkpoint,
     recompute_activations,
 )
@@ -173,6 +175,9 @@ def _run(params: Params, paths: Paths, processes: PartialState) -> None:
 
 def _generation_options(params: Params, paths: Paths, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return the trainer's arguments for answers that the model generates in training; {} for other objectives."""
+    if share := params.train.distillation.on_policy:
+        sampling = Sampling(params.train.distillation.max_new_tokens)
+        return {"on_policy": OnPolicy([end_token(tokenizer)], share, sampling, padding_id(tokenizer))}
     if params.train.objective != "grpo":
         return {}
     rewards = training_rewards(params.train.grpo.rewards, paths.root)

@@ -31,6 +31,7 @@ from peftcore.train.kto import Kto, kto_reference_point, kto_weight_range
 from peftcore.train.kto_trainer import UNPAIRED_COLUMNS, KtoTrainer, KtoTrainerMixin
 from peftcore.train.linear_cross_entropy import linear_cross_entropy
 from peftcore.train.losses import row_sums, supervised_positions, token_losses
+from peftcore.train.on_policy import OnPolicy
 from peftcore.train.packing import PackedCollator, Packs, PackSampler, check_packable
 from peftcore.train.preference import Dpo, Orpo, PairLogProbs, PreferenceObjective, SimPo
 from peftcore.train.preference_trainer import PAIR_COLUMNS, PreferenceTrainer, PreferenceTrainerMixin
@@ -66,6 +67,7 @@ __all__ = [
     "KtoTrainerMixin",
     "LengthGroupedSampler",
     "Mode",
+    "OnPolicy",
     "Orpo",
     "PackSampler",
     "PackedCollator",

@@ -17,7 +17,7 @@ is that of the divergence (arXiv:2512.02556); GRPO as first published is without
 N answers of n_i tokens:
 
     grpo      1/N Σ_i 1/n_i Σ_t ℓ_it
-    bnpo      Σ_i Σ_t ℓ_it / Σ_i n_i           arXiv:2503.14476, eq. 8; TRL's `bnpo` without accumulation, else its `dapo`
+    bnpo      Σ_i Σ_t ℓ_it / Σ_i n_i           arXiv:2503.14476, eq. 8; TRL's `bnpo`, with accumulation `dapo`
     dr_grpo   1/N Σ_i 1/L Σ_t ℓ_it             L: maximum tokens of an answer
 
 Shapes: P prompts, G answers of each, n tokens.

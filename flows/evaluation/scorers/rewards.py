@@ -1,4 +1,4 @@
-"""Rewards of `train.grpo.rewards`: as scorers of the evaluation, with their weighted sum, and as functions for training.
+"""Rewards of `train.grpo.rewards`: scorers of the evaluation with their weighted sum, and functions for training.
 
 Training and evaluation call the same functions with the same columns of a row.
 """
@@ -38,7 +38,7 @@ def load_scorers(scorers: Sequence[Scorer], root: Path) -> dict[str, tuple[Score
 
 
 def training_rewards(rewards: Sequence[Reward], root: Path) -> dict[str, Callable[[Mapping[str, Any], str], float]]:
-    """Return {name: function of (prepared row, answer)} for a GrpoTrainer. The arguments are those of `load_scorers`."""
+    """Return {name: function of (prepared row, answer)} for training. The arguments are those of `load_scorers`."""
 
     def for_training(score: Score) -> Callable[[Mapping[str, Any], str], float]:
         return lambda row, answer: score(row["prompt"], answer, row["completion"], shown_row(row))

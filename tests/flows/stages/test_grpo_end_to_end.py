@@ -1,4 +1,4 @@
-"""Generated answers and their rewards through the stages: prepared, trained, resumed, evaluated, measured again, merged."""
+"""Generated answers and their rewards through the stages: prepared, trained, resumed, evaluated, merged."""
 
 import json
 from collections.abc import Callable
