@@ -13,6 +13,7 @@ import json
 import sysconfig
 import tempfile
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from flows.paths import Paths
 from flows.runtime.stage import set_seed
 from flows.stages import evaluate, prepare, train
 
+FUNCTIONS = 1500
+"""Functions of the library that are read (count)."""
 REWARDS = """\
 def full_stop(prompt, answer, reference, row):
     return float(answer.endswith("."))
@@ -63,7 +66,7 @@ def sections(options: argparse.Namespace) -> dict[str, Any]:
             "test_rows": 48,
             "system_prompt": "You write the one-line summary of Python functions.",
         },
-        "quantization": {"storage": "none"},
+        "quantization": {"storage": "none", "compute_dtype": "float32"},
         "train": {
             "objective": "grpo",
             "grpo": {"rewards": rewards, "group_size": 4, "max_new_tokens": 32, "beta": 0.02},
@@ -91,7 +94,7 @@ def measure(options: argparse.Namespace, root: Path) -> dict[str, Any]:
     paths.base.symlink_to(options.base.resolve())
     (root / "data").mkdir()
     (root / "data" / "rewards.py").write_text(REWARDS)
-    library = pairs(Path(sysconfig.get_paths()["stdlib"]))
+    library = islice(pairs(Path(sysconfig.get_paths()["stdlib"])), FUNCTIONS)
     rows = [{"prompt": prompt(pair.source), "completion": pair.summary} for pair in library]
     (root / params.data.source).write_text("".join(json.dumps(row) + "\n" for row in rows))
     set_seed(options.seed)

@@ -238,7 +238,7 @@ class DistillationTrainerMixin(AdapterTrainerMixin):
         return DistillationObjective(self, *self._distillation)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """Return the batches of an optimiser step, a share of them with sampled answers, and their supervised tokens."""
+        """Return the batches of an optimiser step, a share of them with sampled answers, and their items."""
         batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if self.training_objective.on_policy is None or not batches:
             return batches, items

@@ -33,14 +33,19 @@ def larger() -> LlamaForCausalLM:
 
 def trainer(model: Any, folder: Path, **options: Any) -> DistillationTrainer:
     names = ("distillation", "teacher", "data_collator", "on_policy")
-    own: dict[str, Any] = {name: options.pop(name) for name in names if name in options}
+    own: dict[str, Any] = {
+        "data_collator": RightPaddingCollator(0),
+        "teacher": larger(),
+        "on_policy": OnPolicy([3], 1.0, SAMPLING),
+    }
+    own |= {name: options.pop(name) for name in names if name in options}
     steps: dict[str, Any] = {"max_steps": 3, "per_device_train_batch_size": 4, "prediction_loss_only": True}
     made = DistillationTrainer(
         model=model,
         args=quiet_arguments(folder, **(steps | options)),
         train_dataset=Dataset.from_list(chats(12)),
-        **({"data_collator": RightPaddingCollator(0), "teacher": larger(), "on_policy": OnPolicy([3], 1.0, SAMPLING)} | own),
-    )  # fmt: skip
+        **own,
+    )
     return without_printing(made)
 
 
@@ -62,8 +67,8 @@ def test_answers_and_loss_are_trls(tmp_path: Path, kind: Any, beta: float) -> No
     assert [answer.ids for answer in sampled] == [row[row != -100].tolist() for row in labels]
     ours = {**supervised_batch(prompts, sampled, 0), SAMPLED: torch.ones(2, 1)}
     with torch.no_grad():
-        position_ids = (mask.cumsum(1) - 1).clamp(min=0)
-        logits = [each(input_ids=ids, attention_mask=mask, position_ids=position_ids).logits for each in (model, teacher)]
+        inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp(min=0)}
+        logits = [each(**inputs).logits for each in (model, teacher)]
         expected = gkd.generalized_jsd_loss(logits[0][:, :-1], logits[1][:, :-1], labels[:, 1:], beta=beta)
         found = made.training_objective.loss(model, ours, None, False)
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
