@@ -27,7 +27,12 @@ def chats(count: int) -> list[dict[str, Any]]:
 
 def larger() -> LlamaForCausalLM:
     torch.manual_seed(5)
-    sizes: dict[str, Any] = {"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {
+        "hidden_size": 48,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+    }
     return LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **sizes))
 
 
