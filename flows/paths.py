@@ -49,6 +49,11 @@ class Paths:
         return self.data / "labels.json"
 
     @property
+    def rewards(self) -> Path:
+        """Functions, options and files of the rewards, for grpo."""
+        return self.data / "rewards.json"
+
+    @property
     def architecture(self) -> Path:
         """Architecture of the base."""
         return self.artifacts / "architecture.json"

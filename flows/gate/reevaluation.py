@@ -291,6 +291,10 @@ def measured_with(params: Params, registry: RegistryReader, champion: Version) -
     """
     # the gate's rules of the record may name metrics of scorers that it had, and nothing here reads them
     recorded = registry.record(champion)["params"] | {"evaluate": params.evaluate.model_dump(), "gate": {}}
+    if params.train.objective == "grpo" and recorded["train"].get("objective", "sft") in ("sft", "grpo"):
+        # the candidate's rewards; both objectives have the same test loss
+        rewarded = {"objective": "grpo", "grpo": params.train.grpo.model_dump(), "distillation": {}}
+        recorded["train"] = recorded["train"] | rewarded
     try:
         return Params.from_record(recorded).model_dump()
     except ValidationError as error:

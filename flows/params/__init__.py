@@ -6,6 +6,7 @@ from flows.params.demonstration import left_over
 from flows.params.evaluate import Control, Evaluate, Merge
 from flows.params.file import read_params
 from flows.params.gate import Champion, Gate, LookSequence, Register, Rule, Slices
+from flows.params.grpo import Grpo, Reward, RewardSum, reward_identities
 from flows.params.judge import Judge
 from flows.params.method import AutoRank, Method, Quantization
 from flows.params.overrides import apply_overrides, check_overrides, forced, parameter_sets
@@ -42,6 +43,7 @@ __all__ = [
     "Evaluate",
     "EventType",
     "Gate",
+    "Grpo",
     "Judge",
     "LookSequence",
     "Merge",
@@ -55,6 +57,8 @@ __all__ = [
     "Quantization",
     "Register",
     "Retrain",
+    "Reward",
+    "RewardSum",
     "Rule",
     "Scorer",
     "Section",
@@ -72,5 +76,6 @@ __all__ = [
     "load_suites",
     "parameter_sets",
     "read_params",
+    "reward_identities",
     "source_names",
 ]

@@ -36,6 +36,7 @@ FIGURES: Mapping[str, Mapping[str, Direction]] = {
     "orpo": _PAIRS,
     "simpo": _PAIRS,
     "kto": _PAIRS,
+    "grpo": {"loss": "lower", **_ANSWERS, "reward": "higher"},
     "classification": {"loss": "lower", "accuracy": "higher"},
     "token_classification": {"loss": "lower", "entity_f1": "higher"},
     "seq2seq": {"loss": "lower", **_ANSWERS},

@@ -14,7 +14,7 @@ from flows.params.file import read_params, section_at, suggest
 from flows.params.gate import DIVERGENCE, FIGURES, Gate, Register
 from flows.params.method import Method, Quantization
 from flows.params.retrain import Retrain
-from flows.params.scorers import BUILT_IN
+from flows.params.scorers import BUILT_IN, Scorer
 from flows.params.section import MODEL, Name, Section, Text, invalid_value
 from flows.params.train import KINDS, WITHOUT_CHAT, WITHOUT_TEXT, Train
 from flows.params.webhooks import Webhooks
@@ -100,6 +100,22 @@ with warnings.catch_warnings():
             """
             return cls.model_validate(_with_new_names(values, ()))
 
+        @property
+        def scorers(self) -> list[Scorer]:
+            """All scorers of the evaluation: those of evaluate.scorers, and of grpo the rewards and their sum."""
+            rewards = self.train.grpo.scorers if self.train.objective == "grpo" else []
+            return [*self.evaluate.scorers, *rewards]
+
+        @model_validator(mode="after")
+        def _check_reward_names(self) -> Self:
+            if self.train.objective == "grpo":
+                names = {scorer.name: index for index, scorer in enumerate(self.evaluate.scorers)}
+                for reward in self.train.grpo.scorers:
+                    if reward.name in names:
+                        expected = "a reward of train.grpo.rewards, or their sum, has this name; give another one"
+                        raise invalid_value(expected, f"evaluate.scorers.{names[reward.name]}.name", reward.name)
+            return self
+
         @model_validator(mode="after")
         def _check_data_kind(self) -> Self:
             objective, kinds = self.train.objective, KINDS[self.train.objective]
@@ -183,7 +199,7 @@ with warnings.catch_warnings():
             figures = dict(FIGURES[self.train.objective])
             if self.train.distillation.teacher is not None:
                 figures[DIVERGENCE] = "lower"
-            scorers = {scorer.name: scorer for scorer in self.evaluate.scorers}
+            scorers = {scorer.name: scorer for scorer in self.scorers}
             for index, rule in enumerate(self.gate.rules):
                 key = f"gate.rules.{index}.metric"
                 better = figures.get(rule.metric)

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, GetJsonSchemaHandler, field_validator, model_validator
 from pydantic_core import CoreSchema
@@ -52,6 +52,9 @@ _FILE = re.compile(r"(?P<path>data/(?!.*\.\.)[\w./-]+\.py):(?P<function>[A-Za-z_
 
 class Scorer(Section):
     """A function of (prompt, answer, reference, row) that returns a number; a text alone stands for `scorer`."""
+
+    section: ClassVar[str] = "evaluate.scorers"
+    """List of params.yaml that has the entry."""
 
     scorer: Text
     name: str = ""
@@ -98,9 +101,10 @@ class Scorer(Section):
 
     @model_validator(mode="after")
     def _check_options(self) -> Self:
-        if self.name in RESERVED and self.name != self.scorer:
+        measured = self.name == self.scorer and self.section == Scorer.section  # refused below with its own reason
+        if self.name in RESERVED and not measured:
             raise invalid_value("every evaluation has this figure; give another name", "name", self.name)
-        if self.scorer == "rouge_l":
+        if self.scorer == "rouge_l" and self.section == Scorer.section:
             raise invalid_value("generated answers always have it; remove this entry", "scorer", self.scorer)
         known = BUILT_IN.get(self.scorer)
         if known is None:

@@ -5,7 +5,18 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from flows.params.section import MODEL, Confidence, Count, NonNegative, Positive, Section, Share, invalid_value
+from flows.params.grpo import Grpo
+from flows.params.section import (
+    MODEL,
+    Confidence,
+    Count,
+    NonNegative,
+    Positive,
+    Probability,
+    Section,
+    Share,
+    invalid_value,
+)
 
 OnOutOfMemory = Literal["split", "stop"]
 OnBadLoss = Literal["stop", "rollback"]
@@ -18,6 +29,7 @@ KINDS = {
     "orpo": ("preference",),
     "simpo": ("preference",),
     "kto": ("unpaired_preference",),
+    "grpo": ("chat",),
     "classification": ("classification",),
     "token_classification": ("token_classification",),
     "seq2seq": ("seq2seq",),
@@ -77,6 +89,15 @@ class Distillation(Section):
     nll_weight: NonNegative = 1.0
     temperature: Positive = 1.0
     beta: Confidence = 0.5
+    on_policy: Probability = 0.0
+    max_new_tokens: Count = 128
+
+    @model_validator(mode="after")
+    def _check_on_policy(self) -> Self:
+        if self.on_policy and self.teacher is None:
+            expected = "answers that the model samples are learned from a teacher, and there is none; give 0"
+            raise invalid_value(expected, "on_policy", self.on_policy)
+        return self
 
     @field_validator("teacher")
     @classmethod
@@ -106,7 +127,7 @@ class TokenClassification(Section):
     class_weights: Literal["none", "balanced"] = "none"
 
 
-class Reward(Section):
+class RewardModel(Section):
     """Options of the objective reward."""
 
     center_rewards_coefficient: NonNegative = 0.0
@@ -139,6 +160,7 @@ class Train(Section):
         "orpo",
         "simpo",
         "kto",
+        "grpo",
         "classification",
         "token_classification",
         "seq2seq",
@@ -148,10 +170,11 @@ class Train(Section):
     ] = "sft"
     preference: Preference = Preference()
     kto: Kto = Kto()
+    grpo: Grpo = Grpo()
     distillation: Distillation = Distillation()
     classification: Classification = Classification()
     token_classification: TokenClassification = TokenClassification()
-    reward: Reward = Reward()
+    reward: RewardModel = RewardModel()
     embedding: Embedding = Embedding()
     reranker: Reranker = Reranker()
     epochs: Positive = 1.0
@@ -199,6 +222,16 @@ class Train(Section):
         if self.objective == "embedding" and self.batch_size < 2:
             expected = "the passages of a batch's other rows are a query's negatives; give 2 or more, better 32 or more"
             raise invalid_value(expected, "batch_size", self.batch_size)
+        return self
+
+    @model_validator(mode="after")
+    def _check_rewards(self) -> Self:
+        if self.objective == "grpo" and not self.grpo.rewards:
+            expected = (
+                "grpo learns from rewards; give at least one, such as [{scorer: data/rewards.py:FUNCTION}], a function "
+                "of (prompt, answer, reference, row) that returns a number"
+            )
+            raise invalid_value(expected, "grpo.rewards", self.grpo.rewards)
         return self
 
     @field_validator("gradient_checkpointing", mode="before")

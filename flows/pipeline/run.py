@@ -106,13 +106,13 @@ def check_registrable(root: Path) -> None:
         RepositoryError: There is no git repository with a commit.
         RegistryError: dvc.yaml declares no adapter of the project's name.
         ParamsError: params.yaml or a file of evaluate.suites cannot be used.
-        StageError: A scorer of evaluate.scorers, a file that a suite names, or the file of a benchmark is missing.
+        StageError: A scorer or a reward, a file that a suite names, or the file of a benchmark is missing.
         MissingExtraError: lm-evaluation-harness is not installed.
     """
     Git(root)
     params = load_params(Paths(root).params)
     check_artifact_name(root, params.project.name)
-    check_scorers(params.evaluate.scorers, root)
+    check_scorers(params.scorers, root)
     load_suites(params.evaluate, params.data.system_prompt, root)
     check_benchmarks(params.evaluate.benchmarks, root)
 

@@ -2,7 +2,8 @@
 
 Both are computed on the weights that training saw, dequantised once, with the adapter enabled and disabled. All kinds
 of rows share one layout of results; metrics that do not apply are left out. A generative model is also measured for
-forgetting on the control set and for latency. The scorers of `evaluate.scorers` add columns and figures.
+forgetting on the control set and for latency. The scorers of `evaluate.scorers` add columns and figures,
+and so do the rewards of `train.grpo.rewards` and their weighted sum, `reward`.
 The adapter answers the prompts of `evaluate.suites`. lm-evaluation-harness measures base and adapter on the tasks of
 `evaluate.benchmarks`.
 """
@@ -36,7 +37,7 @@ from flows.evaluation.pairs import evaluate_pairs
 from flows.evaluation.rerankers import evaluate_rerankers
 from flows.evaluation.result import EvaluationResult
 from flows.evaluation.rewards import evaluate_rewards
-from flows.evaluation.scorers.load import load_scorer
+from flows.evaluation.scorers.rewards import load_scorers
 from flows.evaluation.scorers.scores import with_scores
 from flows.evaluation.scorers.texts import Score
 from flows.evaluation.sequences import evaluate_sequences
@@ -57,7 +58,7 @@ def run(params: Params, paths: Paths) -> None:
     manifest = check_base(paths.base)
     check_split(params, paths.split("test"))
     rows = read_rows(paths.split("test"), limit=params.evaluate.rows)
-    scorers = {scorer.name: (scorer, load_scorer(scorer, paths.root)) for scorer in params.evaluate.scorers}
+    scorers = load_scorers(params.scorers, paths.root)
     suites = load_suites(params.evaluate, params.data.system_prompt, paths.root)
     result, control, answered = _evaluate(params, paths, rows, suites, scorers)
     result = with_scores(result, scorers, rows, paths.root)

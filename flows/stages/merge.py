@@ -33,6 +33,7 @@ from flows.evaluation.fidelity import (
     Reference,
     class_fidelity,
     fidelity,
+    reward_fidelity,
     same_function,
     tag_fidelity,
     target_fidelity,

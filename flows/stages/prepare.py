@@ -29,7 +29,7 @@ from flows.data.splits import (
 from flows.data.tokens import AnyTokens, length
 from flows.data.vocabulary import check_applied
 from flows.errors import DataError
-from flows.params import Data, Params
+from flows.params import Data, Params, reward_identities
 from flows.paths import SPLITS, Paths, Split
 from flows.runtime.progress import progress
 from flows.runtime.stage import start
@@ -86,6 +86,10 @@ def run(params: Params, paths: Paths) -> None:
             write_rows(splits[split], folder / paths.split(split).name, Features(features))
         if labels:
             (folder / paths.labels.name).write_text(json.dumps(labels, ensure_ascii=False) + "\n")
+        if params.train.objective == "grpo":
+            # so that a changed reward changes the input of the train stage
+            identities = reward_identities(params.train.grpo.rewards, paths.root)
+            (folder / paths.rewards.name).write_text(json.dumps(identities, indent=2) + "\n")
         findings = examine_folder(folder, report, tokenizer, data)
         report["doctor"] = findings.as_dict()
         (folder / paths.data_report.name).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")

@@ -35,7 +35,7 @@ from flows.evaluation.generation import generate_answers
 from flows.evaluation.pairs import pair_margins
 from flows.evaluation.rerankers import pair_tokens, ranking_values, row_scores
 from flows.evaluation.rewards import check_finite, reward_accuracies, reward_losses
-from flows.evaluation.scorers.load import load_scorer
+from flows.evaluation.scorers.rewards import load_scorers
 from flows.evaluation.scorers.scores import ScoredAnswer, score_answers
 from flows.evaluation.scorers.texts import Score
 from flows.evaluation.scoring import (
@@ -78,10 +78,9 @@ def measure(task: dict[str, Any]) -> pyarrow.Table:
     check_adapter(Path(task["adapter"]), calibrated_identity(base))
     check_split(params, test)
     rows = objective_of(params).complete_rows(params, base, read_rows(test, limit=task["rows"]))
-    metrics, scorers = set(task.get("metrics", ())), {}
-    for scorer in params.evaluate.scorers:
-        if scorer.name in metrics:
-            scorers[scorer.name] = scorer, load_scorer(scorer, Path(task["root"]))
+    metrics = set(task.get("metrics", ()))
+    wanted = [scorer for scorer in params.scorers if scorer.name in metrics]
+    scorers = load_scorers(wanted, Path(task["root"]))
     outputs = task["labels"] if objective_of(params).outputs is None else objective_of(params).outputs
     loaded = load_dequantized(base, params.quantization, outputs, rows_of(params).task)
     model = PeftModel.from_pretrained(loaded, task["adapter"])
@@ -129,7 +128,7 @@ def adapter_values(
     The arguments are those of `adapter_losses`.
     """
     size = params.evaluate.batch_size
-    if params.train.objective == "sft":
+    if rows_of(params).kind == "chat":
         return row_losses(model, rows, pad, size, bar), {}
     if params.train.objective == "classification":
         log_probs = class_log_probs(model, rows, pad, size, bar)

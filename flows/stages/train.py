@@ -17,13 +17,15 @@ from typing import Any, cast
 
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import PreTrainedModel, ProgressCallback, TrainerCallback, TrainerState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallback, TrainerCallback, TrainerState
 from transformers.trainer_callback import PrinterCallback
 
 from flows.base.calibrated import calibrated_identity, check_adapter, name_of_base, trained_base
 from flows.base.model import check_base, load_for_training, load_tokenizer, padding_id
 from flows.charts.ranks import HEAT_MAP, rank_heat_map, rank_picture
+from flows.data.chat import end_token
 from flows.errors import StageError
+from flows.evaluation.scorers.rewards import training_rewards
 from flows.params import Params
 from flows.paths import Paths
 from flows.runtime.progress import bars_closed
@@ -66,8 +68,10 @@ from peftcore import LoraConfig, TrainingError, check_mergeable, initialize_from
 from peftcore.files import directory_written_atomically, write_atomically
 from peftcore.train import (
     AdapterTrainer,
+    OnPolicy,
     Packs,
     RightPaddingCollator,
+    Sampling,
     last_good_checkpoint,
     recompute_activations,
 )
@@ -145,6 +149,7 @@ def _run(params: Params, paths: Paths, processes: PartialState) -> None:
             tracker.log(record)
         trainer_class, options = trainer_of(params, rows["train"], labels, teacher)
         options |= {"train_dataset": training_set, "eval_dataset": rows["validation"]}
+        options |= _generation_options(params, paths, tokenizer)
         options["data_collator"] = training_collator(params, padded_collator(params, pad, longest_row))
         trainer = _trainer(params, this, model, trainer_class, options, tracker if main else None)
         with bars_closed():
@@ -169,6 +174,17 @@ def _run(params: Params, paths: Paths, processes: PartialState) -> None:
     finally:
         tracker.close()
     shutil.rmtree(folder)
+
+
+def _generation_options(params: Params, paths: Paths, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return the trainer's arguments for answers that the model generates in training; {} for other objectives."""
+    if share := params.train.distillation.on_policy:
+        sampling = Sampling(params.train.distillation.max_new_tokens)
+        return {"on_policy": OnPolicy([end_token(tokenizer)], share, sampling, padding_id(tokenizer))}
+    if params.train.objective != "grpo":
+        return {}
+    rewards = training_rewards(params.train.grpo.rewards, paths.root)
+    return {"tokenizer": tokenizer, "end_tokens": [end_token(tokenizer)], "rewards": rewards}
 
 
 def _draw_ranks(ranks: dict[str, int], step: int, folder: Path, tracker: Tracker) -> None:

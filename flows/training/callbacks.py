@@ -109,11 +109,22 @@ class WriteLog(TrainerCallback):
 
 
 def _metrics(logs: dict[str, Any], prefix: str = "") -> dict[str, float | None]:
-    """Return the metrics of an objective in a log: accuracy and reward margin, or the divergence from a teacher."""
+    """Return the metrics of an objective in a log; None for those of other objectives."""
     accuracy = logs.get(f"{prefix}rewards/accuracies", logs.get(f"{prefix}accuracy"))
     margin, divergence = logs.get(f"{prefix}rewards/margins"), logs.get(f"{prefix}divergence")
     margin = logs.get(f"{prefix}margin") if margin is None else margin  # TRL's name of it for reward models
-    return {"accuracy": accuracy, "reward_margin": margin, "divergence": divergence}
+    unended = logs.get(f"{prefix}completions/clipped_ratio")
+    return {
+        "accuracy": accuracy,
+        "reward_margin": margin,
+        "divergence": divergence,
+        "reward": logs.get(f"{prefix}reward"),
+        "reward_deviation": logs.get(f"{prefix}reward_std"),
+        "equal_groups": logs.get(f"{prefix}frac_reward_zero_std"),
+        "answer_tokens": logs.get(f"{prefix}completions/mean_length"),
+        "eos_rate": None if unended is None else 1 - unended,
+        "kl": None if unended is None else logs.get(f"{prefix}kl"),  # kto's is its reference point
+    }
 
 
 class ShowProgress(TrainerCallback):

@@ -30,6 +30,12 @@ FIELDS = (
     "divergence",
     "accuracy",
     "reward_margin",
+    "reward",
+    "reward_deviation",
+    "equal_groups",
+    "answer_tokens",
+    "eos_rate",
+    "kl",
     "tokens_per_second",
     "peak_memory",
     "loss_scale",
@@ -40,7 +46,11 @@ FIELDS = (
 )
 """Fields of a record, in order. divergence: from the teacher (mean nats per token). accuracy: share of correct pairs,
 answers or texts. reward_margin: of preferences. peak_memory: maximum bytes so far, of the GPU's allocator, or of the
-process without a GPU."""
+process without a GPU.
+
+Of grpo, reward, answer_tokens and eos_rate are means over generated answers. reward_deviation is the mean standard
+deviation of a group's rewards. equal_groups is the share of groups with equal rewards, from which nothing is learned.
+kl: divergence from the base (mean nats per token)."""
 Record = dict[str, Any]
 
 

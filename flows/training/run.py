@@ -48,6 +48,9 @@ def optimizer_steps(params: Params, training_set: Sized) -> int:
     if params.train.max_steps is not None:
         return params.train.max_steps
     at_once = 1 if isinstance(training_set, Packs) else params.train.batch_size
+    if params.train.objective == "grpo" and (iterations := params.train.grpo.iterations) > 1:
+        block = at_once * params.train.all_processes * params.train.gradient_accumulation
+        return math.ceil(params.train.epochs * iterations * (len(training_set) // block))
     batches = math.ceil(math.ceil(len(training_set) / at_once) / params.train.all_processes)
     return math.ceil(params.train.epochs * math.ceil(batches / params.train.gradient_accumulation))
 
@@ -58,6 +61,7 @@ def run_key(params: Params, paths: Paths, base: str) -> str:
     if params.data.special_tokens:
         sections["special_tokens"] = params.data.special_tokens
     data = [sha256(paths.split(name)) for name in ("train", "validation")]
+    data += [sha256(paths.rewards)] if paths.rewards.exists() else []
     start = [read_manifest(at) for at in (paths.start_adapter, paths.teacher_adapter) if at.is_dir()]
     content = json.dumps([params.project.seed, sections, base, data, *start], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:16]

@@ -5,9 +5,7 @@ from peftcore.errors import require_extra
 
 require_extra("train", "peftcore.train", "accelerate")
 
-from peftcore.train.adamw import (
-    FusedAdamW,
-)
+from peftcore.train.adamw import FusedAdamW
 from peftcore.train.batches import (
     WEIGHT,
     ClassificationCollator,
@@ -19,37 +17,17 @@ from peftcore.train.batches import (
     UnpairedPreferenceCollator,
     mismatched_answers,
 )
-from peftcore.train.best_of_n import (
-    Candidates,
-    Reward,
-    best_of_n,
-    divergence_bound,
-    expected_best,
-)
-from peftcore.train.checkpoints import (
-    fault_of_checkpoint,
-    last_good_checkpoint,
-)
+from peftcore.train.best_of_n import Candidates, Reward, best_of_n, divergence_bound, expected_best
+from peftcore.train.checkpoints import fault_of_checkpoint, last_good_checkpoint
 from peftcore.train.classification import (
     ClassificationTrainer,
     ClassificationTrainerMixin,
     balanced_class_weights,
     macro_f1,
 )
-from peftcore.train.contrastive import (
-    Contrastive,
-    Pooling,
-    false_negatives,
-    pool,
-)
-from peftcore.train.distillation import (
-    Distillation,
-    DistillationTrainer,
-    DistillationTrainerMixin,
-)
-from peftcore.train.divergence import (
-    token_divergences,
-)
+from peftcore.train.contrastive import Contrastive, Pooling, false_negatives, pool
+from peftcore.train.distillation import Distillation, DistillationTrainer, DistillationTrainerMixin
+from peftcore.train.divergence import token_divergences
 from peftcore.train.embedding import (
     RETRIEVAL_COLUMNS,
     EmbeddingCollator,
@@ -68,67 +46,21 @@ from peftcore.train.entities import (
     is_bio_tag,
     summed_counts,
 )
-from peftcore.train.fault_policy import (
-    FaultPolicy,
-)
-from peftcore.train.kto import (
-    Kto,
-    kto_reference_point,
-    kto_weight_range,
-)
-from peftcore.train.kto_trainer import (
-    UNPAIRED_COLUMNS,
-    KtoTrainer,
-    KtoTrainerMixin,
-)
-from peftcore.train.linear_cross_entropy import (
-    linear_cross_entropy,
-)
-from peftcore.train.losses import (
-    row_sums,
-    supervised_positions,
-    token_losses,
-)
-from peftcore.train.packing import (
-    PackedCollator,
-    Packs,
-    PackSampler,
-    check_packable,
-)
-from peftcore.train.preference import (
-    Dpo,
-    Orpo,
-    PairLogProbs,
-    PreferenceObjective,
-    SimPo,
-)
-from peftcore.train.preference_trainer import (
-    PAIR_COLUMNS,
-    PreferenceTrainer,
-    PreferenceTrainerMixin,
-)
-from peftcore.train.rank_search import (
-    RankSearch,
-    find_ranks,
-)
-from peftcore.train.ranking import (
-    RANKING_METRICS,
-    ranking_metrics,
-    ranks,
-    retrieval_ranks,
-)
-from peftcore.train.recomputation import (
-    SELECTED,
-    Mode,
-    recompute_activations,
-)
-from peftcore.train.reference import (
-    pair_log_probs,
-    reference_acting,
-    reference_model,
-    row_log_probs,
-    shared_copy,
-)
+from peftcore.train.fault_policy import FaultPolicy
+from peftcore.train.grpo import Grpo
+from peftcore.train.grpo_trainer import GrpoTrainer, GrpoTrainerMixin
+from peftcore.train.kto import Kto, kto_reference_point, kto_weight_range
+from peftcore.train.kto_trainer import UNPAIRED_COLUMNS, KtoTrainer, KtoTrainerMixin
+from peftcore.train.linear_cross_entropy import linear_cross_entropy
+from peftcore.train.losses import row_sums, supervised_positions, token_losses
+from peftcore.train.on_policy import OnPolicy
+from peftcore.train.packing import PackedCollator, Packs, PackSampler, check_packable
+from peftcore.train.preference import Dpo, Orpo, PairLogProbs, PreferenceObjective, SimPo
+from peftcore.train.preference_trainer import PAIR_COLUMNS, PreferenceTrainer, PreferenceTrainerMixin
+from peftcore.train.rank_search import RankSearch, find_ranks
+from peftcore.train.ranking import RANKING_METRICS, ranking_metrics, ranks, retrieval_ranks
+from peftcore.train.recomputation import SELECTED, Mode, recompute_activations
+from peftcore.train.reference import pair_log_probs, reference_acting, reference_model, row_log_probs, shared_copy
 from peftcore.train.reranking import (
     PAIRS_COLUMN,
     TYPES_COLUMN,
@@ -138,40 +70,24 @@ from peftcore.train.reranking import (
     passage_scores,
     reranking_losses,
 )
-from peftcore.train.reward import (
-    BradleyTerry,
-    pair_rewards,
-    sequence_rewards,
-)
-from peftcore.train.reward_model import (
-    RewardModel,
-    check_reward_adapter,
-)
-from peftcore.train.reward_trainer import (
-    MARGIN,
-    REWARD_COLUMNS,
-    RewardCollator,
-    RewardTrainer,
-    RewardTrainerMixin,
-)
+from peftcore.train.reward import BradleyTerry, pair_rewards, sequence_rewards
+from peftcore.train.reward_model import RewardModel, check_reward_adapter
+from peftcore.train.reward_trainer import MARGIN, REWARD_COLUMNS, RewardCollator, RewardTrainer, RewardTrainerMixin
+from peftcore.train.rewards import Rewards, RowReward
+from peftcore.train.sampling import PromptCollator, Sampling
 from peftcore.train.sequence_to_sequence import (
     SequenceToSequenceTrainer,
     SequenceToSequenceTrainerMixin,
     target_logits,
     target_losses,
 )
-from peftcore.train.supervised_head import (
-    supervised_logits,
-)
+from peftcore.train.supervised_head import supervised_logits
 from peftcore.train.token_classification import (
     TokenClassificationTrainer,
     TokenClassificationTrainerMixin,
     labelled_logits,
 )
-from peftcore.train.trainer import (
-    AdapterTrainer,
-    AdapterTrainerMixin,
-)
+from peftcore.train.trainer import AdapterTrainer, AdapterTrainerMixin
 
 __all__ = [
     "MARGIN",
@@ -204,11 +120,15 @@ __all__ = [
     "EntityCounts",
     "FaultPolicy",
     "FusedAdamW",
+    "Grpo",
+    "GrpoTrainer",
+    "GrpoTrainerMixin",
     "Kto",
     "KtoTrainer",
     "KtoTrainerMixin",
     "LengthGroupedSampler",
     "Mode",
+    "OnPolicy",
     "Orpo",
     "PackSampler",
     "PackedCollator",
@@ -219,6 +139,7 @@ __all__ = [
     "PreferenceObjective",
     "PreferenceTrainer",
     "PreferenceTrainerMixin",
+    "PromptCollator",
     "RankSearch",
     "RerankingCollator",
     "RerankingTrainer",
@@ -228,7 +149,10 @@ __all__ = [
     "RewardModel",
     "RewardTrainer",
     "RewardTrainerMixin",
+    "Rewards",
     "RightPaddingCollator",
+    "RowReward",
+    "Sampling",
     "SequenceToSequenceCollator",
     "SequenceToSequenceTrainer",
     "SequenceToSequenceTrainerMixin",

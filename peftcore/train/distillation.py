@@ -5,6 +5,8 @@
 over the supervised tokens t of the accumulated batch. ℓ: cross entropy. D: divergence from the teacher's distribution
 (`peftcore.train.divergence`). w: weights of rows.
 
+With `OnPolicy`, the student samples the answers of a share of the batches, whose tokens have no cross entropy.
+
 The teacher is the base without adapters, a frozen adapter of the same model, or another model with the same tokens. A
 larger model is a teacher to learn from (λ_nll = 0 or small); the adapter in use is one to stay near (λ small).
 
@@ -27,6 +29,8 @@ from peftcore.train.batches import WEIGHT
 from peftcore.train.divergence import Divergence, token_divergences
 from peftcore.train.losses import row_sums, supervised_positions, token_weights
 from peftcore.train.objective import TokenObjective
+from peftcore.train.on_policy import SAMPLED, OnPolicy
+from peftcore.train.packing import PackedCollator
 from peftcore.train.reference import reference_acting
 from peftcore.train.supervised_head import supervised_logits
 from peftcore.train.trainer import AdapterTrainerMixin
@@ -75,10 +79,18 @@ class DistillationObjective(TokenObjective):
         trainer: The trainer that minimises this objective.
         distillation: The weights.
         teacher: A causal language model, the name of a frozen adapter, or None: the base without adapters.
+        on_policy: Sampling of answers by the student. None: the answers of the rows.
     """
 
-    def __init__(self, trainer: Any, distillation: Distillation, teacher: nn.Module | str | None) -> None:
+    def __init__(
+        self,
+        trainer: Any,
+        distillation: Distillation,
+        teacher: nn.Module | str | None,
+        on_policy: OnPolicy | None = None,
+    ) -> None:
         super().__init__(trainer)
+        self.on_policy = on_policy
         self.distillation = distillation
         self.teacher = teacher
         self._sums: list[Tensor] = []  # nll, divergence and tokens of the forward passes since the last record
@@ -91,6 +103,16 @@ class DistillationObjective(TokenObjective):
             raise TrainingError(
                 f"{type(trainer).__name__} needs a causal language model and plain next-token cross entropy: remove "
                 "label_smoothing_factor, compute_loss_func and losses of the model's own"
+            )
+        if self.on_policy is not None and isinstance(trainer.data_collator, PackedCollator):
+            raise TrainingError(
+                "on-policy distillation samples an answer to each row's prompt, and packed rows have no bounds; give "
+                "data_collator=RightPaddingCollator(pad_token_id)"
+            )
+        if self.on_policy is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            raise TrainingError(
+                "sampling answers needs the whole model in each process, and FSDP or DeepSpeed shards it; train "
+                "without them, or without on_policy"
             )
         if isinstance(self.teacher, str):
             adapters = adapter_set(trainer.adapted_model)
@@ -125,7 +147,7 @@ class DistillationObjective(TokenObjective):
     def token_parts(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
         """Return cross entropies (n,) and divergences (n,) in nats, and the mask (B, T) of supervised positions."""
         labels = inputs["labels"]
-        arguments = {name: value for name, value in inputs.items() if name not in ("labels", WEIGHT)}
+        arguments = {name: value for name, value in inputs.items() if name not in ("labels", WEIGHT, SAMPLED)}
         mask = supervised_positions(labels)
         with self._teacher_in_effect(model) as teacher:
             teacher_logits = supervised_logits(teacher, arguments, mask)
@@ -133,6 +155,8 @@ class DistillationObjective(TokenObjective):
         targets = labels[:, 1:][mask[:, :-1]].to(logits.device)
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         nll = F.cross_entropy(wide, targets, reduction="none")
+        if SAMPLED in inputs:
+            nll = nll * (1 - token_weights(inputs[SAMPLED], mask).to(nll))
         return nll, self.distillation.divergences(logits, teacher_logits), mask
 
     def loss(
@@ -190,6 +214,7 @@ class DistillationTrainerMixin(AdapterTrainerMixin):
         distillation: Divergence and weights. None: `Distillation()`.
         teacher: A causal language model with the same tokens, which is frozen and moved to the trainer's device. Or the
             name of a frozen adapter of the model. None: the base without adapters.
+        on_policy: Sampling of answers by the student, for a share of the batches. None: the answers of the rows.
 
     Raises:
         TrainingError: The model has no next-token loss, the trainer has another loss, or the teacher is trained.
@@ -202,14 +227,23 @@ class DistillationTrainerMixin(AdapterTrainerMixin):
         *args: Any,
         distillation: Distillation | None = None,
         teacher: nn.Module | str | None = None,
+        on_policy: OnPolicy | None = None,
         **kwargs: Any,
     ) -> None:
-        self._distillation = Distillation() if distillation is None else distillation, teacher
+        self._distillation = Distillation() if distillation is None else distillation, teacher, on_policy
         super().__init__(*args, **kwargs)
 
     def make_objective(self) -> DistillationObjective:
         """Return cross entropy with the divergence from the teacher."""
         return DistillationObjective(self, *self._distillation)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """Return the batches of an optimiser step, a share of them with sampled answers, and their items."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if self.training_objective.on_policy is None or not batches:
+            return batches, items
+        batches = self.training_objective.on_policy.sampled(self, batches)
+        return batches, self._get_num_items_in_batch(batches, device)
 
 
 class DistillationTrainer(DistillationTrainerMixin, Trainer):

@@ -7,6 +7,7 @@ over all examples e of the accumulated batch, on all processes; in evaluation ov
 Shapes: E examples of one forward pass.
 """
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -42,6 +43,14 @@ class ExampleObjective(Objective):
     def reset(self) -> None:
         """Forget the metrics of an earlier run."""
         self._metric_sums.clear()
+
+    def state(self) -> dict[str, Any]:
+        """Return the sums since the last training record, of each process."""
+        return {"metric_sums": self.trainer.processes.of_each(self._metric_sums)}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Restore the sums since the last training record."""
+        self._metric_sums.extend(state["metric_sums"][self.trainer.accelerator.process_index])
 
     def example_losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return losses (E,), and detached metrics (E,) to log. `inputs` is a batch on the model's device."""

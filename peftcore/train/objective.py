@@ -11,6 +11,7 @@ Shapes: B rows, T positions, n_b supervised tokens of row b.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -42,6 +43,13 @@ class Objective:
 
     def reset(self) -> None:
         """Forget the records of an earlier run."""
+
+    def state(self) -> dict[str, Any]:
+        """Return the values (JSON types and tensors) with which a resumed run continues. A collective call."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Restore the values that `state` returned."""
 
     def columns(self, signature: list[str]) -> list[str]:
         """Return the dataset columns to keep. `signature` holds the arguments of the model's forward."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from accelerate.data_loader import BatchSamplerShard
+from accelerate.utils import gather_object
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -98,6 +99,10 @@ class Processes:
             if last and self._shard is not None and self._shard.is_filled_up:
                 batch = {**batch, "labels": torch.full_like(batch["labels"], IGNORED)}
             yield batch
+
+    def of_each(self, value: Any) -> list[Any]:
+        """Return the value of each process by its index. A collective call."""
+        return gather_object([value]) if self.trainer.accelerator.num_processes > 1 else [value]
 
     # -- data parallel -------------------------------------------------------------------------------------------
 

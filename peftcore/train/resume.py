@@ -126,6 +126,7 @@ class Resume:
             "logged_step": trainer._globalstep_last_logged,
             "evaluation_due": trainer.termination.evaluation_due,
             "save_due": trainer.termination.save_due,
+            "objective": trainer.training_objective.state(),
         }
 
     # -- resuming ----------------------------------------------------------------------------------------------
@@ -144,6 +145,8 @@ class Resume:
         trainer.regularizer.values.extend(state["regularizers"])
         trainer.guard.good_losses.extend(state["good_losses"])
         trainer.guard.counts.update(state["counts"])
+        if "objective" in state:  # a checkpoint of an earlier version lacks it
+            trainer.training_objective.load_state(state["objective"])
         if state["evaluation_due"]:
             trainer._load_rng_state(str(checkpoint))
             trainer.termination.epoch_ended = True

@@ -1,4 +1,4 @@
-"""Functions of the entries of `evaluate.scorers`: built in, installed, or in a Python file of the repository."""
+"""Functions of scorers and rewards: built in, installed, or in a Python file of the repository."""
 
 import ast
 import importlib
@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from flows.errors import StageError
 from flows.evaluation.scorers.texts import Score
-from flows.params import Scorer
+from flows.params import RewardSum, Scorer
 from flows.params.file import suggest
 from flows.params.scorers import BUILT_IN, ENTRY_POINTS
 
@@ -49,13 +49,13 @@ def load_scorer(scorer: Scorer, root: Path) -> Score:
         try:
             return make(**options)
         except (ValueError, TypeError, OSError) as error:
-            raise StageError(f"evaluate.scorers, {scorer.name}: {error}") from error
+            raise StageError(f"{_entry(scorer)}: {error}") from error
     function = load_function(*scorer.file, root, _entry(scorer)) if scorer.file else _installed(scorer)
     try:
         inspect.signature(function).bind("prompt", "answer", "reference", {}, **options)
     except TypeError as error:
         raise StageError(
-            f"evaluate.scorers, {scorer.name}: {scorer.scorer} is called with (prompt, answer, reference, row"
+            f"{_entry(scorer)}: {scorer.scorer} is called with (prompt, answer, reference, row"
             f"{''.join(f', {name}=...' for name in options)}), which it does not take: {error}"
         ) from error
     return lambda prompt, answer, reference, row: function(prompt, answer, reference, row, **options)
@@ -65,13 +65,15 @@ def check_scorers(scorers: Sequence[Scorer], root: Path) -> None:
     """Check, without running code of the repository, that the functions of all entries exist.
 
     Args:
-        scorers: The entries of `evaluate.scorers`.
+        scorers: The entries of `evaluate.scorers` and `train.grpo.rewards`.
         root: The repository.
 
     Raises:
         StageError: A file, a function or a package is missing, or an option of a built-in scorer does not fit.
     """
     for scorer in scorers:
+        if isinstance(scorer, RewardSum):
+            continue  # its rewards are entries of their own
         if scorer.file is None:
             load_scorer(scorer, root)
             continue
@@ -82,7 +84,7 @@ def check_scorers(scorers: Sequence[Scorer], root: Path) -> None:
 
 
 def _entry(scorer: Scorer) -> str:
-    return f"evaluate.scorers, {scorer.name}"
+    return f"{scorer.section}, {scorer.name}"
 
 
 def _parsed(entry: str, path: Path) -> ast.Module:
@@ -128,7 +130,7 @@ def _installed(scorer: Scorer) -> Callable[..., Any]:
         return cast(Callable[..., Any], entry.load())
     except Exception as error:
         raise StageError(
-            f"evaluate.scorers, {scorer.name}: the installed scorer {scorer.scorer} ({entry.value}) cannot be loaded: "
+            f"{_entry(scorer)}: the installed scorer {scorer.scorer} ({entry.value}) cannot be loaded: "
             f"{type(error).__name__}: {error}"
         ) from error
 

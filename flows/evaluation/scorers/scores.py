@@ -114,11 +114,10 @@ def score_answers(scorer: Scorer, score: Score, answers: Sequence[ScoredAnswer],
     values: list[float | None] = []
     failures: list[str] = []
     for row, answer, reference in answers:
-        shown = {name: value for name, value in row.items() if not name.endswith(TOKENS)}
-        shown |= json.loads(shown.pop("extra", None) or "{}")
+        shown = shown_row(row)
         prompt = row["prompt"] if "prompt" in row else row["text"]
         try:
-            values.append(_number(score(prompt, answer, reference, shown)))
+            values.append(finite_number(score(prompt, answer, reference, shown)))
         except Exception as error:  # of any code; counted, and the policy decides
             failures.append(f"row {row['id']}: {type(error).__name__}: {error}"[:SHOWN])
             values.append(scorer.on_error if isinstance(scorer.on_error, float) else None)
@@ -138,7 +137,13 @@ def mean(values: Sequence[float | None]) -> float | None:
     return sum(numbers) / len(numbers) if numbers else None
 
 
-def _number(value: Any) -> float:
+def shown_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the columns of a prepared row that a scorer gets: those without tokens, and `data.extra_columns`."""
+    shown = {name: value for name, value in row.items() if not name.endswith(TOKENS)}
+    return shown | json.loads(shown.pop("extra", None) or "{}")
+
+
+def finite_number(value: Any) -> float:
     """Return a score as a float. Raises ValueError for anything but a finite number or a truth value."""
     try:
         number = math.nan if isinstance(value, str | bytes) else float(value)

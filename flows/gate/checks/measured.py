@@ -95,7 +95,7 @@ def _control(settings: Mapping[str, Any], metrics: Mapping[str, Any], rules: Par
 def _scorers(metrics: Mapping[str, Any], rules: Params, root: Path) -> Iterator[str]:
     """Compare the scorers that `gate.rules` need: function, options, files and policy."""
     needed = {rule.metric for rule in rules.gate.rules}
-    for scorer in rules.evaluate.scorers:
+    for scorer in rules.scorers:
         if scorer.name not in needed:
             continue
         measured = (metrics.get("scorers") or {}).get(scorer.name)

@@ -5,6 +5,7 @@
 | sft | chat, text | causal | cross entropy of supervised tokens; with a teacher also `peftcore.train.distillation` |
 | dpo, orpo, simpo | preference | causal | preference loss, `peftcore.train.preference` |
 | kto | unpaired_preference | causal | KTO loss, `peftcore.train.kto` |
+| grpo | chat | causal | rewards of generated answers, `peftcore.train.grpo`; the test loss is that of sft |
 | classification | classification | sequence classifier | cross entropy of classes |
 | token_classification | token_classification | token classifier | cross entropy of tags |
 | seq2seq | seq2seq | encoder-decoder | cross entropy of target tokens |
@@ -29,6 +30,7 @@ from flows.params import Params
 from flows.paths import Paths, Split
 from flows.training.objectives.classification import Classification
 from flows.training.objectives.embedding import Embedding
+from flows.training.objectives.grpo import GroupRelativePolicy
 from flows.training.objectives.kto import UnpairedPreference, kto_objective
 from flows.training.objectives.objective import Objective, Rows, Trainer
 from flows.training.objectives.preference import Preference, preference_objective
@@ -73,6 +75,7 @@ OBJECTIVES: dict[str, Objective] = {
     "orpo": Preference(),
     "simpo": Preference(),
     "kto": UnpairedPreference(),
+    "grpo": GroupRelativePolicy(),
     "classification": Classification(),
     "token_classification": TokenClassification(),
     "seq2seq": SequenceToSequence(),
@@ -117,16 +120,15 @@ def training_rows(params: Params, paths: Paths) -> dict[Split, Dataset]:
     for split in splits:
         path = paths.split(split)
         check_split(params, path)
-        names = parquet.read_schema(path).names if path.exists() else []
-        further = [name for name in (*objective.optional_columns, WEIGHT) if name in names]
-        read = read_rows(path, [*objective.rows.columns, *further])
-        rows[split] = Dataset.from_list(objective.complete_rows(params, paths.base, read))
-    if any(weight != 1 for each in rows.values() if WEIGHT in each.column_names for weight in each[WEIGHT]):
+        present = parquet.read_schema(path).names if path.exists() else []
+        columns = [name for name in objective.columns(present) if name != WEIGHT]
+        weighted = [WEIGHT] if WEIGHT in present else []
+        complete = objective.complete_rows(params, paths.base, read_rows(path, [*columns, *weighted]))
+        rows[split] = Dataset.from_list(objective.training_rows(complete))
+    weighted = {split: each for split, each in rows.items() if WEIGHT in each.column_names}
+    if any(weight != 1 for each in weighted.values() for weight in each[WEIGHT]):
         return rows
-    return {
-        split: each.select_columns([name for name in each.column_names if name != WEIGHT])
-        for split, each in rows.items()
-    }
+    return rows | {split: each.remove_columns(WEIGHT) for split, each in weighted.items()}
 
 
 def merged_rows(params: Params, path: Path, limit: int) -> list[Row]:
@@ -140,8 +142,9 @@ def merged_rows(params: Params, path: Path, limit: int) -> list[Row]:
 
 
 def longest(params: Params, rows: dict[Split, Dataset]) -> int:
-    """Return the tokens of the longest row."""
-    return max(objective_of(params).longest(split) for split in rows.values())
+    """Return the tokens of the longest row, with those that training generates behind it."""
+    objective = objective_of(params)
+    return max(objective.longest(split) for split in rows.values()) + objective.new_tokens(params)
 
 
 def class_names(params: Params, paths: Paths) -> list[str] | None:
@@ -191,7 +194,7 @@ def _is_packed(params: Params) -> bool:
 
 def unweighted_chats(params: Params, rows: Dataset) -> list[Row]:
     """Return chat rows without weights for the search of ranks. Raises StageError for rows of another kind."""
-    if rows_of(params).kind != "chat":
+    if params.train.objective != "sft":
         raise StageError(
             f"method.r is auto, whose search supports sft only, and train.objective is {params.train.objective}; give "
             "a rank"

@@ -1,5 +1,6 @@
 """Interface of a training objective: its rows, collator, loss and trainer."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,18 @@ class Objective:
     def longest(self, rows: Dataset) -> int:
         """Return the tokens of the longest row."""
         return max(len(ids) for name in self.rows.token_ids for ids in rows[name])
+
+    def columns(self, present: Sequence[str]) -> list[str]:
+        """Return the columns that training reads, of those in the file of a split."""
+        return [*self.rows.columns, *(name for name in self.optional_columns if name in present)]
+
+    def training_rows(self, rows: list[Row]) -> list[Row]:
+        """Return the rows as the trainer takes them."""
+        return rows
+
+    def new_tokens(self, params: Params) -> int:
+        """Return the maximum tokens that training generates behind a row."""
+        return 0
 
     def collator(self, pad: int, longest_row: int) -> RightPaddingCollator:
         """Return the collator of padded batches. longest_row: length of the longest row in tokens."""

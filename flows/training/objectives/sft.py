@@ -29,4 +29,4 @@ class SupervisedFinetuning(Objective):
 
 def distillation_of(params: Params) -> Distillation:
     """Return the weights and the divergence of training with a teacher."""
-    return Distillation(**params.train.distillation.model_dump(exclude={"teacher"}))
+    return Distillation(**params.train.distillation.model_dump(exclude={"teacher", "on_policy", "max_new_tokens"}))

@@ -29,6 +29,8 @@ from flows.params.train import KINDS
         ("{distillation: {teacher: champion}}", "distillation.teacher"),
         ("{distillation: {weight: 0}}", "distillation.weight"),
         ("{distillation: {beta: 1}}", "distillation.beta"),
+        ("{distillation: {on_policy: 0.5}}", "distillation.on_policy"),
+        ("{distillation: {teacher: base, on_policy: 1.5}}", "distillation.on_policy"),
         ("{objective: dpo, distillation: {teacher: base}}", "distillation.teacher"),
         ("{preference: {beta: 0}}", "preference.beta"),
         ("{preference: {label_smoothing: 0.5}}", "preference.label_smoothing"),

@@ -14,6 +14,7 @@ from flows.paths import Paths
 from flows.training.objectives import (
     class_names,
     kto_objective,
+    longest,
     loss_function,
     merged_rows,
     preference_objective,
@@ -29,6 +30,7 @@ from peftcore.train import (
     Distillation,
     DistillationTrainer,
     Dpo,
+    GrpoTrainer,
     Kto,
     KtoTrainer,
     Orpo,
@@ -46,6 +48,7 @@ KINDS = {
     "orpo": "preference",
     "simpo": "preference",
     "kto": "unpaired_preference",
+    "grpo": "chat",
     "classification": "classification",
     "reward": "preference",
 }
@@ -208,3 +211,19 @@ def test_a_reward_model_learns_from_both_answers_and_margins(tmp_path: Path) -> 
     assert (row["margin"], row["weight"]) == (0.5, 2.0)
     assert training_rows(params("dpo"), with_margins)["train"].column_names[:2] == ["chosen_input_ids", "chosen_labels"]
     assert "margin" not in training_rows(params("dpo"), with_margins)["train"].column_names
+
+
+def test_grpo_trains_on_prompts_with_all_columns_for_the_rewards(tmp_path: Path) -> None:
+    row = CHAT | {"prompt_length": 1, "id": "a", "prompt": "Why?", "completion": "So.", "extra": "{}", "weight": 1.0}
+    given, paths = params("grpo", grpo={"rewards": ["token_f1"], "max_new_tokens": 7}), written(tmp_path, [row] * 2)
+    rows = training_rows(given, paths)
+    assert rows["train"][0] == {n: v for n, v in row.items() if n not in ("labels", "weight")} | {"input_ids": [1]}
+    assert longest(given, rows) == 1 + 7
+    assert start_rows(given, rows["train"], 1) == [{"input_ids": [1], "labels": [1]}]
+    assert merged_rows(given, paths.split("train"), 1) == [CHAT]
+    trainer, options = trainer_of(given, rows["train"], None)
+    assert trainer is GrpoTrainer and options["reward_weights"] == {"token_f1": 1.0}
+    assert (options["objective"].beta, options["sampling"].max_new_tokens) == (0.04, 7)
+    assert loss_function(given) == loss_function(params("sft")), "their test losses are compared"
+    weighted = training_rows(given, written(tmp_path / "other", [row, row | {"weight": 2.0}]))
+    assert weighted["train"]["weight"][:] == [1.0, 2.0]
