@@ -194,7 +194,7 @@ def answering(events: list[Event], is_parallel: bool) -> tuple[PendingResponse, 
     [
         ([Chunk("Well. " + CALL, 1), Chunk("", 2, "stop")], "tool_calls", "Well.", ['{"a": 1}']),
         ([Chunk(CALL, 1), Chunk(CALL, 2, "stop")], "tool_calls", None, ['{"a": 1}'] * 2),
-        ([Chunk(CALL[:45], 1), Chunk(CALL[45:48], 2, "length")], "length", None, ['{"a": 1']),
+        ([Chunk(CALL[:45], 1), Chunk(CALL[45:47], 2, "length")], "length", None, ['{"a": 1']),
         ([Chunk("<tool_call>add(1)", 1, "stop")], "stop", "<tool_call>add(1)", []),
         ([Chunk("No.", 1, "length")], "length", "No.", []),
     ],
