@@ -201,7 +201,7 @@ def is_valid(text: str | None, schema: dict[str, Any]) -> bool:
 
 
 def masks(url: str) -> tuple[float, float]:
-    """Seconds of all masks of the server so far, and their number."""
+    """CPU seconds of all masks of the server so far, and their number."""
     lines = dict(line.rsplit(" ", 1) for line in httpx.get(f"{url}/metrics").text.splitlines() if line[0] != "#")
     return float(lines["peftcore_grammar_mask_seconds_total"]), float(lines["peftcore_grammar_tokens_total"])
 
@@ -241,7 +241,7 @@ def table(rounds: Sequence[dict[str, float]], call: str, options: argparse.Names
         f"| tokens/s without masks | {free:.1f} |\n"
         f"| tokens/s with masks | {masked:.1f} |\n"
         f"| with / without, median (range) | {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) |\n"
-        f"| time of one mask | {mask:.2f} ms |\n"
+        f"| CPU time of one mask | {mask:.2f} ms |\n"
         f"| `tool_choice: required` | `{call}` |\n\n"
         f"{machine()}. `python -m benchmarks.structured`\n"
     )

@@ -48,7 +48,7 @@ class Metrics:
         )
         self.grammar_tokens = Counter("peftcore_grammar_tokens", "Tokens generated under a grammar", registry=registry)
         self.grammar_seconds = Counter(
-            "peftcore_grammar_mask_seconds", "Time to compute which tokens grammars allow", registry=registry
+            "peftcore_grammar_mask_seconds", "CPU time to compute which tokens grammars allow", registry=registry
         )
         self.tool_calls = Counter("peftcore_tool_calls", "Tool calls in responses", registry=registry)
         self.queue_depth = Gauge("peftcore_queue_depth", "Requests waiting for a row", registry=registry)

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from flows.cli import app
-from peftcore import LoraConfig, get_peft_model
+from flows.serving.serve import _chat_template
+from peftcore import ConfigError, LoraConfig, get_peft_model
 from peftcore.serving import Records
 
 
@@ -155,3 +156,12 @@ def test_folders_without_a_model_or_adapters_are_named(base: Path, tmp_path: Pat
 def test_the_command_has_help() -> None:
     result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["serve", "--help"])
     assert result.exit_code == 0 and "PEFTCORE_API_KEYS" in result.stdout
+
+
+def test_a_chat_template_that_cannot_be_read_is_refused_before_the_base_is_loaded(tmp_path: Path) -> None:
+    for text, said in (("{% if %}", "give a file with a Jinja chat template"), (" \n", "the file is empty")):
+        (tmp_path / "template.jinja").write_text(text)
+        with pytest.raises(ConfigError, match=said):
+            _chat_template(tmp_path / "template.jinja")
+    (tmp_path / "template.jinja").write_text("{{ messages[0].content }}")
+    assert _chat_template(tmp_path / "template.jinja") == "{{ messages[0].content }}"

@@ -1,7 +1,9 @@
 """Requests follow OpenAI's API, and unsupported fields are refused by name."""
 
+import re
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -12,6 +14,7 @@ from openai.types.chat import completion_create_params as chat_params
 from pydantic import ValidationError
 from tool_template import TOOL_TEMPLATE
 
+from peftcore.serving import Limits
 from peftcore.serving.grammar import GrammarSpec
 from peftcore.serving.protocol import ChatRequest, CompletionRequest, GenerationRequest, refusal
 
@@ -330,3 +333,19 @@ def test_without_a_call_the_answer_is_the_model_s_own(served: Any) -> None:
     assert without.message.content == served.world.expected("sql", chat_tokens(served), 9)
     with pytest.raises(openai.BadRequestError, match='would allow no call of a tool; set tool_choice to "none"'):
         client.chat.completions.create(tools=[WEATHER], response_format={"type": "json_object"}, **given)
+
+
+def test_the_examples_of_the_documentation_run(serving: Callable[..., Any], world: Any) -> None:
+    world.tokenizer.chat_template = TOOL_TEMPLATE
+    person = '{"name": "Ann", "age": 3}'
+
+    def compile_one(spec: GrammarSpec) -> Any:
+        return choice_compiler(world.tokenizer, texts=[CALL if spec.param == "tools" else person])(spec)
+
+    served = serving(http=True, compile_grammar=compile_one, limits=Limits(max_tokens=90))
+    text = (Path(__file__).parents[3] / "docs" / "serving.md").read_text()
+    section = text[text.index("## Structured output") : text.index("## Fields of OpenAI")]
+    examples = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert len(examples) == 2
+    for example in examples:
+        exec(example, {"client": served.client()})

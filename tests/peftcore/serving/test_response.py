@@ -14,6 +14,8 @@ from peftcore.serving.errors import AdapterFailedError, ServingError, TimedOutEr
 from peftcore.serving.generation import Chunk, Event
 from peftcore.serving.protocol import ChatRequest, CompletionRequest, GenerationRequest
 from peftcore.serving.response import ClientGoneError, PendingResponse, unless_disconnected
+from peftcore.serving.tool_call_stream import ToolCallStream
+from peftcore.serving.tool_formats import HERMES
 
 HELLO = [Chunk("He", 1), Chunk("", 2), Chunk("llo", 3), Chunk("!", 4, "length")]
 FAILED = AdapterFailedError("the adapter broke")
@@ -168,3 +170,66 @@ def test_a_client_that_leaves_cancels_its_answer() -> None:
     request = request_of({"type": "http.request"}, {"type": "http.disconnect"})
     assert isinstance(run(unless_disconnected(request, answer())), ClientGoneError)
     assert cancelled == [True]
+
+
+# -- tool calls -----------------------------------------------------------------------------------------------------
+
+CALL = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
+
+
+def answering(events: list[Event], is_parallel: bool) -> tuple[PendingResponse, Any]:
+    """A response whose text may call the function add, and its generation."""
+    generation = SimpleNamespace(prompt=[5, 6, 7], abandoned=False)
+
+    def start(index: int, sink: Callable[[Event], None]) -> Any:
+        for event in events:
+            sink(event)
+        return generation
+
+    return PendingResponse(start, 60.0, calls=lambda: ToolCallStream(HERMES, {"add"}, is_parallel)), generation
+
+
+@pytest.mark.parametrize(
+    ("events", "finish", "content", "arguments"),
+    [
+        ([Chunk("Well. " + CALL, 1), Chunk("", 2, "stop")], "tool_calls", "Well.", ['{"a": 1}']),
+        ([Chunk(CALL, 1), Chunk(CALL, 2, "stop")], "tool_calls", None, ['{"a": 1}'] * 2),
+        ([Chunk(CALL[:45], 1), Chunk(CALL[45:47], 2, "length")], "length", None, ['{"a": 1']),
+        ([Chunk("<tool_call>add(1)", 1, "stop")], "stop", "<tool_call>add(1)", []),
+        ([Chunk("No.", 1, "length")], "length", "No.", []),
+    ],
+)
+def test_a_whole_response_has_calls_apart_from_content(
+    events: list[Event], finish: str, content: str | None, arguments: list[str]
+) -> None:
+    async def run() -> tuple[dict[str, Any], int]:
+        response, _ = answering(events, True)
+        return await response.complete(chat(), None), response.tool_calls
+
+    whole, count = asyncio.run(run())
+    choice = whole["choices"][0]
+    assert (choice["finish_reason"], choice["message"]["content"]) == (finish, content)
+    assert [one["function"]["arguments"] for one in choice["message"].get("tool_calls", [])] == arguments
+    assert count == len(arguments)
+
+
+def test_without_parallel_calls_the_row_ends_after_the_first_call() -> None:
+    events: list[Event] = [Chunk(CALL, 7), Chunk(CALL, 8), Chunk("", 9, "stop")]
+
+    async def whole() -> tuple[dict[str, Any], bool]:
+        response, generation = answering(events, False)
+        return await response.complete(chat(), None), generation.abandoned
+
+    async def streamed() -> list[Any]:
+        response, _ = answering(events, False)
+        body = chat(stream=True)
+        sent = [one async for one in response.stream(body, None, await response.next())]
+        return [json.loads(one.removeprefix("data: ")) for one in sent[:-1]]
+
+    found, abandoned = asyncio.run(whole())
+    assert abandoned and found["choices"][0]["finish_reason"] == "tool_calls"
+    assert len(found["choices"][0]["message"]["tool_calls"]) == 1
+    assert found["usage"]["completion_tokens"] == 7
+    choices = [one["choices"][0] for one in asyncio.run(streamed())]
+    assert [list(choice["delta"]) for choice in choices] == [["role", "content"], ["tool_calls"], ["tool_calls"], []]
+    assert choices[-1]["finish_reason"] == "tool_calls"

@@ -45,3 +45,11 @@ def test_what_only_begins_a_stop_text_is_given_after_all(tokenizer: Any) -> None
     assert ("".join(found), stopped) == ("aabaab.", False)
     found, stopped = pieces(tokenizer, tokenizer("xaab")["input_ids"], ("aabaac",))
     assert (found, stopped) == (["x", "", "", "", "aab"], False)
+
+
+def test_a_special_token_that_marks_a_tool_call_is_part_of_the_text(tokenizer: Any) -> None:
+    ids = tokenizer("aé")["input_ids"]
+    marked = TextStream(tokenizer, (), {1: "[TOOL_CALLS]"})
+    assert "".join(marked.push(token) for token in [0, *ids, 1, *ids]) + marked.finish() == "aé[TOOL_CALLS]aé"
+    plain = TextStream(tokenizer)
+    assert "".join(plain.push(token) for token in [0, *ids, 1, *ids]) + plain.finish() == "aéaé"
