@@ -36,7 +36,7 @@ from peftcore.routing import AdapterStore
 from peftcore.serving import Recorder, in_own_thread, make_service
 from peftcore.serving.server import Server
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.proof, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).parents[3]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 SMALL: dict[str, dict[str, Any]] = {
