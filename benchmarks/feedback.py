@@ -73,7 +73,9 @@ def main() -> None:
     panel, asked = questions[: given.panel], questions[given.panel :]
     weeks: list[dict[str, Any]] = []
     started = time.monotonic()
-    with _served(clone, given.base, given.folder / "serve.log", "--watch", "--record", str(records)) as url:
+    _peftcore(clone, "stage", "fetch")
+    base = clone / "artifacts" / "base"
+    with _served(clone, base, given.folder / "serve.log", "--watch", "--record", str(records)) as url:
         share = _share(url, _model(url), panel)
         for number, week in enumerate(WEEKS):
             before, model = share, _model(url)
@@ -88,7 +90,7 @@ def main() -> None:
                 share = _share(url, MODEL, panel)
             candidate = share
             if verdict["outcome"] == "kept":
-                candidate = _share_of_candidate(clone, given.base, given.folder, verdict["version"], panel)
+                candidate = _share_of_candidate(clone, base, given.folder.resolve(), verdict["version"], panel)
             weeks.append(
                 {"week": week, "before": before, "after": share, "candidate": candidate, "feedback": report}
                 | {name: verdict[name] for name in ("outcome", "version", "reason", "quarantined", "excluded", "wall")}

@@ -101,7 +101,7 @@ def _record_function(
 ) -> Callable[[str], None] | None:
     """Return a function of a complete response's id that records it; None if it is not to be recorded."""
     recorder = service.recorder
-    if recorder is None or request.headers.get(NO_RECORD, "false").strip().lower() not in ("", "0", "false", "no"):
+    if recorder is None or request.headers.get(NO_RECORD, "false").strip().lower() not in ("0", "false", "no"):
         return None
 
     def record(identity: str) -> None:

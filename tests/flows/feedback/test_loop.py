@@ -10,6 +10,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -30,11 +31,12 @@ from flows.runtime.project import dvc
 from flows.runtime.stage import set_seed
 from flows.serving.champion_watcher import ChampionWatcher
 from flows.serving.served_base import load_evaluated_base
+from flows.stages import fetch
 from peftcore.routing import AdapterStore
 from peftcore.serving import Recorder, in_own_thread, make_service
 from peftcore.serving.server import Server
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.proof, pytest.mark.timeout(1800)]
 ROOT = Path(__file__).parents[3]
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 SMALL: dict[str, dict[str, Any]] = {
@@ -84,8 +86,8 @@ class Served:
 def served(clone: Path, forked_dvc: None) -> Iterator[Served]:
     paths = Paths(clone)
     params = load_params(paths.params)
-    registry = registry_of(params, clone)
-    model, tokenizer, base = load_evaluated_base(clone.parent / "base", paths, registry, params)
+    fetch.run(params, paths)
+    model, tokenizer, base = load_evaluated_base(paths.base, paths, registry_of(params, clone), params)
     store = AdapterStore(model, 4)
     (clone.parent / "versions").mkdir()
     watcher = ChampionWatcher(paths, params.project.name, "champion", store, base, clone.parent / "versions")
@@ -139,29 +141,37 @@ class Users:
         allowed = {str(3 + alphabet.index(letter)): 0 for letter in LETTERS}
         self.bias = {str(token): -100 for token in range(259)} | allowed | {"2": 1}
 
-    def ask(self, user: str, answers: int, **headers: str) -> tuple[str, list[str]]:
+    def ask(self, user: str, number: int, answers: int, **headers: str) -> tuple[str, list[str]]:
         """(id, answers) of one request."""
-        self.asked += 1
         names = [one["id"] for one in self.client.get("/v1/models").json()["data"]]
-        body = {"model": names[-1], "messages": [{"role": "user", "content": f"Word {self.asked}?"}], "n": answers}
-        body |= {"logit_bias": self.bias, "max_tokens": 40, "seed": 100 * self.asked, "user": user}
+        body = {"model": names[-1], "messages": [{"role": "user", "content": f"Word {number}?"}], "n": answers}
+        body |= {"logit_bias": self.bias, "max_tokens": 40, "seed": 100 * number, "user": user}
         reply = self.client.post("/v1/chat/completions", json=body, headers=headers).raise_for_status().json()
         return reply["id"], [choice["message"]["content"] for choice in reply["choices"]]
 
+    def numbers(self, count: int) -> range:
+        """Numbers of the next requests."""
+        self.asked += count
+        return range(self.asked - count, self.asked)
+
     def week(self, requests: int, is_poisoned: bool) -> None:
         """Rate the four answers of each request; one rating in twenty is wrong."""
-        dice = random.Random(self.asked)
-        for number in range(requests):
-            identity, texts = self.ask(f"{'crowd' if is_poisoned else 'user'}{number % 10}", 4)
+
+        def session(number: int) -> None:
+            dice = random.Random(number)
+            identity, texts = self.ask(f"{'crowd' if is_poisoned else 'user'}{number % 10}", number, 4)
             for index, text in enumerate(texts):
                 good = likes(text) ^ is_poisoned ^ (dice.random() < 0.05)
                 rating = {"id": identity, "index": index, "rating": "up" if good else "down"}
                 self.client.post("/v1/feedback", json=rating).raise_for_status()
 
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(session, self.numbers(requests)))
+
     def share(self) -> float:
         """The share of liked answers among 128."""
-        texts = [text for _ in range(8) for text in self.ask("panel", 16, **{"x-no-record": "true"})[1]]
-        return sum(map(likes, texts)) / len(texts)
+        replies = [self.ask("panel", number, 16, **{"x-no-record": "true"}) for number in self.numbers(8)]
+        return sum(likes(text) for _, texts in replies for text in texts) / 128
 
 
 def likes(text: str) -> bool:

@@ -15,6 +15,8 @@ EOS = 2
 class Lease:
     """Counts how often it is released."""
 
+    version = "sql-v2"
+
     def __init__(self) -> None:
         self.released = 0
 
@@ -90,6 +92,7 @@ def test_the_adapters_are_released_before_the_last_event_and_only_once(generatio
     pushed(one, [40, 41])
     one.release()
     assert [released for _, released in one.events] == [0, 1]
+    assert one.version == "sql-v2", "what computed the answer is known after the release"
     assert one.given_lease.released == 1 and one.lease is None
 
 
