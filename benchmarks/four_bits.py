@@ -6,7 +6,8 @@
 
 The loss is that of the completions of held-out docstring rows. The first base is the pipeline's own, whose weights lie
 on a Q4_1 grid already; the second, the merged champion of a run, lies off that grid. For one seed all arms see the same
-batches in the same order. Each cell is kept in a file of its own, so a run that was cut off goes on.
+batches in the same order. Each cell is kept in a file of its own, so a run that was cut off goes on. All
+cells of an arm share one calibration.
 """
 
 import argparse
@@ -29,7 +30,7 @@ from benchmarks.cells import (
     there,
     verdict,
 )
-from benchmarks.four_bits_cell import ARMS, Setting, measure_cell
+from benchmarks.four_bits_cell import ARMS, Cells, Setting
 from benchmarks.steps import quiet
 
 UNTRAINED = "untrained"
@@ -37,6 +38,8 @@ REFERENCE = "bf16"
 MARGIN = 0.02
 """Nats a token within which two arms count as equal."""
 BASES = {"base": "pipeline's base, on a Q4_1 grid", "merged": "merged champion, off that grid"}
+TRAINING = ("learning_rate", "batch", "accumulation", "steps")
+"""Settings on which untrained cells do not depend."""
 MIB = 2**20
 
 
@@ -54,11 +57,13 @@ def main() -> None:
         options.steps,
     )
 
+    measured = Cells(setting)
+
     def measure(name: str) -> Cell:
         base, arm, seed = parts(name)
-        return measure_cell(setting, getattr(options, base), ARMS[arm], None if seed == UNTRAINED else int(seed))
+        return measured.measure(getattr(options, base), ARMS[arm], None if seed == UNTRAINED else int(seed))
 
-    groups = [(group, said(setting, options, group)) for group in (untrained_names(), trained_names(options))]
+    groups = [(group, said(setting, options, group)) for group in groups_of(options)]
     chosen = [(group, settings) for group, settings in groups if not options.only or options.only in group]
     finished = [measure_missing(options, group, settings, measure) for group, settings in chosen]
     if all(finished):
@@ -67,8 +72,9 @@ def main() -> None:
 
 def report(options: argparse.Namespace, groups: list[tuple[list[str], dict[str, Any]]]) -> None:
     cells = {name: cell for group, settings in groups for name, cell in there(options, group, settings).items()}
+    settings = {name: value for _, each in groups for name, value in each.items()}
     measured = {
-        "settings": groups[1][1],
+        "settings": settings,
         "margin": MARGIN,
         "untrained": untrained(cells),
         "trained": trained(cells),
@@ -100,7 +106,7 @@ def parse() -> argparse.Namespace:
         parser.error(f"--arms: every arm is compared with {REFERENCE}; name it")
     if not (options.merged / "config.json").exists():
         parser.error(f"there is no {options.merged / 'config.json'}; run the pipeline's merge stage first")
-    check(parser, options, untrained_names() + trained_names(options))
+    check(parser, options, [name for group in groups_of(options) for name in group])
     return options
 
 
@@ -122,15 +128,16 @@ def _chosen(text: str, known: dict[str, Any]) -> list[str]:
 # -- cells -------------------------------------------------------------------------------------------------------
 
 
-def untrained_names() -> list[str]:
-    """Return the untrained cells, base.arm.untrained."""
-    return [f"{base}.{arm}.{UNTRAINED}" for base in BASES for arm in ARMS]
-
-
-def trained_names(options: argparse.Namespace) -> list[str]:
-    """Return the trained cells, base.arm.seed, whole seeds first; none without --train."""
-    seeds, bases = range(options.seeds if options.train else 0), options.trained_bases
-    return [f"{base}.{arm}.{seed}" for seed in seeds for base in bases for arm in options.arms]
+def groups_of(options: argparse.Namespace) -> list[list[str]]:
+    """Return the cells of each arm, base.arm.untrained, then base.arm.seed; the trained arms come first."""
+    arms = [*options.arms, *(arm for arm in ARMS if arm not in options.arms)]
+    groups = []
+    for base in BASES:
+        for arm in arms:
+            groups.append([f"{base}.{arm}.{UNTRAINED}"])
+            if options.train and arm in options.arms and base in options.trained_bases:
+                groups.append([f"{base}.{arm}.{seed}" for seed in range(options.seeds)])
+    return groups
 
 
 def parts(name: str) -> tuple[str, str, str]:
@@ -142,8 +149,8 @@ def parts(name: str) -> tuple[str, str, str]:
 def said(setting: Setting, options: argparse.Namespace, group: list[str]) -> dict[str, Any]:
     """Return the settings on which the cells of a group depend."""
     settings = asdict(setting) | {"data": str(setting.data), "base": str(options.base), "merged": str(options.merged)}
-    if group == untrained_names():
-        for name in ("learning_rate", "batch", "accumulation", "steps"):
+    if group[0].endswith(UNTRAINED):
+        for name in TRAINING:
             del settings[name]
     return settings
 

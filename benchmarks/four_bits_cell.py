@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
@@ -16,7 +17,15 @@ from flows.base.model import load_for_training, load_tokenizer, padding_id
 from flows.data.rows import Row, read_rows
 from flows.evaluation.scoring import row_losses
 from flows.params import Quantization
-from peftcore import LoraConfig, TaskType, calibrate_rounding, get_peft_model, initialize_from_data
+from peftcore import (
+    LoraConfig,
+    TaskType,
+    calibrate_rounding,
+    get_peft_model,
+    get_peft_model_state_dict,
+    initialize_from_data,
+    set_peft_model_state_dict,
+)
 from peftcore.train import AdapterTrainer, RightPaddingCollator
 
 COLUMNS = ["input_ids", "labels"]
@@ -61,22 +70,50 @@ class Setting:
     steps: int
 
 
-def measure_cell(setting: Setting, base: Path, arm: Arm, seed: int | None) -> dict[str, Any]:
-    """Calibrate one arm, train it from a seed (None: not at all) and evaluate it.
+class Cells:
+    """Measures the cells of a setting. The arm measured last stays calibrated, for the next seed."""
 
-    Returns:
-        Each held-out row's mean loss (nats a token) and tokens, the CPU seconds of calibration and start, the memory
-        that they took beyond the model (bytes), and the CPU seconds of training.
-    """
-    set_seed(seed or 0)
-    pad = padding_id(load_tokenizer(base))
-    cell: dict[str, Any] = {}
-    model = calibrated(setting, base, arm, pad, cell)
-    if seed is not None:
-        cell |= train(setting, model, pad, seed)
-    held_out = read_rows(setting.data / "test.parquet", COLUMNS, setting.test_rows)
-    losses = row_losses(model.eval(), held_out, pad, batch_size=16)
-    return cell | {"losses": losses.means, "tokens": losses.tokens}
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self._arm: tuple[Path, Arm] | None = None
+        self._model: Any = None
+        self._start: dict[str, torch.Tensor] | None = None
+        self._calibration: dict[str, Any] = {}
+
+    def measure(self, base: Path, arm: Arm, seed: int | None) -> dict[str, Any]:
+        """Calibrate one arm, train it from a seed (None: not at all) and evaluate it.
+
+        Returns:
+            Each held-out row's mean loss (nats a token) and tokens, the CPU seconds of calibration and start, the
+            memory that they took beyond the model (bytes), and the CPU seconds of training.
+        """
+        pad = padding_id(load_tokenizer(base))
+        if self._arm != (base, arm):
+            self._model = self._start = self._arm = None  # one model at a time in memory
+            self._calibration = {}
+            set_seed(seed or 0)
+            self._model = calibrated(self.setting, base, arm, pad, self._calibration)
+            if arm.start is not None:  # computed from data: the same for each seed
+                state = get_peft_model_state_dict(self._model)
+                self._start = {name: tensor.clone() for name, tensor in state.items()}
+            self._arm = (base, arm)
+        set_seed(seed or 0)
+        self._restart()
+        cell = dict(self._calibration)
+        if seed is not None:
+            cell |= train(self.setting, self._model, pad, seed)
+        held_out = read_rows(self.setting.data / "test.parquet", COLUMNS, self.setting.test_rows)
+        losses = row_losses(self._model.eval(), held_out, pad, batch_size=16)
+        return cell | {"losses": losses.means, "tokens": losses.tokens}
+
+    def _restart(self) -> None:
+        """Give the adapter its start again: the stored one, or one drawn with the present seed."""
+        if self._start is not None:
+            set_peft_model_state_dict(self._model, self._start)
+            return
+        self._model.delete_adapter("default")
+        self._model.add_adapter("default", configuration(self.setting, Arm("drawn")))
+        self._model.set_adapter("default")
 
 
 def calibrated(setting: Setting, base: Path, arm: Arm, pad: int, cell: dict[str, Any]) -> Any:
@@ -87,7 +124,18 @@ def calibrated(setting: Setting, base: Path, arm: Arm, pad: int, cell: dict[str,
     quantization = Quantization.model_validate({"storage": arm.storage})  # double quantisation, bf16 compute
     longest = max(len(row["input_ids"]) for row in rows)
     model: Any = load_for_training(base, quantization, longest)
-    config = LoraConfig(
+    with measured(cell):
+        if arm.rounding:
+            calibrate_rounding(model, batches, base, forward=forward_without_logits)
+        model = get_peft_model(model, configuration(setting, arm))
+        if model.peft_config["default"].needs_data:
+            initialize_from_data(model, batches, model_path=base, forward=forward_without_logits)
+    return model
+
+
+def configuration(setting: Setting, arm: Arm) -> LoraConfig:
+    """Return LoRA on all linear layers with the arm's start."""
+    return LoraConfig(
         r=setting.rank,
         lora_alpha=2 * setting.rank,
         target_modules="all-linear",
@@ -95,13 +143,6 @@ def calibrated(setting: Setting, base: Path, arm: Arm, pad: int, cell: dict[str,
         init_lora_weights=arm.start or True,
         **dict(arm.options),
     )
-    with measured(cell):
-        if arm.rounding:
-            calibrate_rounding(model, batches, base, forward=forward_without_logits)
-        model = get_peft_model(model, config)
-        if model.peft_config["default"].needs_data:
-            initialize_from_data(model, batches, model_path=base, forward=forward_without_logits)
-    return model
 
 
 def forward_without_logits(model: Any, batch: Mapping[str, Any]) -> Any:

@@ -16,8 +16,8 @@ from flows.evaluation.answers import ANSWERS, add_answers, known_lengths, sample
 from flows.evaluation.result import COMMON, EvaluationResult, common_columns, common_metrics
 from flows.evaluation.scoring import RowLosses, pairs_log_probs
 from flows.params import Params
-from flows.training.objectives import PreferenceObjective, preference_objective
-from peftcore.train import Dpo, PairLogProbs
+from flows.training.objectives import preference_objective
+from peftcore.train import Dpo, PairLogProbs, PreferenceObjective
 
 PAIRS = (
     ("base_margin", pa.float64()),
