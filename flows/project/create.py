@@ -31,6 +31,7 @@ from flows.runtime.project import PROJECTS, dvc, project_roots
 from flows.runtime.stage_code import FILE as STAGES
 from flows.runtime.stage_code import stage_file
 from flows.runtime.stage_dependencies import PACKAGES, module_of
+from peftcore.errors import require_extra
 from peftcore.files import write_atomically
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
@@ -122,7 +123,9 @@ def create_project(root: Path, project: NewProject, force: bool = False) -> list
     Raises:
         RepositoryError: The folder is inside of another project or git repository, or files exist; nothing is written.
         ParamsError: The data, the base or the name cannot be used; nothing is written.
+        MissingExtraError: DVC is not installed; nothing is written.
     """
+    require_extra("pipeline", "`peftcore init`", "dvc")
     is_nested = _check_place(root)
     _check_name_is_free(root, project.name)
     _check_base(root, project.base)

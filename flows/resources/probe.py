@@ -2,7 +2,7 @@
 
 The probe's base has the real widths, a few blocks and random weights. Memory and time grow linearly with the blocks, so
 two depths give the whole. Batches of many shapes cost memory too (kernels that are cached by shape, and gaps in the
-allocator's memory). These costs do not grow with the blocks, so only the model with fewer blocks sees many shapes.
+allocator's memory). These costs hardly grow with the blocks, so only the model with fewer blocks sees many shapes.
 `flows.resources.probe_process` trains, in a process of its own.
 """
 
@@ -18,8 +18,8 @@ from flows.runtime.stage import set_seed
 
 TIMED = 3
 """Maximum shapes of batches that are timed."""
-SHAPES = 16
-"""Maximum shapes of batches to train on."""
+SHAPES = 40
+"""Maximum shapes of batches to train on; their products fill oneDNN's cache (1,024 kernels)."""
 Timings = list[tuple[int, float]]
 """(positions of a batch, seconds), from small to large."""
 

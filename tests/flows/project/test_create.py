@@ -27,6 +27,7 @@ from flows.project.create import (
 )
 from flows.runtime.project import dvc, stage_order
 from flows.runtime.stage_dependencies import PACKAGES
+from peftcore import MissingExtraError
 
 ROOT = Path(__file__).parents[3]
 
@@ -138,6 +139,7 @@ def test_a_folder_of_files_and_a_hub_name_are_data_too(tmp_path: Path) -> None:
     [
         ({"data": "nothing.jsonl"}, r"there is no \.jsonl"),
         ({"base": "smollm"}, "give wheel:NAME==VERSION"),
+        ({"base": "path:gone"}, "--base path:gone: there is no .*gone; give a model folder"),
         ({"name": "My Tickets"}, "give --name"),
     ],
 )
@@ -150,6 +152,13 @@ def test_what_cannot_be_used_is_said_before_anything_is_written(
     with pytest.raises(ParamsError, match=said):
         create_project(folder, new(**{"data": data, **options}))
     assert contents(folder) == before
+
+
+def test_without_dvc_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peftcore.errors.find_spec", lambda name: None)
+    with pytest.raises(MissingExtraError, match=r"`peftcore init` needs dvc; install with: pip install 'peftcore\[pip"):
+        create_project(tmp_path, new("stdlib:docstrings"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_part_of_another_project_or_repository_is_refused(made: Path, tmp_path: Path) -> None:

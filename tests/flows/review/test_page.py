@@ -72,6 +72,8 @@ def test_it_shows_the_run(registered: Any) -> None:
         "The loss falls by 1.100 nats per token",
         "Measured on 40 held-out rows",
         "merge fidelity",
+        "Limits that this first version supports",
+        "gate: min_loss_gain: 0.54",
         "best: 2.700 at step 4",
         "LlamaForCausalLM (llama, causal decoder)",
         "60 examples from stdlib:docstrings",
@@ -104,6 +106,7 @@ def test_a_refusal_is_the_headline(project: Any) -> None:
     promote(project.params, project.paths)
     text = " ".join(page_of(project).text.split())
     assert "docstrings v0.1.0 is not promoted to champion: gain in loss: 0.100 nats, at least 0.5" in text
+    assert "Limits that this first version supports" not in text
 
 
 def test_before_promotion_it_says_so(registered: Any) -> None:

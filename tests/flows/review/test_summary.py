@@ -9,6 +9,7 @@ import pytest
 
 from flows.gate.gate import Check, GateReport
 from flows.gate.promote import Promotion
+from flows.gate.proposal import Proposal
 from flows.paths import Paths
 from flows.review.summary import figure, print_summary
 
@@ -88,3 +89,14 @@ def test_a_missing_figure_is_a_dash() -> None:
 def test_suites_have_the_number_of_passed_prompts(printed: Callable[..., str]) -> None:
     text = printed(SIDES | {"suites": {"support": {"prompts": 12, "failed": 2}}})
     assert rows(text)["support (suite), prompts passed"] == ["–", "10 of 12"]
+
+
+def test_limits_that_a_first_version_supports_are_printed(
+    printed: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "peftcore limits" not in printed()
+    proposals = [Proposal("min_loss_gain", 0.48, 0.0, "why [it] fits")]
+    print_summary(Paths(tmp_path), PROMOTED, Path("/p.html"), {}, proposals)
+    text = capsys.readouterr().out
+    assert "`peftcore limits --write` writes them" in text
+    assert "gate:\n  min_loss_gain: 0.48  # now 0; why [it] fits\n" in text
