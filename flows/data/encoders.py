@@ -297,10 +297,11 @@ class TranslationEncoder(Encoder):
     def encode(self, example: Translation) -> TargetTokens:
         """Tokenise source and target."""
         sides: list[list[int]] = []
-        for name, arguments in (("source", {"text": example.text}), ("target", {"text_target": example.target})):
-            text = next(iter(arguments.values()))
+        texts = (("source", "text", example.text), ("target", "text_target", example.target))
+        for name, argument, text in texts:
             if tokens := [token for token in self.special if token in text]:
                 raise DataError(f"its {name} holds {', '.join(tokens)}, a special token of the model; remove it")
+            arguments: dict[str, Any] = {argument: text}
             ids = self.tokenizer(**arguments)["input_ids"]
             assert isinstance(ids, list)
             if not ids:

@@ -115,7 +115,7 @@ def tag_losses(log_probs: Sequence[tuple[Tensor, Tensor]], rows: Sequence[Row]) 
 
 def tag_names(predictions: Sequence[Tensor], names: Sequence[str]) -> list[list[str]]:
     """Return the predicted tags of each row by name. predictions: indices of tags (words,) of each row."""
-    return [[names[number] for number in row.tolist()] for row in predictions]
+    return [[names[int(number)] for number in row.tolist()] for row in predictions]
 
 
 def row_counts(rows: Sequence[Row], tags: Sequence[Sequence[str]], scheme: TagScheme) -> list[EntityCounts]:

@@ -40,6 +40,8 @@ KINDS = {
 """{train.objective: the data.kind that it accepts}"""
 SEQUENCE_CLASSIFIERS = ("classification", "reward", "reranker")
 """Objectives whose model has outputs for a whole text."""
+WITH_CLASSES = ("classification", "token_classification")
+"""Objectives whose classes the prepare stage finds in the data."""
 WITHOUT_TEXT = (*SEQUENCE_CLASSIFIERS, "token_classification", "embedding")
 """Objectives whose models generate no text."""
 WITHOUT_CHAT = (*WITHOUT_TEXT, "seq2seq")

@@ -25,7 +25,7 @@ from flows.errors import ParamsError, PipelineError, RegistryConflict
 from flows.gate.promote import Promotion, last_version, promote
 from flows.gate.reevaluation import measured_with
 from flows.params import Params, left_over, load_params
-from flows.params.train import WITHOUT_TEXT
+from flows.params.train import WITH_CLASSES
 from flows.paths import Paths
 from flows.pipeline.run import is_without_server
 from flows.registry.lineage import LOCK, check_artifact_name, headline_metrics
@@ -386,7 +386,7 @@ class Retraining:
         loss, is_of_this_base = record["metrics"]["adapter"]["loss"], is_base(self.tree.base, record)
         champion_params = measured_with(self.params, self.registry, champion)
         files = [self.tree.adapter] + (
-            [self.tree.labels] if champion_params["train"]["objective"] in WITHOUT_TEXT else []
+            [self.tree.labels] if champion_params["train"]["objective"] in WITH_CLASSES else []
         )
         if record.get("calibrated_base") is not None:
             files.append(self.tree.calibrated)

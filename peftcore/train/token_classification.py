@@ -130,7 +130,7 @@ class TokenClassificationObjective(ExampleObjective):
             [[self.tags[number] for number in row.tolist()] for row in values.cpu().split(words)]
             for values in (inputs["labels"][mask], predictions)
         ]
-        counts = torch.tensor([entity_counts(*pair, self.scheme) for pair in zip(*sides, strict=True)])
+        counts = torch.tensor([entity_counts(known, told, self.scheme) for known, told in zip(*sides, strict=True)])
         return metrics | dict(zip(_COUNTS, counts.to(losses.device).unbind(1), strict=True))
 
     def set_metrics(self, batches: list[dict[str, Tensor]]) -> dict[str, float]:
@@ -171,7 +171,8 @@ class TokenClassificationTrainerMixin(AdapterTrainerMixin):
         scheme: TagScheme = "bio",
         **kwargs: Any,
     ) -> None:
-        self._class_weights, self._tags, self._scheme = class_weights, tags, scheme
+        self._class_weights, self._tags = class_weights, tags
+        self._scheme: TagScheme = scheme
         super().__init__(*args, **kwargs)
 
     def make_objective(self) -> TokenClassificationObjective:

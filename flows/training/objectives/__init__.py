@@ -149,8 +149,8 @@ def longest(params: Params, rows: dict[Split, Dataset]) -> int:
 
 def class_names(params: Params, paths: Paths) -> list[str] | None:
     """Return the names of the classes, or of a reward model's output, by index; None for a language model."""
-    if objective_of(params).outputs:
-        return list(objective_of(params).outputs)
+    if outputs := objective_of(params).outputs:
+        return list(outputs)
     if not objective_of(params).has_classes:
         return None
     if not paths.labels.exists():
