@@ -35,6 +35,7 @@ from flows.data.splits import rank
 from flows.data.tokens import IGNORED, AnyTokens, length
 from flows.errors import DataError
 from flows.params import Params
+from flows.params.train import WITH_CLASSES
 from flows.paths import Paths
 from flows.runtime.progress import progress
 from flows.runtime.stage import start
@@ -121,7 +122,7 @@ def _losses(
         load_dequantized(base, params.quantization, outputs, rows_of(params).task), champion.adapter
     ).eval()
     pad = padding_id(load_tokenizer(base))
-    classes = labels if params.train.objective == "classification" else None
+    classes = labels if params.train.objective in WITH_CLASSES else None
     samples = {name: _judged(rows, params.data.max_length, classes)[:count] for name, rows in new_files.items()}
     complete = objective_of(params).complete_rows
     samples = {name: complete(params, base, rows) if rows else rows for name, rows in samples.items()}
