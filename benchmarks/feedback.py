@@ -183,7 +183,7 @@ def _settle(clone: Path, incoming: Path, base: Path) -> None:
         "evaluate": {"rows": None, "generate_rows": 2, "samples": 2, "max_new_tokens": MAX_TOKENS, "latency_rows": 0},
         "merge": {"rows": 4, "max_kl": 1.0, "min_top1_agreement": 0.5},
         "gate": {"min_loss_gain": 0.0, "min_rouge_l_gain": None, "min_eos_rate": None, "max_forgetting": None},
-        "retrain": {"incoming": str(incoming), "start": "champion", "replay_share": 0.3, "retry_delay": 0.0},
+        "retrain": {"incoming": str(incoming), "retry_delay": 0.0},
         "tracking": {"mode": "disabled"},
     }
     for section, values in changes.items():

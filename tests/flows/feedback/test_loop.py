@@ -63,7 +63,7 @@ def clone(tmp_path: Path, write_tiny_base: Callable[[Path], Path]) -> Path:
     yaml = YAML()
     params = yaml.load(root / "params.yaml")
     given = SMALL | {"base": {"source": f"path:{write_tiny_base(tmp_path / 'base')}"}}
-    given |= {"retrain": {"incoming": str(tmp_path / "incoming"), "start": "champion", "retry_delay": 0.0}}
+    given |= {"retrain": {"incoming": str(tmp_path / "incoming"), "start": "scratch", "retry_delay": 0.0}}
     for section, values in given.items():
         params[section].update(values)
     params["gate"]["slices"]["max_loss_regression"] = None
