@@ -29,21 +29,20 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from flows.errors import BaseModelError
-from peftcore import TaskType
 
 _CLASSES: dict[str, Any] = {
-    TaskType.CAUSAL_LM: AutoModelForCausalLM,
-    TaskType.SEQ_CLS: AutoModelForSequenceClassification,
-    TaskType.TOKEN_CLS: AutoModelForTokenClassification,
-    TaskType.SEQ_2_SEQ_LM: AutoModelForSeq2SeqLM,
-    TaskType.FEATURE_EXTRACTION: AutoModel,
+    "CAUSAL_LM": AutoModelForCausalLM,
+    "SEQ_CLS": AutoModelForSequenceClassification,
+    "TOKEN_CLS": AutoModelForTokenClassification,
+    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
+    "FEATURE_EXTRACTION": AutoModel,
 }
 """{task: transformers' class of the models with its head}"""
 _TASK_OF_KIND = {
-    "classification": TaskType.SEQ_CLS,
-    "token_classification": TaskType.TOKEN_CLS,
-    "seq2seq": TaskType.SEQ_2_SEQ_LM,
-    "retrieval": TaskType.FEATURE_EXTRACTION,
+    "classification": "SEQ_CLS",
+    "token_classification": "TOKEN_CLS",
+    "seq2seq": "SEQ_2_SEQ_LM",
+    "retrieval": "FEATURE_EXTRACTION",
 }
 """{data.kind: task}; the task of all other kinds is CAUSAL_LM."""
 _CAUSAL = ("ForCausalLM", "LMHeadModel")
@@ -59,10 +58,10 @@ def head_class(task: str | None, labels: Sequence[str] | None) -> Any:
         labels: Names of the head's outputs, or None.
     """
     if task is None and labels is None:
-        task = TaskType.CAUSAL_LM
+        task = "CAUSAL_LM"
     elif task is None:
-        task = TaskType.SEQ_CLS if labels else TaskType.FEATURE_EXTRACTION
-    return _CLASSES[TaskType(task)]
+        task = "SEQ_CLS" if labels else "FEATURE_EXTRACTION"
+    return _CLASSES[task]
 
 
 def published_class(config: Any) -> Any:
@@ -118,7 +117,7 @@ def is_encoder_decoder(config: Any) -> bool:
 
 def check_base_of_kind(folder: Path, kind: str) -> None:
     """Check that a base can be trained on rows of a `data.kind`. The arguments and errors are those of `check_head`."""
-    check_head(folder, _TASK_OF_KIND.get(kind, TaskType.CAUSAL_LM))
+    check_head(folder, _TASK_OF_KIND.get(kind, "CAUSAL_LM"))
 
 
 def check_head(folder: Path, task: str) -> None:
@@ -136,19 +135,19 @@ def check_head(folder: Path, task: str) -> None:
     except (OSError, ValueError, KeyError) as error:
         raise BaseModelError(f"{folder / 'config.json'} cannot be read ({error}); run the fetch stage again") from error
     name = next(iter(getattr(config, "architectures", None) or ()), type(config).__name__)
-    if task == TaskType.SEQ_2_SEQ_LM and not is_encoder_decoder(config):
+    if task == "SEQ_2_SEQ_LM" and not is_encoder_decoder(config):
         raise BaseModelError(
             f"train.objective seq2seq needs an encoder-decoder such as T5 or BART, and base.source is a {name}; give "
             "such a base, or data.kind: chat and train.objective: sft"
         )
-    if task == TaskType.CAUSAL_LM and (is_encoder(config) or is_encoder_decoder(config)):
+    if task == "CAUSAL_LM" and (is_encoder(config) or is_encoder_decoder(config)):
         fitting = "seq2seq" if is_encoder_decoder(config) else "classification, token_classification or embedding"
         raise BaseModelError(
             f"this train.objective needs a decoder such as Llama or GPT-2, and base.source is a {name}; give such a "
             f"base, or train.objective: {fitting}"
         )
-    if type(config) not in _CLASSES[TaskType(task)]._model_mapping:
+    if type(config) not in _CLASSES[task]._model_mapping:
         raise BaseModelError(
-            f"transformers has no {_CLASSES[TaskType(task)].__name__.removeprefix('Auto')} for base.source, a {name}; "
+            f"transformers has no {_CLASSES[task].__name__.removeprefix('Auto')} for base.source, a {name}; "
             "give another base or another train.objective"
         )

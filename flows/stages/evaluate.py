@@ -110,6 +110,14 @@ def _evaluate(
     if params.train.objective == "reward":
         result = evaluate_rewards(params, model, tokenizer, rows)
         return replace(result, metrics=result.metrics | extra), None, {}
+    if params.train.objective in ("embedding", "reranker"):
+        rows = objective_of(params).complete_rows(params, paths.base, rows)
+        if params.train.objective == "embedding":
+            result = evaluate_embeddings(params, model, tokenizer, rows)
+        else:
+            base_ranks = ranks_passages(AutoConfig.from_pretrained(paths.base, local_files_only=True))
+            result = evaluate_rerankers(params, model, tokenizer, rows, base_ranks)
+        return replace(result, metrics=result.metrics | extra), None, {}
     if names is not None and params.train.objective == "token_classification":
         tags = [row["labels"] for row in read_rows(paths.split("train"), ["labels"])]
         result = evaluate_tags(params, model, tokenizer, rows, names, tags)
@@ -123,14 +131,6 @@ def _evaluate(
         if params.evaluate.latency_rows:
             sources = [row["input_ids"] for row in rows[: params.evaluate.latency_rows]]
             extra["latency"] = measure_latency(model, tokenizer, sources)
-        return replace(result, metrics=result.metrics | extra), None, {}
-    if params.train.objective in ("embedding", "reranker"):
-        rows = objective_of(params).complete_rows(params, paths.base, rows)
-        if params.train.objective == "embedding":
-            result = evaluate_embeddings(params, model, tokenizer, rows)
-        else:
-            base_ranks = ranks_passages(AutoConfig.from_pretrained(paths.base, local_files_only=True))
-            result = evaluate_rerankers(params, model, tokenizer, rows, base_ranks)
         return replace(result, metrics=result.metrics | extra), None, {}
     evaluate_rows = {"chat": evaluate_chats, "unpaired_preference": evaluate_unpaired, "preference": evaluate_pairs}[
         rows_of(params).kind

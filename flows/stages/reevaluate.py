@@ -80,7 +80,7 @@ def measure(task: dict[str, Any]) -> pyarrow.Table:
     rows = objective_of(params).complete_rows(params, base, read_rows(test, limit=task["rows"]))
     metrics = set(task.get("metrics", ()))
     wanted = [scorer for scorer in params.scorers if scorer.name in metrics]
-    scorers = load_scorers(wanted, Path(task["root"]))
+    scorers = load_scorers(wanted, Path(task["root"])) if wanted else {}
     outputs = task["labels"] if objective_of(params).outputs is None else objective_of(params).outputs
     loaded = load_dequantized(base, params.quantization, outputs, rows_of(params).task)
     model = PeftModel.from_pretrained(loaded, task["adapter"])

@@ -73,7 +73,7 @@ def round_trip(prepared: Prepared) -> Finding:
         rows = spread(len(table.ids))
         for row, decoded in zip(rows, _decoded(prepared, sequences, rows), strict=True):
             text = "" if kind == "retrieval" else table.questions[row]
-            text += "" if kind == "classification" else sequences.answers[row]
+            text += "" if kind in ("classification", "token_classification", "seq2seq") else sequences.answers[row]
             differs = "".join(text.split()) != "".join(decoded.split())
             checked, other = checked + 1, other + differs
             examples += (table.ids[row],) if differs and len(examples) < 5 else ()

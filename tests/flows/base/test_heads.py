@@ -100,7 +100,7 @@ def test_a_decoder_gets_a_head_for_tags(tiny_base: Path) -> None:
     [
         (LlamaConfig(), "SEQ_2_SEQ_LM", "seq2seq needs an encoder-decoder such as T5 or BART, and .* a LlamaConfig"),
         (BertConfig(), "SEQ_2_SEQ_LM", "seq2seq needs an encoder-decoder"),
-        (BertConfig(), "CAUSAL_LM", "needs a decoder.*train.objective: classification or token_classification"),
+        (BertConfig(), "CAUSAL_LM", "needs a decoder.*train.objective: classification, token_classification"),
         (T5Config(), "CAUSAL_LM", "needs a decoder.*train.objective: seq2seq"),
         (MambaConfig(), "TOKEN_CLS", "transformers has no ModelForTokenClassification for base.source, a MambaConfig"),
     ],

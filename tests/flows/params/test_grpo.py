@@ -60,7 +60,6 @@ def test_rules_may_name_a_reward_or_the_sum(tmp_path: Path) -> None:
 
 
 def test_grpo_needs_chats(tmp_path: Path) -> None:
-    told = refusal(
-        tmp_path, "train: {objective: grpo, grpo: {rewards: [token_f1]}}\ndata: {kind: text, system_prompt: null}"
-    )
+    data = "data: {source: a.jsonl, kind: text, system_prompt: null}"
+    told = refusal(tmp_path, f"train: {{objective: grpo, grpo: {{rewards: [token_f1]}}}}\n{data}")
     assert "train.objective grpo needs chat" in told

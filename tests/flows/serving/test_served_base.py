@@ -74,10 +74,12 @@ def test_a_base_is_told_by_its_digest_and_by_what_it_computes_in() -> None:
 
 def test_a_model_that_generates_no_text_is_not_served(tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"the project's train\.objective is embedding, and the server generates text"
+        ConfigError, match=r"the project's train\.objective is embedding, and only models that answer chats are served"
     ):
         check_generates("embedding", "the project's train.objective is embedding")
     check_generates("sft", "")
     (tmp_path / "config.json").write_text('{"model_type": "bert", "architectures": ["BertModel"]}')
-    with pytest.raises(ConfigError, match=r"holds an encoder or a classifier, and the server generates text; load the"):
+    with pytest.raises(
+        ConfigError, match=r"holds an encoder or a classifier, and only models that answer chats are served"
+    ):
         load_given_base(tmp_path, "auto")

@@ -20,6 +20,7 @@ from flows.data.examples import (
     Preference,
     Retrieval,
     Tagged,
+    Translation,
     UnpairedPreference,
     question_and_answer,
 )
@@ -103,4 +104,6 @@ def example(kind: Kind, n: int) -> AnyExample:
         return UnpairedPreference([prompt], [answer], good, **origin)
     if kind == "retrieval":
         return Retrieval(question, f"It is {n * n + 1000}.", (f"Not {n}, {n * n}.",), **origin)
+    if kind == "seq2seq":
+        return Translation(question, f"{n * n + 1000}.", **origin)
     return Example(question_and_answer(question, f"{n * n + 1000}.", None), **origin)

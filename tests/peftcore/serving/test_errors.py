@@ -13,6 +13,9 @@ from peftcore.serving.errors import ServingError
 KINDS: list[tuple[type[ServingError], type[openai.APIStatusError], str, str | None]] = [
     (errors.BadRequestError, openai.BadRequestError, "invalid_request_error", None),
     (errors.ContextLengthError, openai.BadRequestError, "invalid_request_error", "context_length_exceeded"),
+    (errors.GrammarError, openai.BadRequestError, "invalid_request_error", "invalid_grammar"),
+    (errors.UnknownResponseError, openai.NotFoundError, "invalid_request_error", "response_not_found"),
+    (errors.RecordingStoppedError, openai.InternalServerError, "server_error", "recording_stopped"),
     (errors.ApiKeyError, openai.AuthenticationError, "authentication_error", "invalid_api_key"),
     (errors.NotAllowedError, openai.PermissionDeniedError, "invalid_request_error", "not_allowed"),
     (errors.UnknownModelError, openai.NotFoundError, "invalid_request_error", "model_not_found"),
@@ -54,7 +57,13 @@ def test_every_kind_of_error_is_in_the_table() -> None:
 def test_only_errors_that_pass_by_waiting_are_503_429_or_504() -> None:
     """Clients and load balancers try again after these, and not after others."""
     again = {kind for kind, *_ in KINDS if kind.status in (429, 503, 504)}
-    assert again == {errors.QueueFullError, errors.NoRoomError, errors.ShuttingDownError, errors.TimedOutError}
+    assert again == {
+        errors.QueueFullError,
+        errors.NoRoomError,
+        errors.ShuttingDownError,
+        errors.TimedOutError,
+        errors.RecordingStoppedError,  # until somebody makes room
+    }
 
 
 def test_a_serving_error_is_an_error_of_the_package_and_names_no_field_by_default() -> None:
