@@ -29,7 +29,6 @@ FIGURES = (
     ("margin (nats)", "margin", "{:.3f}"),
     ("reward accuracy", "reward_accuracy", "{:.1%}"),
     ("divergence from the teacher", "divergence", "{:.4f}"),
-    ("tokens per second", "tokens_per_second", "{:.0f}"),
 )
 """(label, key of metrics.json, format); figures that the objective lacks are left out."""
 
@@ -72,6 +71,10 @@ def _figures(metrics: Mapping[str, Any], promotion: Promotion) -> Table:
         if not any(key in metrics[side] for side in ("base", "adapter")):
             continue
         table.add_row(label, *(figure(metrics[side].get(key), form) for side in ("base", "adapter")))
+    if latency := metrics.get("latency"):  # of answers of equal length, unlike the tokens per second of all answers
+        table.add_row(
+            "ms per token, one request", *(f"{latency[side]['token_ms']:.0f}" for side in ("base", "adapter"))
+        )
     for name in metrics.get("scorers") or ():
         table.add_row(f"{name} (scorer)", *(figure(metrics[side].get(name), "{:.3f}") for side in ("base", "adapter")))
     for name, one in (metrics.get("benchmarks") or {}).items():

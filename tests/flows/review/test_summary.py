@@ -42,13 +42,21 @@ def rows(text: str) -> dict[str, list[str]]:
     return {label: cells for label, *cells in lines}
 
 
+def test_the_time_per_token_is_that_of_one_request(printed: Callable[..., str]) -> None:
+    latency = {
+        "base": {"first_token_ms": 189.0, "token_ms": 50.1},
+        "adapter": {"first_token_ms": 233.0, "token_ms": 59.5},
+    }
+    assert rows(printed(SIDES | {"latency": latency}))["ms per token, one request"] == ["50", "60"]
+    assert "ms per token, one request" not in rows(printed(SIDES | {"latency": None}))
+
+
 def test_figures_of_both_models_are_side_by_side(printed: Callable[..., str]) -> None:
     text = printed()
     assert rows(text) == {
         "test loss (nats per token)": ["3.800", "2.700"],
         "ROUGE-L": ["0.160", "0.310"],
         "EOS rate": ["–", "87.5%"],
-        "tokens per second": ["200", "80"],
     }, "figures that the objective lacks have no row"
     words = " ".join(text.split())
     for fact in (
