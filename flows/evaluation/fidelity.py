@@ -111,11 +111,7 @@ def class_fidelity(reference: Reference, candidate: nn.Module, bar: Any = None) 
     rows = reference.rows
     predict = partial(class_log_probs, rows=rows, pad=reference.pad, batch_size=reference.batch_size)
     p, q = reference.predictions(0, predict), predict(candidate, bar=bar)
-    labels = torch.tensor([row["label"] for row in rows])[:, None]
-    reference_loss, loss = (-log_probs.gather(1, labels).mean().item() for log_probs in (p, q))
-    divergence = (p.exp() * (p - q)).sum(1).mean().item()
-    agreement = (p.argmax(1) == q.argmax(1)).double().mean().item()
-    return Fidelity(divergence, agreement, loss, reference_loss, len(rows))
+    return _of_classes(p, q, torch.tensor([row["label"] for row in rows]))
 
 
 def tag_fidelity(reference: Reference, candidate: nn.Module, bar: Any = None) -> Fidelity:
@@ -130,6 +126,11 @@ def tag_fidelity(reference: Reference, candidate: nn.Module, bar: Any = None) ->
     score = partial(tag_log_probs, rows=rows, pad=reference.pad, batch_size=reference.batch_size)
     p = reference.predictions(0, lambda model: torch.cat([log_probs for log_probs, _ in score(model)]))
     q, labels = (torch.cat(part) for part in zip(*score(candidate, bar=bar), strict=True))
+    return _of_classes(p, q, labels)
+
+
+def _of_classes(p: Tensor, q: Tensor, labels: Tensor) -> Fidelity:
+    """Compare log-probabilities (n, classes) of reference p and candidate q at the labels (n,)."""
     reference_loss, loss = (-log_probs.gather(1, labels[:, None]).mean().item() for log_probs in (p, q))
     divergence = (p.exp() * (p - q)).sum(1).mean().item()
     agreement = (p.argmax(1) == q.argmax(1)).double().mean().item()

@@ -1,4 +1,4 @@
-"""How the answer to one request may call tools."""
+"""The tools that the answer to one request may call, and the form of the calls."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

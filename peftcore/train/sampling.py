@@ -31,7 +31,7 @@ ROWS = "rows"
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are sampled.
+    """Options for sampling answers: length, temperature and share of the probability.
 
     Raises:
         ConfigError: A value is out of range.

@@ -1,5 +1,6 @@
 """Interface of a training objective: its rows, collator, loss and trainer."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ class Rows:
     task: TaskType
 
 
-class Objective:
+class Objective(ABC):
     """One value of `train.objective`. The defaults fit rows {"input_ids", "labels"} of a causal language model."""
 
     rows: Rows
@@ -79,10 +80,10 @@ class Objective:
     def _start_collator(self, pad: int) -> RightPaddingCollator:
         return RightPaddingCollator(pad)
 
+    @abstractmethod
     def loss_function(self, params: Params) -> str:
         """Return a description of the test loss; losses of two runs are comparable if descriptions and rows agree."""
-        raise NotImplementedError
 
+    @abstractmethod
     def trainer(self, params: Params, rows: Dataset, labels: list[str] | None, teacher: Any) -> Trainer:
         """Return the trainer of training rows; labels are the names of classes, teacher a model to distil from."""
-        raise NotImplementedError
