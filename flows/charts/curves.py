@@ -89,6 +89,40 @@ def loss_curves(table: Path, best_step: int | None) -> Markup:
 
 
 @matplotlib.rc_context(STYLE)
+def reward_curve(records: Sequence[Mapping[str, Any]]) -> Markup | None:
+    """Draw the mean reward of generated answers by step with the deviation within a group, and equal groups below.
+
+    Args:
+        records: Records of the training log; None is returned if none has a reward.
+    """
+    rewarded = [record for record in records if record["reward"] is not None]
+    if not rewarded:
+        return None
+    steps, means, deviations, equal = (
+        [record[name] for record in rewarded] for name in ("step", "reward", "reward_deviation", "equal_groups")
+    )
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    rewards, groups = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
+    band = [(mean - (spread or 0), mean + (spread or 0)) for mean, spread in zip(means, deviations, strict=True)]
+    rewards.fill_between(steps, *zip(*band, strict=True), color=ADAPTER, alpha=0.12, linewidth=0, label="deviation")
+    rewards.plot(steps, means, "o-", color=ADAPTER, alpha=0.35, linewidth=1, markersize=3)
+    rewards.plot(steps, smoothed(means), color=ADAPTER, linewidth=2, label="mean (smoothed)")
+    rewards.set_ylabel("reward")
+    rewards.legend(frameon=False, loc="lower right")
+    groups.fill_between(steps, [share or 0 for share in equal], color=BASE, alpha=0.35, linewidth=0)
+    groups.set_ylabel("equal groups")
+    groups.set_ylim(0, 1)
+    groups.set_xlabel("optimiser step")
+    groups.xaxis.set_major_locator(MaxNLocator(integer=True))
+    groups.margins(x=0.01)
+    for axes in (rewards, groups):
+        axes.grid(axis="y", color=LINE, linewidth=0.8)
+        axes.set_axisbelow(True)
+        bare(axes, keep="bottom")
+    return svg(figure, "Reward of generated answers by optimiser step")
+
+
+@matplotlib.rc_context(STYLE)
 def slice_dumbbells(slices: Mapping[str, Mapping[str, Any]]) -> Markup:
     """Draw the test loss of base and adapter for each of the largest slices, joined by a line."""
     names = largest(slices)[::-1]

@@ -160,11 +160,16 @@ def doctor(
     figure and its fix. The train stage refuses data with an error. Exit code 1: a check found an error.
     """
     with errors(), project() as (params, paths):
+        from flows.data.rows import read_rows
+        from flows.evaluation.reward_check import reward_findings
         from flows.params import left_over
         from flows.validation.examination import examine, load_tokenizer
         from flows.validation.preview import findings_table, preview
 
         findings, demonstration = examine(paths, params), left_over(params)
+        if params.train.objective == "grpo":
+            rows = read_rows(paths.split("train"))
+            findings = findings.plus(reward_findings(params.train.grpo.rewards, rows, paths.root))
         if as_json:
             result = findings.as_dict() | {"demonstration": demonstration}
             print(json.dumps(result, indent=2, ensure_ascii=False))

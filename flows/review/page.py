@@ -10,13 +10,14 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from flows.charts.curves import headline_bars, largest, loss_curves, reliability, slice_dumbbells
+from flows.charts.curves import headline_bars, largest, loss_curves, reliability, reward_curve, slice_dumbbells
 from flows.charts.ranks import HEAT_MAP
 from flows.gate.promote import Promotion, last_record, read_promotion
 from flows.gate.proposal import as_yaml, first_limits
 from flows.params import Params
 from flows.paths import Paths
 from flows.registry.lineage import read_json
+from flows.training.log import TrainingLog
 from flows.verdicts import prompt_passes, prompt_rate
 from peftcore.files import sha256, write_atomically
 
@@ -83,6 +84,7 @@ def _content(params: Params, paths: Paths) -> dict[str, Any]:
         "charts": {
             "headline": headline_bars(evaluation["base"], evaluation["adapter"]),
             "loss": loss_curves(paths.loss_curve, training["best_step"]),
+            "reward": reward_curve(TrainingLog(paths.training_log).records()),
             "slices": slice_dumbbells(slices),
             "reliability": reliability(calibration["base"], calibration["adapter"]) if calibration else None,
             "ranks": Markup(ranks.read_text()) if ranks.exists() else None,

@@ -5,7 +5,7 @@ retrains no model. The files' digests tie the findings to the rows.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -44,6 +44,10 @@ class Findings:
     def of(self, *severities: Severity) -> list[Finding]:
         """Return the findings of these severities, ordered by severity as given."""
         return [finding for severity in severities for finding in self.findings if finding.severity == severity]
+
+    def plus(self, further: Sequence[Finding]) -> "Findings":
+        """Return these findings and further ones."""
+        return Findings((*self.findings, *further), self.examined)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the findings as JSON values."""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from flows.charts.curves import reliability, slice_dumbbells
+from flows.charts.curves import reliability, reward_curve, slice_dumbbells
 
 
 @pytest.mark.parametrize("name", ["$x_$", "$", "a$b$c", r"\frac", "$$", "<b>&"])
@@ -17,3 +17,16 @@ def test_a_reliability_plot_names_both_errors() -> None:
     drawn = str(reliability(side, side | {"ece": 0.125}))
     assert "base (ECE 0.050)" in drawn and "adapter (ECE 0.125)" in drawn
     assert 'aria-label="Accuracy by confidence, base against adapter"' in drawn
+
+
+def test_a_run_without_rewards_has_no_reward_curve() -> None:
+    assert reward_curve([]) is None
+    assert reward_curve([{"step": 1, "reward": None}]) is None
+
+
+def test_a_reward_curve_skips_steps_without_a_reward() -> None:
+    rewarded = {"reward": 0.5, "reward_deviation": 0.25, "equal_groups": 0.5}
+    records = [{"step": 1, **rewarded}, {"step": 2, **dict.fromkeys(rewarded)}, {"step": 3, **rewarded, "reward": 1.0}]
+    drawn = str(reward_curve(records))
+    assert "mean (smoothed)" in drawn and "equal groups" in drawn
+    assert 'aria-label="Reward of generated answers by optimiser step"' in drawn
