@@ -190,6 +190,7 @@ class Train(Section):
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = "adamw"
     learning_rate: Positive = 5e-4
     warmup_share: Share = 0.05
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
     weight_decay: NonNegative = 0.0
     max_grad_norm: Positive = 1.0
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

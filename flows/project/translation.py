@@ -248,15 +248,10 @@ def switched_on(key: str, value_if_on: Any) -> Rule:
     return lambda value, _: {} if _is_off(value) else {key: value_if_on}
 
 
-def warmup_steps(steps: Any, config: Config) -> Mapping[str, Any]:
-    """Return the share of warm-up steps; a number below 1 is a share already."""
+def warmup_steps(steps: Any, _: Config) -> Mapping[str, Any]:
+    """Return the number of warm-up steps; a number below 1 is a share of the steps."""
     steps = number(steps)
-    if steps < 1:
-        return {"train.warmup_share": steps}
-    total = config.values.get("max_steps")
-    if not total or total < 0:
-        raise NoCounterpart("train.warmup_share is a share of the steps; give warmup_ratio instead, or max_steps too")
-    return {"train.warmup_share": steps / number(total)}
+    return {"train.warmup_share": steps} if steps < 1 else {"train.warmup_steps": int(steps)}
 
 
 def validation(size: Any, _: Config) -> Mapping[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
+from flows.errors import StageError
 from flows.params import Params
 from peftcore.train import FaultPolicy
 
@@ -31,7 +32,11 @@ def fault_policy(params: Params) -> FaultPolicy:
 
 
 def training_arguments(params: Params, folder: Path, total_steps: int) -> TrainingArguments:
-    """Return the arguments of a run of `total_steps` optimiser steps with checkpoints in `folder`."""
+    """Return the arguments of a run of `total_steps` optimiser steps with checkpoints in `folder`.
+
+    Raises:
+        StageError: The run is too short for `train.warmup_steps`.
+    """
     train = params.train
     schedule = "constant_with_warmup" if train.schedule == "constant" else train.schedule
     padded = train.batching in ("grouped", "padded")
@@ -45,7 +50,7 @@ def training_arguments(params: Params, folder: Path, total_steps: int) -> Traini
         optim=OPTIMIZERS[train.optimizer],
         learning_rate=train.learning_rate,
         lr_scheduler_type=schedule,
-        warmup_steps=math.ceil(train.warmup_share * total_steps),
+        warmup_steps=_warmup_steps(params, total_steps),
         weight_decay=train.weight_decay,
         max_grad_norm=train.max_grad_norm,
         # EvaluateAt decides the steps; these only switch evaluation and saving on, with the last step included
@@ -68,3 +73,15 @@ def training_arguments(params: Params, folder: Path, total_steps: int) -> Traini
         dataloader_pin_memory=torch.cuda.is_available(),
         seed=params.project.seed,
     )
+
+
+def _warmup_steps(params: Params, total_steps: int) -> int:
+    steps = params.train.warmup_steps
+    if steps is None:
+        return math.ceil(params.train.warmup_share * total_steps)
+    if steps >= total_steps:
+        raise StageError(
+            f"train.warmup_steps is {steps}, and the run has {total_steps} steps, so it would end before the learning "
+            "rate is reached; give fewer, or null for train.warmup_share"
+        )
+    return steps

@@ -95,7 +95,7 @@ def test_what_a_file_leaves_out_has_axolotls_default(tmp_path: Path) -> None:
     [
         ("load_in_8bit: true", {"quantization.storage": "int8"}),
         ("lora_target_modules: [q_proj]", {"method.target_modules": ["q_proj"]}),
-        ("warmup_steps: 10\nmax_steps: 100", {"train.warmup_share": 0.1, "train.max_steps": 100}),
+        ("warmup_steps: 10", {"train.warmup_steps": 10}),
         ("rl: ipo\nrl_beta: 0.2", {"train.objective": "dpo", "train.preference.loss": "ipo"}),
         ("rl: orpo\norpo_alpha: 0.2", {"train.objective": "orpo", "train.preference.beta": 0.2}),
         ("rl: simpo\nrl_beta: 2\nsimpo_gamma: 1", {"train.objective": "simpo", "train.preference.gamma": 1.0}),
@@ -116,7 +116,6 @@ def test_single_keys(text: str, values: dict[str, Any], tmp_path: Path) -> None:
         ("neftune_noise_alpha: 5", "neftune_noise_alpha"),
         ("train_on_inputs: true", "train_on_inputs"),
         ("rl: gdpo", "rl"),
-        ("warmup_steps: 10", "warmup_steps"),
         ("adam_beta2: 0.95", "adam_beta2"),
         ("special_tokens: {eos_token: x}", "special_tokens"),
         ("lora_target_modules: 'model.*q_proj'", "lora_target_modules"),

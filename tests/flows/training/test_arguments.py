@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import TrainingArguments, get_scheduler
 
+from flows.errors import StageError
 from flows.params import Params, Train
 from flows.training.arguments import OPTIMIZERS, fault_policy, training_arguments
 
@@ -39,6 +40,13 @@ def test_every_schedule_warms_up_over_its_share_of_the_steps_to_the_learning_rat
     rates = learning_rates(arguments(tmp_path, schedule=schedule, learning_rate=0.02, warmup_share=0.26))
     warmup = math.ceil(0.26 * STEPS)
     assert rates[: warmup + 1] == pytest.approx([0.02 * step / warmup for step in range(warmup + 1)])
+
+
+def test_a_number_of_warm_up_steps_replaces_the_share(tmp_path: Path) -> None:
+    rates = learning_rates(arguments(tmp_path, learning_rate=0.02, warmup_share=0.5, warmup_steps=4))
+    assert rates[:5] == pytest.approx([0, 0.005, 0.01, 0.015, 0.02]) and rates[5] < 0.02
+    with pytest.raises(StageError, match=r"train\.warmup_steps is 40, and the run has 40 steps"):
+        arguments(tmp_path, warmup_steps=STEPS)
 
 
 @pytest.mark.parametrize(("schedule", "at_half"), [("cosine", 0.5), ("linear", 0.5), ("constant", 1.0)])
