@@ -1,5 +1,6 @@
 """Sections `method` and `quantization` of params.yaml: the adapter, and the storage of the frozen base."""
 
+import re
 from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
@@ -44,7 +45,7 @@ class Method(Section):
     }
 
     name: Text = "lora"
-    target_modules: Literal["all-linear"] | list[str] | None = "all-linear"
+    target_modules: Literal["all-linear"] | str | list[str] | None = "all-linear"
     r: int | Literal["auto"] | None = None
     auto: AutoRank = AutoRank()
     lora_alpha: Positive | None = None
@@ -103,8 +104,17 @@ class Method(Section):
     @classmethod
     def _check_target_modules(cls, value: Any) -> str | list[str] | None:
         names = isinstance(value, list) and value and all(isinstance(name, str) and name for name in value)
-        if value not in ("all-linear", None) and not names:
-            raise invalid_value("give all-linear, a list of module names such as [q_proj, v_proj], or null")
+        if value is None or names:
+            return value
+        expected = "give all-linear, module names such as [q_proj, v_proj], a pattern such as '.*_proj', or null"
+        if value == "all-linear":
+            return value
+        if not isinstance(value, str) or value == re.escape(value).replace("\\-", "-"):  # a word is no pattern
+            raise invalid_value(expected)
+        try:
+            re.compile(value)
+        except re.error as error:
+            raise invalid_value(f"{expected}; this is no regular expression: {error}") from error
         return value
 
     @model_validator(mode="after")

@@ -7,9 +7,8 @@ from flows.project.translation import (
     BASE,
     DATA,
     FULL_FINE_TUNING,
-    NEW_TOKENS,
     NO_EFFECT,
-    OPTIMIZERS,
+    SAME_ENDS,
     SCHEDULES,
     TASK,
     TRAINING,
@@ -25,6 +24,7 @@ from flows.project.translation import (
     noted,
     number,
     only,
+    optimizer,
     switched_on,
     validation,
 )
@@ -34,15 +34,18 @@ OF_CHATS = ("chat_template", "sharegpt", "alpaca", "alpaca_chat", "chatml", "inp
 """Types of a data set whose rows are chats, questions and answers."""
 READ_ELSEWHERE = ("path", "data_files", "type", "ds_type", "split", "revision", "trust_remote_code")
 """Keys of a data set that need no parameter of their own."""
-DEFAULT_COLUMNS = {
-    "field_messages": "messages",
-    "message_property_mappings": {"role": "role", "content": "content"},
-    "message_field_role": "role",
-    "message_field_content": "content",
-    "roles_to_train": ["assistant"],
-    "train_on_eos": "turn",
-    "chat_template": "tokenizer_default",
+READ_COLUMNS: Mapping[str, tuple[Any, ...]] = {
+    "field_messages": ("messages", "conversations"),
+    "message_property_mappings": ({"role": "role", "content": "content"}, {"role": "from", "content": "value"}),
+    "message_field_role": ("role", "from"),
+    "message_field_content": ("content", "value"),
+    "roles": ({"user": ["human", "user"], "assistant": ["gpt", "assistant"]},),
+    "roles_to_train": (["assistant"], ["gpt"], ["assistant", "gpt"]),
+    "train_on_eos": ("turn",),
+    "chat_template": ("tokenizer_default",),
+    "field": ("text",),
 }
+"""{key of a data set: values that name what the pipeline reads without being told}"""
 
 
 def _base(name: str, config: Config) -> Mapping[str, Any]:
@@ -54,7 +57,7 @@ def _datasets(sets: Any, config: Config) -> Mapping[str, Any]:
         raise NoCounterpart("a project reads one source; put the files into one folder and give --data FOLDER")
     (one,) = sets
     for key, value in one.items():
-        if key not in READ_ELSEWHERE and DEFAULT_COLUMNS.get(key) != value:
+        if key not in READ_ELSEWHERE and value not in READ_COLUMNS.get(key, ()):
             raise NoCounterpart(f"{key}: {value!r}; rename the columns, docs/pipeline.md lists those that are read")
     if one.get("split", "train") != "train":
         raise NoCounterpart(f"split {one['split']!r} of a data set; give its file with --data")
@@ -67,8 +70,10 @@ def _datasets(sets: Any, config: Config) -> Mapping[str, Any]:
     source = data_of(str(files or one["path"]), config)
     if config.values.get("rl"):  # preferences; columns of other names are errors of `prepare`
         return source
+    if kind == "completion":
+        return {**source, TASK: "text"}
     if kind not in OF_CHATS:
-        raise NoCounterpart(f"rows of the type {kind!r}; these fit: {', '.join(OF_CHATS)}")
+        raise NoCounterpart(f"rows of the type {kind!r}; these fit: {', '.join(OF_CHATS)} and completion")
     note = f"Axolotl's {kind} template wraps the texts in words of its own; here {TEMPLATES}"
     return Values(source, note if kind in ("alpaca", "chatml") else "")
 
@@ -88,7 +93,7 @@ def _modules(names: Any, _: Config) -> Mapping[str, Any]:
         return {"method.target_modules": names}
     if names in ("all-linear", "all_linear"):
         return {"method.target_modules": "all-linear"}
-    raise NoCounterpart("a pattern of module names; list the modules")
+    return {"method.target_modules": names}  # a pattern, as in HF PEFT
 
 
 def _target_linear(on: bool, config: Config) -> Mapping[str, Any]:
@@ -128,9 +133,10 @@ def _preferences(kind: str, config: Config) -> Mapping[str, Any]:
 
 
 def _special_tokens(tokens: Mapping[str, Any], _: Config) -> Mapping[str, Any]:
-    if set(tokens) - {"pad_token"}:
-        raise NoCounterpart(NEW_TOKENS)
-    return {}
+    if changed := sorted(set(tokens) - {"pad_token", "additional_special_tokens"}):
+        raise NoCounterpart(f"{', '.join(changed)}: {SAME_ENDS}")
+    added = list(tokens.get("additional_special_tokens") or [])
+    return {"data.special_tokens": added} if added else {}
 
 
 def _evaluations(per_epoch: Any, config: Config) -> Mapping[str, Any]:
@@ -178,7 +184,7 @@ RULES: Mapping[str, Rule] = {
     "micro_batch_size": "train.batch_size",
     "batch_size": never("give micro_batch_size and gradient_accumulation_steps instead"),
     "num_epochs": as_number("train.epochs"),
-    "optimizer": ("train.optimizer", OPTIMIZERS),
+    "optimizer": optimizer,
     "lr_scheduler": ("train.schedule", SCHEDULES),
     "cosine_min_lr_ratio": never("the cosine falls to zero"),
     "cosine_constant_lr_ratio": never("the cosine falls over the whole run"),
@@ -190,7 +196,7 @@ RULES: Mapping[str, Rule] = {
     "train_on_eos": only("turn", "the end of each trained turn gets a loss"),
     "chat_template": _chat_template,
     "special_tokens": _special_tokens,
-    "tokens": never(NEW_TOKENS),
+    "tokens": "data.special_tokens",
     "eot_tokens": noted("the end of a turn is what the base's chat template ends it with"),
     "rl": _preferences,
     "rl_beta": lambda value, _: {},  # read with rl
@@ -201,7 +207,7 @@ RULES: Mapping[str, Rule] = {
     "orpo_alpha": as_number("train.preference.beta"),
     "dpo_label_smoothing": as_number("train.preference.label_smoothing"),
     "precompute_ref_log_probs": "train.preference.precompute_reference",
-    "reward_model": never("reward models are not built"),
+    "reward_model": lambda on, _: {TASK: "reward"} if on else {},
     "early_stopping_patience": "train.patience",
     "evals_per_epoch": _evaluations,
     "eval_steps": noted("train.evaluations is the number of evaluations of the whole run; its default stays"),

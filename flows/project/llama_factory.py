@@ -8,9 +8,7 @@ from flows.project.translation import (
     BASE,
     DATA,
     FULL_FINE_TUNING,
-    NEW_TOKENS,
     NO_EFFECT,
-    OPTIMIZERS,
     SCHEDULES,
     TASK,
     TRAINING,
@@ -25,6 +23,7 @@ from flows.project.translation import (
     never,
     number,
     only,
+    optimizer,
     switched_on,
     validation,
 )
@@ -82,8 +81,10 @@ def _stage(stage: str, config: Config) -> Mapping[str, Any]:
         }
         beta = {"train.kto.beta": number(config.values.get("pref_beta", 0.1))}
         return {TASK: "unpaired_preference", "train.objective": "kto", **beta, **weights}
+    if stage in ("pt", "rm"):
+        return {TASK: {"pt": "text", "rm": "reward"}[stage]}
     if stage != "dpo":
-        raise NoCounterpart(f"the stage {stage}; sft, dpo and kto have one")
+        raise NoCounterpart(f"the stage {stage}; pt, sft, rm, dpo and kto have one")
     loss, beta = config.values.get("pref_loss", "sigmoid"), number(config.values.get("pref_beta", 0.1))
     if loss == "orpo":
         return {TASK: "preference", "train.objective": "orpo", "train.preference.beta": beta}
@@ -183,7 +184,7 @@ RULES: Mapping[str, Rule] = {
     "neat_packing": _packing,
     "per_device_train_batch_size": "train.batch_size",
     "num_train_epochs": as_number("train.epochs"),
-    "optim": ("train.optimizer", OPTIMIZERS),
+    "optim": optimizer,
     "lr_scheduler_type": ("train.schedule", SCHEDULES),
     "disable_gradient_checkpointing": lambda value, _: {
         "train.gradient_checkpointing": "none" if value else "blocks"
@@ -192,7 +193,8 @@ RULES: Mapping[str, Rule] = {
     "label_smoothing_factor": never("labels are not smoothed"),
     "rope_scaling": never("positions are the base's own"),
     "mix_strategy": only("concat", "a project reads one source"),
-    "resize_vocab": never(NEW_TOKENS),
+    "add_special_tokens": lambda value, _: {"data.special_tokens": [token.strip() for token in value.split(",")]},
+    "resize_vocab": lambda value, _: {},  # data.special_tokens resizes the embeddings
     **{f"use_{name}": never(f"{name} is not built") for name in ("galore", "apollo", "badam", "adam_mini", "muon")},
 }  # fmt: skip
 

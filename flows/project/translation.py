@@ -19,7 +19,7 @@ from flows.errors import ParamsError
 
 BASE, DATA, TASK = "base", "data", "task"
 """Keys of a rule's values that are fields of `NewProject` and no parameters."""
-NEW_TOKENS = "the tokenizer stays as it is; save one with these tokens beside the base (base path:FOLDER)"
+SAME_ENDS = "the base's own tokens stay; leave this out if they are the same, or save a tokenizer with them (path:FOLDER)"
 FULL_FINE_TUNING = "peftcore trains adapters; for full fine-tuning of a model stay with {tool}"
 
 
@@ -252,6 +252,15 @@ def warmup_steps(steps: Any, _: Config) -> Mapping[str, Any]:
     """Return the number of warm-up steps; a number below 1 is a share of the steps."""
     steps = number(steps)
     return {"train.warmup_share": steps} if steps < 1 else {"train.warmup_steps": int(steps)}
+
+
+def optimizer(name: str, _: Config) -> Mapping[str, Any]:
+    """Return the optimiser of one of transformers' names."""
+    if name == "adamw_torch_8bit":
+        return Values({"train.optimizer": "adamw_8bit"}, "8-bit AdamW of bitsandbytes, and not of torchao")
+    if name not in OPTIMIZERS:
+        raise NoCounterpart(f"{name!r}; {', '.join(OPTIMIZERS)} and adamw_torch_8bit have one")
+    return {"train.optimizer": OPTIMIZERS[name]}
 
 
 def validation(size: Any, _: Config) -> Mapping[str, Any]:

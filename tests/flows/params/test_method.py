@@ -20,6 +20,8 @@ from flows.params import Method, Quantization
         ("method: {target_modules: []}", "method.target_modules"),
         ("method: {target_modules: ['']}", "method.target_modules"),
         ("method: {target_modules: all-liner}", "method.target_modules"),
+        ("method: {target_modules: '.*(_proj'}", "method.target_modules"),
+        ("method: {target_modules: 3}", "method.target_modules"),
         ("method: {schedule: {warmup_share: 0.5, final_share: 0.5}}", "method.schedule.final_share"),
         ("method: {auto: {steps: 0}}", "method.auto.steps"),
         ("quantization: {storage: nf8}", "quantization.storage"),

@@ -95,6 +95,10 @@ def test_what_a_file_leaves_out_has_axolotls_default(tmp_path: Path) -> None:
     [
         ("load_in_8bit: true", {"quantization.storage": "int8"}),
         ("lora_target_modules: [q_proj]", {"method.target_modules": ["q_proj"]}),
+        ("lora_target_modules: 'model.*q_proj'", {"method.target_modules": "model.*q_proj"}),
+        ("optimizer: adamw_torch_8bit", {"train.optimizer": "adamw_8bit"}),
+        ("tokens: [<|a|>]", {"data.special_tokens": ["<|a|>"]}),
+        ("special_tokens: {pad_token: x, additional_special_tokens: [<|a|>]}", {"data.special_tokens": ["<|a|>"]}),
         ("warmup_steps: 10", {"train.warmup_steps": 10}),
         ("rl: ipo\nrl_beta: 0.2", {"train.objective": "dpo", "train.preference.loss": "ipo"}),
         ("rl: orpo\norpo_alpha: 0.2", {"train.objective": "orpo", "train.preference.beta": 0.2}),
@@ -111,6 +115,20 @@ def test_single_keys(text: str, values: dict[str, Any], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("text", "task"),
+    [
+        ("datasets: [{path: a/b, type: completion}]", "text"),
+        ("reward_model: true", "reward"),
+        ("datasets: [{path: a/b, type: chat_template, field_messages: conversations, "
+         "message_property_mappings: {role: from, content: value}}]", None),
+    ],
+)  # fmt: skip
+def test_tasks_and_columns_that_are_read_as_they_are(text: str, task: str | None, tmp_path: Path) -> None:
+    done = translated(f"adapter: lora\n{text}\n", tmp_path)
+    assert not done.missing and done.project.get("task") == task
+
+
+@pytest.mark.parametrize(
     ("text", "key"),
     [
         ("neftune_noise_alpha: 5", "neftune_noise_alpha"),
@@ -118,11 +136,11 @@ def test_single_keys(text: str, values: dict[str, Any], tmp_path: Path) -> None:
         ("rl: gdpo", "rl"),
         ("adam_beta2: 0.95", "adam_beta2"),
         ("special_tokens: {eos_token: x}", "special_tokens"),
-        ("lora_target_modules: 'model.*q_proj'", "lora_target_modules"),
         ("datasets: [{path: a/b, type: chat_template}, {path: c/d}]", "datasets"),
-        ("datasets: [{path: a/b, type: completion}]", "datasets"),
+        ("datasets: [{path: a/b, type: pointwise}]", "datasets"),
+        ("datasets: [{path: a/b, type: completion, field: body}]", "datasets"),
         ("datasets: [{path: a/b, field_messages: turns}]", "datasets"),
-        ("optimizer: muon", "optimizer"),
+        ("optimizer: adamw_torch_4bit", "optimizer"),
         ("adapter:", "adapter"),
     ],
 )

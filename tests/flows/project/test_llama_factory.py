@@ -100,6 +100,13 @@ def test_single_keys(text: str, values: dict[str, Any], tmp_path: Path) -> None:
     assert values.items() <= done.values.items() and not done.missing
 
 
+@pytest.mark.parametrize(("stage", "task"), [("pt", "text"), ("rm", "reward"), ("kto", "unpaired_preference")])
+def test_stages_are_tasks(stage: str, task: str, tmp_path: Path) -> None:
+    done = translated(f"stage: {stage}\nadd_special_tokens: <|a|>, <|b|>\nresize_vocab: true\n", tmp_path)
+    assert not done.missing and done.project["task"] == task
+    assert done.values["data.special_tokens"] == ["<|a|>", "<|b|>"]
+
+
 @pytest.mark.parametrize(
     ("text", "key"),
     [
