@@ -26,6 +26,9 @@ from peftcore import (
     initialize_from_data,
     set_peft_model_state_dict,
 )
+from peftcore.bases import base_weight
+from peftcore.bases.gguf import GgufLinear
+from peftcore.bases.gguf_blocks import FORMATS
 from peftcore.train import AdapterTrainer, RightPaddingCollator
 
 COLUMNS = ["input_ids", "labels"]
@@ -37,6 +40,7 @@ class Arm:
 
     title: str
     storage: str = "nf4"
+    """A value of `quantization.storage`, or a block format of GGUF files."""
     rounding: bool = False
     start: str | None = None
     options: tuple[tuple[str, Any], ...] = ()
@@ -51,6 +55,8 @@ ARMS = {
     "qera": Arm("NF4, QERA", start="qera"),
     "cloq": Arm("NF4, CLoQ's start", start="cloq"),
     "rounding": Arm("NF4, rounding", rounding=True),
+    "q4_1": Arm("GGUF Q4_1", storage="Q4_1"),
+    "q4_1-rounding": Arm("GGUF Q4_1, rounding", storage="Q4_1", rounding=True),
     "rounding-qera": Arm("NF4, rounding, QERA", rounding=True, start="qera"),
     "rounding-cloq": Arm("NF4, rounding, CLoQ's start", rounding=True, start="cloq"),
 }
@@ -121,9 +127,13 @@ def calibrated(setting: Setting, base: Path, arm: Arm, pad: int, cell: dict[str,
     rows = read_rows(setting.data / "train.parquet", COLUMNS, setting.calibration_rows)
     collate = RightPaddingCollator(pad)
     batches = [collate(rows[first : first + 8]) for first in range(0, len(rows), 8)]
-    quantization = Quantization.model_validate({"storage": arm.storage})  # double quantisation, bf16 compute
+    packed = arm.storage in FORMATS
+    storage = "none" if packed else arm.storage
+    quantization = Quantization.model_validate({"storage": storage})  # double quantisation, bf16 compute
     longest = max(len(row["input_ids"]) for row in rows)
     model: Any = load_for_training(base, quantization, longest)
+    if packed:
+        pack(model, arm.storage)
     with measured(cell):
         if arm.rounding:
             calibrate_rounding(model, batches, base, forward=forward_without_logits)
@@ -131,6 +141,17 @@ def calibrated(setting: Setting, base: Path, arm: Arm, pad: int, cell: dict[str,
         if model.peft_config["default"].needs_data:
             initialize_from_data(model, batches, model_path=base, forward=forward_without_logits)
     return model
+
+
+def pack(model: Any, format_name: str) -> None:
+    """Replace the linear layers of the blocks by ones in a GGUF format, as `load_gguf_base` gives them."""
+    for path, layer in list(model.named_modules()):
+        if isinstance(layer, torch.nn.Linear) and layer is not model.get_output_embeddings():
+            sizes = layer.in_features, layer.out_features
+            packed = GgufLinear(*sizes, format_name, layer.bias is not None, layer.weight.dtype)
+            base_weight(packed).write(layer.weight)
+            packed.bias = layer.bias
+            model.set_submodule(path, packed, strict=True)
 
 
 def configuration(setting: Setting, arm: Arm) -> LoraConfig:
