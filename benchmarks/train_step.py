@@ -14,7 +14,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -177,13 +179,19 @@ def rss_of(setting: Setting, name: str) -> int:
 
 
 def run_all(setting: Setting, scratch: Path, options: argparse.Namespace) -> str:
-    """Every setting of TARGETS; writes train_step.json and train_step.md, and returns the latter."""
+    """Every setting of TARGETS; writes train_step.json and train_step.md, and returns the latter.
+
+    A setting has a process of its own, because one after another they take more memory than this machine may have.
+    """
     measured: list[Figures] = []
-    for number, (changes, targets) in enumerate(TARGETS):
-        figures = run(replace(setting, **changes), scratch / str(number), options)
-        figures["targets"] = targets
-        print(table(figures), flush=True)
-        measured.append(figures)
+    apart = {"max_workers": 1, "max_tasks_per_child": 1, "initializer": quiet}
+    with ProcessPoolExecutor(mp_context=get_context("spawn"), **apart) as processes:
+        for number, (changes, targets) in enumerate(TARGETS):
+            changed = replace(setting, **changes)
+            figures = processes.submit(run, changed, scratch / str(number), options).result()
+            figures["targets"] = targets
+            print(table(figures), flush=True)
+            measured.append(figures)
     results = {"settings": measured, "machine": f"{machine()}, peft {peft.__version__}"}
     options.folder.mkdir(parents=True, exist_ok=True)
     (options.folder / "train_step.json").write_text(json.dumps(results, indent=1) + "\n")
