@@ -23,7 +23,9 @@ PAGES = [
     *(page for page in sorted(DOCS.rglob("*.md")) if page != HISTORY),
     *sorted((ROOT / "examples").rglob("README.md")),
 ]
-LONG = ("merge-and-export", "qlora")
+LONG = ("calibrated-base", "merge-and-export", "qlora")
+WITH_SERVER = ("structured-output",)
+"""Pages whose Python needs a server; tests/peftcore/serving/test_protocol.py runs it."""
 
 
 def name_of(page: Path) -> str:
@@ -68,7 +70,7 @@ def with_command(words: list[str]) -> tuple[Any, list[str]]:
     [
         pytest.param(page, id=name_of(page), marks=[pytest.mark.slow] if page.stem in LONG else [])
         for page in GUIDES
-        if blocks(page, "python")
+        if blocks(page, "python") and page.stem not in WITH_SERVER
     ],
 )
 def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
