@@ -156,6 +156,11 @@ def test_named_parameters_exist(page: Path) -> None:
     assert not [name for name in named if not files.fullmatch(name) and not parameter_exists(name)]
 
 
+def test_the_list_of_guides_has_all_of_them() -> None:
+    listed = set(re.findall(r"\]\(([\w-]+\.md)", (DOCS / "how-to" / "index.md").read_text()))
+    assert listed == {page.name for page in DOCS.glob("how-to/*.md")} - {"index.md"}
+
+
 class Loaded(HTMLParser):
     """The URLs that a page loads by itself."""
 
