@@ -58,7 +58,9 @@ def _datasets(sets: Any, config: Config) -> Mapping[str, Any]:
     (one,) = sets
     for key, value in one.items():
         if key not in READ_ELSEWHERE and value not in READ_COLUMNS.get(key, ()):
-            raise NoCounterpart(f"{key}: {value!r}; rename the columns, docs/pipeline.md lists those that are read")
+            raise NoCounterpart(
+                f"{key}: {value!r}; rename the columns; docs/how-to/from-axolotl.md says which are read"
+            )
     if one.get("split", "train") != "train":
         raise NoCounterpart(f"split {one['split']!r} of a data set; give its file with --data")
     kind = str(one.get("type", "chat_template")).partition(".")[0]

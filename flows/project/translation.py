@@ -19,7 +19,7 @@ from flows.errors import ParamsError
 
 BASE, DATA, TASK = "base", "data", "task"
 """Keys of a rule's values that are fields of `NewProject` and no parameters."""
-SAME_ENDS = "the base's own tokens stay; leave this out if they are the same, or save a tokenizer with them (path:FOLDER)"
+SAME_ENDS = "the base's own stay; leave this out if they are the same, or save a tokenizer with them (path:FOLDER)"
 FULL_FINE_TUNING = "peftcore trains adapters; for full fine-tuning of a model stay with {tool}"
 
 

@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ruamel.yaml import YAML
 
 from docs_site.commands import command_line
+from flows.params import Params
+from flows.params.section import Section
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -23,7 +26,9 @@ PAGES = [
     *(page for page in sorted(DOCS.rglob("*.md")) if page != HISTORY),
     *sorted((ROOT / "examples").rglob("README.md")),
 ]
-LONG = ("merge-and-export", "qlora")
+LONG = ("calibrated-base", "merge-and-export", "qlora")
+ELSEWHERE = ("add-a-storage", "structured-output")
+"""Pages whose Python tests/peftcore/bases/test_storages.py and tests/peftcore/serving/test_protocol.py run."""
 
 
 def name_of(page: Path) -> str:
@@ -68,7 +73,7 @@ def with_command(words: list[str]) -> tuple[Any, list[str]]:
     [
         pytest.param(page, id=name_of(page), marks=[pytest.mark.slow] if page.stem in LONG else [])
         for page in GUIDES
-        if blocks(page, "python")
+        if blocks(page, "python") and page.stem not in ELSEWHERE
     ],
 )
 def test_python_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,6 +122,43 @@ def test_commands_in_sentences_exist(page: Path) -> None:
         command, rest = with_command(words)
         known = {option for parameter in command.params for option in (*parameter.opts, *parameter.secondary_opts)}
         assert {word for word in rest if word.startswith("-")} <= known | {"--help"}, code
+
+
+def parameter_exists(name: str) -> bool:
+    """Return True if params.yaml has the key; keys below a mapping without fields, such as method.options, are free."""
+    section: Any = Params
+    for part in name.split("."):
+        if not (isinstance(section, type) and issubclass(section, Section)):
+            return True
+        if part not in section.model_fields:
+            return False
+        section = section.model_fields[part].annotation
+    return True
+
+
+def keys_of(values: dict[str, Any], before: str = "") -> Iterator[str]:
+    """Yield the names of all keys of nested mappings."""
+    for key, value in values.items():
+        yield f"{before}{key}"
+        if isinstance(value, dict):
+            yield from keys_of(value, f"{before}{key}.")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_named_parameters_exist(page: Path) -> None:
+    sections = "|".join(Params.model_fields)
+    named = re.findall(rf"`((?:{sections})(?:\.[a-z_0-9]+)+)", page.read_text())
+    for text in blocks(page, "yaml"):
+        values = YAML(typ="safe").load(text)
+        if isinstance(values, dict) and values.keys() <= Params.model_fields.keys():
+            named += keys_of(values)
+    files = re.compile(r".*\.(ya?ml|md|py|jsonl?|parquet)")
+    assert not [name for name in named if not files.fullmatch(name) and not parameter_exists(name)]
+
+
+def test_the_list_of_guides_has_all_of_them() -> None:
+    listed = set(re.findall(r"\]\(([\w-]+\.md)", (DOCS / "how-to" / "index.md").read_text()))
+    assert listed == {page.name for page in DOCS.glob("how-to/*.md")} - {"index.md"}
 
 
 class Loaded(HTMLParser):

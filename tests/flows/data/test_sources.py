@@ -198,10 +198,11 @@ def test_further_columns_are_taken_for_scorers(tmp_path: Path) -> None:
         read(tmp_path, extra_columns=["test"])
 
 
-PAGE = Path(__file__).parents[3] / "docs" / "how-to" / "data.md"
+GUIDES = Path(__file__).parents[3] / "docs" / "how-to"
+DOCUMENTED = "\n".join((GUIDES / name).read_text() for name in ("data.md", "plain-text.md", "several-sources.md"))
 
 
-@pytest.mark.parametrize("line", re.findall(r"^\{.*\}$", PAGE.read_text(), re.MULTILINE))
+@pytest.mark.parametrize("line", re.findall(r"^\{.*\}$", DOCUMENTED, re.MULTILINE))
 def test_each_row_of_the_documentation_is_read(tmp_path: Path, line: str) -> None:
     (tmp_path / "rows.jsonl").write_text(line + "\n")
     row = json.loads(line)
@@ -210,7 +211,7 @@ def test_each_row_of_the_documentation_is_read(tmp_path: Path, line: str) -> Non
     assert example.where == "rows.jsonl:1"
 
 
-@pytest.mark.parametrize("text", re.findall(r"```yaml\n(.+?)```", PAGE.read_text(), re.DOTALL))
+@pytest.mark.parametrize("text", re.findall(r"```yaml\n(.+?)```", DOCUMENTED, re.DOTALL))
 def test_the_parameters_of_the_documentation_are_accepted(tmp_path: Path, text: str) -> None:
     (tmp_path / "params.yaml").write_text(text)
     assert load_params(tmp_path / "params.yaml").data.source != "stdlib:docstrings"

@@ -1,4 +1,4 @@
-"""What `peftcore doctor` says of rewards: failing ones, those that are always equal, and sums that like empty answers."""
+"""What `peftcore doctor` says of rewards that fail, that are always equal, or that like empty answers."""
 
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ def findings(tmp_path: Path) -> Any:
     (tmp_path / "data" / "rewards.py").write_text(CODE)
 
     def find(*names: str, **options: Any) -> dict[str, Finding]:
-        entries = dict.fromkeys(names, {}) | options
+        entries = {name: {} for name in names} | options
         rewards = [
             Reward.model_validate({"scorer": f"data/rewards.py:{name}", **given}) for name, given in entries.items()
         ]

@@ -186,7 +186,7 @@ def test_a_judge_that_fails_and_other_test_rows_are_errors(paths: Paths) -> None
 
 
 def test_the_example_of_the_documentation_works(paths: Paths) -> None:
-    text = (Path(__file__).parents[3] / "docs" / "promotion.md").read_text().split("### Judge")[1]
+    text = (Path(__file__).parents[3] / "docs" / "how-to" / "judge.md").read_text()
     section = YAML(typ="safe").load(text.split("```yaml\n")[1].split("```")[0])
     assert Params.model_validate(section).gate.judge.model == "judge-7b"
     (paths.root / "data" / "judge.py").write_text(text.split("```python\n")[1].split("```")[0])

@@ -46,8 +46,8 @@ def test_the_identity_has_the_files_that_the_task_names(tmp_path: Path) -> None:
 
 
 def test_the_example_of_the_documentation(tmp_path: Path) -> None:
-    section = (Path(__file__).parents[3] / "docs" / "pipeline.md").read_text().partition("## Benchmarks")[2]
-    entries = read(tmp_path, section.partition("```yaml")[2].partition("```")[0]).evaluate.benchmarks
+    page = (Path(__file__).parents[3] / "docs" / "how-to" / "benchmarks-in-the-gate.md").read_text()
+    entries = read(tmp_path, page.partition("```yaml")[2].partition("```")[0]).evaluate.benchmarks
     assert [(one.name, one.num_fewshot, one.limit, one.metric) for one in entries] == [
         ("arc_easy", None, None, None),
         ("quiz", 5, 200, "acc_norm"),

@@ -16,7 +16,7 @@ from peftcore.bases.plain import LinearWeight
 from peftcore.bases.storages import registered_classes
 from peftcore.detection import detect
 
-GUIDE = Path(__file__).parents[3] / "docs" / "library.md"
+GUIDE = Path(__file__).parents[3] / "docs" / "how-to" / "add-a-storage.md"
 
 USE = """\
 import sys, torch

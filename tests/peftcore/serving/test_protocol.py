@@ -343,9 +343,8 @@ def test_the_examples_of_the_documentation_run(serving: Callable[..., Any], worl
         return choice_compiler(world.tokenizer, texts=[CALL if spec.param == "tools" else person])(spec)
 
     served = serving(http=True, compile_grammar=compile_one, limits=Limits(max_tokens=90))
-    text = (Path(__file__).parents[3] / "docs" / "serving.md").read_text()
-    section = text[text.index("## Structured output") : text.index("## Fields of OpenAI")]
-    examples = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    page = (Path(__file__).parents[3] / "docs" / "how-to" / "structured-output.md").read_text()
+    examples = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert len(examples) == 2
     for example in examples:
         exec(example, {"client": served.client()})

@@ -135,7 +135,7 @@ def test_what_cannot_be_used_is_named(tmp_path: Path, assertion: dict[str, Any],
 
 def test_the_example_of_the_documentation(tmp_path: Path) -> None:
     pytest.importorskip("jsonschema")
-    text = (Path(__file__).parents[4] / "docs" / "pipeline.md").read_text()
+    text = (Path(__file__).parents[4] / "docs" / "how-to" / "prompt-suites.md").read_text()
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "support.yaml").write_text(text.partition("# data/support.yaml\n")[2].partition("```")[0])
     (suite,) = load_suites(Evaluate(suites=["data/support.yaml"]), "Be brief.", tmp_path).values()
