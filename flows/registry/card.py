@@ -200,7 +200,9 @@ def _lineage(record: Mapping[str, Any]) -> list[str]:
 def _loading(record: Mapping[str, Any]) -> list[str]:
     objective = record["params"]["train"].get("objective")
     loader = _LOADERS.get(objective, "AutoModelForCausalLM")
-    options = ", num_labels=1" if objective in ("reward", "reranker") else ""
+    labels = record.get("data", {}).get("labels", [])
+    outputs = 1 if objective in ("reward", "reranker") else len(labels)
+    options = f", num_labels={outputs}" if outputs else ""
     tag, base, calibrated, note = f"{record['name']}@{record['version']}", "BASE", [], []
     if record.get("calibrated_base"):
         base, calibrated = "calibrated", [f"dvc get . artifacts/calibrated --rev {tag}"]
@@ -219,6 +221,11 @@ def _loading(record: Mapping[str, Any]) -> list[str]:
         f'model = PeftModel.from_pretrained({loader}.from_pretrained("{base}"{options}), "adapter")',
         "```",
         *_pooling(record["params"]["train"]),
+        *(
+            ["", "Outputs: " + ", ".join(f"{number} {escaped(name)}" for number, name in enumerate(labels))]
+            if labels
+            else []
+        ),
     ]
 
 

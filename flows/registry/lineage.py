@@ -144,10 +144,12 @@ def adapter_ranks(adapter: Path) -> dict[str, Any]:
 
 
 def data_summary(paths: Paths) -> dict[str, Any]:
-    """Return the data's source, the number of rows of each split, and {reason: number} of dropped rows."""
+    """Return the data's source, the rows of each split, {reason: number} of dropped rows, and names of classes if any."""
     report = read_json(paths.data_report)
     rows = {name: split["rows"] for name, split in report["splits"].items()}
-    return {"source": report["source"], "examples": report["examples"], "dropped": report["dropped"], "rows": rows}
+    named = {"labels": report["labels"]} if "labels" in report else {}
+    told = {key: report[key] for key in ("source", "examples", "dropped")}
+    return told | {"rows": rows} | named
 
 
 def this_machine() -> dict[str, Any]:

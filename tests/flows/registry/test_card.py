@@ -38,6 +38,14 @@ def record(**changes: Any) -> dict[str, Any]:
     }
 
 
+def test_a_classifier_is_loaded_with_its_classes() -> None:
+    params = Params().model_dump() | {"train": {"objective": "classification"}}
+    text = model_card(record(params=params, data={**record()["data"], "labels": ["spam", "a|b"]}))
+    assert 'AutoModelForSequenceClassification.from_pretrained("BASE", num_labels=2)' in text
+    assert "Outputs: 0 spam, 1 a" in text and "1 a|b" not in text
+    assert "num_labels" not in model_card(record(params=params)), "an older record names no classes"
+
+
 def test_the_hubs_reader_takes_it() -> None:
     card = ModelCard(model_card(record()))
     assert card.data.library_name == "peft"
