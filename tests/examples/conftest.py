@@ -29,7 +29,7 @@ def base_source(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def examples(tmp_path: Path) -> Path:
     """A copy of the repository's examples beside the documents that they link to; examples write into their folder."""
-    ignored = shutil.ignore_patterns("data", "out", "__pycache__")
+    ignored = shutil.ignore_patterns("data", "out", "base", "__pycache__")
     return Path(shutil.copytree(ROOT / "examples", tmp_path / "examples", ignore=ignored))
 
 

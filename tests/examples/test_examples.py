@@ -18,6 +18,7 @@ EXAMPLES = ROOT / "examples"
 FOLDERS = sorted(page.parent.name for page in EXAMPLES.glob("*/README.md"))
 SMALL = {
     "python train.py": "python train.py --steps 2 --batch-size 4 --rows 16",
+    "python base.py": "python base.py --steps 2",
     "python serve.py": "python serve.py --steps 2",
 }
 """Commands of the pages that are shortened, beside `--params ../small.yaml`."""
@@ -33,8 +34,8 @@ def script(folder: Path, base: str | None) -> str:
     return text.replace("--params params.yaml", f"--params params.yaml --params ../small.yaml{option}")
 
 
-def test_there_are_eight_and_each_is_in_the_list() -> None:
-    assert len(FOLDERS) == 8
+def test_there_are_ten_and_each_is_in_the_list() -> None:
+    assert len(FOLDERS) == 10
     listed = re.findall(r"^\| \[(\w+)\]\(\1/README\.md\)", (EXAMPLES / "README.md").read_text(), re.MULTILINE)
     assert sorted(listed) == FOLDERS
 
@@ -64,7 +65,7 @@ def _keys(values: dict[str, Any], before: str = "") -> list[str]:
     return [*(f"{before}{key}" for key in values), *inner]
 
 
-@pytest.mark.parametrize("folder", ["docstrings", "classification", "preference", "retraining"])
+@pytest.mark.parametrize("folder", ["docstrings", "classification", "tags", "sequences", "preference", "retraining"])
 def test_rows_are_made_of_installed_packages(folder: str, examples: Path) -> None:
     made = subprocess.run(
         [sys.executable, "rows.py"], cwd=examples / folder, capture_output=True, text=True, check=False
@@ -93,6 +94,17 @@ def test_an_example_of_the_pipeline_runs(
     folder: str, name: str, examples: Path, base_source: str, shell: Callable[..., str], tmp_path: Path
 ) -> None:
     said = shell(script(examples / folder, base_source), examples / folder)
+    assert f"{name} v0.1.0 is champion" in said
+    assert outcome(tmp_path / "home", name)["training"]["steps"] >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("folder", "name"), [("tags", "references"), ("sequences", "names")])
+def test_an_example_with_a_small_base_runs(
+    folder: str, name: str, examples: Path, shell: Callable[..., str], tmp_path: Path
+) -> None:
+    said = shell(script(examples / folder, None), examples / folder)
     assert f"{name} v0.1.0 is champion" in said
     assert outcome(tmp_path / "home", name)["training"]["steps"] >= 1
 
