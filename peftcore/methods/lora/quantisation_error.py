@@ -83,10 +83,11 @@ class QuantisationError(Observer):
     def factors(self, path: str, adapter: "Lora") -> Factors:
         weight = self.original(path).to(adapter.base.device).float()
         error = weight - adapter.base.read_unmerged().float()
-        u, values = error_directions(error, self.moments.pop(path), adapter.r, self.damping)
-        return self.split(adapter, u, values, u.T @ error)
+        moment = self.moments.pop(path)
+        u, values = error_directions(error, moment, adapter.r, self.damping)
+        return self.split(adapter, u, values, u.T @ error, moment)
 
-    def split(self, adapter: "Lora", u: Tensor, values: Tensor, projected: Tensor) -> Factors:
+    def split(self, adapter: "Lora", u: Tensor, values: Tensor, projected: Tensor, moment: Tensor) -> Factors:
         """Return A and B with s·BA = U·projected.
 
         Args:
@@ -94,6 +95,7 @@ class QuantisationError(Observer):
             u: U (o, r).
             values: Σ (r,).
             projected: Uᵀ E (r, i).
+            moment: R (i, i).
         """
         raise NotImplementedError(f"{type(self).__name__} must define split")
 

@@ -22,7 +22,7 @@ class Cloq(QuantisationError):
     title = "CLoQ"
     damping = 0.01
 
-    def split(self, adapter: "Lora", u: Tensor, values: Tensor, projected: Tensor) -> Factors:
+    def split(self, adapter: "Lora", u: Tensor, values: Tensor, projected: Tensor, moment: Tensor) -> Factors:
         return projected / adapter.scaling, u
 
 
