@@ -23,4 +23,4 @@ def names() -> list[tuple[str, str]]:
             continue
         found |= {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef | ast.FunctionDef)}
     pairs = [(name, " ".join(PARTS.findall(name)).lower()) for name in sorted(found)]
-    return [(name, words) for name, words in pairs if 1 < len(words.split()) and len(name) <= 40]
+    return [(name, words) for name, words in pairs if len(words.split()) > 1 and len(name) <= 24]

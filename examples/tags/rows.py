@@ -33,7 +33,7 @@ def sentences(folder: Path) -> Iterator[tuple[str, str]]:
 
 
 def tagged(sentence: str) -> tuple[list[str], list[str]] | None:
-    """Return the words without their markup, and their tags; None for a sentence without markup, or with other markup."""
+    """Return the words without their markup, and their tags; None for a sentence without such markup."""
     words: list[str] = []
     tags: list[str] = []
     end = 0

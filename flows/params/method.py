@@ -51,7 +51,7 @@ class Method(Section):
     lora_alpha: Positive | None = None
     lora_dropout: Share | None = None
     use_rslora: bool = False
-    init: Literal["default", "loftq", "qera", "cloq"] = "default"
+    init: Literal["auto", "default", "loftq", "qera", "cloq"] = "auto"
     schedule: Schedule = Schedule()
     options: dict[str, Any] = Field(default={})
 
@@ -96,7 +96,7 @@ class Method(Section):
     @field_validator("init")
     @classmethod
     def _check_init(cls, init: str, info: ValidationInfo) -> str:
-        if init != "default" and info.data.get("name", "lora") != "lora":
+        if init not in ("auto", "default") and info.data.get("name", "lora") != "lora":
             raise invalid_value(f"{info.data['name']} has no such start; give default")
         return init
 
@@ -127,7 +127,7 @@ class Method(Section):
     @model_validator(mode="after")
     def _check_option_is_given_once(self) -> Self:
         option = self.options.get("init_lora_weights", self.init)
-        if self.init not in ("default", option):
+        if self.init not in ("auto", "default", option):
             raise invalid_value(
                 f"method.init is {self.init}, which is the same option; leave it out here",
                 "options.init_lora_weights",

@@ -98,7 +98,27 @@ with warnings.catch_warnings():
             Raises:
                 pydantic.ValidationError: This release does not accept a key or a value.
             """
-            return cls.model_validate(_with_new_names(values, ()))
+            renamed = _with_new_names(values, ())
+            # earlier releases had no other start
+            return cls.model_validate({**renamed, "method": {"init": "default", **renamed.get("method", {})}})
+
+        @property
+        def start(self) -> str:
+            """The start of a new adapter: `method.init`, or what `auto` means for these parameters.
+
+            QERA is chosen where it is measured to pay: one new LoRA that learns answers on a base in 4 bits. Elsewhere
+            the base must be the model before training (preferences, a teacher), or there is an adapter already.
+            """
+            method, train = self.method, self.train
+            if method.init != "auto":
+                return method.init
+            pays = (
+                (method.name == "lora" and method.r != "auto" and not method.options)
+                and (train.objective == "sft" and train.distillation.teacher is None and train.start_from is None)
+                and train.processes * train.nodes == 1
+                and self.quantization.storage in ("nf4", "fp4")
+            )
+            return "qera" if pays else "default"
 
         @property
         def scorers(self) -> list[Scorer]:

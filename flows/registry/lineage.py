@@ -144,7 +144,7 @@ def adapter_ranks(adapter: Path) -> dict[str, Any]:
 
 
 def data_summary(paths: Paths) -> dict[str, Any]:
-    """Return the data's source, the rows of each split, {reason: number} of dropped rows, and names of classes if any."""
+    """Return the data's source, rows of each split, {reason: number} of dropped rows, and names of classes if any."""
     report = read_json(paths.data_report)
     rows = {name: split["rows"] for name, split in report["splits"].items()}
     named = {"labels": report["labels"]} if "labels" in report else {}

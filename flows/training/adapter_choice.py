@@ -42,8 +42,8 @@ def adapter_config(params: Params, total_steps: int, tokens: TokenRows | None = 
             options[field] = value
     if method.use_rslora:
         options["use_rslora"] = True
-    if method.init != "default":
-        options["init_lora_weights"] = method.init
+    if (start := params.start) != "default":
+        options["init_lora_weights"] = start
     config = _with_rows(PeftConfig.from_dict({**options, **method.options}), tokens)
     schedule = config.schedule_options(total_steps, method.schedule.warmup_share, method.schedule.final_share)
     return replace(config, **{name: value for name, value in schedule.items() if name not in method.options})

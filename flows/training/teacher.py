@@ -35,7 +35,7 @@ def load_teacher(params: Params, paths: Paths, base: nn.Module, longest: int) ->
     if distillation.version is None:
         return load_other_model(distillation.teacher, paths)
     check_teacher(params, paths)
-    changes_base = params.method.init != "default" or "init_lora_weights" in params.method.options
+    changes_base = params.start != "default" or "init_lora_weights" in params.method.options
     if not changes_base:
         copy: Any = shared_copy(base)
     else:

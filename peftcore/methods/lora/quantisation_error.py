@@ -14,11 +14,11 @@ Shapes: i in_features, o out_features, r rank; W, Q, E, L (o, i), R, C (i, i), U
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from peftcore.errors import ConfigError
 from peftcore.kernels.input_moments import InputMoments, cholesky_root
-from peftcore.kernels.maths import weight_shape
 from peftcore.methods.lora.initialisation import Factors, Initialisation, draw_defaults, truncated_svd
 from peftcore.methods.lora.observer import Observer
 
@@ -74,27 +74,25 @@ class QuantisationError(Observer):
                     f"inputs, and its rank {adapter.r} needs at least as many; give more rows (a few hundred), a "
                     "smaller r, or exclude the layer"
                 )
-            if adapter.r > (most := min(weight_shape(adapter.base))):
-                raise ConfigError(
-                    f"init_lora_weights={self.config.init_lora_weights!r}: r={adapter.r} exceeds the {most} singular "
-                    f"vectors of {path}; take a smaller r"
-                )
 
     def factors(self, path: str, adapter: "Lora") -> Factors:
         weight = self.original(path).to(adapter.base.device).float()
         error = weight - adapter.base.read_unmerged().float()
         moment = self.moments.pop(path)
-        u, values = error_directions(error, moment, adapter.r, self.damping)
-        return self.split(adapter, u, values, u.T @ error, moment)
+        rank = min(adapter.r, *error.shape)  # further components keep plain LoRA's start
+        u, values = error_directions(error, moment, rank, self.damping)
+        a, b = self.split(adapter, u, values, u.T @ error, moment)
+        further = adapter.r - rank
+        return torch.cat([a, adapter.lora_A.detach()[rank:].to(a)]), nn.functional.pad(b, (0, further))
 
     def split(self, adapter: "Lora", u: Tensor, values: Tensor, projected: Tensor, moment: Tensor) -> Factors:
-        """Return A and B with s·BA = U·projected.
+        """Return A (k, i) and B (o, k) with s·BA = U·projected; k is r, or the layer's smaller side.
 
         Args:
             adapter: The adapter of the layer; A still has its random start.
-            u: U (o, r).
-            values: Σ (r,).
-            projected: Uᵀ E (r, i).
+            u: U (o, k).
+            values: Σ (k,).
+            projected: Uᵀ E (k, i).
             moment: R (i, i).
         """
         raise NotImplementedError(f"{type(self).__name__} must define split")

@@ -1,6 +1,7 @@
 """All of params.yaml: defaults, renamed keys, the checks that span two sections, and the small sections."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from params_texts import read, refusal
@@ -136,3 +137,29 @@ def test_only_chats_have_tokens_whose_calibration_is_measured(tmp_path: Path) ->
     told = refusal(tmp_path, text + "evaluate: {calibration_rows: 8}")
     assert "evaluate.calibration_rows: 8 does not fit; train.objective is classification, and only sft has" in told
     assert read(tmp_path, "evaluate: {calibration_rows: 8}").evaluate.calibration_rows == 8
+
+
+@pytest.mark.parametrize(
+    ("values", "start"),
+    [
+        ({}, "qera"),
+        ({"method": {"init": "default"}}, "default"),
+        ({"method": {"init": "cloq"}}, "cloq"),
+        ({"method": {"r": "auto"}}, "default"),
+        ({"method": {"options": {"use_dora": True}}}, "default"),
+        ({"method": {"name": "ia3"}}, "default"),
+        ({"quantization": {"storage": "none"}}, "default"),
+        ({"quantization": {"storage": "int8"}}, "default"),
+        ({"train": {"start_from": "v0.1.0"}}, "default"),
+        ({"train": {"processes": 2}}, "default"),
+        ({"train": {"distillation": {"teacher": "base"}}}, "default"),
+        ({"data": {"source": "a.jsonl", "kind": "preference"}, "train": {"objective": "dpo"}}, "default"),
+    ],
+)
+def test_the_start_auto(values: dict[str, Any], start: str) -> None:
+    assert Params.model_validate(values).start == start
+
+
+def test_a_record_without_a_start_had_the_default_one() -> None:
+    assert Params.from_record({"method": {"name": "lora"}}).start == "default"
+    assert Params.from_record({"method": {"init": "auto"}}).start == "qera"

@@ -16,7 +16,7 @@ def test_the_factors_are_the_papers() -> None:
     moment = x.T @ x / 50
     adapter: object = Adapter()
     u, values = error_directions(error, moment, 3, Cloq.damping)
-    a, b = Cloq.split(object.__new__(Cloq), adapter, u, values, u.T @ error)  # type: ignore[arg-type]
+    a, b = Cloq.split(object.__new__(Cloq), adapter, u, values, u.T @ error, moment)  # type: ignore[arg-type]
     # the paper's weights are (i, o): C ΔW = U Σ Vᵀ, A = C⁻¹ U Σ, B = V, with C from the damped moment's eigenvectors
     damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(8)
     spectrum, vectors = torch.linalg.eigh(damped)
