@@ -6,6 +6,8 @@ from typing import Literal, get_args
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
+CORRECTED_STORAGE = "corrected_storage.json"
+"""File of an adapter's folder with the storage whose losses the adapter corrects."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from flows.runtime.stage import fail, is_disk_full
 from peftcore.errors import PeftError
 
 if TYPE_CHECKING:
-    from flows.params import Params
+    from flows.params import Params, Quantization
     from flows.registry.reader import RegistryReader
     from flows.runtime.git import Git
 
@@ -74,15 +74,23 @@ def is_calibrated(base: Path) -> bool:
 
 
 @contextmanager
-def plain_base(base: Path) -> Iterator[Path]:
-    """Give a base's folder, or a temporary folder with the dequantised weights of a calibrated base."""
-    if not is_calibrated(base):
+def plain_base(base: Path, corrected: "Quantization | None" = None) -> Iterator[Path]:
+    """Give a base's folder, or a temporary folder with the dequantised weights that the adapter was trained on.
+
+    Args:
+        base: The base's folder.
+        corrected: The storage that the adapter corrects, if any. Without it, and without calibration, the base's own
+            folder is given.
+    """
+    calibrated = is_calibrated(base)
+    if corrected is None and not calibrated:
         yield base
         return
-    from flows.base.model import load_calibrated, load_tokenizer
+    from flows.base.model import load_calibrated, load_dequantized, load_tokenizer
 
     with TemporaryDirectory(prefix="peftcore-base-") as folder:
-        load_calibrated(base).save_pretrained(folder)
+        model = load_dequantized(base, corrected) if corrected and not calibrated else load_calibrated(base)
+        model.save_pretrained(folder)
         load_tokenizer(base).save_pretrained(folder)
         yield Path(folder)
 

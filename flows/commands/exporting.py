@@ -1,10 +1,13 @@
 """Export of an adapter directory for other runtimes."""
 
+import logging
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
 from flows.errors import PipelineError
+
+log = logging.getLogger(__name__)
 
 
 class Format(StrEnum):
@@ -61,6 +64,27 @@ def export(
     if form == Format.GGUF_LORA:
         return f"{export_gguf_lora(model, name, out, dtype=dtype)}: for llama.cpp, --lora beside the base{note}"
     return f"{export_gguf_merged(gguf or base, model, out, name, dtype)}: a whole model for llama.cpp{note}"
+
+
+def check_export(form: Format, gguf: Path | None, corrected: Any) -> None:
+    """Warn of a format that leaves the base to the reader although the adapter corrects a quantised base.
+
+    Args:
+        form: the format.
+        gguf: the base's own GGUF file, if it was given.
+        corrected: the `Quantization` that the adapter corrects; None for any other adapter.
+
+    Raises:
+        PipelineError: the adapter cannot be merged into that file.
+    """
+    if corrected is None:
+        return
+    fits = f"the adapter corrects what {corrected.storage} lost (method.init), so it fits those weights alone"
+    if form == Format.GGUF_MERGED:
+        if gguf is not None:
+            raise PipelineError(f"{fits}, and not {gguf}; leave --gguf out, or train with method.init: default")
+        return
+    log.warning("%s: on the 16-bit base its answers are worse; export gguf-merged, or train with init: default", fits)
 
 
 def _adapted(adapter: Path, base: Path) -> Any:

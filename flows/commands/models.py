@@ -51,10 +51,14 @@ def export(
     By default the adapter and the base are those of the current folder's pipeline.
     """
     with errors():
+        from flows.base.corrected import corrected_storage
+        from flows.commands.exporting import check_export
         from flows.commands.exporting import export as write
 
         of_adapter, of_base = adapter_and_base(adapter, base)
-        with one_document(as_json), plain_base(of_base) as plain:
+        corrected = corrected_storage(of_adapter)
+        check_export(form, gguf, corrected)
+        with one_document(as_json), plain_base(of_base, corrected) as plain:
             message = write(form, of_adapter, plain, out, gguf, dtype, rank, tolerance)
         print(json.dumps({"format": form, "path": str(out), "note": message}) if as_json else message)
 
@@ -79,6 +83,7 @@ def merge(
     measures the fidelity of the merged model.
     """
     with errors():
+        from flows.base.corrected import corrected_storage
         from peftcore.export import merge_streaming
 
         folders = adapter_and_base(adapter, base)
@@ -89,7 +94,8 @@ def merge(
             )
         size = int(shard_gb * 1e9)
         bar = not logs.is_quiet()
-        with one_document(as_json), plain_base(folders[1]) as plain:
+        corrected = corrected_storage(folders[0]) if storage is None else None
+        with one_document(as_json), plain_base(folders[1], corrected) as plain:
             written = merge_streaming(plain, folders[0], out, size, dtype, storage, double_quant, progressbar=bar)
         print(json.dumps({"path": str(written)}) if as_json else written)
 

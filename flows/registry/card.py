@@ -11,6 +11,8 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from flows.paths import CORRECTED_STORAGE
+
 CARD = "registry/README.md"
 """Path of the card in a version's own commit."""
 SLICES = 12
@@ -204,9 +206,21 @@ def _loading(record: Mapping[str, Any]) -> list[str]:
     outputs = 1 if objective in ("reward", "reranker") else len(labels)
     options = f", num_labels={outputs}" if outputs else ""
     tag, base, calibrated, note = f"{record['name']}@{record['version']}", "BASE", [], []
+    classes = loader
     if record.get("calibrated_base"):
         base, calibrated = "calibrated", [f"dvc get . artifacts/calibrated --rev {tag}"]
         note = ["The adapter fits its calibrated base alone. A base that is quantised anew is another one.", ""]
+    elif CORRECTED_STORAGE in record["adapter"]["files"]:
+        note = ["The adapter corrects what quantising the base lost. It is worse on the base in 16 bits.", ""]
+        stored = record["params"]["quantization"]
+        classes = f"{loader}, BitsAndBytesConfig"
+        quantised = (
+            f'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="{stored["storage"]}", '
+            f'bnb_4bit_use_double_quant={stored["double_quant"]}, bnb_4bit_compute_dtype="{stored["compute_dtype"]}")'
+            if stored["storage"] in ("nf4", "fp4")
+            else "BitsAndBytesConfig(load_in_8bit=True)"
+        )
+        options += f", quantization_config={quantised}"
     return [
         *note,
         "```sh",
@@ -215,7 +229,7 @@ def _loading(record: Mapping[str, Any]) -> list[str]:
         "```",
         "",
         "```python",
-        f"from transformers import {loader}",
+        f"from transformers import {classes}",
         "from peftcore import PeftModel  # or: from peft import PeftModel",
         "",
         f'model = PeftModel.from_pretrained({loader}.from_pretrained("{base}"{options}), "adapter")',

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProgressCallb
 from transformers.trainer_callback import PrinterCallback
 
 from flows.base.calibrated import calibrated_identity, check_adapter, name_of_base, trained_base
+from flows.base.corrected import write_corrected_storage
 from flows.base.model import check_base, load_for_training, load_tokenizer, padding_id
 from flows.charts.ranks import HEAT_MAP, rank_heat_map, rank_picture
 from flows.data.chat import end_token
@@ -31,7 +32,7 @@ from flows.paths import Paths
 from flows.runtime.progress import bars_closed
 from flows.runtime.stage import set_seed, start
 from flows.runtime.tracking import Backend, Tracker
-from flows.training.adapter_choice import adapter_config, save_tokenizer, token_rows
+from flows.training.adapter_choice import adapter_config, complete_manifest, token_rows
 from flows.training.arguments import fault_policy, training_arguments
 from flows.training.automatic_rank import FILE as RANKS
 from flows.training.automatic_rank import with_automatic_ranks
@@ -158,8 +159,10 @@ def _run(params: Params, paths: Paths, processes: PartialState) -> None:
         if not main:
             return
         model.save_pretrained(paths.adapter)
+        write_corrected_storage(params, paths.adapter, paths.start_adapter)
         if params.data.special_tokens or params.data.chat_template:
-            save_tokenizer(tokenizer, paths.adapter)
+            tokenizer.save_pretrained(paths.adapter)
+        complete_manifest(paths.adapter)
         summary = _summary(params, model, trainer.state, this.log, tracker.run_ids)
         with directory_written_atomically(paths.training) as training:
             write_atomically(training / paths.training_summary.name, json.dumps(summary, indent=2) + "\n")

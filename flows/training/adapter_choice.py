@@ -77,9 +77,8 @@ def token_rows(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, token
     return {path.rpartition(".")[2]: ids for path, module in model.named_modules() for end in ends if module is end}
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write the tokenizer into an adapter's folder, and its files into the folder's manifest."""
-    tokenizer.save_pretrained(folder)
+def complete_manifest(folder: Path) -> None:
+    """List the files that were added to an adapter's folder in its manifest, too."""
     for file in folder.iterdir():
         file.chmod(0o644)
     write_manifest(folder, [file.name for file in folder.iterdir() if file.name not in ("README.md", MANIFEST)])

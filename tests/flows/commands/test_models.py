@@ -5,11 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from command_line import peftcore
 from small_adapters import trained
+from transformers import AutoModelForCausalLM
 
+from flows.base.model import load_dequantized
+from flows.params import Quantization
+from flows.paths import CORRECTED_STORAGE
 from flows.serving.options import ServeOptions
-from peftcore import LoraConfig
+from peftcore import LoraConfig, PeftModel
 
 
 def test_a_streamed_merge(tiny_base: Path, tmp_path: Path) -> None:
@@ -19,6 +24,25 @@ def test_a_streamed_merge(tiny_base: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
     refused = peftcore("merge", str(tmp_path / "no"), *options, "--storage", "int3")
     assert refused.exit_code == 1 and refused.stderr.startswith("error: storage must be one of nf4, fp4")
+
+
+def test_an_adapter_that_corrects_a_storage_is_merged_into_its_weights(
+    tiny_base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = trained(tiny_base, LoraConfig(target_modules=["q_proj"]), tmp_path / "adapter")
+    (tmp_path / "adapter" / CORRECTED_STORAGE).write_text('{"storage": "nf4", "compute_dtype": "float32"}')
+    done = peftcore("merge", str(tmp_path / "out"), *options)
+    assert done.exit_code == 0, done.stderr
+    base = load_dequantized(tiny_base, Quantization.model_validate({"compute_dtype": "float32"}))
+    expected = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload().state_dict()
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).state_dict()
+    torch.testing.assert_close(merged, expected)
+    done = peftcore("export", "gguf-lora", str(tmp_path / "lora.gguf"), *options)
+    assert done.exit_code == 0 and "the adapter corrects what nf4 lost" in caplog.text
+    whole = ["export", "gguf-merged", str(tmp_path / "whole.gguf"), *options]
+    assert peftcore(*whole).exit_code == 0
+    refused = peftcore(*whole, "--gguf", str(tmp_path / "whole.gguf"))
+    assert refused.exit_code == 1 and "leave --gguf out" in refused.stderr
 
 
 def test_an_export_and_a_merge_tell_json(tiny_base: Path, tmp_path: Path) -> None:

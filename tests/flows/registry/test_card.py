@@ -46,6 +46,14 @@ def test_a_classifier_is_loaded_with_its_classes() -> None:
     assert "num_labels" not in model_card(record(params=params)), "an older record names no classes"
 
 
+def test_an_adapter_that_corrects_a_storage_is_loaded_on_it() -> None:
+    text = model_card(record(adapter={"content": "a" * 64, "files": {"corrected_storage.json": "f" * 64}}))
+    assert "It is worse on the base in 16 bits." in text
+    assert "from transformers import AutoModelForCausalLM, BitsAndBytesConfig" in text
+    assert 'quantization_config=BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", ' in text
+    assert "BitsAndBytesConfig" not in model_card(record())
+
+
 def test_the_hubs_reader_takes_it() -> None:
     card = ModelCard(model_card(record()))
     assert card.data.library_name == "peft"

@@ -1,0 +1,36 @@
+"""The storage whose losses an adapter corrects, in a file of the adapter's folder.
+
+An adapter that starts at the quantisation error of its base (`method.init`: loftq, qera, cloq) is worse on the 16-bit
+base than on the quantised weights. Its folder says so, wherever it goes.
+"""
+
+import json
+import shutil
+from pathlib import Path
+
+from flows.params import Params, Quantization
+from flows.paths import CORRECTED_STORAGE
+
+STARTS = ("loftq", "qera", "cloq")
+"""Values of `method.init` that correct what quantising the base lost."""
+
+
+def write_corrected_storage(params: Params, adapter: Path, before: Path) -> None:
+    """Write the file, or copy that of the adapter from which training went on. Nothing is written for other starts.
+
+    Args:
+        params: The parameters of the run.
+        adapter: The folder of the trained adapter.
+        before: The folder of the adapter to continue; it may be absent.
+    """
+    if params.start in STARTS:
+        stored = params.quantization.model_dump(include={"storage", "double_quant", "compute_dtype"})
+        (adapter / CORRECTED_STORAGE).write_text(json.dumps(stored, indent=2) + "\n")
+    elif (before / CORRECTED_STORAGE).exists():
+        shutil.copyfile(before / CORRECTED_STORAGE, adapter / CORRECTED_STORAGE)
+
+
+def corrected_storage(adapter: Path) -> Quantization | None:
+    """Return the storage that an adapter corrects; None if it corrects none."""
+    path = adapter / CORRECTED_STORAGE
+    return Quantization.model_validate_json(path.read_text()) if path.exists() else None
