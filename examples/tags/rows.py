@@ -55,7 +55,9 @@ def tagged(sentence: str) -> tuple[list[str], list[str]] | None:
 rows: dict[str, dict[str, object]] = {}
 for package in PACKAGES:
     found = 0
-    for module, sentence in sentences(Path(str(importlib.util.find_spec(package).origin)).parent):
+    spec = importlib.util.find_spec(package)
+    assert spec is not None, f"{package} is not installed"
+    for module, sentence in sentences(Path(str(spec.origin)).parent):
         if (pair := tagged(sentence)) and " ".join(pair[0]) not in rows and found < PER_PACKAGE:
             rows[" ".join(pair[0])] = {"tokens": pair[0], "tags": pair[1], "module": module, "package": package}
             found += 1
