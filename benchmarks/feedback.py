@@ -3,7 +3,7 @@
     python -m benchmarks.feedback FOLDER [--requests 64] [--panel 48]
 
 In FOLDER, which is new, the repository is cloned, and one real `peftcore serve --watch --record` runs over all weeks.
-Users ask short questions and rate the answers by one taste: at most 12 words, the last of which ends with a full stop.
+Users ask short questions and rate the answers by one taste: at most 16 words, the last of which ends with a full stop.
 A share NOISE of the ratings is wrong. In week 2 a crowd of other accounts gives CROWD of the ratings, and rates the
 opposite. After each week `peftcore feedback` makes rows for KTO, and `peftcore retrain` trains from the champion and
 asks the gate. A person looks at week 1 and trusts its file, so its rows are the test set; nobody trusts later files.
@@ -35,8 +35,8 @@ from benchmarks.machine import machine
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 WEEKS = ("1, trusted", "2, poisoned", "3", "4")
-WORDS, NOISE, CROWD = 12, 0.1, 0.8
-MAX_TOKENS = 24
+WORDS, NOISE, CROWD = 16, 0.1, 0.8
+MAX_TOKENS = 32
 MODEL = "docstrings"
 SYSTEM = "Answer in one short sentence."
 THINGS_TEXT = """
@@ -165,9 +165,9 @@ def _settle(clone: Path, incoming: Path, base: Path) -> None:
             "slice_column": None,
             "group_column": None,
             "train_rows": None,
-            "validation_rows": 12,
+            "validation_rows": 16,
             "test_rows": None,
-            "validation_share": 0.08,
+            "validation_share": 0.12,
             "test_share": 0.35,
             "near_duplicates": "keep",  # questions differ by one word here
         },
