@@ -79,8 +79,8 @@ from peftcore.train import (
 
 log = logging.getLogger("flows.stages.train")  # as a program this module is called __main__
 
-BATCHES_FOR_START = 32
-"""Batches of a data-driven initialisation."""
+ROWS_FOR_START = 96
+"""Training rows of a data-driven initialisation (count)."""
 
 
 def run(params: Params, paths: Paths) -> None:
@@ -249,7 +249,7 @@ def _start_from_data(params: Params, model: Any, rows: Dataset, pad: int, origin
     if not model.peft_config["default"].needs_data:
         return
     size = params.train.batch_size
-    firsts = start_rows(params, rows, BATCHES_FOR_START * size)
+    firsts = start_rows(params, rows, ROWS_FOR_START)
     batches = [start_batch(params, firsts[first : first + size], pad) for first in range(0, len(firsts), size)]
     needs_original = model.peft_config["default"].needs_original
     initialize_from_data(model, batches, model_path=original if needs_original else None)
