@@ -12,8 +12,8 @@ from benchmarks import feedback
     [
         ("A kettle heats water.", True),
         ("A kettle heats water", False),
-        ("one two three four five six seven eight nine ten eleven twelve.", True),
-        ("one two three four five six seven eight nine ten eleven twelve thirteen.", False),
+        ("word " * (feedback.WORDS - 1) + "end.", True),
+        ("word " * feedback.WORDS + "end.", False),
         ("It is hot. ", True),
     ],
 )
