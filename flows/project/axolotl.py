@@ -8,6 +8,7 @@ from flows.project.translation import (
     DATA,
     FULL_FINE_TUNING,
     NO_EFFECT,
+    PLAIN_LORA,
     SAME_ENDS,
     SCHEDULES,
     TASK,
@@ -87,7 +88,7 @@ def _adapter(name: str, config: Config) -> Mapping[str, Any]:
         raise NoCounterpart("of Axolotl's adapters lora and qlora have a counterpart; params.yaml has method.name")
     bits = {"load_in_4bit": "nf4", "load_in_8bit": "int8"}
     storage = next((kind for key, kind in bits.items() if config.values.get(key)), "none")
-    return {"method.name": "lora", "quantization.storage": "nf4" if name == "qlora" else storage}
+    return {**PLAIN_LORA, "quantization.storage": "nf4" if name == "qlora" else storage}
 
 
 def _modules(names: Any, _: Config) -> Mapping[str, Any]:

@@ -9,6 +9,7 @@ from flows.project.translation import (
     DATA,
     FULL_FINE_TUNING,
     NO_EFFECT,
+    PLAIN_LORA,
     SCHEDULES,
     TASK,
     TRAINING,
@@ -111,7 +112,7 @@ def _finetuning_type(kind: str, config: Config) -> Mapping[str, Any]:
         lora = {"method.r": rank, "method.lora_alpha": number(given.get("lora_alpha") or 2 * rank)}
         dropout = {"method.lora_dropout": number(given.get("lora_dropout", 0.0))}
         modules = _modules(given.get("lora_target", "all"), config)
-        return {"method.name": "lora", **lora, **dropout, **modules, **storage}
+        return {**PLAIN_LORA, **lora, **dropout, **modules, **storage}
     if kind == "oft":
         size = {"method.options.oft_block_size": given.get("oft_block_size", 32)}
         return {"method.name": "oft", **size, **_modules(given.get("oft_target", "all"), config), **storage}

@@ -20,6 +20,8 @@ from flows.errors import ParamsError
 BASE, DATA, TASK = "base", "data", "task"
 """Keys of a rule's values that are fields of `NewProject` and no parameters."""
 SAME_ENDS = "the base's own stay; leave this out if they are the same, or save a tokenizer with them (path:FOLDER)"
+PLAIN_LORA = {"method.name": "lora", "method.init": "default"}
+"""LoRA with its usual start, as the other tools have it."""
 FULL_FINE_TUNING = "peftcore trains adapters; for full fine-tuning of a model stay with {tool}"
 
 

@@ -56,6 +56,7 @@ def test_a_qlora_file_is_translated_whole(tmp_path: Path) -> None:
     assert done.project == {"base": "hub:example/model-1B", "data": str(tmp_path / "chats.jsonl")}
     assert done.values == {
         "method.name": "lora",
+        "method.init": "default",
         "quantization.storage": "nf4",
         "quantization.compute_dtype": "bfloat16",
         "method.r": 32,

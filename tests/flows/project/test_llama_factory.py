@@ -56,6 +56,7 @@ def test_a_file_is_translated_whole(tmp_path: Path) -> None:
     assert done.values == {
         "train.objective": "sft",
         "method.name": "lora",
+        "method.init": "default",
         "method.r": 8,
         "method.lora_alpha": 16.0,  # LLaMA-Factory's default is twice the rank
         "method.lora_dropout": 0.0,
