@@ -70,7 +70,11 @@ def initialize_from_data(
             "weights; leave it out"
         )
     bases = {path: adapter.base.layer for path, adapter in layers.items()}
-    observe(model, observer, bases, batches, forward, progress)
+    groups = observer.groups()
+    again = batches if len(groups) == 1 else list(batches)
+    for paths in groups:
+        observe(model, observer, {path: bases[path] for path in paths}, again, forward, progress)
+        observer.finish(paths)
     observer.check()
     apply_start(model, adapter_name, config, observer, progress)
 

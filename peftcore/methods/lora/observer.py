@@ -1,6 +1,6 @@
 """Base class of the initialisations that need data: an observer sees the layers of an adapter while the base runs."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
@@ -62,6 +62,13 @@ class Observer:
     def is_done(self) -> bool:
         """Return True if further batches would change nothing."""
         return False
+
+    def groups(self) -> list[list[str]]:
+        """Return the paths of the layers that are observed together; each group takes one pass over all batches."""
+        return [list(self.layers)]
+
+    def finish(self, paths: Sequence[str]) -> None:
+        """Reduce what was recorded of a group to its results, before the next group is observed."""
 
     def check(self) -> None:
         """Raise ConfigError if the data do not suffice; called after the last batch, before any adapter changes."""

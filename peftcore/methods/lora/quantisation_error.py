@@ -11,7 +11,7 @@ the error on the r output directions in which it is largest. It is the same L fo
 Shapes: i in_features, o out_features, r rank; W, Q, E, L (o, i), R, C (i, i), U (o, r).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -25,6 +25,10 @@ from peftcore.methods.lora.observer import Observer
 if TYPE_CHECKING:
     from peftcore.methods.lora.adapter import Lora
     from peftcore.methods.lora.config import LoraConfig
+
+
+MOMENT_BYTES = 2 << 30
+"""Largest memory of second moments at a time; a larger model takes several passes over the data."""
 
 
 def error_directions(error: Tensor, moment: Tensor, r: int, damping: float) -> tuple[Tensor, Tensor]:
@@ -59,6 +63,26 @@ class QuantisationError(Observer):
                 f"quantised at {plain[0]}; load the base in 4 or 8 bits, or use init_lora_weights=True"
             )
         self.moments = InputMoments(self.title)
+        self._made: dict[str, Factors] = {}
+
+    def groups(self) -> list[list[str]]:
+        """Return groups of layers whose second moments fit into MOMENT_BYTES, in the order of the layers."""
+        groups: list[list[str]] = [[]]
+        room = MOMENT_BYTES
+        for path, adapter in self.layers.items():
+            size = 4 * adapter.base.in_features**2
+            if groups[-1] and size > room:
+                groups.append([])
+                room = MOMENT_BYTES
+            groups[-1].append(path)
+            room -= size
+        return groups
+
+    @torch.no_grad()
+    def finish(self, paths: Sequence[str]) -> None:
+        for path in paths:
+            if self.moments.tokens.get(path, 0) >= self.layers[path].r:  # fewer are an error of `check`
+                self._made[path] = self._factors(path, self.layers[path])
 
     def begin(self, batch: Mapping[str, Any]) -> None:
         self.moments.begin(batch)
@@ -76,6 +100,9 @@ class QuantisationError(Observer):
                 )
 
     def factors(self, path: str, adapter: "Lora") -> Factors:
+        return self._made.pop(path)
+
+    def _factors(self, path: str, adapter: "Lora") -> Factors:
         weight = self.original(path).to(adapter.base.device).float()
         error = weight - adapter.base.read_unmerged().float()
         moment = self.moments.pop(path)
