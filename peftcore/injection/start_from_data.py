@@ -28,8 +28,8 @@ def initialize_from_data(
     """Initialise an adapter whose initialisation needs data, in place: "eva", "corda", "lora_ga", "qera" or "cloq".
 
     "eva" may change the ranks of layers, and remove the adapter of layers that get no rank. "qera" and "cloq" need a
-    quantised base, and take 4·i² bytes for each layer of i inputs meanwhile. Where that would exceed 2 GiB, they observe
-    the layers in groups, with one pass over the batches for each group.
+    quantised base, and take 4·i² bytes for each layer of i inputs meanwhile. Where that would exceed 2 GiB, they
+    observe the layers in groups, with one pass over the batches for each group.
 
     Args:
         model: The model with the adapter.
