@@ -62,8 +62,9 @@ def initialize_from_data(
             f"init_lora_weights={config.init_lora_weights!r} fits linear layers only; exclude {others[0]}"
         )
     observer = config.observer(layers)
+    groups = observer.groups()
     if observer.needs_original:
-        shapes = {path: weight_shape(adapter.base) for path, adapter in layers.items()}
+        shapes = {path: weight_shape(layers[path].base) for paths in groups for path in paths}
         observer.original = OriginalWeights(model, model_path, shapes).read
     elif model_path is not None:
         raise ConfigError(
@@ -71,7 +72,6 @@ def initialize_from_data(
             "weights; leave it out"
         )
     bases = {path: adapter.base.layer for path, adapter in layers.items()}
-    groups = observer.groups()
     again = batches if len(groups) == 1 else list(batches)
     for paths in groups:
         observe(model, observer, {path: bases[path] for path in paths}, again, forward, progress)

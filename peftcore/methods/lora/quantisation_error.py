@@ -57,10 +57,12 @@ class QuantisationError(Observer):
 
     def __init__(self, config: "LoraConfig", layers: "Mapping[str, Lora]"):
         super().__init__(config, layers)
-        if plain := [path for path, adapter in layers.items() if not adapter.base.quantized]:
+        self.quantised = {path: adapter for path, adapter in layers.items() if adapter.base.quantized}
+        """The layers that have lost something; others, such as an output head, keep plain LoRA's start."""
+        if not self.quantised:
             raise ConfigError(
                 f"init_lora_weights={config.init_lora_weights!r} corrects what quantising lost, and the base is not "
-                f"quantised at {plain[0]}; load the base in 4 or 8 bits, or use init_lora_weights=True"
+                f"quantised at {next(iter(layers))}; load the base in 4 or 8 bits, or use init_lora_weights=True"
             )
         self.moments = InputMoments(self.title)
         self._made: dict[str, Factors] = {}
@@ -69,7 +71,7 @@ class QuantisationError(Observer):
         """Return groups of layers whose second moments fit into MOMENT_BYTES, in the order of the layers."""
         groups: list[list[str]] = [[]]
         room = MOMENT_BYTES
-        for path, adapter in self.layers.items():
+        for path, adapter in self.quantised.items():
             size = 4 * adapter.base.in_features**2
             if groups[-1] and size > room:
                 groups.append([])
@@ -91,7 +93,7 @@ class QuantisationError(Observer):
         self.moments.add(path, x)
 
     def check(self) -> None:
-        for path, adapter in self.layers.items():
+        for path, adapter in self.quantised.items():
             if (tokens := self.moments.tokens.get(path, 0)) < adapter.r:
                 raise ConfigError(
                     f"init_lora_weights={self.config.init_lora_weights!r}: the calibration rows give {path} {tokens} "
@@ -100,6 +102,8 @@ class QuantisationError(Observer):
                 )
 
     def factors(self, path: str, adapter: "Lora") -> Factors:
+        if path not in self.quantised:
+            return adapter.lora_A.detach(), torch.zeros_like(adapter.lora_B)
         return self._made.pop(path)
 
     def _factors(self, path: str, adapter: "Lora") -> Factors:

@@ -139,6 +139,17 @@ def test_layers_in_groups_start_as_in_one_pass(start: str, monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("start", STARTS)
+def test_a_layer_that_is_not_quantised_starts_as_plain_lora(start: str) -> None:
+    config = LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=start)
+    model, weights = get_peft_model(Net(), config), original()
+    drawn = adapter_set(model).adapters("default")["1"].lora_A.detach().clone()
+    initialize_from_data(model, rows(), model_path=weights, progress=False)
+    quantised_layer, head = (adapter_set(model).adapters("default")[path] for path in ("0", "1"))
+    assert quantised_layer.lora_B.any()
+    assert torch.equal(head.lora_A, drawn) and not head.lora_B.any()
+
+
+@pytest.mark.parametrize("start", STARTS)
 def test_components_beyond_the_layers_smaller_side_start_as_plain_lora(start: str) -> None:
     model, weights = get_peft_model(Net(), LoraConfig(target_modules=["0"], r=35, init_lora_weights=start)), original()
     drawn = adapter_set(model).adapters("default")["0"].lora_A.detach().clone()
