@@ -8,6 +8,9 @@ import json
 import shutil
 from pathlib import Path
 
+from pydantic import ValidationError
+
+from flows.errors import BaseModelError
 from flows.params import Params, Quantization
 from flows.paths import CORRECTED_STORAGE
 
@@ -31,6 +34,18 @@ def write_corrected_storage(params: Params, adapter: Path, before: Path) -> None
 
 
 def corrected_storage(adapter: Path) -> Quantization | None:
-    """Return the storage that an adapter corrects; None if it corrects none."""
+    """Return the storage that an adapter corrects; None if it corrects none.
+
+    Raises:
+        BaseModelError: The file does not name a storage.
+    """
     path = adapter / CORRECTED_STORAGE
-    return Quantization.model_validate_json(path.read_text()) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        return Quantization.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        reason = error.errors()[0]
+        raise BaseModelError(
+            f"{path} names no storage of params.yaml's section quantization: {reason['msg']}"
+        ) from error

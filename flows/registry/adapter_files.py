@@ -5,11 +5,15 @@ from pathlib import Path
 import numpy
 from safetensors import SafetensorError, deserialize
 
+from flows.paths import CORRECTED_STORAGE
 from peftcore.files import MANIFEST, read_limited
 
 TOKENIZER = frozenset({"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"})
 """Files of the tokenizer, which an adapter with added tokens or another chat template has."""
-ALLOWED = frozenset({"adapter_config.json", "adapter_model.safetensors", "README.md", MANIFEST}) | TOKENIZER
+ALLOWED = (
+    frozenset({"adapter_config.json", "adapter_model.safetensors", "README.md", MANIFEST, CORRECTED_STORAGE})
+    | TOKENIZER
+)
 
 _FLOATS = {"F64": numpy.float64, "F32": numpy.float32, "F16": numpy.float16}
 _EXPONENT = {"BF16": (numpy.uint16, 0x7F80), "F8_E5M2": (numpy.uint8, 0x7C)}

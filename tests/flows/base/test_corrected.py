@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 
 from flows.base.corrected import corrected_storage, write_corrected_storage
+from flows.errors import BaseModelError
 from flows.params import Params
+from flows.paths import CORRECTED_STORAGE
 
 
 @pytest.fixture
@@ -32,6 +34,13 @@ def test_a_correcting_start_is_named(folders: tuple[Path, Path], values: dict[st
     found = corrected_storage(folders[0])
     assert (found and found.storage) == storage
     assert found is None or found.compute_dtype == params.quantization.compute_dtype
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"storage": "int3"}', "\xff"])
+def test_a_damaged_file_is_one_message(folders: tuple[Path, Path], text: str) -> None:
+    (folders[0] / CORRECTED_STORAGE).write_text(text, encoding="latin-1")
+    with pytest.raises(BaseModelError, match="corrected_storage.json names no storage"):
+        corrected_storage(folders[0])
 
 
 def test_training_that_goes_on_keeps_the_file(folders: tuple[Path, Path]) -> None:

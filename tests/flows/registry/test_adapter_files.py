@@ -6,14 +6,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from flows.paths import CORRECTED_STORAGE
 from flows.registry.adapter_files import foreign_files, non_finite_tensors
 
 WITH_INFINITY = ["float64", "float32", "float16", "bfloat16", "float8_e5m2"]
 BAD = [(dtype, value) for dtype in WITH_INFINITY for value in ("nan", "inf", "-inf")] + [("float8_e4m3fn", "nan")]
 
 
-def test_only_the_four_files_belong_there(tmp_path: Path) -> None:
-    for name in ("adapter_config.json", "adapter_model.safetensors", "README.md", "SHA256SUMS"):
+def test_only_known_files_belong_there(tmp_path: Path) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors", "README.md", "SHA256SUMS", CORRECTED_STORAGE):
         (tmp_path / name).touch()
     assert foreign_files(tmp_path) == []
     (tmp_path / "adapter_model.bin").touch()
