@@ -39,7 +39,7 @@ def test_a_correcting_start_is_named(folders: tuple[Path, Path], values: dict[st
 @pytest.mark.parametrize("text", ["", "[]", '{"storage": "int3"}', "\xff"])
 def test_a_damaged_file_is_one_message(folders: tuple[Path, Path], text: str) -> None:
     (folders[0] / CORRECTED_STORAGE).write_text(text, encoding="latin-1")
-    with pytest.raises(BaseModelError, match="corrected_storage.json names no storage"):
+    with pytest.raises(BaseModelError, match=r"corrected_storage\.json names no storage"):
         corrected_storage(folders[0])
 
 
