@@ -91,11 +91,11 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start to listen, and log the address. sockets: that of the API, and that of monitoring if there is one."""
         api, monitoring = (sockets[:1], sockets[1:]) if sockets else (None, None)
-        await super().startup(api)
-        if self._monitoring is not None:
+        if self._monitoring is not None:  # first, so that its port is open when the API answers
             self._monitoring.config.load()
             self._monitoring.lifespan = self._monitoring.config.lifespan_class(self._monitoring.config)
             await self._monitoring.startup(monitoring)
+        await super().startup(api)
         if self.started:
             logger.info("serving %s on %s", ", ".join(self._service.catalog.names()[:8]), self.address)
             if self.metrics_address is not None:
