@@ -168,8 +168,8 @@ def doctor(
 
         findings, demonstration = examine(paths, params), left_over(params)
         if params.train.objective == "grpo":
-            rows = read_rows(paths.split("train"))
-            findings = findings.plus(reward_findings(params.train.grpo.rewards, rows, paths.root))
+            rewarded = read_rows(paths.split("train"))
+            findings = findings.plus(reward_findings(params.train.grpo.rewards, rewarded, paths.root))
         if as_json:
             result = findings.as_dict() | {"demonstration": demonstration}
             print(json.dumps(result, indent=2, ensure_ascii=False))

@@ -45,6 +45,19 @@ def test_json_is_all_findings(root: Path) -> None:
     assert {finding["severity"] for finding in findings} == {"ok"}
 
 
+def test_rewards_are_tried(root: Path) -> None:
+    (root / "data").mkdir(exist_ok=True)
+    (root / "data" / "rewards.py").write_text("def short(prompt, answer, reference, row):\n    return -len(answer)\n")
+    grpo = "train: {objective: grpo, grpo: {rewards: [{scorer: 'data/rewards.py:short'}]}}\n"
+    (root / "params.yaml").write_text("data: {source: rows.jsonl, max_length: 200}\n" + grpo)
+    result = doctor("--rows", "1")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.count("supervised · weight 1") == 1
+    assert "reward short" in result.stdout and "sum of rewards" in result.stdout
+    findings = json.loads(doctor("--json").stdout)["findings"]
+    assert [finding["severity"] for finding in findings if finding["check"] == "sum of rewards"] == ["warning"]
+
+
 def test_an_error_is_exit_status_1(root: Path) -> None:
     (root / "params.yaml").write_text("data: {source: rows.jsonl, max_length: 40}\n")
     result = doctor("--json")
