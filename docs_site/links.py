@@ -27,6 +27,8 @@ PAGES = {
     "examples/many_adapters/README.md": "examples/many_adapters.md",
     "examples/preference/README.md": "examples/preference.md",
     "examples/retraining/README.md": "examples/retraining.md",
+    "examples/sequences/README.md": "examples/sequences.md",
+    "examples/tags/README.md": "examples/tags.md",
     "peftcore/methods/README.md": "how-to/add-a-method.md",
     "peftcore/serving/README.md": "explanation/server.md",
 }
