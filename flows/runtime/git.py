@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, TemporaryFile
 
 from flows.errors import RepositoryError
 
@@ -274,8 +274,13 @@ def _completed(
     # without optional locks `git status` does not write the user's index file
     everything = {**os.environ, "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C", **environment}
     command = ["git", "-C", str(folder), *arguments]
-    done = subprocess.run(command, env=everything, input=stdin, capture_output=True, text=True, errors="replace",
-                          check=False)  # fmt: skip
+    with TemporaryFile("w+", encoding="utf-8", errors="replace") as given:
+        given.write(stdin or "")
+        given.seek(0)
+        # If this process is killed, git goes on: it has the whole of `given`, where a pipe would end too early, and
+        # with close_fds=False it keeps the locks of flows.runtime.locks until it ends.
+        done = subprocess.run(command, env=everything, stdin=None if stdin is None else given, capture_output=True,
+                              encoding="utf-8", errors="replace", close_fds=False, check=False)  # fmt: skip
     if done.returncode:
         raise GitError(f"`git {arguments[0]}` failed: {done.stderr.strip() or done.stdout.strip()}")
     return done

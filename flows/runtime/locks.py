@@ -1,6 +1,7 @@
-"""Locks between processes; the system releases a lock when its process ends."""
+"""Locks between processes; the system releases a lock when its process, and the git command that it began, end."""
 
 import fcntl
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,7 @@ def shared(path: Path) -> Iterator[None]:
     """Wait until nobody holds the lock of the file `path` exclusively, and hold it beside other shared holders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
+        os.set_inheritable(file.fileno(), True)  # a git command holds the lock on if this process is killed
         fcntl.flock(file, fcntl.LOCK_SH)
         yield
 

@@ -14,13 +14,14 @@ from webhook_receiver import Receiver
 from flows.errors import RepositoryError
 from flows.params import Params
 from flows.runtime.git import Git
+from flows.runtime.locks import exclusive
 from flows.webhooks import Event, TagProof, announced, try_to_announce
 from flows.webhooks.delivery import deliver
 from flows.webhooks.outbox import Outbox, outbox_path
 
 Make = Callable[..., Params]
 TAG = """
-import os, signal, sys
+import os, signal, subprocess, sys
 from pathlib import Path
 from flows.params import Params
 from flows.runtime.git import Git
@@ -29,9 +30,16 @@ from flows.webhooks import Event, TagProof, announced, delivery, outbox
 root, url, moment, numbers = Path(sys.argv[1]), sys.argv[2], sys.argv[3], range(int(sys.argv[4]), int(sys.argv[5]))
 params, git = Params.model_validate({"webhooks": {"endpoints": [{"url": url}]}}), Git(root)
 
-def die(*_):
+def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
 
+if moment == "as git begins":
+    run_command = subprocess.run
+    def run_or_die(command, **options):
+        if "tag" in command:
+            subprocess.Popen.communicate = die
+        return run_command(command, **options)
+    subprocess.run = run_or_die
 if moment == "after the tag":
     outbox.Outbox.confirm = die
 if moment == "before it is sent":
@@ -56,6 +64,12 @@ def tags(repository: Path) -> set[str]:
     return {tag.name for tag in Git(repository).tags("docs#champion#*")}
 
 
+def wait_for_git(repository: Path) -> None:
+    """Wait until a git command that outlives its killed process has ended."""
+    with exclusive(Outbox(outbox_path(repository)).lock):
+        pass
+
+
 def announcements(receiver: Receiver) -> list[str]:
     return [f"docs#champion#{one['data']['tag']}" for one in receiver.accepted.values()]
 
@@ -65,6 +79,7 @@ def announcements(receiver: Receiver) -> list[str]:
     ("moment", "has_tag", "requests"),
     [
         ("before the tag", False, 0),
+        ("as git begins", True, 1),
         ("after the tag", True, 1),
         ("before it is sent", True, 1),
         ("after it is sent", True, 2),
@@ -74,6 +89,7 @@ def test_kill_9_at_each_moment(
     repository: Path, receiver: Receiver, params_of: Make, moment: str, has_tag: bool, requests: int
 ) -> None:
     assert run(repository, receiver.url, moment, 1, 2).wait(60) == -9
+    wait_for_git(repository)
     deliver(params_of(), repository)
     assert tags(repository) == ({"docs#champion#1"} if has_tag else set())
     assert set(announcements(receiver)) == tags(repository) and len(receiver.requests) == requests
@@ -97,6 +113,7 @@ def test_kill_9_at_random_moments(repository: Path, receiver: Receiver, params_o
         time.sleep(chance.random() * 0.3)
         process.kill()
         process.wait(10)
+        wait_for_git(repository)
     deliver(params_of(), repository, at_once=True)
     assert len(tags(repository)) >= 15
     assert sorted(announcements(receiver)) == sorted(tags(repository))
