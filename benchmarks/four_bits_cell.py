@@ -56,6 +56,7 @@ ARMS = {
     "cloq": Arm("NF4, CLoQ's start", start="cloq"),
     "rounding": Arm("NF4, rounding", rounding=True),
     "q4_1": Arm("GGUF Q4_1", storage="Q4_1"),
+    "q4_1-qera": Arm("GGUF Q4_1, QERA", storage="Q4_1", start="qera"),
     "q4_1-rounding": Arm("GGUF Q4_1, rounding", storage="Q4_1", rounding=True),
     "rounding-qera": Arm("NF4, rounding, QERA", rounding=True, start="qera"),
     "rounding-cloq": Arm("NF4, rounding, CLoQ's start", rounding=True, start="cloq"),

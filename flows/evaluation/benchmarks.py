@@ -12,11 +12,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from flows.base.hub import run_downloader
 from flows.errors import StageError
 from flows.params import Benchmark, Quantization
 from flows.params.file import suggest
 from peftcore.errors import require_extra
 from peftcore.files import MANIFEST, sha256, write_atomically
+
+logger = logging.getLogger(__name__)
+
+_DOWNLOAD = """
+import sys
+from lm_eval.tasks import TaskManager
+task, defaults = sys.argv[1:]
+TaskManager(include_defaults=bool(defaults)).load([task])
+"""
 
 Figures = dict[str, Any]
 """A benchmark of one model: {"value", "stderr" (None: the harness gives none), "metric", "higher", "rows"}."""
@@ -74,9 +84,15 @@ class Harness:
             near = suggest(benchmark.task, list(self._tasks.all_tasks), "")
             known = near if near.startswith("did you") else "`lm_eval ls tasks` lists all tasks"
             raise StageError(f"{at}: the harness has no such task; {known}, or give data/FILE.yaml")
+        spec = self._spec(benchmark)
         try:
             with contextlib.chdir(self._root):
-                self._tasks.load([self._spec(benchmark)])
+                try:
+                    self._tasks.load([spec])
+                except ConnectionError:  # its data lie on the hub, and are not cached; a stage is offline
+                    logger.info("downloading the data of the benchmark %s", benchmark.name)
+                    run_downloader("-c", _DOWNLOAD, spec, "" if benchmark.is_file else "with the harness's own")
+                    self._tasks.load([spec])
         except Exception as error:  # of the harness, of datasets, of the hub, or of code in the task's YAML
             raise StageError(
                 f"{at}: the task or its data cannot be loaded ({type(error).__name__}: {str(error)[:300]}); run it "

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from hub_server import HubServer
 
 from flows.base.model import load_dequantized, load_tokenizer
 from flows.errors import StageError
@@ -145,3 +146,33 @@ def test_a_metric_that_the_task_lacks_is_told_which_it_has() -> None:
     assert benchmarks._figures(quiz(), results)["stderr"] is None
     with pytest.raises(StageError, match="no metric acc_norm; it has acc,none"):
         benchmarks._figures(quiz(metric="acc_norm"), results)
+
+
+@pytest.mark.slow
+def test_data_on_the_hub_are_downloaded_once(root: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("HF_DATASETS_OFFLINE")
+    published = tmp_path / "published"
+    published.mkdir()
+    (root / "data" / "quiz.jsonl").rename(published / "test.jsonl")
+    of_files = "dataset_path: json\ndataset_kwargs: {data_files: {test: data/quiz.jsonl, train: data/quiz.jsonl}}\n"
+    task = QUIZ.replace(of_files, "dataset_path: org/quiz\n").replace("training_split: train\n", "")
+    (root / "data" / "quiz.yaml").write_text(task)
+    hub = HubServer()
+    hub.add("org/quiz", published)
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    with hub.running():
+        Harness([quiz()], root)
+        assert hub.downloaded().count("test.jsonl") == 1
+        Harness([quiz()], root)
+    assert hub.downloaded().count("test.jsonl") == 1
+    Harness([quiz()], root)  # the server is gone
+
+
+@pytest.mark.slow
+def test_data_that_the_hub_does_not_have(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_DATASETS_OFFLINE")
+    (root / "data" / "quiz.yaml").write_text(QUIZ.replace("dataset_path: json", "dataset_path: org/absent"))
+    hub = HubServer()
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    with hub.running(), pytest.raises(StageError, match=r"data/quiz.yaml: the task or its data cannot be loaded .*org/absent"):
+        Harness([quiz()], root)

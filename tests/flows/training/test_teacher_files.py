@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_server import HubServer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from flows.errors import StageError
@@ -42,3 +43,21 @@ def test_another_model_needs_the_same_tokens(tmp_path: Path, write_tiny_base: Ca
     tokenizer.save_pretrained(tmp_path / "large")
     with pytest.raises(StageError, match=r"its tokenizer differs from the base's in 1 entries"):
         load_other_model("path:large", paths)
+
+
+@pytest.mark.slow
+def test_a_teacher_on_the_hub(
+    tmp_path: Path, write_tiny_base: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths, hub = Paths(tmp_path), HubServer()
+    write_tiny_base(paths.base)
+    hub.add("org/large", paths.base)
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    expected = AutoModelForCausalLM.from_pretrained(paths.base, dtype=torch.bfloat16)(IDS).logits
+    with hub.running():
+        assert torch.equal(load_other_model("hub:org/large", paths)(IDS).logits, expected)
+        assert "model.safetensors" in hub.downloaded()
+        with pytest.raises(StageError, match=r"train\.distillation\.teacher hub:org/absent"):
+            load_other_model("hub:org/absent", paths)
+    assert torch.equal(load_other_model("hub:org/large", paths)(IDS).logits, expected)  # from the cache

@@ -1,4 +1,4 @@
-"""A server of the parts of the hub's HTTP interface that adapters need, for tests without a network."""
+"""A server of the parts of the hub's HTTP interface that models, adapters and data sets need: tests have no network."""
 
 import base64
 import hashlib
@@ -164,6 +164,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(("GET" if body else "HEAD", path))
         if self.hub.status is not None:
             return self._send(self.hub.status, {"error": "no"}, body=body)
+        path = path.replace("/datasets/", "/models/" if path.startswith("/api/") else "/", 1)
         is_api, is_tree = path.startswith("/api/models/"), "/tree/" in path
         head, _, tail = path.removeprefix("/api/models/" if is_api else "/").partition(
             "/tree/" if is_tree else "/revision/" if is_api else "/resolve/"
@@ -181,8 +182,8 @@ class _Handler(BaseHTTPRequestHandler):
         commit = repository.resolved(revision or "main")
         if commit is None:
             return self._send(404, {"error": "Invalid rev id"}, {"X-Error-Code": "RevisionNotFound"}, body)
-        if is_tree:  # transformers lists a folder of chat templates
-            files = [file for file in repository.files(commit) if file.startswith(f"{name}/")]
+        if is_tree:  # transformers lists a folder of chat templates, and datasets the whole repository
+            files = [file for file in repository.files(commit) if not name or file.startswith(f"{name}/")]
             listing = [{"type": "file", "path": file, "size": 1, "oid": commit} for file in files]
             if not files:
                 return self._send(404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"}, body)
