@@ -141,9 +141,12 @@ def changed_stages(root: Path, stages: Sequence[str] = ()) -> dict[str, list[str
 def stage_states(root: Path) -> dict[str, list[str]]:
     """Return {stage: its changes since it ran, in words} in topological order; [] means up to date."""
     lock = root / "dvc.lock"
-    ran = YAML(typ="safe").load(lock)["stages"] if lock.exists() else {}
-    changed = changed_stages(root)
-    return {stage: changed.get(stage, []) if stage in ran else ["has not run yet"] for stage in stage_order(root)}
+    with ThreadPoolExecutor(1) as pool:
+        changing = pool.submit(changed_stages, root)  # a process that takes a second, as the rest of this does
+        ran = YAML(typ="safe").load(lock)["stages"] if lock.exists() else {}
+        order = stage_order(root)
+        changed = changing.result()
+    return {stage: changed.get(stage, []) if stage in ran else ["has not run yet"] for stage in order}
 
 
 def _in_words(entry: Any, subject: str = "") -> list[str]:
