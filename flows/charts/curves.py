@@ -42,10 +42,14 @@ def headline_bars(base: Mapping[str, Any], adapter: Mapping[str, Any]) -> Markup
         ("accuracy", "Accuracy", "higher is better", "{:.1%}"),
         ("macro_f1", "Macro-F1", "0 to 1, higher is better", "{:.3f}"),
         ("entity_f1", "Entity F1", "0 to 1, higher is better", "{:.3f}"),
+        ("recall_at_1", "Recall@1", "higher is better", "{:.1%}"),
+        ("recall_at_10", "Recall@10", "higher is better", "{:.1%}"),
+        ("ndcg_at_10", "nDCG@10", "0 to 1, higher is better", "{:.3f}"),
     )
     panels = [panel for panel in every if panel[0] in base or panel[0] in adapter]
     figure = Figure(figsize=(11, 2.5), layout=ConstrainedLayoutEngine(wspace=0.12))
-    for axes, (key, title, note, form) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+    (every_axes,) = figure.subplots(1, len(panels), squeeze=False)
+    for axes, (key, title, note, form) in zip(every_axes, panels, strict=True):
         heights = [_height(side.get(key)) for side in (base, adapter)]
         labels = [_text(side.get(key), form) for side in (base, adapter)]
         bars = axes.bar(["base", "adapter"], heights, color=[BASE, ADAPTER], width=0.58)

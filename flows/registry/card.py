@@ -36,7 +36,7 @@ _LOADERS = {
 }
 """{objective: class that loads the base}; others are causal language models."""
 _FIGURES = {
-    "loss": "test loss, nats per token",
+    "loss": "test loss, nats",
     "perplexity": "perplexity",
     "rouge_l": "ROUGE-L",
     "ended": "EOS rate: share of answers that end before the token limit",

@@ -31,6 +31,8 @@ PARTS = (
     "best_of_n",
 )
 """Optional parts of an evaluation; records of older releases lack them."""
+MERGE = ("kl", "top1_agreement", "cosine")
+"""Figures of the merged model in metrics.json; the cosine is that of embeddings."""
 SOFTWARE = ("torch", "transformers", "bitsandbytes", "peftcore")
 
 
@@ -115,7 +117,7 @@ def headline_metrics(paths: Paths) -> dict[str, Any]:
     return {
         **{part: evaluation[part] for part in PARTS if evaluation.get(part) is not None},
         **{part: evaluation[part] for part in ("base", "adapter", "gain")},
-        "merge": {name: merge[name] for name in ("kl", "top1_agreement")},
+        "merge": {name: merge[name] for name in MERGE if name in merge},
         "training": {name: summary[name] for name in training},
     }
 

@@ -14,7 +14,7 @@ from flows.paths import Paths
 from flows.registry.lineage import read_json
 
 FIGURES = (
-    ("test loss (nats per token)", "loss", "{:.3f}"),
+    ("test loss (nats)", "loss", "{:.3f}"),
     ("perplexity", "perplexity", "{:.2f}"),
     ("ROUGE-L", "rouge_l", "{:.3f}"),
     ("EOS rate", "ended", "{:.1%}"),

@@ -13,6 +13,7 @@ import numpy
 
 from flows.gate.candidate import Candidate, CheckResult
 from flows.gate.rows import mean_value
+from flows.registry.lineage import MERGE
 from flows.verdicts import IDENTITY, suite_figures
 from peftcore.files import sha256
 
@@ -62,7 +63,7 @@ def _other_figures(record: Mapping[str, Any], candidate: Candidate) -> Iterator[
         "scorers": (record.get("metrics", {}).get("scorers"), candidate.metrics.get("scorers")),
         "merge": (
             record.get("metrics", {}).get("merge"),
-            {name: candidate.merge[name] for name in ("kl", "top1_agreement")},
+            {name: candidate.merge[name] for name in MERGE if name in candidate.merge},
         ),
     }
     for name, (registered, measured) in pairs.items():

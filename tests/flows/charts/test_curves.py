@@ -2,7 +2,7 @@
 
 import pytest
 
-from flows.charts.curves import reliability, reward_curve, slice_dumbbells
+from flows.charts.curves import headline_bars, reliability, reward_curve, slice_dumbbells
 
 
 @pytest.mark.parametrize("name", ["$x_$", "$", "a$b$c", r"\frac", "$$", "<b>&"])
@@ -10,6 +10,14 @@ def test_a_slice_s_name_is_no_mathematics(name: str) -> None:
     chart = slice_dumbbells({name: {"rows": 3, "base_loss": 2.0, "adapter_loss": 1.0}})
     shown = name.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     assert f"{shown} (3)" in chart
+
+
+def test_figures_of_a_search_and_a_figure_alone_are_drawn() -> None:
+    search = {"loss": 1.5, "recall_at_1": 0.64, "recall_at_5": 0.88, "recall_at_10": 0.96, "ndcg_at_10": 0.79}
+    drawn = str(headline_bars({"loss": 1.9}, search))
+    assert 'aria-label="Base against adapter: Test loss, Recall@1, Recall@10, nDCG@10"' in drawn
+    assert "64.0%" in drawn and "0.790" in drawn
+    assert 'aria-label="Base against adapter: Test loss"' in str(headline_bars({"loss": 1.9}, {"loss": 1.5}))
 
 
 def test_a_reliability_plot_names_both_errors() -> None:

@@ -174,5 +174,6 @@ def test_data_that_the_hub_does_not_have(root: Path, monkeypatch: pytest.MonkeyP
     (root / "data" / "quiz.yaml").write_text(QUIZ.replace("dataset_path: json", "dataset_path: org/absent"))
     hub = HubServer()
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
-    with hub.running(), pytest.raises(StageError, match=r"data/quiz.yaml: the task or its data cannot be loaded .*org/absent"):
+    refusal = r"data/quiz.yaml: the task or its data cannot be loaded .*org/absent"
+    with hub.running(), pytest.raises(StageError, match=refusal):
         Harness([quiz()], root)

@@ -70,7 +70,7 @@ def test_the_hubs_reader_takes_it() -> None:
 def test_it_says_what_a_reader_asks() -> None:
     text = model_card(record())
     for part in (
-        "| test loss, nats per token | 4.1 | 2.8 |",
+        "| test loss, nats | 4.1 | 2.8 |",
         "| json | 30 | 3.9 | 2.7 |",
         "KL divergence 0.0019 nats per token, top-1 agreement 0.977",
         "- rows: 40 train, 8 test, of 60 examples",

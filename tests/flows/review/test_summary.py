@@ -54,7 +54,7 @@ def test_the_time_per_token_is_that_of_one_request(printed: Callable[..., str]) 
 def test_figures_of_both_models_are_side_by_side(printed: Callable[..., str]) -> None:
     text = printed()
     assert rows(text) == {
-        "test loss (nats per token)": ["3.800", "2.700"],
+        "test loss (nats)": ["3.800", "2.700"],
         "ROUGE-L": ["0.160", "0.310"],
         "EOS rate": ["–", "87.5%"],
     }, "figures that the objective lacks have no row"
