@@ -65,7 +65,9 @@ def _keys(values: dict[str, Any], before: str = "") -> list[str]:
     return [*(f"{before}{key}" for key in values), *inner]
 
 
-@pytest.mark.parametrize("folder", ["docstrings", "classification", "tags", "sequences", "preference", "retraining"])
+@pytest.mark.parametrize(
+    "folder", ["docstrings", "classification", "tags", "sequences", "preference", "embeddings", "retraining"]
+)
 def test_rows_are_made_of_installed_packages(folder: str, examples: Path) -> None:
     made = subprocess.run(
         [sys.executable, "rows.py"], cwd=examples / folder, capture_output=True, text=True, check=False
@@ -138,7 +140,7 @@ def test_a_method_of_another_package_goes_through_the_pipeline(
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_embeddings(examples: Path, shell: Callable[..., str]) -> None:
-    shell(script(examples / "embeddings", None), examples / "embeddings")
+    assert "search v0.1.0 is champion" in shell(script(examples / "embeddings", None), examples / "embeddings")
     figures = json.loads((examples / "embeddings" / "out" / "figures.json").read_text())
     assert figures["functions"] == 16
     assert all(0 < value <= 1 for side in ("encoder", "adapter") for value in figures[side].values())
