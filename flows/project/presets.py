@@ -28,11 +28,13 @@ OWN_DATA: Values = {
     "data.train_rows": None,
     "data.validation_rows": 200,
     "data.test_rows": None,
+    "train.epochs": 1.0,
+    "train.evaluations": 5,
     "gate.min_loss_gain": 0.0,
     "gate.min_rouge_l_gain": None,
     "gate.min_eos_rate": None,
 }
-"""In place of the demonstration's limits: all rows are used, and the adapter must have a lower loss than the base."""
+"""In place of the demonstration's values: all rows are used, and the adapter must have a lower loss than the base."""
 
 _RETRIEVAL: Values = {
     "data.kind": "retrieval",

@@ -12,12 +12,15 @@ from flows.params import Params, load_params
 ROOT = Path(__file__).parents[3]
 
 
-def test_the_shipped_file_holds_every_key_at_its_default() -> None:
+def test_the_shipped_file_holds_every_key_at_its_default_but_for_the_length_of_the_demonstration() -> None:
     def keys(section: object) -> object:
         return {k: keys(v) for k, v in section.items()} if isinstance(section, dict) else None
 
     shipped = YAML(typ="safe").load(ROOT / "params.yaml")
-    assert load_params(ROOT / "params.yaml") == Params()
+    given = load_params(ROOT / "params.yaml")
+    assert (given.train.epochs, given.train.evaluations) == (0.6, 3)
+    train = given.train.model_copy(update={"epochs": 1.0, "evaluations": 5})
+    assert given.model_copy(update={"train": train}) == Params()
     assert keys(shipped) == keys(Params().model_dump())
 
 
