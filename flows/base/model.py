@@ -13,7 +13,6 @@ weights. They are dequantised once, because a quantised forward in evaluation mo
 """
 
 import hashlib
-import logging
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -56,9 +55,6 @@ EAGER_UP_TO = 512
 
 The fused kernel's backward took 44 ms a layer for 8 rows of 112 tokens (bf16, one core), a third of the step; eager
 attention takes 5 ms, but its memory grows with the square of the length."""
-
-# on import it warns of an optional inference kernel that training does not use
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def device() -> torch.device:

@@ -12,6 +12,7 @@ import typer
 
 from flows.commands.common import AsJson, errors, project
 from flows.errors import ParamsError
+from flows.project.presets import TASKS
 from flows.runtime.stage import fail
 
 if TYPE_CHECKING:
@@ -36,9 +37,7 @@ def init(
     ] = None,
     task: Annotated[
         str | None,
-        typer.Option(
-            help="chat, text, preference, unpaired_preference, classification, embeddings or reranker; default: chat."
-        ),
+        typer.Option(help=f"{', '.join(TASKS[:-1])} or {TASKS[-1]}; default: chat."),
     ] = None,
     hardware: Annotated[str | None, typer.Option(help="cpu or gpu; default: what this machine has.")] = None,
     name: Annotated[str | None, typer.Option(help="Name in the registry; default: the folder's name.")] = None,
@@ -119,7 +118,7 @@ def _new_project(
 ) -> "NewProject":
     """Return the project that the options of `init`, files of parameters, and answers describe."""
     from flows.project.create import NewProject, name_from, values_of
-    from flows.project.presets import ENCODER, HARDWARE, TASKS, task_of
+    from flows.project.presets import ENCODER, HARDWARE, task_of
 
     values = {key: value for file in files for key, value in values_of(file).items()}
     data, base = data or values.get("data.source"), base or values.get("base.source")

@@ -12,7 +12,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -22,7 +22,7 @@ from ruamel.yaml import YAML
 
 from flows.errors import ParamsError, RepositoryError
 from flows.params import Params, load_params
-from flows.params.data import DEMONSTRATION
+from flows.params.data import DEMONSTRATION, MIXTURE, source_names
 from flows.params.section import HUB, Section
 from flows.paths import Paths
 from flows.project.presets import Hardware, Task, preset
@@ -87,8 +87,8 @@ class NewProject:
     name: str
     """Name of the adapter in the registry."""
     data: str
-    """A .jsonl, .csv or .parquet file or a folder of them, from the current folder; hub:NAME[@REVISION]; or
-    stdlib:docstrings."""
+    """A .jsonl, .csv or .parquet file or a folder of them, from the current folder; hub:NAME[@REVISION];
+    stdlib:docstrings; or mixture, with `data.mixture` in `values`."""
     base: str
     """Base model, as `base.source` of params.yaml."""
     task: Task
@@ -129,9 +129,9 @@ def create_project(root: Path, project: NewProject, force: bool = False) -> list
     is_nested = _check_place(root)
     _check_name_is_free(root, project.name)
     _check_base(root, project.base)
-    source, copied = _data_source(root, project.data, project.task)
+    project, copied = _with_data_in(root, project)
     remote = _default_remote(root)
-    _check_params(params := params_text(project, source, remote))
+    _check_params(params := params_text(project, remote))
     files = {
         "params.yaml": params,
         "dvc.yaml": (pipeline := pipeline_text(project.name)),
@@ -148,7 +148,7 @@ def create_project(root: Path, project: NewProject, force: bool = False) -> list
         dvc(root, "init", "--quiet", *(["--subdir"] if is_nested else []))
         files[".dvc/config"] = DVC_CONFIG
     if not (root / "README.md").exists():
-        files["README.md"] = readme_text(project, source)
+        files["README.md"] = readme_text(project)
     for name, lines in IGNORED.items():
         files[name] = _with_lines(root / name, lines)
     for name, file in copied.items():
@@ -167,17 +167,28 @@ def create_project(root: Path, project: NewProject, force: bool = False) -> list
 def values_of(file: Path) -> dict[str, Any]:
     """Return {section.key: value} of a YAML file with some of the keys of params.yaml.
 
-    A relative `data.source` starts from the file's folder and becomes absolute.
+    Relative sources of data start from the file's folder and become absolute.
 
     Raises:
         ParamsError: The file cannot be read, or has an unknown key or a wrong value.
     """
     load_params(file)
     values = dict(_leaves(YAML(typ="safe").load(file), Params(), ""))
-    source = values.get("data.source")
-    if source is not None and source != DEMONSTRATION and not re.fullmatch(HUB, source):
-        values["data.source"] = str(file.resolve().parent / Path(source).expanduser())
+    if (source := values.get("data.source")) is not None:
+        values["data.source"] = _from(file.resolve().parent, source)
+    if mixture := values.get("data.mixture"):
+        absolute = [one | {"source": _from(file.resolve().parent, one["source"])} for one in mixture]
+        values["data.mixture"] = absolute
     return values
+
+
+def _from(folder: Path, source: str) -> str:
+    """Return a source of data with an absolute path."""
+    return (
+        source
+        if source in (DEMONSTRATION, MIXTURE) or re.fullmatch(HUB, source)
+        else str(folder / Path(source).expanduser())
+    )
 
 
 def _leaves(values: Mapping[str, Any], section: Section, before: str) -> Iterator[tuple[str, Any]]:
@@ -245,12 +256,11 @@ def difference(root: Path, files: dict[str, str]) -> str:
 # -- texts -----------------------------------------------------------------------------------------------------------
 
 
-def params_text(project: NewProject, source: str, remote: str = "local") -> str:
+def params_text(project: NewProject, remote: str = "local") -> str:
     """Return params.yaml: every key with its comment, and the values of the preset.
 
     Args:
-        project: What the project is about.
-        source: The value of `data.source`.
+        project: What the project is about, with its data as a path in its folder.
         remote: The DVC remote to which versions are pushed.
     """
     yaml = _yaml()
@@ -261,7 +271,7 @@ def params_text(project: NewProject, source: str, remote: str = "local") -> str:
         **project.values,
         "project.name": project.name,
         "base.source": project.base,
-        "data.source": source,
+        "data.source": project.data,
         "register.remote": remote,
     }
     for key, value in given.items():
@@ -303,10 +313,11 @@ def schema_text() -> str:
     return json.dumps(Params.model_json_schema(), indent=1) + "\n"
 
 
-def readme_text(project: NewProject, source: str) -> str:
+def readme_text(project: NewProject) -> str:
     """Return the README of a project."""
+    sources = source_names({"source": project.data, "mixture": project.values.get("data.mixture")})
     text = _template("readme.txt")
-    for mark, value in (("NAME", project.name), ("BASE", project.base), ("SOURCE", source)):
+    for mark, value in (("NAME", project.name), ("BASE", project.base), ("SOURCE", "`, `".join(sources))):
         text = text.replace(mark, value)
     return text
 
@@ -401,6 +412,22 @@ def _check_params(text: str) -> None:
         load_params(file)
 
 
+def _with_data_in(root: Path, project: NewProject) -> tuple[NewProject, dict[str, Path]]:
+    """Return the project with its data as paths in its folder, and {path in the project: file to copy there}."""
+    if project.data != MIXTURE:
+        source, copied = _data_source(root, project.data, project.task)
+        return replace(project, data=source), copied
+    mixture, copied = [], {}
+    for one in project.values.get("data.mixture", []):
+        source, files = _data_source(root, one["source"], project.task)
+        for name in files.keys() & copied.keys():
+            if files[name] != copied[name]:
+                raise ParamsError(f"data.mixture: {files[name]} and {copied[name]} would both be {name}; rename one")
+        copied |= files
+        mixture.append(one | {"source": source})
+    return replace(project, values={**project.values, "data.mixture": mixture}), copied
+
+
 def _data_source(root: Path, data: str, task: Task) -> tuple[str, dict[str, Path]]:
     """Return `data.source`, and {path in the project: file} of the files to copy into the project's folder `data`."""
     if data == DEMONSTRATION or re.fullmatch(HUB, data):
@@ -411,8 +438,8 @@ def _data_source(root: Path, data: str, task: Task) -> tuple[str, dict[str, Path
     files = [file for file in files if file.suffix in suffixes]
     if not files:
         raise ParamsError(
-            f"--data {data}: there is no {', '.join(suffixes)} file at {path}; give such a file, a folder of them, or "
-            "hub:NAME"
+            f"training data {data}: there is no {', '.join(suffixes)} file at {path}; give such a file, a folder of "
+            "them, or hub:NAME"
         )
     inside = root.resolve() / "data"
     if path.is_relative_to(inside):

@@ -9,7 +9,7 @@ disk     the outputs of the stages
 
 import shutil
 import tempfile
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,17 @@ from flows.params import Params
 from flows.paths import Paths
 from flows.resources.batches import Workload, workload
 from flows.resources.changes import Change, alternatives, changes
-from flows.resources.probe import Measured, Task, batches, depths, seconds_of, write_shallow_base
+from flows.resources.probe import (
+    SHAPES,
+    SHAPES_ON_CPU,
+    Measured,
+    Task,
+    batches,
+    depths,
+    further_shapes,
+    seconds_of,
+    write_shallow_base,
+)
 from flows.resources.probe_launch import Probe
 from flows.resources.sizes import Sizes, number_of_blocks, with_blocks
 from flows.resources.static_memory import StaticMemory, blocks_are_alike
@@ -206,7 +216,7 @@ def _measured(probe: Probe, config: Any, params: Params, work: Workload, timeout
         for count in blocks:
             base = Path(scratch) / str(count) / "base"
             write_shallow_base(with_blocks(config, count), base, params.project.seed)
-            chosen = batches(work, is_first=not tasks)
+            chosen = batches(work, is_first=not tasks, most=SHAPES_ON_CPU if device().type == "cpu" else SHAPES)
             tasks.append(
                 Task(
                     params=params.model_dump(),
@@ -217,9 +227,9 @@ def _measured(probe: Probe, config: Any, params: Params, work: Workload, timeout
                 )
             )
         results = probe.measure(tasks, timeout)
-    if len(blocks) == 1:
-        return results[0]
-    return results[0].deeper(results[1], (blocks[0], blocks[1]), number_of_blocks(config))
+    trained_on = len(tasks[0].others) or 1  # the last one is the largest batch again
+    first = replace(results[0], shapes=results[0].shapes * (len(further_shapes(work)) + 1) / trained_on)
+    return first if len(blocks) == 1 else first.deeper(results[1], (blocks[0], blocks[1]), number_of_blocks(config))
 
 
 def _time(measured: Measured, work: Workload, params: Params) -> dict[str, float]:

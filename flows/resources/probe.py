@@ -19,7 +19,10 @@ from flows.runtime.stage import set_seed
 TIMED = 3
 """Maximum shapes of batches that are timed."""
 SHAPES = 40
-"""Maximum shapes of batches to train on; their products fill oneDNN's cache (1,024 kernels)."""
+"""Maximum shapes of batches that cost memory; their products fill oneDNN's cache (1,024 kernels)."""
+SHAPES_ON_CPU = 8
+"""Shapes to train on in place of all: on a CPU each costs the same, 20 MiB of kernels, so the rest is extrapolated. On
+a GPU they cost gaps in the allocator's memory, which do not add up, and little time."""
 Timings = list[tuple[int, float]]
 """(positions of a batch, seconds), from small to large."""
 
@@ -36,7 +39,7 @@ class Task:
     others: list[BatchSize]
     """Training batches of further shapes, whose memory alone is measured."""
     evaluation: list[BatchSize]
-    """Batches to evaluate, each one twice."""
+    """Batches to evaluate."""
     longest: int
     """Tokens of the run's longest row."""
     optimizer_steps: int
@@ -121,16 +124,28 @@ def depths(blocks: int) -> tuple[int, ...]:
     return (blocks,) if blocks <= 4 else (2, min(6, blocks))
 
 
-def batches(work: Workload, is_first: bool) -> dict[str, list[BatchSize]]:
-    """Return the batches of a Task. is_first: the task is that of the model with fewest blocks."""
+def batches(work: Workload, is_first: bool, most: int) -> dict[str, list[BatchSize]]:
+    """Return the batches of a Task.
+
+    Args:
+        work: The batches of the run.
+        is_first: The task is that of the model with fewest blocks.
+        most: Maximum further shapes to train on.
+    """
     timed = shapes(work.training, TIMED)
-    others = [one for one in shapes(work.training, SHAPES) if one not in timed] if is_first else []
+    others = shapes(tuple(further_shapes(work)), most) if is_first else []
     # the largest batch again: it needs more memory between other shapes than alone
     return {
         "timed": timed,
         "others": [*others, work.largest] if others else [],
         "evaluation": [work.largest_evaluation],
     }
+
+
+def further_shapes(work: Workload) -> list[BatchSize]:
+    """Return a training batch of each shape that costs memory and is not timed."""
+    timed = shapes(work.training, TIMED)
+    return [one for one in shapes(work.training, SHAPES) if one not in timed]
 
 
 def seconds_of(batches: Sequence[BatchSize], timings: Timings) -> float:

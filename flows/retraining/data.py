@@ -1,7 +1,8 @@
 """Training data of a retraining: the files of rows, and which of them are new.
 
 Every version that a retraining registers has a list of its files with their SHA-256 (`data/NAME.sha256`) in its own
-commit. So any clone can recognise new files by their content.
+commit. So any clone can recognise new files by their content. The files of a version of `peftcore run` are those of the
+source in its commit.
 """
 
 import hashlib
@@ -22,8 +23,8 @@ from flows.paths import Paths
 from flows.registry.project_registry import registry_of
 from flows.registry.reader import RegistryReader, Version
 from flows.runtime.git import Git, GitError
-from flows.runtime.inputs import check_source_is_tracked
-from flows.runtime.project import dvc, get_output
+from flows.runtime.inputs import check_source_is_tracked, is_committed
+from flows.runtime.project import dvc, files_at, get_output
 from peftcore.files import sha256, write_atomically
 
 logger = logging.getLogger(__name__)
@@ -89,6 +90,7 @@ class Source:
         self.name = params.data.source
         self.is_path = not self.name.startswith(("stdlib:", "hub:"))
         self.is_hub = self.name.startswith("hub:")
+        self._known: dict[str, Files] = {}
 
     @property
     def place(self) -> Path:
@@ -187,13 +189,36 @@ class Source:
         Git(self.tree).commit(tracked, f"Data of a retraining: {len(files)} files\n")
 
     def files_of(self, version: Version) -> Files:
-        """Return the files that a version was trained on; none if no retraining registered the version."""
+        """Return the files that a version was trained on: its list, or those in its commit if a run registered it.
+
+        No files if the version had another source, or one of the hub, whose revision a run does not record.
+
+        Raises:
+            RepositoryError: DVC cannot get the data of the version's commit.
+        """
+        if version.commit not in self._known:
+            self._known[version.commit] = self.listed_files(version) or self._committed_files(version)
+        return self._known[version.commit]
+
+    def listed_files(self, version: Version) -> Files:
+        """Return the list of files in a version's commit; none if no retraining registered the version."""
         try:
             text = Git(self.root).show(version.commit, self.manifest)
         except GitError:
             return {}
         pairs = (line.split("  ", 1) for line in text.split("\n") if line)
         return {name: digest for digest, name in pairs}
+
+    def _committed_files(self, version: Version) -> Files:
+        record = registry_of(self.params, self.root).records([version]).get(version)
+        if record is None or record["params"]["data"]["source"] != self.name or self.is_hub:
+            return {}
+        if not self.is_path:
+            return {self.name: f"python {record['software']['python']}"}
+        if not is_committed(Git(self.root), self.name, version.commit):
+            return {}
+        with files_at(self.root, version.commit, [self.name]) as folder:
+            return self._files_below(folder / self.name)
 
     def quarantined_of(self, version: Version) -> Files:
         """Return the files that a version was trained on but not evaluated by."""
@@ -232,7 +257,7 @@ class Source:
                 f"them from git (`git rm -r --cached {self.name}`), or give another folder"
             )
         shutil.rmtree(self.place, ignore_errors=True)
-        newest = next((version for version in before if self.files_of(version)), None)
+        newest = next((version for version in before if self.listed_files(version)), None)
         if newest is not None:
             get_output(self.root, newest.commit, self.name, self.place)
         self.place.mkdir(parents=True, exist_ok=True)
@@ -275,12 +300,16 @@ class Source:
             return {self.name: self._revision()}
         if not self.is_path:
             return {self.name: f"python {python_version()}"}
-        if self.place.is_file():
-            files = {self.place.name: self.place}
+        return self._files_below(self.place)
+
+    def _files_below(self, place: Path) -> Files:
+        """Return the files of rows at a copy of the source, a file or a folder."""
+        if place.is_file():
+            files = {place.name: place}
         else:
             kind = self.params.data.kind
-            paths = sorted(path for path in self.place.rglob("*") if path.is_file() and is_of_rows(path, kind))
-            files = {path.relative_to(self.place).as_posix(): path for path in paths}
+            paths = sorted(path for path in place.rglob("*") if path.is_file() and is_of_rows(path, kind))
+            files = {path.relative_to(place).as_posix(): path for path in paths}
         for name in files:
             if not name.isprintable():
                 raise DataError(f"data.source {self.name}: the name of {name!a} {UNPRINTABLE}")

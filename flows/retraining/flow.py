@@ -254,7 +254,7 @@ class Retraining:
     def _collect(self, champion: Version | None) -> Collected:
         state = self.registry.snapshot()
         # `peftcore run` registers versions without a list of files, whose commits hold no incoming data
-        listed = next((one for one in reversed(state.versions()) if self.source.files_of(one)), None)
+        listed = next((one for one in reversed(state.versions()) if self.source.listed_files(one)), None)
         before = [*([listed] if listed else []), *versions_before(state, self.params.gate.stage)]
         return self.source.collect(before, champion, read_excluded(self.paths), read_trusted(self.paths))
 
@@ -268,7 +268,7 @@ class Retraining:
         reasons = ["--force was given"] if self.force else []
         if self.unfinished:
             reasons.append("the last retraining came to no verdict")
-        is_known = not collected.new_files and self._is_known(collected.files)
+        is_known = not collected.new_files and self._is_known(collected.files, before)
         if not is_known and not has_been_tried(self.paths, collected.files):
             new = f"{len(collected.new_files)} of {len(collected.files)} files are new"
             reasons.append(new if collected.new_files else "files were removed")
@@ -276,9 +276,10 @@ class Retraining:
             reasons += self._other_changes(before[0])
         return reasons
 
-    def _is_known(self, files: Files) -> bool:
-        """Return True if a version, promoted or refused, was trained on exactly these files."""
-        return any(self.source.files_of(version) == files for version in reversed(self.registry.versions()))
+    def _is_known(self, files: Files, before: list[Version]) -> bool:
+        """Return True if a retraining's version, promoted or refused, or one of `before` was trained on these files."""
+        listed = (self.source.listed_files(version) for version in reversed(self.registry.versions()))
+        return files in listed or any(self.source.files_of(version) == files for version in before)
 
     def _other_changes(self, newest: Version) -> list[str]:
         """Return the parameters and code that differ from the newest version's dvc.lock, in DVC's words.

@@ -54,15 +54,20 @@ def check_source_is_tracked(git: Git, source: str, what: str, commit: str | None
     """
     if source.startswith(("stdlib:", "hub:", "/", "~", "..")):
         return
-    names = _names(git, commit)
-    above = [source, *(source[:at] for at, mark in enumerate(source) if mark == "/")]
-    by_dvc = any(f"{path.rstrip('/')}.dvc" in names for path in above)
-    inside = f"{source.rstrip('/')}/"
-    if not by_dvc and not any(name == source or name.startswith(inside) for name in names):
+    if not is_committed(git, source, commit):
         raise DataError(
             f"data.source {source} is tracked neither by git nor by DVC, so {what} does not have it; "
             f"`git add {source}`, or `dvc add {source}` and `git add {source}.dvc`, then `git commit`"
         )
+
+
+def is_committed(git: Git, source: str, commit: str | None) -> bool:
+    """Return True if git or DVC has a file or folder in a commit; commit None: in git's index."""
+    names = _names(git, commit)
+    above = [source, *(source[:at] for at, mark in enumerate(source) if mark == "/")]
+    inside = f"{source.rstrip('/')}/"
+    by_dvc = any(f"{path.rstrip('/')}.dvc" in names for path in above)
+    return by_dvc or any(name == source or name.startswith(inside) for name in names)
 
 
 def _names(git: Git, commit: str | None) -> set[str]:

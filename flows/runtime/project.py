@@ -129,6 +129,19 @@ def stage_order(root: Path, output: Path | None = None) -> list[str]:
         raise RepositoryError(f"{root / 'dvc.yaml'}: {error}") from error
 
 
+def missing_inputs(root: Path, stage: str) -> dict[str, str]:
+    """Return {input of a stage of dvc.yaml that does not exist: the stage that writes it}."""
+    stages: dict[str, Any] = YAML(typ="safe").load(root / "dvc.yaml").get("stages", {})
+    writers = {path: name for name, one in stages.items() for path in _paths(one.get("outs", []))}
+    inputs = _paths(stages.get(stage, {}).get("deps", []))
+    return {path: writers[path] for path in inputs if path in writers and not (root / path).exists()}
+
+
+def _paths(entries: list[str | dict[str, Any]]) -> list[str]:
+    """Return the paths of a list of dvc.yaml, whose entries are paths or {path: options}."""
+    return [entry if isinstance(entry, str) else next(iter(entry)) for entry in entries]
+
+
 def changed_stages(root: Path, stages: Sequence[str] = ()) -> dict[str, list[str]]:
     """Return {stage: its changes since dvc.lock was written, in words}; {} if everything is up to date.
 

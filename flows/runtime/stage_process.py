@@ -16,7 +16,7 @@ from flows.errors import BusyError, RepositoryError, StageError, StageStopped
 from flows.runtime import logs
 from flows.runtime.processes import die_with_parent, is_alive, this_host
 from flows.runtime.progress import RUN
-from flows.runtime.project import DVC, stage_environment
+from flows.runtime.project import DVC, missing_inputs, stage_environment
 from flows.runtime.stage_code import refresh
 
 SECONDS_TO_STOP = 60.0
@@ -99,7 +99,11 @@ def _run_stage(
             process.wait()
         streams.close()
     if status:
-        raise StageError(f"stage {stage} failed; its own message is above")
+        missing = "".join(
+            f"; {name} is missing, which stage {earlier} writes: run `peftcore stage {earlier}`, or `peftcore run`"
+            for name, earlier in missing_inputs(root, stage).items()
+        )
+        raise StageError(f"stage {stage} failed; its own message is above{missing}")
 
 
 def _watched(process: subprocess.Popen[bytes], stage: str, timeout: float, should_stop: Callable[[], bool]) -> int:

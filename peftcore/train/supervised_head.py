@@ -86,6 +86,11 @@ class _AfterHead:
 
 
 _ALL_LOGITS = _AfterHead(None, takes_rows=False)
+_OF_ROWS = {"input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "labels", "adapter_names"}
+"""Arguments of a model whose first dimension is the batch's rows."""
+_PROBED_ROWS = 3
+"""Rows of the forward with probes. They do not divide the number of probes, so that code that folds logits into rows of
+text fails."""
 _AFTER_HEADS: WeakKeyDictionary[nn.Module, dict[Any, _AfterHead]] = WeakKeyDictionary()
 
 
@@ -132,6 +137,7 @@ def _find_after_head(
     """
     bare = getattr(model, "module", model)
     name = type(bare).__name__
+    inputs, mask = _few_rows(inputs, mask)
     hooks = HeadHooks(head, mask, None, None, probes=True)
     random = _random_state(mask.device)
     try:
@@ -158,6 +164,20 @@ def _find_after_head(
         consequence = "its output head runs at supervised positions" if keeps_rows else "all logits are computed"
         _LOG.info("%s processes its logits in an unknown way; %s", name, consequence)
     return _AfterHead(transform, transform is not None or keeps_rows)
+
+
+def _few_rows(inputs: Mapping[str, Any], mask: Tensor) -> tuple[Mapping[str, Any], Tensor]:
+    """Return the batch's rows with most supervised tokens; the whole batch if not every input is known to have rows."""
+    given = {name: value for name, value in inputs.items() if value is not None}
+    of_rows = all(isinstance(value, Tensor | list) and len(value) == len(mask) for value in given.values())
+    if not of_rows or not given.keys() <= _OF_ROWS or len(mask) <= _PROBED_ROWS:
+        return inputs, mask
+    rows = mask.sum(1).topk(_PROBED_ROWS).indices.tolist()
+    chosen = {
+        name: value[rows] if isinstance(value, Tensor) else [value[row] for row in rows]
+        for name, value in given.items()
+    }
+    return chosen, mask[rows]
 
 
 def _random_state(device: torch.device) -> list[Tensor]:

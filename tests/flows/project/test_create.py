@@ -258,6 +258,35 @@ def test_a_file_of_parameters_has_some_keys_and_its_data_beside_it(tmp_path: Pat
         values_of(file)
 
 
+def test_a_mixture_has_the_files_of_all_its_sources(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        rows(tmp_path / name, f"{name}.jsonl")
+    file = tmp_path / "params.yaml"
+    file.write_text(
+        "data: {source: mixture, mixture: [{source: a, weight: 3}, {source: b/b.jsonl, weight: 1}, "
+        "{source: 'hub:ORG/ROWS', weight: 1}, {source: 'stdlib:docstrings', weight: 2}]}\n"
+    )
+    (folder := tmp_path / "project").mkdir()
+    values = values_of(file)
+    written = create_project(folder, new(values["data.source"], values=values))
+    assert {"data/a/a.jsonl", "data/b.jsonl"} <= {*written}
+    mixture = load_params(folder / "params.yaml").data.mixture
+    assert [one.source for one in mixture] == ["data/a", "data/b.jsonl", "hub:ORG/ROWS", "stdlib:docstrings"]
+    assert "`data/a`, `data/b.jsonl`, `hub:ORG/ROWS`" in (folder / "README.md").read_text()
+
+    rows(tmp_path / "other", "b.jsonl")
+    with (tmp_path / "other" / "b.jsonl").open("a") as more:
+        more.write("\n")
+    file.write_text(
+        "data: {source: mixture, mixture: [{source: b/b.jsonl, weight: 3}, {source: other/b.jsonl, weight: 1, "
+        "name: other}]}\n"
+    )
+    (second := tmp_path / "second").mkdir()
+    with pytest.raises(ParamsError, match=r"would both be data/b\.jsonl; rename one"):
+        create_project(second, new("mixture", values=values_of(file)))
+    assert not contents(second)
+
+
 def test_the_standard_library_is_data_too(tmp_path: Path) -> None:
     create_project(tmp_path, new("stdlib:docstrings"))
     assert load_params(tmp_path / "params.yaml").data.source == "stdlib:docstrings"

@@ -13,7 +13,7 @@ from flows.project.presets import HARDWARE, TASKS, Hardware, Task, preset
 @pytest.mark.parametrize("hardware", HARDWARE)
 @pytest.mark.parametrize("task", TASKS)
 def test_a_preset_fits_params_yaml(task: Task, hardware: Hardware, tmp_path: Path) -> None:
-    text = params_text(NewProject("tickets", "data/rows.jsonl", "hub:ORG/NAME", task, hardware), "data/rows.jsonl")
+    text = params_text(NewProject("tickets", "data/rows.jsonl", "hub:ORG/NAME", task, hardware))
     (tmp_path / "params.yaml").write_text(text)
     params = load_params(tmp_path / "params.yaml")
     assert left_over(params) == []
@@ -33,5 +33,5 @@ def test_a_preset_fits_params_yaml(task: Task, hardware: Hardware, tmp_path: Pat
 
 def test_the_shipped_params_yaml_names_every_section() -> None:
     """DVC refuses a stage whose parameter is missing from the file."""
-    text = params_text(NewProject("tickets", "x", "hub:ORG/NAME", "chat", "cpu"), "x")
+    text = params_text(NewProject("tickets", "x", "hub:ORG/NAME", "chat", "cpu"))
     assert all(f"\n{section}:" in text for section in Params.model_fields)

@@ -7,7 +7,16 @@ import pytest
 from resource_cases import batch
 
 from flows.resources.batches import BatchSize, RowSize, Workload
-from flows.resources.probe import SHAPES, Measured, Task, batches, depths, seconds_of
+from flows.resources.probe import (
+    SHAPES,
+    SHAPES_ON_CPU,
+    Measured,
+    Task,
+    batches,
+    depths,
+    further_shapes,
+    seconds_of,
+)
 
 
 def test_two_shallow_models_give_the_deep_one() -> None:
@@ -43,8 +52,10 @@ def test_only_the_first_model_sees_many_shapes() -> None:
     rows = [RowSize(width, 4) for width in range(8, 648, 8)]
     training = tuple(BatchSize((row,) * 4, True) for row in rows)
     work = Workload(training, (batch(8, 40), batch(8, 80)), 5, 5, 640, True)
-    first, second = (batches(work, is_first) for is_first in (True, False))
+    first, second = (batches(work, is_first, SHAPES) for is_first in (True, False))
     assert [one.shape for one in first["timed"]] == [(4, 8), (4, 328), (4, 640)] == [o.shape for o in second["timed"]]
     assert SHAPES - 3 < len(first["others"]) <= SHAPES - 1 and first["others"][-1] == work.largest
     assert second["others"] == []
+    few = batches(work, True, SHAPES_ON_CPU)["others"]
+    assert len(few) == SHAPES_ON_CPU + 1 and few[-1] == work.largest and {*few} <= {*further_shapes(work), work.largest}
     assert first["evaluation"] == second["evaluation"] == [batch(8, 80)]

@@ -9,7 +9,7 @@ from resource_cases import batch, params
 from flows.errors import EstimateError
 from flows.paths import Paths
 from flows.resources.batches import workload
-from flows.resources.probe import Task, batches, write_shallow_base
+from flows.resources.probe import SHAPES, Task, batches, write_shallow_base
 from flows.resources.probe_launch import Probe
 from flows.resources.probe_process import _by_size, measure
 from flows.resources.sizes import with_blocks
@@ -27,7 +27,7 @@ def test_a_process_of_the_probe_measures_the_train_stages_own_steps(
     work = workload(chosen, paths)
     base = tmp_path / "probe" / "base"
     write_shallow_base(without_weights(paths.base).config, base, 0)
-    sizes = batches(work, is_first=True)
+    sizes = batches(work, is_first=True, most=SHAPES)
     found = measure(Task(chosen.model_dump(), str(base), **sizes, longest=work.longest, optimizer_steps=3), 1.5)
     assert [size for size, _ in found.training] == sorted({one.tokens for one in sizes["timed"]})
     assert [size for size, _ in found.evaluation] == sorted(one.tokens for one in sizes["evaluation"])
@@ -49,7 +49,8 @@ def test_the_process_runs_its_tasks_one_after_another(paths: Paths, tmp_path: Pa
     for blocks in (1, 2):
         base = tmp_path / str(blocks) / "base"
         write_shallow_base(with_blocks(config, blocks), base, 0)
-        tasks.append(Task(chosen.model_dump(), str(base), **batches(work, blocks == 1), longest=29, optimizer_steps=3))
+        sizes = batches(work, blocks == 1, SHAPES)
+        tasks.append(Task(chosen.model_dump(), str(base), **sizes, longest=29, optimizer_steps=3))
     with Probe() as probe:
         one, two = probe.measure(tasks, 600)
     assert one.importing == two.importing > 0

@@ -29,6 +29,9 @@ class Registered(Source):
     def files_of(self, version: Version) -> dict[str, str]:
         return self.known.get(version.number, {})
 
+    def listed_files(self, version: Version) -> dict[str, str]:
+        return self.known.get(version.number, {})
+
     def quarantined_of(self, version: Version) -> dict[str, str]:
         return self.judged_without.get(version.number, {})
 

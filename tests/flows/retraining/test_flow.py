@@ -107,6 +107,27 @@ def test_weeks_go_by(weekly: Any, tmp_path: Path) -> None:
     assert Source(weekly.params, clone, clone).files_of(version).keys() == {"week1.jsonl", "week2.jsonl"}
 
 
+@pytest.mark.parametrize("by_dvc", [False, True])
+@pytest.mark.slow
+def test_files_that_a_run_has_trained_on_are_not_new(weekly: Any, by_dvc: bool) -> None:
+    edit(weekly, (f"incoming: {weekly.incoming}, ", ""))
+    rows = weekly.root / "data" / "rows"
+
+    def add(name: str) -> None:
+        rows.mkdir(exist_ok=True)
+        (rows / name).write_text(f"{name}\n")
+        if by_dvc:
+            dvc(weekly.root, "add", "data/rows")
+        weekly.git("add", "data")
+        weekly.git("commit", "--quiet", "--message=Rows")
+
+    add("week1.jsonl")
+    assert weekly.register(loss=2.0)["version"] == "v0.1.0" and retrain(weekly).outcome == "unchanged"
+    add("week2.jsonl")
+    second = retrain(weekly)
+    assert (second.version, second.new_files, second.files) == ("v0.1.1", ["week2.jsonl"], 2)
+
+
 def drift_of(suspicious: dict[str, str]) -> DriftReport:
     return DriftReport("v0.1.0", 2.9, None, {}, suspicious)
 
@@ -319,7 +340,7 @@ def test_data_come_from_the_newest_version_of_a_retraining(weekly: Any, monkeypa
     versions = [Version(number, number, number, 0, "") for number in ("v0.1.0", "v0.1.1", "v0.1.2")]
     state = SimpleNamespace(versions=lambda: versions, stages=dict)
     monkeypatch.setattr(work.registry, "snapshot", lambda: state)
-    monkeypatch.setattr(work.source, "files_of", lambda one: {} if one.number == "v0.1.2" else {"a": one.number})
+    monkeypatch.setattr(work.source, "listed_files", lambda one: {} if one.number == "v0.1.2" else {"a": one.number})
     asked: list[Any] = []
     monkeypatch.setattr(work.source, "collect", lambda *arguments: asked.append(arguments))
     work._collect(versions[0])

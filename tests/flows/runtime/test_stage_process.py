@@ -101,6 +101,16 @@ def test_a_failing_stage_is_named(root: Path) -> None:
         run_stage(root, "wait", 60)
 
 
+def test_a_stage_without_its_inputs_names_the_stage_that_writes_them(root: Path) -> None:
+    (root / "dvc.yaml").write_text(
+        "stages:\n"
+        "  first: {cmd: exec python wait.py, outs: [{out.txt: {cache: false}}]}\n"
+        "  second: {cmd: exec python wait.py, deps: [out.txt, wait.py]}\n"
+    )
+    with pytest.raises(StageError, match=r"stage second failed.* out\.txt is missing, which stage first writes: run"):
+        run_stage(root, "second", 60)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="needs PR_SET_PDEATHSIG")
 @pytest.mark.usefixtures("shell")
 def test_a_stage_that_takes_too_long_is_stopped_with_all_below_it(root: Path) -> None:
