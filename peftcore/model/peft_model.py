@@ -5,6 +5,7 @@ import dataclasses
 import os
 import warnings
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import cache, partial, wraps
 from typing import Any
 
@@ -168,6 +169,17 @@ class PeftModel(LoadingMethods, ActivationMethods, MergingMethods, SavingMethods
     def unload(self) -> Any:
         """Remove all adapters, and return the base model with its original class and weights."""
         return _as_plain(merge.unload(self._module))
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """Return the submodule at a path of this model, or of HF PEFT's, which begins with `base_model.model`.
+
+        Raises:
+            AttributeError: there is no such submodule.
+        """
+        if target.startswith("base_model."):
+            with suppress(AttributeError):  # HF PEFT's path with an adapter of a prompt
+                return super().get_submodule(target.removeprefix("base_model."))  # type: ignore[misc]
+        return super().get_submodule(target.removeprefix("base_model.model."))  # type: ignore[misc]
 
     def get_base_model(self) -> Any:
         """Return the model itself, with its adapters; `unload` returns the model without them."""

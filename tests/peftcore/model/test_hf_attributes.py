@@ -18,6 +18,16 @@ def test_base_model_is_hf_pefts_outside_of_a_forward_pass_and_transformers_insid
     assert seen == [model.model]
 
 
+def test_paths_of_hf_peft_find_the_submodules_of_the_model(model: Any) -> None:
+    layer = model.model.layers[0]
+    assert model.get_submodule("base_model.model.model.layers.0") is layer
+    assert model.get_submodule("base_model.model.layers.0") is layer is model.get_submodule("model.layers.0")
+    assert model.get_parameter("base_model.model.lm_head.weight") is model.lm_head.weight
+    for path in ("base_model.model.nothing", "nothing"):
+        with pytest.raises(AttributeError, match="nothing"):
+            model.get_submodule(path)
+
+
 def test_methods_that_read_base_model_find_the_model_without_its_head(model: Any) -> None:
     assert model.get_decoder() is model.model
     assert model.get_input_embeddings() is model.model.embed_tokens
