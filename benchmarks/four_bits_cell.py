@@ -58,6 +58,7 @@ ARMS = {
     "q4_1": Arm("GGUF Q4_1", storage="Q4_1"),
     "q4_1-qera": Arm("GGUF Q4_1, QERA", storage="Q4_1", start="qera"),
     "q4_1-rounding": Arm("GGUF Q4_1, rounding", storage="Q4_1", rounding=True),
+    "q4_1-rounding-qera": Arm("GGUF Q4_1, rounding, QERA", storage="Q4_1", rounding=True, start="qera"),
     "rounding-qera": Arm("NF4, rounding, QERA", rounding=True, start="qera"),
     "rounding-cloq": Arm("NF4, rounding, CLoQ's start", rounding=True, start="cloq"),
 }

@@ -77,7 +77,7 @@ def loss_curves(table: Path, best_step: int | None) -> Markup:
             where = {"xytext": (-8, 22), "textcoords": "offset points", "ha": "right"}
             losses.annotate(f"best: {loss:.3f} at step {step}", (step, loss), **where, color=VALIDATION, weight="bold")
     losses.set_ylabel("nats per supervised token")
-    losses.legend(frameon=False, loc="upper right")
+    losses.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
     rates.fill_between(*rate, color=BASE, alpha=0.35, linewidth=0)
     rates.set_ylabel("learning rate")
     rates.set_xlabel("optimiser step")
