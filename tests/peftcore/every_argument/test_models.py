@@ -279,6 +279,12 @@ def test_switching_by_a_layer() -> None:
     assert list(layer.adapters) == ["a"]
 
 
+@checks("PeftModel.get_submodule", "target")
+def test_paths_of_submodules() -> None:
+    model = net("a")
+    assert model.get_submodule("0") is model.get_submodule("base_model.model.0") is model[0]
+
+
 @checks("refresh_adapters", "model")
 @checks("get_layer_status", "model")
 @checks("get_model_status", "model")

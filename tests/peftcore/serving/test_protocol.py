@@ -305,7 +305,8 @@ def test_a_required_tool_is_called_and_its_answer_goes_back(serving: Callable[..
     named = {"type": "function", "function": {"name": "weather"}}
     assert client.chat.completions.create(messages=SAY, **{**given, "tool_choice": named}).choices[0].message.tool_calls
     assert {spec.kind for spec in specs} == {"grammar"} and '\\"weather\\"' in specs[0].text
-    assert served.metric("peftcore_tool_calls_total") == 3
+    # counted after the response has been sent
+    served.wait(lambda: served.metric("peftcore_tool_calls_total") == 3)
 
     answer = {"role": "tool", "tool_call_id": call.id, "content": "sunny"}
     sent: Any = [*SAY, choice.message.model_dump(), answer]
