@@ -175,20 +175,17 @@ def values_of(file: Path) -> dict[str, Any]:
     load_params(file)
     values = dict(_leaves(YAML(typ="safe").load(file), Params(), ""))
     if (source := values.get("data.source")) is not None:
-        values["data.source"] = _from(file.resolve().parent, source)
+        values["data.source"] = _absolute(source, file.resolve().parent)
     if mixture := values.get("data.mixture"):
-        absolute = [one | {"source": _from(file.resolve().parent, one["source"])} for one in mixture]
-        values["data.mixture"] = absolute
+        values["data.mixture"] = [one | {"source": _absolute(one["source"], file.resolve().parent)} for one in mixture]
     return values
 
 
-def _from(folder: Path, source: str) -> str:
-    """Return a source of data with an absolute path."""
-    return (
-        source
-        if source in (DEMONSTRATION, MIXTURE) or re.fullmatch(HUB, source)
-        else str(folder / Path(source).expanduser())
-    )
+def _absolute(source: str, folder: Path) -> str:
+    """Return a source of data with its path from `folder`; one that is no path stays as it is."""
+    if source in (DEMONSTRATION, MIXTURE) or re.fullmatch(HUB, source):
+        return source
+    return str(folder / Path(source).expanduser())
 
 
 def _leaves(values: Mapping[str, Any], section: Section, before: str) -> Iterator[tuple[str, Any]]:
