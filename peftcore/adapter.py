@@ -336,6 +336,13 @@ class Adapter(_Constants):
         """
         return None
 
+    def factor_names(self) -> tuple[str, str] | None:
+        """Return the names of the parameters A and B if `low_rank` returns just them and `scaling`; else None.
+
+        A layer that decodes then reads them itself. What is returned may change only if an attribute is assigned.
+        """
+        return None
+
     def forward_weight(self, weight: Tensor) -> Tensor:
         """Return W' for a forward pass, dropout included; used with `weight_space_forward`.
 

@@ -17,6 +17,7 @@ from peftcore.errors import RoutingError
 from peftcore.layers.active import Selection
 from peftcore.layers.adapter_slot import AdapterSlot
 from peftcore.layers.composed import ascend, descend
+from peftcore.layers.decoding import DecodingPlan, decoded
 from peftcore.layers.forward_paths import has_no_hooks, is_traced, layer_output
 from peftcore.layers.peft_attributes import PeftLayerAttributes
 from peftcore.layers.trained_bias import TrainedBias
@@ -50,6 +51,7 @@ class AdapterLayer(PeftLayerAttributes, LayerWrapper, AdapterSlot):
         self.siblings: list[AdapterLayer] = []
         """Adapter layers that are called later and may read the same input as this one."""
         self._chain: _Chain | None = None
+        self.decoding_plan: DecodingPlan | None = None
 
     def is_empty(self) -> bool:
         """Return True if the layer holds no adapter."""
@@ -128,6 +130,10 @@ class AdapterLayer(PeftLayerAttributes, LayerWrapper, AdapterSlot):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the output of the base layer with the adapters in effect, of the base layer's shape."""
+        if not (args or kwargs or self.training or torch.is_grad_enabled()):
+            y = decoded(self, x)
+            if y is not None:
+                return y
         return layer_output(self, x, args, kwargs)
 
     # -- the general path: what `layer_output` does if no fast path applies ----------------------------------------

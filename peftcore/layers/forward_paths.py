@@ -1,15 +1,15 @@
 """The one place that decides how an adapter layer computes its output: general, added, fused or stacked.
 
     general   the base layer, then `before` and `after` of each adapter; right for every method and every layer
-    added     the base's product, then s·B(A x) of each low-rank adapter; one chain of adapters, few tokens, without
-              gradients and in evaluation mode
+    decoding  the same with few calls (`peftcore.layers.decoding`); one chain of adapters, few tokens, without gradients
+              and in evaluation mode
     fused     base and low-rank adapters as one operation (`peftcore.kernels.low_rank`); for training and long inputs
     stacked   base and all low-rank adapters in two products, or each adapter for its own long runs of tokens
               (`peftcore.composition.stacked`); mixed batches, without gradients
 
-The last three give the numbers of the general path. They apply only if the adapter is two low-rank factors, the base
-weight is frozen, and the base layer has no hook that would be skipped. "Added" and "fused" read the adapters'
-parameters in every forward, so no change of a weight can be missed.
+The last three give the numbers of the general path, and apply only if the base layer has no hook that would be
+skipped. "Fused" and "stacked" need adapters that are two low-rank factors, and a frozen base weight. "Decoding" and
+"fused" read the adapters' parameters in every forward, so no change of a weight can be missed.
 
 A stacked layer remembers its `Plan`. Each forward checks that the plan still holds before it is used again.
 """
@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
-from torch.nn import functional as F
 
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
@@ -39,15 +38,11 @@ from peftcore.composition.stacked import (
 )
 from peftcore.kernels.dropout_masks import get_dropout_masks
 from peftcore.kernels.low_rank import LowRankBranch, low_rank_linears
-from peftcore.kernels.maths import scaled
 from peftcore.layers.composed import ascend, composed_output, descend
 from peftcore.layers.shared_inputs import cache_outputs, cached_output, is_replica, siblings_of
 
 if TYPE_CHECKING:
     from peftcore.layers.adapter_layer import AdapterLayer
-
-FEW_TOKENS = 32
-"""Largest number of tokens for which x, not the factors, is cast (count); measured by `benchmarks.decoding`."""
 
 
 def layer_output(layer: "AdapterLayer", x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -83,45 +78,7 @@ def _fast_output(layer: "AdapterLayer", x: Tensor, in_effect: Any, chain: tuple[
         y = None if torch.is_grad_enabled() else _mixed(layer, in_effect, x)
     else:
         adapters = layer.chain(chain)
-        if not (layer.training or torch.is_grad_enabled()):
-            y = _added(layer, adapters, x)
-        if y is None and adapters:
-            y = _fused(layer, adapters, x)
-    return y
-
-
-# -- added: one chain, few tokens, without gradients ----------------------------------------------------------------
-
-
-def _added(layer: "AdapterLayer", adapters: Sequence[Adapter], x: Tensor) -> Tensor | None:
-    """Return the base's product plus s·B(A x) of each adapter, if any; None if that does not apply.
-
-    The factors stay as they are, and the few tokens of x are cast to their type. For a long input the reverse is
-    faster, and then this function returns None.
-    """
-    base = layer.base
-    if not x.dim() or not 0 < x.numel() <= FEW_TOKENS * x.shape[-1] or not has_no_hooks(base.layer):
-        return None
-    branches: list[LowRankBranch] = []
-    for adapter in adapters:  # no generator expressions here: they would cost as much as a product
-        branch = adapter.low_rank()
-        if branch is None or branch.dropout:
-            return None
-        branches.append(branch)
-    if (y := base.plain_output(x)) is None:
-        return None
-    for a, b, scaling, _, gain in branches:
-        if a.dtype == b.dtype == x.dtype:
-            wide = x
-        else:  # even a cast that does nothing costs as much as a small product
-            wide = x.to(torch.promote_types(x.dtype, a.dtype))
-            a, b = (
-                (a if a.dtype == wide.dtype else a.to(wide.dtype)),
-                (b if b.dtype == wide.dtype else b.to(wide.dtype)),
-            )
-        y.add_(F.linear(F.linear(wide, a), b), alpha=scaling)
-        if gain is not None:
-            y = scaled(y, gain)
+        y = _fused(layer, adapters, x) if adapters else None
     return y
 
 

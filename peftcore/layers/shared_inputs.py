@@ -11,6 +11,8 @@ A sibling that did not take its output is left out from the next call on. The ca
 of the model, because weights and adapters may change between two calls. Layers that are called by themselves share
 nothing, and neither do layers in inference mode, whose tensors do not count in-place changes.
 
+With few tokens, siblings share only the cast of their input (`widened_input`).
+
 When activation checkpointing computes a layer again, the layer has the siblings of its first computation.
 """
 
@@ -46,6 +48,8 @@ class SharedInputCache(threading.local):
         self.calls: list[ForwardRecord | None] = []
         """Running calls of the model, outermost first; None for a call without gradients."""
         self.outputs: dict[Any, CachedOutput] = {}
+        self.widened: tuple[Tensor, int, Tensor] | None = None
+        """(input, its in-place changes until then, the input in a wider type)"""
         """{layer: its cached output}"""
         self.unused: list[tuple[Any, Any]] = []
         """(layer that computed, sibling that did not take the output)"""
@@ -56,6 +60,7 @@ class SharedInputCache(threading.local):
         Args:
             records: forward passes that may be computed again; they keep the siblings as they were.
         """
+        self.widened = None
         if self.outputs:
             self.unused += [(cached.computed_by, layer) for layer, cached in self.outputs.items()]
             self.outputs.clear()
@@ -90,6 +95,26 @@ def cache_outputs(layer: Any, x: Tensor, outputs: Iterable[tuple[Any, Tensor]]) 
         in_effect = layer.selection.now if in_effect is None else in_effect
         cached = CachedOutput(layer, x, x._version, in_effect, _mode(sibling, x), y)
         layer.selection.cache.outputs[sibling] = cached
+
+
+def widened_input(layer: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the input in a wider type; inside of a call of the model, layers with the same input share one cast.
+
+    Args:
+        layer: the layer that is called.
+        x: its input.
+        dtype: the wider type.
+    """
+    cache: SharedInputCache = layer.selection.cache
+    if not cache.calls or x.is_inference():
+        return x.to(dtype)
+    if (widened := cache.widened) is not None:
+        of, version, wide = widened
+        if of is x and version == x._version and wide.dtype is dtype:
+            return wide
+    wide = x.to(dtype)
+    cache.widened = x, x._version, wide
+    return wide
 
 
 def siblings_of(layer: Any, x: Tensor) -> Sequence[Any]:

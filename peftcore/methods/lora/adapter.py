@@ -213,7 +213,7 @@ class Lora(Adapter):
     def low_rank(self) -> LowRankBranch | None:
         own = self._parameters  # attributes of a module are slow to read, and this runs in every layer's forward
         dropout = self.dropout_probability if "dropout" in self._modules else 0.0
-        if self.source is None and self._buffers["start_A"] is None and not self.variants:
+        if self.factor_names() is not None:
             return LowRankBranch(own["lora_A"], own["lora_B"], self.scaling, dropout)  # type: ignore[arg-type]
         if dropout and self.start is not None:
             return None  # the subtracted start sees the whole input
@@ -222,6 +222,10 @@ class Lora(Adapter):
             if (branch := variant.low_rank(self, branch)) is None:
                 return None
         return branch
+
+    def factor_names(self) -> tuple[str, str] | None:
+        is_plain = self.source is None and self._buffers["start_A"] is None and not self.variants
+        return ("lora_A", "lora_B") if is_plain else None
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         variants = self.variants

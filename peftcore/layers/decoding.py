@@ -1,0 +1,199 @@
+"""Decoding: the output of a layer for few tokens, with one chain of adapters, in evaluation mode, without gradients.
+
+With one token in each row, calling a layer costs more than its arithmetic: since the last token, its code and its data
+have left the processor's caches. So this path makes as few calls as it can. What seldom changes is looked up once and
+kept in a `DecodingPlan`, which every call compares with the state of the layer. The factors are read from the adapter
+in every call, so no change of a weight can be missed.
+
+The numbers are those of the general path: the base layer, then each adapter.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+from peftcore.adapter import Adapter
+from peftcore.bases.plain import LinearWeight
+from peftcore.composition.route import Route
+from peftcore.kernels.maths import scaled
+from peftcore.layers.composed import ascend, descend
+from peftcore.layers.shared_inputs import widened_input
+
+if TYPE_CHECKING:
+    from peftcore.layers.adapter_layer import AdapterLayer
+
+FEW_TOKENS = 32
+"""Largest number of tokens for which x, not the factors, is cast (count); measured by `benchmarks.decoding`."""
+
+
+class OwnFactors(NamedTuple):
+    """An adapter whose low-rank branch is two of its parameters, as `Adapter.factor_names` says."""
+
+    adapter: Adapter
+    changes: int
+    """`adapter.changes` when the plan was made."""
+    dropout: nn.Module | None
+    parameters: Mapping[str, Any]
+    a: str
+    b: str
+
+
+class DecodingPlan(NamedTuple):
+    """How a layer computes one chain of adapters, and the state of the layer for which that holds."""
+
+    names: tuple[str, ...]
+    """Adapters in effect, in order."""
+    holder: Any
+    """The layer's `NamedModules`; another one in a DataParallel replica."""
+    changes: int
+    """`holder.changes` when the plan was made."""
+    merged: tuple[str, ...]
+    base_layer: nn.Module
+    hooks: Sequence[Mapping[int, Any]]
+    """The base layer's dictionaries of hooks, all of them empty."""
+    parameters: Mapping[str, Any] | None
+    """The parameters of a base layer whose forward is F.linear; else None."""
+    adapters: list[Adapter]
+    """The adapters that act: those of `names` that the layer has and that are not merged."""
+    factors: list[OwnFactors] | None
+    """The same as factors; None if that does not describe all of them."""
+
+    def holds(self, layer: "AdapterLayer", names: tuple[str, ...]) -> bool:
+        """Return True if neither the adapters in effect nor the layer have changed since the plan was made."""
+        modules: Any = layer._modules
+        own_names, holder, changes, merged, base_layer, (before, after, back, before_back), _, _, factors = self
+        if not (
+            (own_names is names or own_names == names)
+            and modules["adapters"] is holder
+            and holder.changes == changes
+            and layer.merged is merged
+            and modules["base_layer"] is base_layer
+            and not (before or after or back or before_back or layer.has_trained_biases)
+            and "forward" not in base_layer.__dict__
+        ):
+            return False
+        for adapter, changes, dropout, *_ in factors or ():
+            if adapter.changes != changes or (dropout is not None and dropout.training):
+                return False
+        return True
+
+
+def decoded(layer: "AdapterLayer", x: Tensor) -> Tensor | None:
+    """Return the output of a layer with the adapters in effect; None if this path does not apply.
+
+    Args:
+        layer: the adapter layer that is called, in evaluation mode and without gradients.
+        x: its input (..., in_features).
+
+    Returns:
+        The output (..., out_features). None for a long input, for rows with different adapters, for a base layer that
+        has hooks or computes more than a product, for adapters that need its weight, and inside of a trace.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or not x.dim()
+        or not 0 < x.numel() <= FEW_TOKENS * x.shape[-1]
+    ):
+        return None
+    names: Any = layer.selection.now
+    if isinstance(names, Route) and (names := names.chain) is None:
+        return None
+    plan = layer.decoding_plan
+    if plan is None or not plan.holds(layer, names):
+        plan = layer.__dict__["decoding_plan"] = _new_plan(layer, names)
+        if plan is None:
+            return None
+    if plan.factors is None:
+        return _computed(layer, plan, x)
+    y = _base_output(layer, plan, x)
+    if y is None:
+        return None
+    for adapter, _, _, parameters, a, b in plan.factors:
+        _add(y, x, parameters[a], parameters[b], adapter.scaling, layer)
+    return y
+
+
+def _new_plan(layer: "AdapterLayer", names: tuple[str, ...]) -> DecodingPlan | None:
+    """Return a plan for the layer as it is now; None if its base layer has hooks, or a bias that trains."""
+    view = layer.base  # also moves the adapters to the base layer that is in place now
+    base: Any = view.layer
+    hooks = (base._forward_pre_hooks, base._forward_hooks, base._backward_hooks, base._backward_pre_hooks)
+    if any(hooks) or "forward" in base.__dict__ or layer.has_trained_biases:
+        return None
+    holder: Any = layer._modules["adapters"]
+    is_plain = type(view) is LinearWeight and type(base) is nn.Linear
+    adapters = layer.in_order(names)
+    factors = [_own_factors(adapter) for adapter in adapters]
+    return DecodingPlan(
+        names,
+        holder,
+        holder.changes,
+        layer.merged,
+        base,
+        hooks,
+        base._parameters if is_plain else None,
+        adapters,
+        None if None in factors else factors,  # type: ignore[arg-type]
+    )
+
+
+def _own_factors(adapter: Adapter) -> OwnFactors | None:
+    names = adapter.factor_names()
+    if names is None or adapter.dropout_probability:
+        return None
+    dropout = adapter._modules.get("dropout")
+    return OwnFactors(adapter, adapter.changes, dropout, adapter._parameters, *names)
+
+
+def _base_output(layer: "AdapterLayer", plan: DecodingPlan, x: Tensor) -> Tensor | None:
+    """Return the base layer's output in new memory; None if its forward must compute it."""
+    parameters = plan.parameters
+    if parameters is None or torch._C._is_any_autocast_enabled():
+        return layer.base.plain_output(x)
+    weight = parameters.get("weight")
+    if type(weight) is not nn.Parameter or weight.dtype is not x.dtype or weight.is_meta:
+        return layer.base.plain_output(x)
+    return F.linear(x, weight, parameters.get("bias"))
+
+
+def _add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: Any, layer: "AdapterLayer") -> None:
+    """Add s·B(A x) to y in place. The few tokens of x are cast to the type of the factors, not the reverse."""
+    dtype = a.dtype
+    if not (dtype is b.dtype is x.dtype):  # even a cast that does nothing costs as much as a small product
+        dtype = torch.promote_types(x.dtype, dtype)
+        x = x if x.dtype is dtype else widened_input(layer, x, dtype)
+        a, b = (a if a.dtype is dtype else a.to(dtype)), (b if b.dtype is dtype else b.to(dtype))
+    y.add_(F.linear(F.linear(x, a), b), alpha=scaling)
+
+
+def _computed(layer: "AdapterLayer", plan: DecodingPlan, x: Tensor) -> Tensor | None:
+    """Return the output with factors that each adapter computes now, or by `before` and `after` of each adapter."""
+    branches = []
+    for adapter in plan.adapters:
+        branch = adapter.low_rank()
+        if branch is None or branch.dropout:
+            return _general(layer, plan, x)
+        branches.append(branch)
+    y = _base_output(layer, plan, x)
+    if y is not None:
+        for a, b, scaling, _, gain in branches:
+            _add(y, x, a, b, scaling, layer)
+            if gain is not None:
+                y = scaled(y, gain)
+    return y
+
+
+def _general(layer: "AdapterLayer", plan: DecodingPlan, x: Tensor) -> Tensor | None:
+    for adapter in plan.adapters:
+        if adapter.weight_space_forward:
+            return None
+    inputs, z = descend(plan.adapters, x)
+    y = _base_output(layer, plan, z)
+    return None if y is None else ascend(plan.adapters, inputs, y)

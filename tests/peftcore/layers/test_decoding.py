@@ -1,0 +1,265 @@
+"""Few tokens of one chain of adapters, without gradients: the numbers of the general path, whatever changes."""
+
+import copy
+import pickle
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from method_example import randomise
+from torch import Tensor, nn
+
+from peftcore import (
+    AdaLoraConfig,
+    BOFTConfig,
+    FourierFTConfig,
+    IA3Config,
+    LoraConfig,
+    OFTConfig,
+    VeraConfig,
+    get_peft_model,
+)
+from peftcore.layers import adapter_layer
+from peftcore.layers.decoding import FEW_TOKENS, decoded
+
+
+def lora(**options: Any) -> LoraConfig:
+    return LoraConfig(**{"r": 3, "lora_alpha": 5, "target_modules": ["0", "1"], **options})
+
+
+def adapted(config: Any, bias: bool = False, dtype: torch.dtype = torch.float64) -> Any:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8, bias=bias), nn.Linear(8, 8, bias=bias)).to(dtype)
+    model: Any = get_peft_model(net, config).eval()
+    randomise(model, 0.3)
+    return model
+
+
+def general(model: Any, x: Tensor) -> Tensor:
+    """The output by the general path: an empty hook on the base layers keeps all others away."""
+    layers = [getattr(layer, "base_layer", layer) for layer in (model[0], model[1])]
+    hooks = [layer.register_forward_hook(lambda *_: None) for layer in layers]
+    y = model(x)
+    for hook in hooks:
+        hook.remove()
+    return y
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Whether each call of a layer took this path."""
+    seen: list[bool] = []
+
+    def noted(layer: Any, x: Tensor) -> Tensor | None:
+        y = decoded(layer, x)
+        seen.append(y is not None)
+        return y
+
+    monkeypatch.setattr(adapter_layer, "decoded", noted)
+    return seen
+
+
+X = torch.linspace(-1, 1, 16, dtype=torch.float64).view(2, 8)
+LAYERS = {"target_modules": ["0", "1"]}
+METHODS = {
+    "lora": lora(),
+    "rslora": lora(use_rslora=True),
+    "dora": lora(use_dora=True),
+    "pissa": lora(init_lora_weights="pissa"),
+    "adalora": AdaLoraConfig(init_r=3, target_r=2, total_step=10, **LAYERS),
+    "ia3": IA3Config(feedforward_modules=["1"], **LAYERS),
+    "vera": VeraConfig(r=4, **LAYERS),
+    "fourierft": FourierFTConfig(n_frequency=9, **LAYERS),
+    "boft": BOFTConfig(boft_block_size=4, **LAYERS),
+    "oft": OFTConfig(oft_block_size=4, r=0, **LAYERS),
+}
+
+
+@pytest.mark.parametrize("shape", [(8,), (1, 8), (FEW_TOKENS, 8), (FEW_TOKENS + 1, 8), (2, 3, 8), (0, 8)], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", METHODS)
+def test_equals_the_general_path(name: str, bias: bool, shape: tuple[int, ...], taken: list[bool]) -> None:
+    model, x = adapted(METHODS[name], bias), torch.randn(*shape, dtype=torch.float64)
+    with torch.no_grad():
+        quick = model(x)
+        few = 0 < x.numel() <= FEW_TOKENS * 8
+        assert taken == [few, few]
+        torch.testing.assert_close(quick, general(model, x), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("x_type", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("factor_type", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_the_product_is_formed_in_the_wider_type(x_type: torch.dtype, factor_type: torch.dtype) -> None:
+    model = adapted(lora(), bias=True, dtype=x_type)
+    layer = model[0]
+    layer.adapters.to(factor_type)
+    x = torch.randn(2, 8).to(x_type)
+    with torch.no_grad():
+        y = layer(x)
+        a, b, scaling, *_ = layer.adapters["default"].low_rank()
+        exact = layer.base_layer(x).double() + scaling * x.double() @ a.double().T @ b.double().T
+    assert y.dtype == x_type
+    rounded = factor_type.itemsize <= x_type.itemsize == 2  # then A x is rounded to 16 bits on the way
+    torch.testing.assert_close(y, exact.to(x_type), **({"rtol": 3e-2, "atol": 1e-2} if rounded else {}))
+
+
+def _optimiser_step(model: Any, make: Callable[[Any], Any]) -> None:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    make(parameters).step()
+
+
+def _elsewhere(change: Callable[[], Any]) -> None:
+    thread = threading.Thread(target=change)
+    thread.start()
+    thread.join()
+
+
+def _swap(model: Any) -> None:
+    other = nn.Parameter(torch.randn(8, 3, dtype=torch.float64))
+    torch.utils.swap_tensors(model[0].adapters["default"].lora_B, other)
+
+
+def _load(model: Any) -> None:
+    model.load_state_dict({name: value + 0.5 for name, value in model.state_dict().items()})
+
+
+def _new_base(model: Any) -> None:
+    model[0].base_layer = nn.Linear(8, 8).double()
+
+
+def _add(model: Any) -> None:
+    model.add_adapter("more", lora())
+    model.set_adapter(["default", "more"])
+    randomise(model, 0.2)
+
+
+def _train_dropout_alone(model: Any) -> None:
+    model[0].adapters["default"].dropout.train()
+
+
+def _factors(model: Any) -> Any:
+    return model[0].adapters["default"]
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "SGD": lambda m: _optimiser_step(m, lambda p: torch.optim.SGD(p, lr=0.5, foreach=False)),
+    "SGD, foreach": lambda m: _optimiser_step(m, lambda p: torch.optim.SGD(p, lr=0.5, foreach=True)),
+    "AdamW, fused": lambda m: _optimiser_step(m, lambda p: torch.optim.AdamW(p, lr=0.5, fused=True)),
+    "an edit of .data": lambda m: _factors(m).lora_B.data.add_(0.5),
+    "new .data": lambda m: setattr(_factors(m).lora_B, "data", torch.ones(8, 3, dtype=torch.float64)),
+    "a new parameter": lambda m: setattr(_factors(m), "lora_B", nn.Parameter(torch.ones(8, 3, dtype=torch.float64))),
+    "swap_tensors": _swap,
+    "load_state_dict": _load,
+    "the scaling": lambda m: setattr(_factors(m), "scaling", 9.0),
+    "set_scale": lambda m: m[0].set_scale("default", 3.0),
+    "the base's weight": lambda m: m[0].base_layer.weight.data.zero_(),
+    "the base layer": _new_base,
+    "a merge": lambda m: m.merge_adapter(),
+    "a second adapter": _add,
+    "deletion": lambda m: m.delete_adapter("default"),
+    "adapters disabled": lambda m: m.disable_adapter_layers(),
+    "no adapter set": lambda m: m.set_adapter([]),
+    "another thread": lambda m: _elsewhere(lambda: _factors(m).lora_B.data.add_(0.5)),
+    "a hook on the base": lambda m: m[0].base_layer.register_forward_hook(lambda module, x, y: y + 1),
+    "a pre-hook on the base": lambda m: m[0].base_layer.register_forward_pre_hook(lambda module, x: (x[0] + 1,)),
+    "the base's forward": lambda m: setattr(m[0].base_layer, "forward", lambda x: x * 2),
+    "a bias that trains": lambda m: (
+        m.add_adapter("biased", lora(bias="lora_only")) or m.set_adapter("biased") or randomise(m, 0.3)
+    ),
+}
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_is_seen_at_once(name: str, mode: Any) -> None:
+    model = adapted(lora(lora_dropout=0.5), bias=True)
+    with mode():
+        before = model(X)
+        model(X)
+    CHANGES[name](model)
+    with mode():
+        after = model.eval()(X)
+        torch.testing.assert_close(after, general(model, X), atol=1e-12, rtol=0)
+    assert torch.allclose(before, after) == (name == "a merge")
+
+
+def test_an_edit_inside_of_inference_mode_is_seen() -> None:
+    model = adapted(lora())
+    with torch.inference_mode():
+        base = model[0].base_layer(X)
+        change = model[0](X) - base
+        _factors(model).lora_B.mul_(2.0)
+        torch.testing.assert_close(model[0](X) - base, 2 * change)
+
+
+def test_dropout_that_trains_alone_drops() -> None:
+    model = adapted(lora(lora_dropout=0.5))
+    with torch.no_grad():
+        before = model(X)
+        _train_dropout_alone(model)
+        assert not torch.allclose(model(X), before)
+        model.eval()
+        assert torch.equal(model(X), before)
+
+
+def test_a_model_that_was_moved_to_another_type() -> None:
+    model = adapted(lora())
+    with torch.no_grad():
+        before = model(X)
+        after = model.bfloat16()(X.bfloat16())
+    assert after.dtype == torch.bfloat16
+    torch.testing.assert_close(after.double(), before, atol=0.1, rtol=0.1)
+
+
+def test_copies_are_independent() -> None:
+    model = adapted(lora())
+    with torch.no_grad():
+        before = model(X)
+        copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
+        _factors(model).lora_B.add_(1.0)
+        assert not torch.allclose(model(X), before)
+        assert all(torch.equal(each(X), before) for each in copies)
+
+
+class Siblings(nn.Module):
+    """Two layers with one input, which is changed between them if `changes`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.changes = nn.Linear(8, 8), nn.Linear(8, 8), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 1
+        y = self.first(x)
+        if self.changes:
+            x.add_(1)
+        return y + 2 * self.second(x)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
+@pytest.mark.parametrize("changes", [False, True])
+def test_siblings_share_the_wide_input_only_while_it_is_unchanged(changes: bool, mode: Any) -> None:
+    torch.manual_seed(0)
+    model: Any = get_peft_model(Siblings().bfloat16(), lora(target_modules=["first", "second"])).eval()
+    randomise(model, 0.3)
+    model.changes = changes
+    x = torch.randn(2, 8).bfloat16()
+    with mode():
+        quick = model(x)
+        layers = [model.first.base_layer, model.second.base_layer]
+        hooks = [layer.register_forward_hook(lambda *_: None) for layer in layers]
+        torch.testing.assert_close(quick, model(x), atol=0.1, rtol=0.02)
+    assert len(hooks) == 2 and model.first.selection.cache.widened is None
+
+
+def test_an_input_is_never_changed_in_place() -> None:
+    model = adapted(lora())
+    kept = torch.ones(2, 8, dtype=torch.float64)
+    model[0].base_layer.register_forward_hook(lambda *_: kept)  # a base whose output is somebody else's tensor
+    with torch.no_grad():
+        assert not torch.equal(model[0](torch.ones(2, 8, dtype=torch.float64)), kept)
+    assert torch.equal(kept, torch.ones(2, 8, dtype=torch.float64))
