@@ -97,7 +97,7 @@ def check_calibration(folder: Path, quantization: Quantization, base: Path | Non
             f"base as fetched, or method {record['method']}"
         )
     stored = recorded_quantization(record)
-    names = [name for name in STORED if getattr(stored, name) != getattr(quantization, name)]
+    names = [name for name in STORED if getattr(quantization, name) not in ("auto", getattr(stored, name))]
     if names or record["method"] != quantization.calibration.method:
         listed = ", ".join(f"{name} {getattr(stored, name)}" for name in names) or record["method"]
         raise BaseModelError(

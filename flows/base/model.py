@@ -38,7 +38,7 @@ from flows.base.gguf import holds_gguf, load_packed
 from flows.base.heads import check_head, head_class, without_pooler
 from flows.errors import BaseModelError
 from flows.params import Quantization
-from peftcore.bases import dequantize_model
+from peftcore.bases import dequantize_model, fast_dtype
 from peftcore.errors import require_extra
 from peftcore.files import MANIFEST, damaged_files
 
@@ -143,7 +143,14 @@ def load_calibrated(folder: Path) -> PreTrainedModel:
 
 def compute_dtype(quantization: Quantization) -> torch.dtype:
     """Return the dtype of activations, and of all weights that are not quantised."""
-    return DTYPES[quantization.compute_dtype]
+    name = quantization.compute_dtype
+    return fast_dtype(torch.bfloat16, device()) if name == "auto" else DTYPES[name]
+
+
+def with_merged_dtype(quantization: Quantization) -> Quantization:
+    """Return the same storage with the compute dtype that merged weights are stored in; 16 bits on each machine."""
+    automatic = quantization.compute_dtype == "auto"
+    return quantization.model_copy(update={"compute_dtype": "bfloat16"}) if automatic else quantization
 
 
 def _storage(

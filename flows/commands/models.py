@@ -146,7 +146,12 @@ def serve(
             help="Form of the model's tool calls: hermes, llama3_json or mistral; default: that of the chat template.",
         ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16; auto: the base's type.")] = "auto",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            help="float32, float16 or bfloat16; auto: the base's type, or float32 on a CPU without fast 16 bits."
+        ),
+    ] = "auto",
     max_batch: Annotated[int, typer.Option(min=1, metavar="ROWS", help="Largest number of requests per batch.")] = 16,
     max_queue: Annotated[int, typer.Option(min=1, metavar="N", help="Largest number of waiting requests.")] = 256,
     max_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Largest number of tokens per answer.")] = 1024,

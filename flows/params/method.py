@@ -161,7 +161,7 @@ class Quantization(Section):
 
     storage: Literal["nf4", "fp4", "int8", "gguf", "torchao_int8", "hqq4", "none"] = "nf4"
     double_quant: bool = True
-    compute_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     calibration: Calibration = Calibration()
 
     @property

@@ -213,10 +213,11 @@ def _loading(record: Mapping[str, Any]) -> list[str]:
     elif CORRECTED_STORAGE in record["adapter"]["files"]:
         note = ["The adapter corrects what quantising the base lost. It is worse on the base in 16 bits.", ""]
         stored = record["params"]["quantization"]
+        computed = "bfloat16" if stored["compute_dtype"] == "auto" else stored["compute_dtype"]
         classes = f"{loader}, BitsAndBytesConfig"
         quantised = (
             f'BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="{stored["storage"]}", '
-            f'bnb_4bit_use_double_quant={stored["double_quant"]}, bnb_4bit_compute_dtype="{stored["compute_dtype"]}")'
+            f'bnb_4bit_use_double_quant={stored["double_quant"]}, bnb_4bit_compute_dtype="{computed}")'
             if stored["storage"] in ("nf4", "fp4")
             else "BitsAndBytesConfig(load_in_8bit=True)"
         )

@@ -50,16 +50,19 @@ class ServedBase:
         return cls(record["base_model"], quantization, record.get("base_manifest"), record.get("calibrated_base"))
 
     def is_same(self, other: "ServedBase") -> bool:
-        """Return True if both are the same model in the same storage."""
+        """Return True if both are the same model in the same storage; compute dtype `auto` fits every other one."""
         one, two = ({"base_model": base.digest, "base_manifest": base.manifest} for base in (self, other))
-        same_storage = self.quantization.uncalibrated == other.quantization.uncalibrated
-        return same_storage and self.calibrated == other.calibrated and have_same_base(one, two)
+        stored, others = self.quantization.uncalibrated, other.quantization.uncalibrated
+        if "auto" in (stored.compute_dtype, others.compute_dtype):
+            stored = stored.model_copy(update={"compute_dtype": others.compute_dtype})
+        return stored == others and self.calibrated == other.calibrated and have_same_base(one, two)
 
     def __str__(self) -> str:
         storage = self.quantization.storage
-        stored = "" if storage == "none" else f"dequantised {storage} in "
+        dtype = self.quantization.compute_dtype
+        stored = dtype if storage == "none" else f"dequantised {storage} in {dtype}"
         calibrated = "" if self.calibrated is None else f", calibrated {self.calibrated[:12]},"
-        return f"base {self.digest[:12]}{calibrated} as {stored}{self.quantization.compute_dtype}"
+        return f"base {self.digest[:12]}{calibrated} as {stored}"
 
 
 def load_evaluated_base(

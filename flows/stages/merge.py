@@ -25,6 +25,7 @@ from flows.base.model import (
     load_original,
     load_tokenizer,
     padding_id,
+    with_merged_dtype,
 )
 from flows.errors import StageError
 from flows.evaluation.embedding_fidelity import EmbeddingFidelity, embedding_fidelity
@@ -78,11 +79,14 @@ def run(params: Params, paths: Paths) -> None:
     compare = _comparison(params)
     adapted = PeftModel.from_pretrained(load_dequantized(base, params.quantization, labels, task), paths.adapter)
     reference = Reference(adapted, rows, padding_id(tokenizer), BATCH_SIZE)
+    computed = compute_dtype(params.quantization)
     names = ONLY_CANDIDATE.get(params.quantization.storage, (*SIXTEEN_BIT, REQUANTIZED))
 
     with progress(len(names) * len(rows), "merge", "row") as bar:
 
         def compared(candidate: PreTrainedModel) -> Fidelity:
+            if candidate.dtype != computed:
+                candidate.to(computed)  # type: ignore[arg-type]
             keep_quantized_weights_trainable(candidate)  # makes a prompt's forward several times faster on a CPU
             return compare(reference, candidate, bar)
 
@@ -92,7 +96,7 @@ def run(params: Params, paths: Paths) -> None:
             merged = _merged(params, paths, into)
             merged.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
-            read_back = load_original(folder, compute_dtype(params.quantization), labels, task)
+            read_back = load_original(folder, merged.dtype, labels, task)
             written = candidates[into] if same_function(merged, read_back) else compared(read_back)
             if not _is_faithful(written, params.merge):
                 raise _unfaithful(f"read back from disk, the model merged into {into}", params.merge, candidates)
@@ -113,14 +117,15 @@ def _comparison(params: Params) -> Callable[..., Fidelity]:
 
 
 def _merged(params: Params, paths: Paths, into: str) -> PreTrainedModel:
+    """Return the merged model as it is stored: in 16 bits unless the parameters name another type."""
     labels, folder = model_outputs(params, paths), trained_base(paths, params.quantization)
-    task = rows_of(params).task
+    task, stored = rows_of(params).task, with_merged_dtype(params.quantization)
     if into == "dequantized":
-        base = load_dequantized(folder, params.quantization, labels, task)
+        base = load_dequantized(folder, stored, labels, task)
     elif into == REQUANTIZED:
         base = load_for_inference(folder, params.quantization, labels, task)
     else:
-        base = load_original(paths.base, compute_dtype(params.quantization), labels, task)
+        base = load_original(paths.base, compute_dtype(stored), labels, task)
     return PeftModel.from_pretrained(base, paths.adapter).merge_and_unload(safe_merge=True)
 
 

@@ -7,6 +7,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peftcore.bases.base import BaseWeight
+from peftcore.bases.compute_dtype import fast_dtype
 from peftcore.bases.dequantize import replace_quantized
 from peftcore.bases.gguf import GgufLinear
 from peftcore.bases.norm import NormWeight, is_norm
@@ -26,6 +27,7 @@ __all__ = [
     "base_weight",
     "calls_its_layers",
     "dequantize_model",
+    "fast_dtype",
     "has_uncast_inputs",
     "is_adaptable",
     "keep_quantized_weights_trainable",

@@ -289,7 +289,8 @@ class BaseWeight(ABC):
 
     def per_output(self, values: Tensor) -> Tensor:
         """Reshape values (o,) so that they broadcast over the feature axis of the layer's output."""
-        return values.view(-1, *(1 for _ in self.kernel))
+        kernel = self.kernel
+        return values.view(-1, *(1 for _ in kernel)) if kernel else values
 
     # -- mathematics ---------------------------------------------------------------------------------------------
 

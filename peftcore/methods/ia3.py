@@ -84,7 +84,7 @@ class IA3(Adapter):
             nn.init.ones_(self.ia3_l)
 
     def _scaled(self, features: Tensor) -> Tensor:
-        return scaled(features, self.base.per_output(self.ia3_l.flatten()))
+        return scaled(features, self.base.per_output(self.ia3_l.view(-1)))
 
     def before(self, x: Tensor) -> Tensor:
         return self._scaled(x) if self.scales_input else x

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from peftcore.bases import fast_dtype
 from peftcore.composition import Composition
 from peftcore.errors import CheckpointError
 from peftcore.routing import AdapterStore
@@ -221,7 +222,10 @@ def make_service(
 
 
 def load_base(folder: Path, dtype: str = "auto") -> tuple[Any, Any]:
-    """Load a base model and its tokenizer from a folder. Raise CheckpointError if that fails."""
+    """Load a base model and its tokenizer from a folder. Raise CheckpointError if that fails.
+
+    With `dtype="auto"` the type is the checkpoint's, or float32 on a CPU without fast 16-bit products.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
@@ -229,8 +233,9 @@ def load_base(folder: Path, dtype: str = "auto") -> tuple[Any, Any]:
         model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True, dtype=dtype)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} contains no base model that can be served: {error}") from error
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     placed: Any = model
-    return placed.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    return placed.to(device, fast_dtype(model.dtype, device) if dtype == "auto" else model.dtype), tokenizer
 
 
 def _eos_tokens(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -236,6 +236,7 @@ def _tiny_params(**sections: dict[str, Any]) -> Params:
             "control": {"rows": 4, "max_length": 32},
             "latency_rows": 2,
         },
+        "quantization": {"compute_dtype": "bfloat16"},  # on each CPU; auto differs between them
         "merge": {"rows": 6},
         "tracking": {"mode": "disabled"},
     }

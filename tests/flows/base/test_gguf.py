@@ -26,7 +26,7 @@ from peftcore.files import damaged_files
 
 TinyParams = Callable[..., Params]
 LOFTQ = {"init_lora_weights": "loftq"}
-PACKED = Quantization(storage="gguf")
+PACKED = Quantization(storage="gguf", compute_dtype="bfloat16")
 
 
 def pack(folder: Path, file: Path, kind: str = "Q4_1") -> Path:

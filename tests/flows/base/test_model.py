@@ -8,16 +8,19 @@ import torch
 from flows.base.model import (
     EAGER_UP_TO,
     check_base,
+    compute_dtype,
     load_dequantized,
     load_for_training,
     load_original,
     load_tokenizer,
     padding_id,
+    with_merged_dtype,
 )
 from flows.errors import BaseModelError
 from flows.params import Quantization
 from peftcore import MissingExtraError
-from peftcore.bases import base_weight
+from peftcore.bases import base_weight, fast_dtype
+from peftcore.bases import compute_dtype as compute_dtypes
 from peftcore.files import sha256
 
 
@@ -44,7 +47,17 @@ def test_four_bit_storage_is_what_was_asked_for(tiny_base: Path, storage: Any, k
     layer = query(load_for_training(tiny_base, Quantization(storage=storage, double_quant=double), 100))
     assert isinstance(layer, bnb.nn.Linear4bit)
     assert layer.weight.quant_state.quant_type == kind and layer.weight.quant_state.nested == double
-    assert layer.compute_dtype == torch.bfloat16
+    assert layer.compute_dtype == fast_dtype(torch.bfloat16)
+
+
+@pytest.mark.parametrize(("slow", "dtype"), [(False, torch.bfloat16), (True, torch.float32)])
+def test_automatic_compute_dtype_follows_the_cpu(slow: bool, dtype: torch.dtype, monkeypatch: Any) -> None:
+    monkeypatch.setattr(compute_dtypes, "_is_slow", lambda dtype: slow)
+    assert compute_dtype(Quantization()) == dtype
+    assert compute_dtype(with_merged_dtype(Quantization())) == torch.bfloat16
+    for name, given in {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}.items():
+        assert compute_dtype(Quantization(compute_dtype=name)) == given  # type: ignore[arg-type]
+        assert compute_dtype(with_merged_dtype(Quantization(compute_dtype=name))) == given  # type: ignore[arg-type]
 
 
 def test_eight_bit_and_plain_storage(tiny_base: Path) -> None:
@@ -55,7 +68,7 @@ def test_eight_bit_and_plain_storage(tiny_base: Path) -> None:
 
 @pytest.mark.parametrize("storage", ["nf4", "fp4"])
 def test_dequantised_weights_are_those_that_training_multiplies_by(tiny_base: Path, storage: Any) -> None:
-    quantization = Quantization(storage=storage)
+    quantization = Quantization(storage=storage, compute_dtype="bfloat16")
     trained, plain = load_for_training(tiny_base, quantization, 100), load_dequantized(tiny_base, quantization)
     layer = query(trained)
     seen = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
@@ -66,7 +79,7 @@ def test_dequantised_weights_are_those_that_training_multiplies_by(tiny_base: Pa
 
 
 def test_dequantised_int8_weights_are_near_the_original(tiny_base: Path) -> None:
-    plain = load_dequantized(tiny_base, Quantization(storage="int8"))
+    plain = load_dequantized(tiny_base, Quantization(storage="int8", compute_dtype="bfloat16"))
     original = query(load_original(tiny_base, torch.bfloat16)).weight
     assert type(query(plain)) is torch.nn.Linear
     torch.testing.assert_close(

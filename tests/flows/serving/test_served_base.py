@@ -42,9 +42,17 @@ def test_a_versions_base_is_that_of_its_evaluation() -> None:
     ids=["other files", "storage", "double quantisation", "dtype"],
 )
 def test_other_files_or_another_storage_is_another_base(other: ServedBase) -> None:
-    base = ServedBase.of_record(record())
+    base = ServedBase.of_record(record(params={"quantization": {"compute_dtype": "bfloat16"}}))
     assert base.is_same(base)
     assert not base.is_same(other) and not other.is_same(base)
+
+
+def test_a_base_computed_in_the_type_that_the_machine_is_fast_in_fits_every_type() -> None:
+    automatic = ServedBase(ONE, Quantization(), MANIFEST)
+    for dtype in ("bfloat16", "float32"):
+        given = ServedBase(ONE, Quantization(compute_dtype=dtype), MANIFEST)  # type: ignore[arg-type]
+        assert automatic.is_same(given) and given.is_same(automatic)
+    assert not automatic.is_same(ServedBase(ONE, Quantization(storage="int8"), MANIFEST))
 
 
 def test_a_record_of_an_earlier_release_names_the_base_by_its_manifest() -> None:
@@ -66,7 +74,7 @@ def test_a_record_that_does_not_state_the_storage_is_refused(params: dict[str, A
 
 
 def test_a_base_is_told_by_its_digest_and_by_what_it_computes_in() -> None:
-    assert str(ServedBase(ONE, Quantization(storage="none"))) == "base 111111111111 as bfloat16"
+    assert str(ServedBase(ONE, Quantization(storage="none"))) == "base 111111111111 as auto"
     assert str(ServedBase(ONE, Quantization(compute_dtype="float16"))) == (
         "base 111111111111 as dequantised nf4 in float16"
     )

@@ -56,6 +56,19 @@ def test_by_default_the_nearest_of_the_16_bit_ones_is_written(trained: Paths, ti
     assert report["loss"] == pytest.approx(report["reference_loss"], abs=0.01)
 
 
+def test_a_cpu_that_is_slow_in_16_bits_compares_in_float32_and_writes_16_bits(
+    trained: Paths, tiny_params: TinyParams, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merge.run(tiny_params(merge=FAITHFUL), trained)
+    expected = AutoModelForCausalLM.from_pretrained(trained.merged).state_dict()
+    monkeypatch.setattr("peftcore.bases.compute_dtype._is_slow", lambda dtype: True)
+    merge.run(tiny_params(merge=FAITHFUL, quantization={"compute_dtype": "auto"}), trained)
+    merged = AutoModelForCausalLM.from_pretrained(trained.merged).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in merged.items())
+    assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
+    assert abs(report_of(trained)["kl"]) < 1e-3
+
+
 def test_the_original_base_can_be_asked_for(trained: Paths, tiny_params: TinyParams) -> None:
     merge.run(tiny_params(merge={"into": "original", **ANYTHING}), trained)
     report = report_of(trained)

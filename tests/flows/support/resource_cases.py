@@ -23,6 +23,7 @@ def params(**sections: dict[str, Any]) -> Params:
         "method": {"r": 4},
         "train": {"batch_size": 4, "gradient_accumulation": 2},
         "tracking": {"mode": "disabled"},
+        "quantization": {"compute_dtype": "bfloat16"},
     }
     for name, section in sections.items():
         given[name] = given.get(name, {}) | section
