@@ -332,6 +332,9 @@ class BaseWeight(ABC):
         """
         return None
 
+    product_takes_any_dtype = False
+    """True if `product` computes in the dtype of x, whatever dtype the layer has."""
+
     def product(self, x: Tensor) -> Tensor:
         """Return x Wᵀ + b (..., o) in newly allocated memory and without gradient.
 

@@ -34,6 +34,7 @@ class LinearWeight(BaseWeight):
     """`nn.Linear`: y = x Wᵀ + b, weight (o, i)."""
 
     kind = "linear"
+    product_takes_any_dtype = True
     layer_class: ClassVar[type[nn.Module]] = nn.Linear
     """The class whose forward is x Wᵀ + b; a subclass may compute something else."""
 

@@ -68,12 +68,17 @@ class FourBitWeight(LinearWeight):
         return None if autocast else dtype
 
     def product(self, x: Tensor) -> Tensor:
+        if x.dtype != self.layer.compute_dtype:
+            return super().product(x)
         packed = self._packed = self._packed_for(x)
         if packed is None:
             return self.layer(x)
         codes, scales, _, state, _ = packed
         y = _packed_product()(x.contiguous(), codes, state.shape, scales, state.code, state.blocksize)
         return y if self.layer.bias is None else y.add_(self.layer.bias)
+
+    def _weight(self) -> Tensor:
+        return self.read()
 
     def plain_output(self, x: Tensor) -> Tensor | None:
         if x.dtype != self.layer.compute_dtype or torch._C._is_any_autocast_enabled():
@@ -236,6 +241,7 @@ class EightBitWeight(LinearWeight):
     """`bitsandbytes.nn.Linear8bitLt`: rows scaled to int8. LLM.int8(): arXiv:2208.07339."""
 
     quantized = True
+    product_takes_any_dtype = False
     backend = "bnb 8bit"
 
     @property

@@ -23,6 +23,7 @@ class QuantizedLinear(LinearWeight):
     A subclass defines `codes`, `read_from`, `write` and `dtype`.
     """
 
+    product_takes_any_dtype = False
     quantized = True
 
     @abstractmethod

@@ -9,6 +9,8 @@ This is the fast path of every method whose forward is a low-rank branch:
 Layers with a common input x are computed together: one product with all A stacked, one dropout mask, and one buffer for
 the gradient of x.
 
+On a CPU without fast products in 16 bits, all products are computed in float32, and the outputs rounded once.
+
 Shapes: n tokens, i in_features, o out_features, r rank, R sum of the ranks of all layers.
 """
 
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftcore.bases import BaseWeight
+from peftcore.bases import BaseWeight, fast_dtype
 from peftcore.kernels.dropout_masks import get_dropout_masks
 from peftcore.kernels.maths import scaled
 from peftcore.kernels.pytorch_dropout import PytorchDropout
@@ -92,11 +94,11 @@ class _Forward(NamedTuple):
     bits: Tensor | None
     """The dropout mask as saved for the backward pass; None if a seed restores it."""
     a: Tensor
-    """Stacked A (R, i) in the type of the activations."""
+    """Stacked A (R, i) in the type of the products."""
     b: list[Tensor]
     """s·B of each layer in the same type."""
     ys: list[Tensor]
-    """(n, o), before the gain."""
+    """(n, o) in the type of the activations, before the gain."""
     gains: list[Tensor | None]
 
     def outputs(self) -> tuple[Tensor, ...]:
@@ -105,14 +107,21 @@ class _Forward(NamedTuple):
 
 
 def _forward(x: Tensor, call: _Call, branches: list[_Branch]) -> _Forward:
-    flat = x.reshape(-1, x.shape[-1])
-    a = _stacked([a.to(x.dtype) for a, _, _ in branches], 0)
+    dtype = _product_dtype(x, call)
+    flat = x.reshape(-1, x.shape[-1]).to(dtype)
+    a = _stacked([a.to(dtype) for a, _, _ in branches], 0)
     keep, bits = (None, None) if call.dropout is None else call.dropout.draw(flat)
     h = F.linear(flat if keep is None else masked(flat, keep), a)
-    scaled_b = [(b * s).to(x.dtype) for (_, b, _), s in zip(branches, call.scalings, strict=True)]
+    scaled_b = [(b * s).to(dtype) for (_, b, _), s in zip(branches, call.scalings, strict=True)]
     parts = zip(call.bases, _parts(h, scaled_b), scaled_b, strict=True)
-    ys = [base.product(flat).addmm_(part, b.T) for base, part, b in parts]
+    ys = [base.product(flat).addmm_(part, b.T).to(x.dtype) for base, part, b in parts]
     return _Forward(h, bits, a, scaled_b, ys, [gain for _, _, gain in branches])
+
+
+def _product_dtype(x: Tensor, call: _Call) -> torch.dtype:
+    """Return the type in which products are computed: that of x, or float32 where that is several times faster."""
+    dtype = fast_dtype(x.dtype, x.device)
+    return dtype if all(base.product_takes_any_dtype for base in call.bases) else x.dtype
 
 
 def _stacked(tensors: list[Tensor], axis: int) -> Tensor:
@@ -142,20 +151,22 @@ class _LowRankLinears(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         x, h, bits, a, *others = ctx.saved_tensors
         call, count, needed = ctx.call, ctx.count, ctx.needs_input_grad
+        double = torch.is_grad_enabled()  # double backward (create_graph=True)
+        dtype = x.dtype if double else _product_dtype(x, call)
         tensors, b, before_gain = others[: 4 * count], others[4 * count : 5 * count], others[5 * count :]
         weights = [
-            (base.read() if weight is None else weight).to(x.dtype)
+            (base.read() if weight is None else weight).to(dtype)
             for base, weight in zip(call.bases, tensors[3::4], strict=True)
         ]
-        flat = x.reshape(-1, x.shape[-1])
+        flat = x.reshape(-1, x.shape[-1]).to(dtype)
         keep = None if call.dropout is None else call.dropout.again(flat, bits)
-        if torch.is_grad_enabled():  # double backward (create_graph=True)
+        if double:
             return _plain_gradients(x, keep, call, tensors, weights, gradients, needed)
         grads: list[Tensor | None] = [None] * len(tensors)
         through_gain: list[Tensor] = []
         through_b: list[Tensor] = []
         for k, part in enumerate(_parts(h, b)):
-            g = gradients[k]
+            g = gradients[k].to(dtype)
             if (gain := tensors[4 * k + 2]) is not None:
                 grads[4 * k + 2] = (g * before_gain[k]).sum(0, dtype=gain.dtype)
                 g = scaled(g, gain)
@@ -170,7 +181,7 @@ class _LowRankLinears(torch.autograd.Function):
         g_x = g_h @ a if keep is None else mask_(g_h @ a, keep)
         for g, weight in zip(through_gain, weights, strict=True):
             g_x.addmm_(g, weight)
-        return g_x.view(x.shape), None, *grads
+        return g_x.to(x.dtype).view(x.shape), None, *grads
 
 
 def _branches(tensors: Sequence[Any]) -> list[_Branch]:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftcore.bases import fast_dtype
 from peftcore.errors import TrainingError
 
 _CHUNK_ELEMENTS = 2**23
@@ -96,6 +97,15 @@ def _check(
         )
 
 
+def _mm(one: Tensor, two: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Write one · two + bias into `out`; where 16 bits are slow, computed in float32 and rounded to `out`'s type."""
+    dtype = fast_dtype(out.dtype, out.device)
+    if dtype != out.dtype:
+        wide = torch.mm(one.to(dtype), two.to(dtype))
+        return out.copy_(wide if bias is None else wide.add_(bias))
+    return torch.mm(one, two, out=out) if bias is None else torch.addmm(bias, one, two, out=out)
+
+
 @dataclass(frozen=True)
 class _Work:
     """Options of one call, and its loops over chunks."""
@@ -111,7 +121,7 @@ class _Work:
         for part, logits in self._chunks(hidden, weight, bias):
             self._softmax(logits, self.targets[part], losses[part], keep=grad is not None)
             if grad is not None:
-                torch.mm(logits, weight, out=grad[part])
+                _mm(logits, weight, grad[part])
         if grad is not None and self.scale != 1:
             grad.mul_(self.scale)
         return losses
@@ -130,9 +140,9 @@ class _Work:
             self._softmax(logits, self.targets[part], scratch[part], keep=True)
             logits.mul_((upstream[part] * self.scale).unsqueeze(1))
             if grads[0] is not None:
-                torch.mm(logits, weight, out=grads[0][part])
+                _mm(logits, weight, grads[0][part])
             if grads[1] is not None:
-                grads[1].add_(torch.mm(logits.t(), hidden[part]))
+                grads[1].add_(_mm(logits.t(), hidden[part], torch.empty_like(weight)))
             if grads[2] is not None:
                 grads[2].add_(logits.sum(0, dtype=wide))
         return tuple(
@@ -146,11 +156,7 @@ class _Work:
         for start in range(0, len(hidden), max(1, self.chunk)):
             part = slice(start, min(start + self.chunk, len(hidden)))
             logits = buffer[: part.stop - start]
-            if bias is None:
-                torch.mm(hidden[part], weight.t(), out=logits)
-            else:
-                torch.addmm(bias, hidden[part], weight.t(), out=logits)
-            yield part, logits
+            yield part, _mm(hidden[part], weight.t(), logits, bias)
 
     def _softmax(self, logits: Tensor, targets: Tensor, losses: Tensor, keep: bool) -> None:
         """Write the losses of some rows; if `keep`, overwrite their raw logits with the gradient w.r.t. the logits."""

@@ -260,3 +260,50 @@ def test_rank_zero_is_the_base() -> None:
     assert torch.equal(y, layer(x))
     y.sum().backward()
     torch.testing.assert_close(x.grad, torch.autograd.grad(layer(x).sum(), x)[0], atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("kind", ["plain", "bias", "Conv1D", "gain", "nf4", "int8"])
+def test_a_cpu_that_is_slow_in_16_bits_multiplies_in_float32(
+    kind: str, p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outputs and gradients are those of float64, rounded once to 16 bits; int8 computes as its package does."""
+    torch.manual_seed(0)
+    half, size = torch.bfloat16, 64
+    if kind in ("nf4", "int8"):
+        layer = quantised(kind)
+        layer.compute_dtype = half
+    else:
+        layer = (Conv1D(32, size) if kind == "Conv1D" else nn.Linear(size, 32, bias=kind == "bias")).to(half)
+    layer.requires_grad_(False)
+    base = base_weight(layer, "layer")
+    gain = torch.ones(32).add_(torch.randn(32) / 9).requires_grad_() if kind == "gain" else None
+    own = LowRankBranch(
+        tensor(RANK, size, dtype=torch.float32),
+        tensor(32, RANK, dtype=torch.float32),
+        0.3,
+        p if gain is None else 0.0,
+        gain,
+    )
+    x, g = torch.randn(40, size).to(half).requires_grad_(), torch.randn(40, 32).to(half)
+    monkeypatch.setattr("peftcore.bases.compute_dtype._is_slow", lambda dtype: True)
+    seen: list[torch.dtype] = []
+    product = type(base).product
+    monkeypatch.setattr(type(base), "product", lambda self, x: (seen.append(x.dtype), product(self, x))[1])
+    factors = next_factors(x, own.dropout)
+    y = low_rank_linear(base, x, own)
+    assert y.dtype == half and seen[0] == (half if kind == "int8" else torch.float32)
+    inputs = [x, own.a, own.b] + ([] if gain is None else [gain])
+    found = gradients(y, inputs, g)
+    wide = [one.detach().double().requires_grad_() for one in inputs]
+    wide_own = LowRankBranch(wide[1], wide[2], 0.3, own.dropout, None if gain is None else wide[3])
+    weight = base.read().double()
+    bias = None if base.bias is None else base.bias.detach().double()
+    dropped = wide[0] * factors
+    expected = F.linear(wide[0], weight, bias) + 0.3 * F.linear(F.linear(dropped, wide_own.a), wide_own.b)
+    expected = expected if gain is None else expected * wide[3]
+    bound = {"int8": {"rtol": 0.05, "atol": 0.5}, "gain": {"rtol": 2**-6, "atol": 0.1}}
+    bound = bound.get(kind, {"rtol": 2**-7, "atol": 0.02})
+    torch.testing.assert_close(y.double(), expected, **bound)
+    for one, other in zip(found, gradients(expected, wide, g.double()), strict=True):
+        torch.testing.assert_close(one.double(), other, **bound)
