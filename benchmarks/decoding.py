@@ -223,8 +223,9 @@ def table(report: dict[str, Any], inference_mode: bool) -> str:
         for cell, found in cells.items():
             values = []
             for side in sides[1:]:
-                one = found[side]
-                values.append(f"{one['base']:.2f}" + (f" ({one['PEFT']:.2f})" if "PEFT" in one else ""))
+                one = found.get(side, {})
+                ratio = f"{one['base']:.2f}" if one else "not run"
+                values.append(ratio + (f" ({one['PEFT']:.2f})" if "PEFT" in one else ""))
             target = TARGETS[storage].get(cell)
             lines.append(
                 f"| {key} | {cell} | {found[FLOOR]['ms']:.1f} | {' | '.join(values)} | "

@@ -332,8 +332,10 @@ class BaseWeight(ABC):
         """
         return None
 
-    product_takes_any_dtype = False
-    """True if `product` computes in the dtype of x, whatever dtype the layer has."""
+    @property
+    def product_takes_any_dtype(self) -> bool:
+        """True if `product` computes in the dtype of x, whatever dtype the layer has."""
+        return False
 
     def product(self, x: Tensor) -> Tensor:
         """Return x Wᵀ + b (..., o) in newly allocated memory and without gradient.

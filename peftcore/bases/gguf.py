@@ -97,6 +97,7 @@ class _Product(torch.autograd.Function):
 class GgufWeight(LinearWeight):
     """`GgufLinear`. Its dense weight is float32, with the values of the `gguf` package."""
 
+    product_takes_any_dtype = True  # type: ignore[assignment]
     quantized = True
 
     @property

@@ -34,7 +34,6 @@ class LinearWeight(BaseWeight):
     """`nn.Linear`: y = x Wᵀ + b, weight (o, i)."""
 
     kind = "linear"
-    product_takes_any_dtype = True
     layer_class: ClassVar[type[nn.Module]] = nn.Linear
     """The class whose forward is x Wᵀ + b; a subclass may compute something else."""
 
@@ -68,6 +67,10 @@ class LinearWeight(BaseWeight):
         if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
         return x.dtype if weight is not None and x.dtype == weight.dtype else None
+
+    @property
+    def product_takes_any_dtype(self) -> bool:
+        return type(self).product is LinearWeight.product  # a subclass with a product of its own says so itself
 
     def product(self, x: Tensor) -> Tensor:
         bias = current_parameter(self.layer, "bias")

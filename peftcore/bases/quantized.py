@@ -38,6 +38,7 @@ class FourBitWeight(LinearWeight):
     """`bitsandbytes.nn.Linear4bit` (NF4, FP4), with or without double quantisation. QLoRA: arXiv:2305.14314."""
 
     quantized = True
+    product_takes_any_dtype = True  # type: ignore[assignment]
     backend = "bnb 4bit"
 
     def __init__(self, layer: nn.Module):
@@ -241,7 +242,6 @@ class EightBitWeight(LinearWeight):
     """`bitsandbytes.nn.Linear8bitLt`: rows scaled to int8. LLM.int8(): arXiv:2208.07339."""
 
     quantized = True
-    product_takes_any_dtype = False
     backend = "bnb 8bit"
 
     @property

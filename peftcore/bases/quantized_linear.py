@@ -23,7 +23,6 @@ class QuantizedLinear(LinearWeight):
     A subclass defines `codes`, `read_from`, `write` and `dtype`.
     """
 
-    product_takes_any_dtype = False
     quantized = True
 
     @abstractmethod
