@@ -16,13 +16,14 @@ SLOWER = 4.0
 """How many times as long a product must take for float32 to be used. Where 16 bits have kernels, it is at most 1.5."""
 SIZE = 256
 """Rows and columns of the matrices that are multiplied (count)."""
-REPEATS = 5
+MOST_PRODUCTS = 15
+"""Products in each type (count) before a type counts as slow; other work on the machine delays single ones."""
 
 
 def fast_dtype(dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.dtype:
     """Return `dtype`, or float32 on a CPU that multiplies matrices of `dtype` several times more slowly.
 
-    The first call for a 16-bit type measures a small product, in 0.1 s at most.
+    The first call for a 16-bit type measures small products, in 0.3 s at most.
 
     Args:
         dtype: the preferred type, such as that of a checkpoint.
@@ -35,19 +36,20 @@ def fast_dtype(dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.
 
 @lru_cache
 def _is_slow(dtype: torch.dtype) -> bool:
-    times = _product_seconds(dtype) / _product_seconds(torch.float32)
-    if times > SLOWER:
-        logger.info("this CPU takes %.0f times as long for products in %s, so float32 is used", times, dtype)
-    return times > SLOWER
+    """Return True if not even the shortest product in `dtype` comes near the shortest one in float32."""
+    narrow = wide = float("inf")
+    for _ in range(MOST_PRODUCTS):
+        narrow, wide = min(narrow, _product_seconds(dtype)), min(wide, _product_seconds(torch.float32))
+        if narrow <= SLOWER * wide:
+            return False
+    logger.info("this CPU takes %.0f times as long for products in %s, so float32 is used", narrow / wide, dtype)
+    return True
 
 
 def _product_seconds(dtype: torch.dtype) -> float:
-    """Return the shortest of several times of the product that a backward pass needs: no matrix transposed."""
+    """Return the time of the product that a backward pass needs: no matrix transposed."""
     with torch.inference_mode():
         one = torch.ones(SIZE, SIZE, dtype=dtype)
-        seconds = []
-        for _ in range(REPEATS):
-            start = time.perf_counter()
-            torch.mm(one, one)
-            seconds.append(time.perf_counter() - start)
-    return min(seconds)
+        start = time.perf_counter()
+        torch.mm(one, one)
+        return time.perf_counter() - start

@@ -22,6 +22,13 @@ def test_the_type_that_is_fast(times: float, expected: torch.dtype, seconds: dic
     assert fast_dtype(torch.float16) == torch.float16
 
 
+def test_one_product_that_was_delayed_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([50.0, 1.0, 9.0, 2.0, 1.1, 1.0])  # 16 bits and float32 in turn
+    monkeypatch.setattr(compute_dtype, "_product_seconds", lambda dtype: next(times))
+    assert not compute_dtype._is_slow.__wrapped__(torch.bfloat16)
+    assert next(times, None) is None
+
+
 def test_only_sixteen_bits_on_a_cpu_are_in_question(seconds: dict[torch.dtype, float]) -> None:
     seconds[torch.bfloat16] = 100.0
     assert fast_dtype(torch.bfloat16, "cuda") == torch.bfloat16
