@@ -119,9 +119,18 @@ def _forward(x: Tensor, call: _Call, branches: list[_Branch]) -> _Forward:
 
 
 def _product_dtype(x: Tensor, call: _Call) -> torch.dtype:
-    """Return the type in which products are computed: that of x, or float32 where that is several times faster."""
+    """Return the type in which products are computed: that of x, or float32 where that is several times faster.
+
+    Inside of autocast it is that of x, because autocast would cast the products back.
+    """
     dtype = fast_dtype(x.dtype, x.device)
-    return dtype if all(base.product_takes_any_dtype for base in call.bases) else x.dtype
+    if dtype != x.dtype and (torch.is_autocast_enabled(x.device.type) or not _take_any_dtype(call)):
+        return x.dtype
+    return dtype
+
+
+def _take_any_dtype(call: _Call) -> bool:
+    return all(base.product_takes_any_dtype for base in call.bases)
 
 
 def _stacked(tensors: list[Tensor], axis: int) -> Tensor:
@@ -152,7 +161,7 @@ class _LowRankLinears(torch.autograd.Function):
         x, h, bits, a, *others = ctx.saved_tensors
         call, count, needed = ctx.call, ctx.count, ctx.needs_input_grad
         double = torch.is_grad_enabled()  # double backward (create_graph=True)
-        dtype = x.dtype if double else _product_dtype(x, call)
+        dtype = x.dtype if double else a.dtype  # that of the forward's products
         tensors, b, before_gain = others[: 4 * count], others[4 * count : 5 * count], others[5 * count :]
         weights = [
             (base.read() if weight is None else weight).to(dtype)

@@ -123,6 +123,9 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(
         if state.global_step == 5:
             raise Killed
 
+    # in float32 the last bits may differ: cross-attention learns in the first step whose input it shares, which changes
+    # the order of sums, and a process that goes on learns it again
+    monkeypatch.setattr("peftcore.bases.compute_dtype._is_slow", lambda dtype: False)
     params = writing(train={"epochs": 1.0}, quantization={"compute_dtype": "bfloat16"})
     fetch.run(params, paths)
     prepare.run(params, paths)

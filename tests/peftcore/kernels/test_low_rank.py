@@ -288,8 +288,9 @@ def test_a_cpu_that_is_slow_in_16_bits_multiplies_in_float32(
     x, g = torch.randn(40, size).to(half).requires_grad_(), torch.randn(40, 32).to(half)
     monkeypatch.setattr("peftcore.bases.compute_dtype._is_slow", lambda dtype: True)
     seen: list[torch.dtype] = []
-    product = type(base).product
-    monkeypatch.setattr(type(base), "product", lambda self, x: (seen.append(x.dtype), product(self, x))[1])
+    owner = next(one for one in type(base).__mro__ if "product" in vars(one))
+    product = owner.product
+    monkeypatch.setattr(owner, "product", lambda self, x: (seen.append(x.dtype), product(self, x))[1])
     factors = next_factors(x, own.dropout)
     y = low_rank_linear(base, x, own)
     assert y.dtype == half and seen[0] == (half if kind == "int8" else torch.float32)
@@ -307,3 +308,22 @@ def test_a_cpu_that_is_slow_in_16_bits_multiplies_in_float32(
     torch.testing.assert_close(y.double(), expected, **bound)
     for one, other in zip(found, gradients(expected, wide, g.double()), strict=True):
         torch.testing.assert_close(one.double(), other, **bound)
+
+
+def test_under_autocast_a_slow_cpu_computes_in_the_type_of_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.setattr("peftcore.bases.compute_dtype._is_slow", lambda dtype: True)
+    base, x = base_weight(layer_of("bias", torch.float32), "layer"), torch.randn(ROWS, IN).bfloat16().requires_grad_()
+    own = LowRankBranch(tensor(RANK, IN, dtype=torch.float32), tensor(OUT, RANK, dtype=torch.float32), 0.3)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = low_rank_linear(base, x, own)
+    expected = (
+        F.linear(x.double(), base.read().double(), base.bias.double())
+        + 0.3 * x.double() @ own.a.double().T @ own.b.double().T
+    )
+    torch.testing.assert_close(y.double(), expected, rtol=0.03, atol=0.03)
+    g = torch.randn(ROWS, OUT)
+    for one, other in zip(
+        gradients(y, [x, own.a, own.b], g.bfloat16()), gradients(expected, [x, own.a, own.b], g.double()), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=0.05, atol=0.1)

@@ -145,8 +145,19 @@ def test_requests_beyond_the_limits_are_refused(base: Any) -> None:
 # -- reading a base ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("dtype", "expected"), [("auto", torch.bfloat16), ("float32", torch.float32)])
-def test_a_base_is_loaded_in_its_own_type_or_in_a_given_one(tiny_base: Path, dtype: str, expected: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "slow", "expected"),
+    [
+        ("auto", False, torch.bfloat16),
+        ("auto", True, torch.float32),
+        ("bfloat16", True, torch.bfloat16),
+        ("float32", False, torch.float32),
+    ],
+)
+def test_a_base_is_loaded_in_its_own_type_in_a_faster_one_or_in_a_given_one(
+    tiny_base: Path, dtype: str, slow: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peftcore.bases.compute_dtype._is_slow", lambda dtype: slow)
     model, tokenizer = load_base(tiny_base, dtype)
     assert model.dtype == expected and isinstance(tokenizer, PreTrainedTokenizerBase)
 
