@@ -43,7 +43,7 @@ class OwnFactors(NamedTuple):
 
 
 class DecodingPlan(NamedTuple):
-    """How a layer computes one chain of adapters, and the state of the layer for which that holds."""
+    """The calculation of a layer for one chain of adapters, and the state of the layer for which it is right."""
 
     names: tuple[str, ...]
     """Adapters in effect, in order."""
