@@ -1,7 +1,6 @@
 """The input of a layer: sibling layers that read the same tensor, and the position of the batch axis.
 
-Both are guesses from the module tree. Siblings are found by names and shapes, so callers compare the input tensors: in
-cross-attention, key and value read the encoder's output, and query does not.
+Both are guesses from the module tree. Siblings are found by names and shapes, so callers compare the input tensors.
 
 A layer receives (B, T, features) or (T, B, features), and the shape does not tell which if B = T. PyTorch's attention
 has the attribute `batch_first`. transformers puts the batch axis first, except in models that swap the first two axes
@@ -9,6 +8,7 @@ in a `forward`, such as XLNet and Longformer; their source code shows the swap.
 """
 
 import inspect
+import re
 from collections.abc import Mapping
 from functools import cache
 
@@ -22,13 +22,22 @@ from peftcore.detection.roles import Role, word_role
 
 _SWAPS = ("transpose(0, 1)", "transpose(1, 0)", "permute(1, 0", "swapaxes(0, 1)")
 _SHARED_INPUT_ROLES: tuple[tuple[Role, ...], ...] = (("query", "key", "value", "fused_kv"), ("gate", "up"))
+_CROSS_ATTENTION = re.compile(r"cross|encoder_?attn|encdec|enc_dec|encoder_decoder", re.IGNORECASE)
 
 
-def shared_input_groups(parent: nn.Module) -> list[list[str]]:
+def is_cross_attention(path: str) -> bool:
+    """Return True if the path names a module of cross-attention, whose keys and values come from an encoder."""
+    return _CROSS_ATTENTION.search(path) is not None
+
+
+def shared_input_groups(parent: nn.Module, path: str = "") -> list[list[str]]:
     """Return groups of children that likely read the same input, such as query, key and value, or gate and up.
+
+    In cross-attention, key and value read the encoder's output, and query does not.
 
     Args:
         parent: The module to examine; adapter layers among its children are ignored.
+        path: Its path in the model, which tells cross-attention from self-attention.
 
     Returns:
         Lists of two or more child names, in order of declaration.
@@ -39,9 +48,10 @@ def shared_input_groups(parent: nn.Module) -> list[list[str]]:
         roles = mlp_roles(layers, layers[-1].out_features) if len(layers) > 2 else {}
     width = {layer.path: layer.in_features for layer in layers}
     groups: dict[tuple[tuple[Role, ...], int], list[str]] = {}
+    reads_alone = "query" if is_cross_attention(path) else None
     for name, role in roles.items():
         for together in _SHARED_INPUT_ROLES:
-            if role in together:
+            if role in together and role != reads_alone:
                 groups.setdefault((together, width[name]), []).append(name)
     order = [layer.path for layer in layers]
     return [sorted(names, key=order.index) for names in groups.values() if len(names) > 1]

@@ -1,20 +1,18 @@
 """Geometry of a key/value prefix: the shapes in the cache of each decoder layer, read from its projection layers."""
 
 import inspect
-import re
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from peftcore.detection.layer_inputs import is_cross_attention
 from peftcore.detection.module_tree import AdaptableLayer, BlockList, ModuleTree, walk
 from peftcore.detection.roles import ATTENTION, Role, Roles
 from peftcore.detection.trunk import STATE, family_prefix, text_config
 
 _HEAD_SIZES = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "dim_per_head")
 """Attributes of transformers' attention modules for the size of a head."""
-_OTHER_CACHE = re.compile(r"cross|encoder_?attn|encdec|enc_dec|encoder_decoder", re.IGNORECASE)
-"""Paths of cross-attention, whose keys come from an encoder; a prefix does not apply there."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +166,7 @@ def _attention(block: nn.Module, by_module: dict[int, AdaptableLayer], roles: Ro
     module: nn.Module | None = None
     for path, part in modules.items():
         layer = by_module.get(id(part))
-        if layer is None or _OTHER_CACHE.search(path) or roles[layer.path] not in ATTENTION:
+        if layer is None or is_cross_attention(path) or roles[layer.path] not in ATTENTION:
             continue
         parts = path.split(".")
         around = [modules[".".join(parts[:end])] for end in range(len(parts))]

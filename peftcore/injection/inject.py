@@ -101,8 +101,8 @@ def commit_injection(
         wrapper.copies[name] = module.requires_grad_(trainable).train(wrapper.training)
         adapters.saved[path] = wrapper
     update_fused_paths(module_index)
-    for parent in {module_index.parent(path) for path in wrapped}:
-        _link_siblings(parent)
+    for parent in {path.rpartition(".")[0] for path in wrapped}:
+        _link_siblings(unwrapped(module_index.at(parent)), parent)
     adapters.configs[name] = injection.config
     if injection.config.restricts_others:
         adapters.restricting.add(name)
@@ -199,9 +199,9 @@ def _wrapper_at(path: str, kind: type[Any], adapters: AdapterSet, module_index: 
     return wrapper
 
 
-def _link_siblings(parent: nn.Module) -> None:
+def _link_siblings(parent: nn.Module, path: str) -> None:
     """Tell each adapter layer among a module's children which later ones may read the same input."""
-    for names in shared_input_groups(parent):
+    for names in shared_input_groups(parent, path):
         layers = [child for name in names if isinstance(child := parent._modules[name], AdapterLayer)]
         for position, layer in enumerate(layers, 1):
             layer.siblings = layers[position:]

@@ -127,5 +127,9 @@ def test_siblings_that_read_one_input() -> None:
     assert shared_input_groups(attention) == [["q_proj", "k_proj", "v_proj"]]
     cross = nn.ModuleDict({"q": nn.Linear(16, 16), "k": nn.Linear(8, 16), "v": nn.Linear(8, 16)})
     assert shared_input_groups(cross) == [["k", "v"]]
+    for path in ("decoder.block.0.layer.1.EncDecAttention", "decoder.layers.0.encoder_attn", "0.crossattention.self"):
+        assert shared_input_groups(attention, path) == [["k_proj", "v_proj"]]
+    for path in ("encoder.layers.0.self_attn", "decoder.block.0.layer.0.SelfAttention"):
+        assert shared_input_groups(attention, path) == [["q_proj", "k_proj", "v_proj"]]
     mlp = nn.ModuleDict({"gate": nn.Linear(16, 48), "up": nn.Linear(16, 48), "down": nn.Linear(48, 16)})
     assert shared_input_groups(mlp) == [["gate", "up"]]

@@ -323,14 +323,24 @@ def test_a_forward_that_breaks_off_leaves_nothing_for_the_next() -> None:
     torch.testing.assert_close(model(TOKENS).logits, expected, atol=1e-12, rtol=0)
 
 
-def test_cross_attention_learns_whose_input_it_shares(calls: list[int]) -> None:
+def test_the_query_of_cross_attention_shares_no_input(calls: list[int]) -> None:
     torch.manual_seed(0)
     config = T5Config(vocab_size=60, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0)
     model = get_peft_model(T5ForConditionalGeneration(config).double(), lora()).eval()
-    assert_as_in_general(model)
     cross = model.decoder.block[0].layer[1].EncDecAttention
+    assert cross.q.siblings == [] and cross.k.siblings == [cross.v], "known from its name, before the first call"
+    assert_as_in_general(model)
+
+
+def test_cross_attention_with_any_name_learns_whose_input_it_shares(calls: list[int]) -> None:
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=60, d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    model = get_peft_model(T5ForConditionalGeneration(config).double(), lora()).eval()
+    other = model.decoder.block[0].layer[1].EncDecAttention
+    other.q.siblings = [other.k, other.v]
+    assert_as_in_general(model)
     model(input_ids=TOKENS, labels=TOKENS)
-    assert cross.q.siblings == [] and cross.k.siblings == [cross.v]
+    assert other.q.siblings == [] and other.k.siblings == [other.v]
     assert_as_in_general(model)
 
 
