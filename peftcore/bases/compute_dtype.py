@@ -16,14 +16,14 @@ SLOWER = 4.0
 """How many times as long a product must take for float32 to be used. Where 16 bits have kernels, it is at most 1.5."""
 SIZE = 256
 """Rows and columns of the matrices that are multiplied (count)."""
-MOST_PRODUCTS = 15
-"""Products in each type (count) before a type counts as slow; other work on the machine delays single ones."""
+LEAST_PRODUCTS, MOST_PRODUCTS = 5, 15
+"""Products in each type (count) before a type counts as fast, and as slow; other work on the machine delays some."""
 
 
 def fast_dtype(dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.dtype:
     """Return `dtype`, or float32 on a CPU that multiplies matrices of `dtype` several times more slowly.
 
-    The first call for a 16-bit type measures small products, in 0.3 s at most.
+    The first call for a 16-bit type measures small products, in about 0.4 s at most.
 
     Args:
         dtype: the preferred type, such as that of a checkpoint.
@@ -38,9 +38,9 @@ def fast_dtype(dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.
 def _is_slow(dtype: torch.dtype) -> bool:
     """Return True if not even the shortest product in `dtype` comes near the shortest one in float32."""
     narrow = wide = float("inf")
-    for _ in range(MOST_PRODUCTS):
+    for number in range(1, MOST_PRODUCTS + 1):  # the first products of a process also start threads
         narrow, wide = min(narrow, _product_seconds(dtype)), min(wide, _product_seconds(torch.float32))
-        if narrow <= SLOWER * wide:
+        if number >= LEAST_PRODUCTS and narrow <= SLOWER * wide:
             return False
     logger.info("this CPU takes %.0f times as long for products in %s, so float32 is used", narrow / wide, dtype)
     return True

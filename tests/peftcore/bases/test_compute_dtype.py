@@ -22,11 +22,21 @@ def test_the_type_that_is_fast(times: float, expected: torch.dtype, seconds: dic
     assert fast_dtype(torch.float16) == torch.float16
 
 
-def test_one_product_that_was_delayed_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = iter([50.0, 1.0, 9.0, 2.0, 1.1, 1.0])  # 16 bits and float32 in turn
-    monkeypatch.setattr(compute_dtype, "_product_seconds", lambda dtype: next(times))
-    assert not compute_dtype._is_slow.__wrapped__(torch.bfloat16)
-    assert next(times, None) is None
+@pytest.mark.parametrize(
+    ("narrow", "wide", "slow"),
+    [
+        pytest.param([50.0, 9.0, 1.1, 9.0, 9.0], [1.0, 2.0, 1.0, 1.0, 1.0], False, id="products in 16 bits"),
+        pytest.param([80.0] * 15, [90.0, 40.0, 1.0, 1.0, 2.0, *[1.0] * 10], True, id="first products in float32"),
+        pytest.param([9.0] * 14 + [1.0], [1.0] * 15, False, id="all but the last one in 16 bits"),
+    ],
+)
+def test_products_that_were_delayed_decide_nothing(
+    narrow: list[float], wide: list[float], slow: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = {torch.bfloat16: iter(narrow), torch.float32: iter(wide)}
+    monkeypatch.setattr(compute_dtype, "_product_seconds", lambda dtype: next(times[dtype]))
+    assert compute_dtype._is_slow.__wrapped__(torch.bfloat16) is slow
+    assert next(times[torch.bfloat16], None) is None
 
 
 def test_only_sixteen_bits_on_a_cpu_are_in_question(seconds: dict[torch.dtype, float]) -> None:
