@@ -38,6 +38,7 @@ from transformers import AutoModelForCausalLM
 import peftcore
 from benchmarks.machine import machine
 from benchmarks.steps import quiet
+from peftcore.serving.service import load_base
 
 RESULTS = Path(__file__).parent / "results"
 CLIENTS, RANK = 16, 8
@@ -105,7 +106,7 @@ def main() -> None:
         if options.peer:
             base, loras = export(options.base, adapters, Path(scratch))
             peer = servers.enter_context(llama_cpp(base, loras, options))
-        model = AutoModelForCausalLM.from_pretrained(options.base, local_files_only=True, dtype=options.dtype).eval()
+        model = load_base(options.base, options.dtype)[0].eval()
         bar = tqdm(range(options.rounds + 1), disable=None)
         rounds = [measure(ours, peer, model, number, options) for number in bar][1:]
     options.folder.mkdir(parents=True, exist_ok=True)

@@ -38,7 +38,7 @@ from flows.base.gguf import holds_gguf, load_packed
 from flows.base.heads import check_head, head_class, without_pooler
 from flows.errors import BaseModelError
 from flows.params import Quantization
-from peftcore.bases import dequantize_model, fast_dtype
+from peftcore.bases import add_float16_copies, dequantize_model, fast_dtype
 from peftcore.errors import require_extra
 from peftcore.files import MANIFEST, damaged_files
 
@@ -139,6 +139,14 @@ def load_calibrated(folder: Path) -> PreTrainedModel:
     assert record is not None, folder
     check_base(folder)
     return load_dequantized(folder, recorded_quantization(record))
+
+
+def load_for_serving(folder: Path, quantization: Quantization) -> PreTrainedModel:
+    """Load the dequantised model to serve, with float16 copies on a CPU that has no fast products in 16 bits."""
+    model = load_dequantized(folder, quantization)
+    if quantization.compute_dtype == "auto" and compute_dtype(quantization) == torch.float32:
+        add_float16_copies(model)
+    return model
 
 
 def compute_dtype(quantization: Quantization) -> torch.dtype:

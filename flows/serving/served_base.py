@@ -87,7 +87,7 @@ def load_evaluated_base(
         RegistryError: The version's calibrated base is not what was registered.
         RepositoryError: The version's calibrated base is neither in the cache nor on the remote.
     """
-    from flows.base.model import check_base, load_dequantized, load_tokenizer
+    from flows.base.model import check_base, load_for_serving, load_tokenizer
 
     check_generates(params.train.objective, f"the project's train.objective is {params.train.objective}")
     holder = registry.stages().get(params.gate.stage)
@@ -114,7 +114,7 @@ def load_evaluated_base(
         if weights != folder:
             check_base(weights)
         logger.info("loading %s", base)
-        return load_dequantized(weights, base.quantization), load_tokenizer(folder), base
+        return load_for_serving(weights, base.quantization), load_tokenizer(folder), base
 
 
 def _calibrated(stack: ExitStack, paths: Paths, registry: RegistryReader, version: Version, identity: str) -> Path:

@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 from peftcore.bases.base import BaseWeight
 from peftcore.bases.compute_dtype import fast_dtype
 from peftcore.bases.dequantize import replace_quantized
+from peftcore.bases.float16_copy import Float16CopyLinear, add_float16_copies
 from peftcore.bases.gguf import GgufLinear
 from peftcore.bases.norm import NormWeight, is_norm
 from peftcore.bases.parameter import BiasParameter, ParameterWeight
@@ -21,9 +22,11 @@ from peftcore.errors import TargetError
 __all__ = [
     "BaseWeight",
     "BiasParameter",
+    "Float16CopyLinear",
     "GgufLinear",
     "ParameterWeight",
     "QuantizedLinear",
+    "add_float16_copies",
     "base_weight",
     "calls_its_layers",
     "dequantize_model",

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from peftcore.bases import fast_dtype
+from peftcore.bases import add_float16_copies, fast_dtype
 from peftcore.composition import Composition
 from peftcore.errors import CheckpointError
 from peftcore.routing import AdapterStore
@@ -224,7 +224,8 @@ def make_service(
 def load_base(folder: Path, dtype: str = "auto") -> tuple[Any, Any]:
     """Load a base model and its tokenizer from a folder. Raise CheckpointError if that fails.
 
-    With `dtype="auto"` the type is the checkpoint's, or float32 on a CPU without fast 16-bit products.
+    With `dtype="auto"` the type is the checkpoint's, or float32 on a CPU without fast 16-bit products. In the latter case
+    the linear layers also have a copy of their weight in float16, which decodes faster (`add_float16_copies`).
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -234,8 +235,13 @@ def load_base(folder: Path, dtype: str = "auto") -> tuple[Any, Any]:
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} contains no base model that can be served: {error}") from error
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    stored: torch.dtype = model.dtype
+    computed = fast_dtype(stored, device) if dtype == "auto" else stored
     placed: Any = model
-    return placed.to(device, fast_dtype(model.dtype, device) if dtype == "auto" else model.dtype), tokenizer
+    placed.to(device, computed)
+    if computed != stored:
+        add_float16_copies(placed)
+    return placed, tokenizer
 
 
 def _eos_tokens(model: Any, tokenizer: Any) -> frozenset[int]:

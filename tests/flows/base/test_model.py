@@ -10,6 +10,7 @@ from flows.base.model import (
     check_base,
     compute_dtype,
     load_dequantized,
+    load_for_serving,
     load_for_training,
     load_original,
     load_tokenizer,
@@ -19,7 +20,7 @@ from flows.base.model import (
 from flows.errors import BaseModelError
 from flows.params import Quantization
 from peftcore import MissingExtraError
-from peftcore.bases import base_weight, fast_dtype
+from peftcore.bases import Float16CopyLinear, base_weight, fast_dtype
 from peftcore.bases import compute_dtype as compute_dtypes
 from peftcore.files import sha256
 
@@ -58,6 +59,16 @@ def test_automatic_compute_dtype_follows_the_cpu(slow: bool, dtype: torch.dtype,
     for name, given in {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}.items():
         assert compute_dtype(Quantization(compute_dtype=name)) == given  # type: ignore[arg-type]
         assert compute_dtype(with_merged_dtype(Quantization(compute_dtype=name))) == given  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("storage", ["none", "nf4"])
+@pytest.mark.parametrize(("slow", "dtype", "copies"), [(False, "auto", 0), (True, "auto", 15), (True, "float32", 0)])
+def test_a_served_base_has_float16_copies_where_16_bits_were_widened(
+    tiny_base: Path, storage: Any, slow: bool, dtype: Any, copies: int, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(compute_dtypes, "_is_slow", lambda dtype: slow)
+    model = load_for_serving(tiny_base, Quantization(storage=storage, compute_dtype=dtype))
+    assert sum(isinstance(layer, Float16CopyLinear) for layer in model.modules()) == copies
 
 
 def test_eight_bit_and_plain_storage(tiny_base: Path) -> None:
