@@ -4,8 +4,8 @@ With few tokens, a product takes about as long as reading the weight. The copy h
 with it (FBGEMM's, `torch.ops.quantized.linear_dynamic_fp16`) multiplies and adds in float32. `benchmarks.serving` shows
 what that saves.
 
-The copy of a weight that was loaded from 16 bits is exact, except that bfloat16 values below 2⁻¹⁷ (8e-6) lose bits: they
-are rounded to multiples of 2⁻²⁴ (6e-8). That is less than the rounding of a float32 product.
+The copy of a weight that was loaded from 16 bits is exact, except that bfloat16 values below 2⁻¹⁷ (8e-6) lose bits:
+they are rounded to multiples of 2⁻²⁴ (6e-8). That is less than the rounding of a float32 product.
 """
 
 from typing import Any, NamedTuple
@@ -38,8 +38,8 @@ class _Copy(NamedTuple):
 class Float16CopyLinear(nn.Linear):
     """A linear layer that multiplies few tokens by a float16 copy of its weight, without gradients.
 
-    It has the parameters of the layer that it replaces. When the weight is replaced or changes in place, the copy is not
-    used any more. PyTorch does not count changes in place through `.data`, so do not change the weight in that way.
+    It has the parameters of the layer that it replaces. When the weight is replaced or changes in place, the copy is
+    not used any more. PyTorch does not count changes in place through `.data`, so do not change the weight that way.
 
     Args:
         layer: A layer that `can_copy` accepts.

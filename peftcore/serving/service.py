@@ -224,8 +224,8 @@ def make_service(
 def load_base(folder: Path, dtype: str = "auto") -> tuple[Any, Any]:
     """Load a base model and its tokenizer from a folder. Raise CheckpointError if that fails.
 
-    With `dtype="auto"` the type is the checkpoint's, or float32 on a CPU without fast 16-bit products. In the latter case
-    the linear layers also have a copy of their weight in float16, which decodes faster (`add_float16_copies`).
+    With `dtype="auto"` the type is the checkpoint's, or float32 on a CPU without fast 16-bit products. In the latter
+    case the linear layers also have a copy of their weight in float16, which decodes faster (`add_float16_copies`).
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
