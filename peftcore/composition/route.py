@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from peftcore.composition.algebra import Composition, Gate, Spec, Split, composition
 from peftcore.errors import RoutingError
 
+MOST_PLACES = 4
+"""Largest number of places by adapter for each row of a batch; with more, most of a product would be of no use."""
+
 
 class Columns(NamedTuple):
     """The adapters of one stack, of one layer or several; a name occurs once for each layer."""
@@ -53,22 +56,40 @@ class Mask(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """The order that groups rows by adapter, if every adapter has the same number of rows."""
+    """Rows grouped by adapter: each adapter of a stack has as many places as the adapter with most rows has rows."""
 
     adapters: int
-    """Adapters (count)."""
-    order: Tensor | None
-    """(N,): indices of the compositions, sorted by adapter; None if they are sorted already."""
-    back: Tensor | None
-    """(N,): the inverse of `order`."""
+    """Adapters of the stack (count): K."""
+    rows: int
+    """Compositions (count): N."""
+    row_of_place: Tensor | None
+    """(P,): the row in each place, by adapter; any row in an empty place. None: the rows in order fill all places."""
+    places: Tensor | None
+    """(M,): the place of each row with an adapter."""
+    of_rows: Tensor | None
+    """(M,): these rows; None if all rows have an adapter."""
 
-    def sorted(self, x: Tensor) -> Tensor:
-        """Return x (n, ...) with its rows sorted by adapter."""
-        return x if self.order is None else x.reshape(len(self.order), -1).index_select(0, self.order).view(x.shape)
+    def grouped(self, x: Tensor) -> Tensor:
+        """Return the tokens x (n·t, i) by adapter (K, tokens, i)."""
+        places = x if self.row_of_place is None else x.view(self.rows, -1).index_select(0, self.row_of_place)
+        return places.view(self.adapters, -1, x.shape[-1])
 
-    def unsorted(self, y: Tensor) -> Tensor:
-        """Return y (n·t, o), sorted by adapter, in the batch's order."""
-        return y if self.back is None else y.view(len(self.back), -1).index_select(0, self.back).view(y.shape)
+    def add_products(self, y: Tensor, h: Tensor, b: Tensor) -> None:
+        """Add h (K, tokens, r) b (K, r, o), which are by adapter, to the outputs y (n·t, o) of their rows in place."""
+        if self.row_of_place is None:
+            by_adapter = y.view(self.adapters, -1, y.shape[1])
+            if y.dtype == b.dtype:
+                by_adapter.baddbmm_(h, b)
+            else:
+                by_adapter.add_(h.bmm(b))
+            return
+        assert self.places is not None
+        change = h.bmm(b).view(len(self.row_of_place), -1).index_select(0, self.places)
+        by_row = y.view(self.rows, -1)
+        if self.of_rows is None:
+            by_row.add_(change)
+        else:
+            by_row.index_add_(0, self.of_rows, change.to(y.dtype))
 
 
 class Run(NamedTuple):
@@ -233,23 +254,42 @@ class Route:
         """Return the rows grouped by adapter.
 
         Args:
-            adapters: their names, in the order of the stack.
+            adapters: their names, in the order of the stack; rows may use only some of them.
             device: where the indices are made.
 
         Returns:
-            None unless each row has one adapter, with weight 1, and every adapter has the same number of rows.
+            None unless each row has one adapter with weight 1, or none, and if too many places would be empty.
         """
         names, weights = list(adapters), [_weights(one) for one in self.compositions]
-        if self.uniform is not None or self.depends_on_tokens or any(list(one.values()) != [1] for one in weights):
+        if (
+            self.uniform is not None
+            or self.depends_on_tokens
+            or any(list(one.values()) not in ([1], []) for one in weights)
+        ):
             return None
-        by_row = [next(iter(one)) for one in weights]
-        if set(by_row) != set(names) or len({by_row.count(name) for name in names}) > 1:
+        rows_of: dict[str, list[int]] = {name: [] for name in names}
+        for row, one in enumerate(weights):
+            for name in one:
+                if name in rows_of:  # otherwise this layer does not have the adapter
+                    rows_of[name].append(row)
+        most = max(map(len, rows_of.values()))
+        if not 0 < most * len(names) <= MOST_PLACES * len(weights):
             return None
-        order = sorted(range(len(by_row)), key=lambda row: names.index(by_row[row]))
-        if order == list(range(len(order))):
-            return Blocks(len(names), None, None)
-        by_adapter = torch.tensor(order, device=device)
-        return Blocks(len(names), by_adapter, by_adapter.argsort())
+        filled = [rows + [0] * (most - len(rows)) for rows in rows_of.values()]
+        row_of_place = [row for rows in filled for row in rows]
+        if row_of_place == list(range(len(weights))):
+            return Blocks(len(names), len(weights), None, None, None)
+        place_of = {row: most * k + n for k, rows in enumerate(rows_of.values()) for n, row in enumerate(rows)}
+        of_rows = sorted(place_of)
+        places = torch.tensor([place_of[row] for row in of_rows], device=device)
+        all_rows = len(of_rows) == len(weights)
+        return Blocks(
+            len(names),
+            len(weights),
+            torch.tensor(row_of_place, device=device),
+            places,
+            None if all_rows else torch.tensor(of_rows, device=device),
+        )
 
     def _by_rows(self, columns: Columns) -> Tensor:
         """Return weights (N, 1, adapters)."""

@@ -1,15 +1,18 @@
 """Many low-rank adapters over the rows of one batch in two products: y = W x + ((x Aᵀ) ∘ G) Bᵀ. No gradients.
 
 A and B hold the factors of all adapters, stacked along the rank. G is the mask: the weight of each adapter in each
-row, 0 where a row does not use an adapter. Layers that read the same input are computed together. If every adapter has
-the same number of rows, the products are batched by adapter, and no product is computed only to be masked. Long runs of
-tokens with one composition need no stack: each adapter computes its own runs.
+row, 0 where a row does not use an adapter. Layers that read the same input are computed together. If every row uses one
+adapter or none, the products are batched by adapter, and no product is computed only to be masked. Long runs of tokens
+with one composition need no stack: each adapter computes its own runs.
 
-A cached stack is used until its fingerprint changes (`peftcore._util.fingerprint`).
+A cached stack is used until its fingerprint changes (`peftcore._util.fingerprint`). A stack may hold more adapters than
+a batch uses, because making one takes several times as long as a decoding step: when requests come and go, a server
+uses the stack that it has.
 
 Shapes: n tokens, i in_features, o out_features, R sum of the ranks of all adapters, of all layers together.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -29,6 +32,10 @@ MANY_ADAPTERS = 8
 """Adapters (count) from which products batched by adapter pay for sorting the rows."""
 STACKS_PER_LAYER = 2
 """Cached stacks per layer (count): one for short prompts, one for the batch that is decoded."""
+MOST_KEPT = 16
+"""Adapters (count) up to which a new stack keeps those of the last one."""
+MOST_UNUSED = 4
+"""Adapters of a stack for each one that a batch uses; a larger stack is not used, because all of it is read."""
 
 
 class Stacked(NamedTuple):
@@ -70,8 +77,8 @@ def stack(layers: Sequence[Sequence[Adapter]], dtype: torch.dtype) -> Stacked | 
     plain: list[list[LowRankBranch]] = factors  # type: ignore[assignment]
     ranks = tuple(len(one.a) for by_layer in plain for one in by_layer)
     a = torch.cat([one.a.to(dtype) for by_layer in plain for one in by_layer])
-    b = [torch.cat([(one.b * one.scaling).to(dtype).T for one in by_layer]) for by_layer in plain]
-    if any(len(by_layer) > 1 for by_layer in plain) and not all(bool(each.isfinite().all()) for each in (a, *b)):
+    b = [_scaled_b(by_layer).to(dtype) for by_layer in plain]
+    if any(len(by_layer) > 1 for by_layer in plain) and not all(_is_finite(each) for each in (a, *b)):
         return None
     sizes = [sum(len(one.a) for one in by_layer) for by_layer in plain]
     same = all(len({len(one.a) for one in by_layer}) == 1 and len(by_layer) == len(plain[0]) for by_layer in plain)
@@ -84,6 +91,20 @@ def stack(layers: Sequence[Sequence[Adapter]], dtype: torch.dtype) -> Stacked | 
         [(_by_adapter(own_a, len(plain[0])).mT, _by_adapter(own_b, len(plain[0]))) for own_a, own_b in batched],
         fingerprint,
     )
+
+
+def _scaled_b(branches: Sequence[LowRankBranch]) -> Tensor:
+    """Return the scaled Bᵀ (R, o) of a layer's adapters; one multiplication for all of them, if their s is the same."""
+    first = branches[0].scaling
+    if all(isinstance(one.scaling, int | float) and one.scaling == first for one in branches):
+        b = torch.cat([one.b.T for one in branches])
+        return b if first == 1 else b.mul_(first)
+    return torch.cat([(one.b * one.scaling).T for one in branches])
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Return True if no value is infinite or NaN, in one pass."""
+    return not tensor.numel() or all(math.isfinite(bound) for bound in tensor.aminmax())
 
 
 def _by_adapter(rows: Tensor, count: int) -> Tensor:
@@ -120,6 +141,8 @@ class StackSpec(NamedTuple):
     """True if the layers are in training mode, in which adapters may have dropout."""
     adapters: tuple[tuple[Adapter, ...], ...]
     """The adapters of each layer."""
+    names: tuple[str, ...]
+    """All their names."""
 
 
 def current_stack(cache: dict[Any, Any], layer: Any, spec: StackSpec) -> Stacked | None:
@@ -141,6 +164,27 @@ def current_stack(cache: dict[Any, Any], layer: Any, spec: StackSpec) -> Stacked
     if stacked is not None and stacked.is_current():
         cache[layer] = ((spec, stacked), *[entry for entry in entries if entry[0] != spec][: STACKS_PER_LAYER - 1])
     return stacked
+
+
+def names_with_kept(cache: Mapping[Any, Any], layer: Any, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the names of the adapters to stack for a batch: those of a cached stack if it holds all that are used.
+
+    Args:
+        cache: see `current_stack`.
+        layer: the first layer of the stack.
+        names: the adapters that the batch uses, sorted.
+
+    Returns:
+        Sorted names. `names` itself if the weights of cached stacks have changed, as in training.
+    """
+    used = set(names)
+    current = [spec.names for spec, stacked in cache.get(layer, ()) if stacked.is_current()]
+    for held in current:
+        if used <= set(held) and len(held) <= MOST_UNUSED * len(names):
+            return held
+    room = min(MOST_KEPT, MOST_UNUSED * len(names)) - len(names)
+    kept = [name for name in (current[0] if current else ()) if name not in used][: max(0, room)]
+    return tuple(sorted([*names, *kept])) if kept else names
 
 
 def outputs_by_run(
@@ -167,16 +211,19 @@ def outputs_by_run(
             used = [(start, stop, weights[name]) for start, stop, weights in runs if weights.get(name)]
             if not used:
                 continue
-            a, b = branch.a.to(x.dtype), (branch.b * branch.scaling).to(x.dtype).T
+            a, b = branch.a.to(x.dtype), branch.b.to(x.dtype).T
             for start, stop, weight in used:
-                h = F.linear(flat[start:stop], a)
-                y[start:stop].addmm_(h if weight == 1 else h * weight, b)
+                h, scale = F.linear(flat[start:stop], a), weight * branch.scaling
+                if isinstance(scale, Tensor):
+                    y[start:stop].addmm_(h * scale, b)
+                else:
+                    y[start:stop].addmm_(h, b, alpha=scale)
         ys.append(y.view(*x.shape[:-1], y.shape[-1]))
     return ys
 
 
 def batched_outputs(x: Tensor, bases: Sequence[BaseWeight], stacked: Stacked, blocks: Blocks) -> list[Tensor]:
-    """Return y (..., o) of each layer for rows with one adapter each, every adapter with the same number of rows.
+    """Return y (..., o) of each layer for rows with one adapter or none.
 
     Args:
         x: input (..., i), in the type in which the layers compute.
@@ -184,17 +231,13 @@ def batched_outputs(x: Tensor, bases: Sequence[BaseWeight], stacked: Stacked, bl
         stacked: the adapters of the layers, perhaps in a wider type.
         blocks: the rows grouped by adapter.
     """
-    flat = blocks.sorted(x).reshape(-1, x.shape[-1])
-    by_adapter = flat.view(blocks.adapters, -1, x.shape[-1]).to(stacked.a.dtype)
+    flat = x.reshape(-1, x.shape[-1])
+    by_adapter = blocks.grouped(flat).to(stacked.a.dtype)
     ys = []
     for base, (a, b) in zip(bases, stacked.batched, strict=True):
         y = base.product(flat)
-        rows = y.view(blocks.adapters, -1, y.shape[1])
-        if rows.dtype == b.dtype:
-            rows.baddbmm_(by_adapter.bmm(a), b)
-        else:
-            rows.add_(by_adapter.bmm(a).bmm(b))
-        ys.append(blocks.unsorted(y).view(*x.shape[:-1], y.shape[-1]))
+        blocks.add_products(y, by_adapter.bmm(a), b)
+        ys.append(y.view(*x.shape[:-1], y.shape[-1]))
     return ys
 
 

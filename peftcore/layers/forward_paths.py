@@ -33,6 +33,7 @@ from peftcore.composition.stacked import (
     branches_by_name,
     can_be_stacked,
     current_stack,
+    names_with_kept,
     outputs_by_run,
     stacked_outputs,
 )
@@ -230,7 +231,17 @@ def _make_plan(layer: "AdapterLayer", x: Tensor, route: Route) -> Plan | None:
     dtype = layer.base.compute_dtype(x) if has_no_hooks(layer.base_layer) else None
     if dtype is None:
         return None
-    names = route.names
+    if not route.depends_on_tokens:
+        names = names_with_kept(_stack_cache(layer), layer, route.names)
+        if names != route.names and (plan := _plan_for(layer, x, route, dtype, names)) is not None:
+            return plan
+    return _plan_for(layer, x, route, dtype, route.names)
+
+
+def _plan_for(
+    layer: "AdapterLayer", x: Tensor, route: Route, dtype: torch.dtype, names: tuple[str, ...]
+) -> Plan | None:
+    """Return a plan that stacks the adapters `names`, perhaps more than the route uses; None if that does not apply."""
     own, siblings = layer.unmerged_among(names), siblings_of(layer, x)
     together: dict[Any, Mapping[str, Adapter]] = {layer: own}
     if not route.has_gates:  # a gate reads the adapters of one layer only
@@ -243,7 +254,7 @@ def _make_plan(layer: "AdapterLayer", x: Tensor, route: Route) -> Plan | None:
         # for a row or a few by adapter, CPUs multiply in float32 several times faster than in 16 bits
         wide = torch.promote_types(dtype, torch.float32) if blocks is not None and x.device.type == "cpu" else dtype
         adapters = tuple(tuple(by_name.values()) for by_name in together.values())
-        return StackSpec(wide, x.device, layer.training, adapters)
+        return StackSpec(wide, x.device, layer.training, adapters, names)
 
     stack = current_stack(_stack_cache(layer), layer, spec())
     if stack is None and len(together) > 1:

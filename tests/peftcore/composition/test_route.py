@@ -208,29 +208,52 @@ def test_a_gate_is_called_once_for_each_input_and_its_weights_are_not_cached() -
 
 
 @pytest.mark.parametrize(
-    ("specs", "order"),
+    ("specs", "places"),
     [
         (["a", "b", "c"], None),
         (["a", "a", "b", "b", "c", "c"], None),
-        (["c", "a", "b"], [1, 2, 0]),
-        (["b", "a", "c", "c", "a", "b"], [1, 4, 0, 5, 2, 3]),
+        (["c", "a", "b"], 3),
+        (["b", "a", "c", "c", "a", "b"], 6),
+        (["a", "b"], 3),
+        (["a", None, "b", "c"], 3),
+        (["b", "b", "c", "b"], 9),
+        (["c", "of another layer"], 3),
     ],
 )
-def test_blocks_sort_rows_by_adapter_and_back(specs: list[Any], order: list[int] | None) -> None:
+@pytest.mark.parametrize("tokens", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_blocks_add_to_each_row_the_products_of_its_adapter(
+    specs: list[Any], places: int | None, tokens: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
     blocks = Route(specs).blocks(ONE_EACH.names, torch.device("cpu"))
     assert blocks is not None and blocks.adapters == 3
-    x = torch.arange(float(2 * 2 * len(specs))).view(len(specs), 2, 2)
-    expected = x if order is None else x[order]
-    assert torch.equal(blocks.sorted(x), expected)
-    assert torch.equal(blocks.unsorted(blocks.sorted(x).view(-1, 2)), x.view(-1, 2))
+    assert places == (None if blocks.row_of_place is None else len(blocks.row_of_place))
+    a, b = torch.randn(3, 4, 2).double(), torch.randn(3, 2, 5).double()
+    x, y = torch.randn(len(specs), tokens, 4).double(), torch.randn(len(specs), tokens, 5).to(dtype)
+    number = {"a": 0, "b": 1, "c": 2}
+    expected = [
+        y[row] + x[row] @ a[number[name]] @ b[number[name]] if name in number else y[row]
+        for row, name in enumerate(specs)
+    ]
+    blocks.add_products(y.view(-1, 5), blocks.grouped(x.view(-1, 4)).bmm(a), b)
+    torch.testing.assert_close(y, torch.stack(expected).to(dtype), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
     "specs",
-    ["a", ["a", "b"], ["a", "b", "c", None], ["a", "a", "b", "c"], ["a", "b", {"c": 0.5}], ["a", "b", Split(c=2)]],
+    [
+        "a",
+        [None, None],
+        ["a", "b", {"c": 0.5}],
+        ["a", "b", {"c": 0.5, "a": 1.0}],
+        ["a", "b", Split(c=2)],
+        ["a"] * 9 + ["b"],
+    ],
 )
-def test_blocks_need_one_adapter_of_weight_1_in_equal_numbers_of_rows(specs: Any) -> None:
-    assert Route(specs).blocks(ONE_EACH.names, torch.device("cpu")) is None
+def test_blocks_need_rows_with_one_adapter_of_weight_1_and_few_empty_places(specs: Any) -> None:
+    many = [f"unused{number}" for number in range(5)]
+    assert Route(specs).blocks([*ONE_EACH.names, *many], torch.device("cpu")) is None
 
 
 def test_the_share_of_a_prompt_is_its_weight_in_each_row() -> None:

@@ -11,7 +11,7 @@ import torch
 from routed_models import GREEDY, TOKENS, adapted, assert_rows_as_alone, llama, lora, mixture
 from torch import Tensor, nn
 
-from peftcore.composition import Split, Stack
+from peftcore.composition import Split, Stack, stacked
 from peftcore.layers import forward_paths
 
 
@@ -89,7 +89,7 @@ def test_stacks_follow_the_weights(stacks: list[int]) -> None:
 
 
 @pytest.mark.parametrize("ranks", [[3] * 9, [3] * 8 + [2]], ids=["batched by adapter", "other ranks"])
-def test_adapters_with_equally_many_rows_are_batched_by_adapter(
+def test_rows_with_one_adapter_or_none_are_batched_by_adapter(
     ranks: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = adapted(llama(), **{f"a{n}": lora(r=r, lora_alpha=5) for n, r in enumerate(ranks)})
@@ -98,11 +98,12 @@ def test_adapters_with_equally_many_rows_are_batched_by_adapter(
     batched: list[int] = []
     original = forward_paths.batched_outputs
     monkeypatch.setattr(forward_paths, "batched_outputs", lambda *given: batched.append(1) or original(*given))
-    for given in (names, sorted(names), names * 2, [name for name in names for _ in range(2)]):
+    twice = [name for name in names for _ in range(2)]
+    for given in (names, sorted(names), names * 2, twice, [*names[:8], None], [*names, "a0"], [None, *names, "a3", "a3"]):
         batched.clear()
         assert_rows_as_alone(model, given, tokens)
         assert bool(batched) == (set(ranks) == {3})
-    for given in ([*names[:8], None], [*names, "a0"], [*names[:8], {"a5": 0.5}], [*names[:8], Stack("a5", "a0")]):
+    for given in ([*names[:8], {"a5": 0.5}], [*names[:8], Stack("a5", "a0")], ["a0"] * 9 + names[:8]):
         batched.clear()
         assert_rows_as_alone(model, given, tokens)
         assert not batched
@@ -112,6 +113,48 @@ def test_adapters_with_equally_many_rows_are_batched_by_adapter(
         with torch.no_grad(), model.route(name):
             alone = model.generate(tokens[row : row + 1], num_beams=2, **GREEDY)
         assert torch.equal(beams[row, : alone.shape[1]], alone[0])  # alone it may end earlier
+
+
+def test_rows_that_come_and_go_use_the_stacks_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = adapted(llama(), **{f"a{n}": lora(r=3, lora_alpha=5) for n in range(20)})
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    made: list[int] = []
+    original = stacked.stack
+    monkeypatch.setattr(stacked, "stack", lambda layers, dtype: made.append(len(layers[0])) or original(layers, dtype))
+
+    def made_for(*numbers: int) -> set[int]:
+        """Adapters in each stack that a batch with these adapters makes (counts)."""
+        made.clear()
+        names = [f"a{n}" for n in numbers]
+        assert_rows_as_alone(model, names, torch.arange(2 * len(names)).view(-1, 2))
+        return set(made)
+
+    assert made_for(*range(9)) == {9}
+    assert made_for(*range(8)) == made_for(8, 0, 3) == set(), "less than four times as many as are used"
+    assert made_for(5, 7) == {8}, "nine are too many for two, so six of them are kept"
+    assert made_for(5, 7, 1) == set()
+    assert made_for(8, 9, 0) == {10}
+    assert made_for(*range(10, 15)) == {15}
+    assert made_for(*range(10)) == made_for(14, 9, 0, 3) == set()
+    assert made_for(*range(15, 20)) == {16}, "no more are kept"
+    model.delete_adapter("a16")
+    assert made_for(15, 17, 18) == {3}, "a deleted adapter is in no stack"
+    model.add_adapter("a16", lora(r=3, lora_alpha=7))
+    assert made_for(15, 16) == {4}, "the new adapter of that name"
+
+
+def test_a_kept_adapter_that_is_broken_disturbs_no_row() -> None:
+    model = adapted(llama(), **{f"a{n}": lora(r=3) for n in range(4)})
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    tokens = torch.arange(3, 15).view(6, 2)
+    assert_rows_as_alone(model, ["a0", "a1", "a2", "a3", "a0", None], tokens)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "adapters.a3." in name:
+                parameter.fill_(torch.nan)
+    assert_rows_as_alone(model, ["a0", "a1", "a2", "a2", "a0", None], tokens)
 
 
 def test_in_16_bits_many_adapters_are_computed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
