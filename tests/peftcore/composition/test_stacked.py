@@ -99,7 +99,8 @@ def test_rows_with_one_adapter_or_none_are_batched_by_adapter(
     original = forward_paths.batched_outputs
     monkeypatch.setattr(forward_paths, "batched_outputs", lambda *given: batched.append(1) or original(*given))
     twice = [name for name in names for _ in range(2)]
-    for given in (names, sorted(names), names * 2, twice, [*names[:8], None], [*names, "a0"], [None, *names, "a3", "a3"]):
+    unequal = [*names[:8], None], [*names, "a0"], [None, *names, "a3", "a3"]
+    for given in (names, sorted(names), names * 2, twice, *unequal):
         batched.clear()
         assert_rows_as_alone(model, given, tokens)
         assert bool(batched) == (set(ranks) == {3})
