@@ -25,13 +25,13 @@ _ENGINES = ("x86", "fbgemm")
 class _Copy(NamedTuple):
     """A packed float16 copy of a weight, and the state of the weight of which it is a copy."""
 
-    weight: nn.Parameter
+    weight: Tensor
     version: int
     """In-place changes of the weight (count)."""
     address: int
     packed: Any
 
-    def is_current(self, weight: Tensor | None) -> bool:
+    def is_current(self, weight: Any) -> bool:
         return weight is self.weight and weight._version == self.version and weight.data_ptr() == self.address
 
 
@@ -50,16 +50,16 @@ class Float16CopyLinear(nn.Linear):
     def __init__(self, layer: nn.Linear):
         nn.Module.__init__(self)  # nn.Linear's would make new parameters
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.register_parameter("weight", layer.weight)
-        self.register_parameter("bias", layer.bias)
+        for name, parameter in layer._parameters.items():
+            self.register_parameter(name, parameter)
         self.train(layer.training)
         weight = layer.weight
         packed = torch.ops.quantized.linear_prepack_fp16(weight.detach(), None)
         self._copy = _Copy(weight, weight._version, weight.data_ptr(), packed)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.short_output(x)
-        return super().forward(x) if y is None else y
+    def forward(self, input: Tensor) -> Tensor:
+        y = self.short_output(input)
+        return super().forward(input) if y is None else y
 
     def short_output(self, x: Tensor) -> Tensor | None:
         """Return the output by the copy, in new memory; None for inputs and modes that need the float32 weight."""
@@ -72,6 +72,8 @@ class Float16CopyLinear(nn.Linear):
             or not self._copy.is_current(weight)
             or torch._C._is_any_autocast_enabled()
             or torch.compiler.is_compiling()
+            or torch._C._is_tracing()
+            or torch._C._are_functorch_transforms_active()
         ):
             return None
         y = torch.ops.quantized.linear_dynamic_fp16(x, self._copy.packed)

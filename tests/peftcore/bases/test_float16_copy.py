@@ -70,6 +70,13 @@ def test_other_inputs_take_the_float32_weight(case: str, products: list[int]) ->
     assert torch.equal(CASES[case](Float16CopyLinear(plain())), CASES[case](plain())) and not products
 
 
+@torch.no_grad()
+def test_vmap_takes_the_float32_weight(products: list[int]) -> None:
+    layer, x = Float16CopyLinear(plain()), torch.randn(3, 2, 64)
+    torch.testing.assert_close(torch.vmap(layer)(x), plain()(x))
+    assert not products
+
+
 def test_gradients_and_autocast_take_the_float32_weight(products: list[int]) -> None:
     x = torch.randn(2, 64, requires_grad=True)
     layer = Float16CopyLinear(plain())
