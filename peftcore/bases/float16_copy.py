@@ -5,7 +5,8 @@ with it (FBGEMM's, `torch.ops.quantized.linear_dynamic_fp16`) multiplies and add
 what that saves.
 
 The copy of a weight that was loaded from 16 bits is exact, except that bfloat16 values below 2⁻¹⁷ (8e-6) lose bits:
-they are rounded to multiples of 2⁻²⁴ (6e-8). That is less than the rounding of a float32 product.
+they are rounded to multiples of 2⁻²⁴ (6e-8). That is less than the rounding of a float32 product. Other float32 weights,
+such as dequantised ones, are rounded to 11 bits.
 """
 
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ class _Copy(NamedTuple):
     version: int
     """In-place changes of the weight (count)."""
     address: int
+    """Where the weight's values are in memory."""
     packed: Any
 
     def is_current(self, weight: Any) -> bool:
@@ -113,7 +115,7 @@ def add_float16_copies(model: nn.Module) -> int:
     The copies take half as much memory as the float32 weights. Call it before the model gets adapters.
 
     Args:
-        model: A model in float32 that was loaded from 16 bits, and that will not be trained.
+        model: A model in float32 that will not be trained.
 
     Returns:
         The number of layers that have a copy now.
