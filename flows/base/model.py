@@ -144,7 +144,7 @@ def load_calibrated(folder: Path) -> PreTrainedModel:
 def load_for_serving(folder: Path, quantization: Quantization) -> PreTrainedModel:
     """Load the dequantised model to serve, with float16 copies on a CPU that has no fast products in 16 bits.
 
-    Where a CPU has them, the model is in bfloat16, which rounds its weights to 8 bits; a float16 copy rounds them to 11.
+    On other CPUs the model is in bfloat16, which rounds its weights to 8 bits. A float16 copy rounds them to 11 bits.
     """
     model = load_dequantized(folder, quantization)
     if quantization.compute_dtype == "auto" and compute_dtype(quantization) == torch.float32:

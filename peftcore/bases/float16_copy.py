@@ -5,8 +5,8 @@ with it (FBGEMM's, `torch.ops.quantized.linear_dynamic_fp16`) multiplies and add
 what that saves.
 
 The copy of a weight that was loaded from 16 bits is exact, except that bfloat16 values below 2⁻¹⁷ (8e-6) lose bits:
-they are rounded to multiples of 2⁻²⁴ (6e-8). That is less than the rounding of a float32 product. Other float32 weights,
-such as dequantised ones, are rounded to 11 bits.
+they are rounded to multiples of 2⁻²⁴ (6e-8). That is less than the rounding of a float32 product. Other float32
+weights, such as dequantised ones, are rounded to 11 bits.
 """
 
 from typing import Any, NamedTuple
