@@ -25,7 +25,7 @@ Shapes: o out_features, i in_features, r rank; x (..., i), y (..., o). A weight 
 
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,19 @@ from peftcore.bases import BaseWeight
 from peftcore.config import options_at
 from peftcore.kernels.factors import Factors
 from peftcore.kernels.low_rank import LowRankBranch
+
+
+class FactorNames(NamedTuple):
+    """The parameters of an adapter that computes y = g∘(W x + s·BΛA x), with diagonal Λ and gain g."""
+
+    a: str
+    """Name of A (r, i)."""
+    b: str
+    """Name of B (o, r)."""
+    diagonal: str | None = None
+    """Name of Λ (r, 1); None if the adapter has none."""
+    has_gain: bool = False
+    """True if `Adapter.gain` returns g."""
 
 
 class _Constants(nn.Module):
@@ -336,11 +349,15 @@ class Adapter(_Constants):
         """
         return None
 
-    def factor_names(self) -> tuple[str, str] | None:
-        """Return the names of the parameters A and B if `low_rank` returns just them and `scaling`; else None.
+    def factor_names(self) -> FactorNames | None:
+        """Return the names of the parameters if they, `scaling` and `gain` are all that `low_rank` returns; else None.
 
         A layer that decodes then reads them itself. What is returned may change only if an attribute is assigned.
         """
+        return None
+
+    def gain(self) -> Tensor | None:
+        """Return g (o,) of `FactorNames`; None if only `low_rank` can tell what the adapter computes now."""
         return None
 
     def forward_weight(self, weight: Tensor) -> Tensor:

@@ -78,7 +78,8 @@ def propose(params: Params, paths: Paths) -> list[Proposal]:
 
     if not paths.evaluation_rows.exists():
         raise StageError(f"there is no {paths.evaluation_rows}; run `peftcore run`, which evaluates a version")
-    table = parquet.read_table(paths.evaluation_rows)
+    with parquet.ParquetFile(paths.evaluation_rows) as file:  # read_table would import pandas
+        table = file.read()
     found = (_proposal(table, params, *limit) for limit in LIMITS)
     return [one for one in found if one is not None]
 

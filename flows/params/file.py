@@ -1,7 +1,9 @@
 """Reader for a typed YAML file. Each problem is reported with its line, the value, what fits and a suggestion."""
 
+import copy
 import difflib
 import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar, get_args
 
@@ -50,21 +52,7 @@ def read_params(path: Path, model: type[Model], context: Any = None) -> Model:
         text = read_limited(path, LARGEST_FILE).decode()
     except (OSError, ValueError) as error:
         raise ParamsError(f"{path}: cannot be read ({error}); run this where {path.name} is") from error
-    lines: dict[Place, int] = {(): 1}
-    try:
-        root = YAML(typ="safe", pure=True).compose(text)
-        if not isinstance(root, MappingNode):
-            raise ParamsError(f"{path.name}:1: expected sections such as `data:`, each with its keys below it")
-        _refuse_secrets(root, path.name)
-        problems = _repeated_keys(root, (), lines)
-        data = YAML(typ="safe", pure=True).constructor.construct_document(root)
-    except YAMLError as error:
-        raise ParamsError(f"{path.name}:{_line_of(error)}: not valid YAML: {_reason(error)}") from error
-    except ParamsError:
-        raise
-    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise ParamsError(f"{path.name}: not valid YAML: {reason}") from error
+    data, lines, problems = copy.deepcopy(_parsed(text, path.name))
     try:
         params = model.model_validate(data, context=context)
     except ValidationError as error:
@@ -73,6 +61,36 @@ def read_params(path: Path, model: type[Model], context: Any = None) -> Model:
         if not problems:
             return params
     raise ParamsError("\n".join(f"{path.name}:{line}: {problem}" for line, problem in sorted(problems)))
+
+
+@lru_cache(maxsize=4)
+def _parsed(text: str, name: str) -> tuple[Any, dict[Place, int], list[tuple[int, str]]]:
+    """Return the values, the line of each place, and the problems of repeated keys, each with its line.
+
+    Cached, because one command reads params.yaml several times and parsing it takes a quarter of a second.
+
+    Args:
+        text: The file's text.
+        name: The file's name, for messages.
+
+    Raises:
+        ParamsError: The text is not YAML, or it holds a secret.
+    """
+    lines: dict[Place, int] = {(): 1}
+    try:
+        root = YAML(typ="safe", pure=True).compose(text)
+        if not isinstance(root, MappingNode):
+            raise ParamsError(f"{name}:1: expected sections such as `data:`, each with its keys below it")
+        _refuse_secrets(root, name)
+        problems = _repeated_keys(root, (), lines)
+        return YAML(typ="safe", pure=True).constructor.construct_document(root), lines, problems
+    except YAMLError as error:
+        raise ParamsError(f"{name}:{_line_of(error)}: not valid YAML: {_reason(error)}") from error
+    except ParamsError:
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ParamsError(f"{name}: not valid YAML: {reason}") from error
 
 
 def _refuse_secrets(root: Node, name: str) -> None:

@@ -66,7 +66,7 @@ def start(run: Callable[["Params", Paths], None]) -> NoReturn:
 
 def set_quiet_environment() -> None:
     """Set each variable of QUIET_ENVIRONMENT that is not set; outside a terminal, progress bars redraw rarely."""
-    # its import warns of an optional inference kernel that training does not use
+    # importing bitsandbytes warns of an optional inference kernel that training does not use
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     bars = {} if sys.stderr.isatty() else {"TQDM_MININTERVAL": "10"}
     for name, value in (QUIET_ENVIRONMENT | bars).items():

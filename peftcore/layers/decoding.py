@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from peftcore.adapter import Adapter
+from peftcore.adapter import Adapter, FactorNames
 from peftcore.bases.plain import LinearWeight
 from peftcore.composition.route import Route
 from peftcore.kernels.maths import scaled
@@ -31,15 +31,14 @@ FEW_TOKENS = 32
 
 
 class OwnFactors(NamedTuple):
-    """An adapter whose low-rank branch is two of its parameters, as `Adapter.factor_names` says."""
+    """An adapter whose low-rank branch consists of its parameters, as `Adapter.factor_names` says."""
 
     adapter: Adapter
     changes: int
     """`adapter.changes` when the plan was made."""
     dropout: nn.Module | None
     parameters: Mapping[str, Any]
-    a: str
-    b: str
+    names: FactorNames
 
 
 class DecodingPlan(NamedTuple):
@@ -115,8 +114,14 @@ def decoded(layer: "AdapterLayer", x: Tensor) -> Tensor | None:
     y = _base_output(layer, plan, x)
     if y is None:
         return None
-    for adapter, _, _, parameters, a, b in plan.factors:
-        _add(y, x, parameters[a], parameters[b], adapter.scaling, layer)
+    for adapter, _, _, parameters, (a, b, diagonal, has_gain) in plan.factors:
+        middle = None if diagonal is None else parameters[diagonal]
+        _add(y, x, parameters[a], parameters[b], middle, adapter.scaling, layer)
+        if has_gain:
+            gain = adapter.gain()
+            if gain is None:
+                return _computed(layer, plan, x)
+            y = scaled(y, gain)
     return y
 
 
@@ -149,7 +154,7 @@ def _own_factors(adapter: Adapter) -> OwnFactors | None:
     if names is None or adapter.dropout_probability:
         return None
     dropout = adapter._modules.get("dropout")
-    return OwnFactors(adapter, adapter.changes, dropout, adapter._parameters, *names)
+    return OwnFactors(adapter, adapter.changes, dropout, adapter._parameters, names)
 
 
 def _base_output(layer: "AdapterLayer", plan: DecodingPlan, x: Tensor) -> Tensor | None:
@@ -163,14 +168,19 @@ def _base_output(layer: "AdapterLayer", plan: DecodingPlan, x: Tensor) -> Tensor
     return F.linear(x, weight, parameters.get("bias"))
 
 
-def _add(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: Any, layer: "AdapterLayer") -> None:
-    """Add s·B(A x) to y in place. The few tokens of x are cast to the type of the factors, not the reverse."""
+def _add(
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, diagonal: Tensor | None, scaling: Any, layer: "AdapterLayer"
+) -> None:
+    """Add s·BΛ(A x) to y in place. The few tokens of x are cast to the type of the factors, not the reverse."""
     dtype = a.dtype
     if not (dtype is b.dtype is x.dtype):  # even a cast that does nothing costs as much as a small product
         dtype = torch.promote_types(x.dtype, dtype)
         x = x if x.dtype is dtype else widened_input(layer, x, dtype)
         a, b = (a if a.dtype is dtype else a.to(dtype)), (b if b.dtype is dtype else b.to(dtype))
-    y.add_(F.linear(F.linear(x, a), b), alpha=scaling)
+    h = F.linear(x, a)
+    if diagonal is not None:
+        h.mul_(diagonal.squeeze(1))
+    y.add_(F.linear(h, b), alpha=scaling)
 
 
 def _computed(layer: "AdapterLayer", plan: DecodingPlan, x: Tensor) -> Tensor | None:
@@ -184,7 +194,7 @@ def _computed(layer: "AdapterLayer", plan: DecodingPlan, x: Tensor) -> Tensor | 
     y = _base_output(layer, plan, x)
     if y is not None:
         for a, b, scaling, _, gain in branches:
-            _add(y, x, a, b, scaling, layer)
+            _add(y, x, a, b, None, scaling, layer)
             if gain is not None:
                 y = scaled(y, gain)
     return y

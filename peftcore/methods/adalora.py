@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore._util.state_pruning import can_prune, pruned
-from peftcore.adapter import Adapter
+from peftcore.adapter import Adapter, FactorNames
 from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig
 from peftcore.errors import ConfigError, TrainingError
@@ -199,6 +199,9 @@ class AdaLora(Adapter):
 
     def low_rank(self) -> LowRankBranch:
         return LowRankBranch(*self._factors(), self.scaling, self.dropout_probability)
+
+    def factor_names(self) -> FactorNames:
+        return FactorNames("lora_A", "lora_B", diagonal="lora_E")
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         """Return ΛQ and P; for a convolution, as the weights of two convolutions."""

@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from peftcore.adapter import Adapter, Shared
+from peftcore.adapter import Adapter, FactorNames, Shared
 from peftcore.bases import BaseWeight, ParameterWeight
 from peftcore.errors import ConfigError, MergeError
 from peftcore.kernels.factors import Factors
@@ -213,7 +213,7 @@ class Lora(Adapter):
     def low_rank(self) -> LowRankBranch | None:
         own = self._parameters  # attributes of a module are slow to read, and this runs in every layer's forward
         dropout = self.dropout_probability if "dropout" in self._modules else 0.0
-        if self.factor_names() is not None:
+        if not self.variants and self._computes_with_parameters():
             return LowRankBranch(own["lora_A"], own["lora_B"], self.scaling, dropout)  # type: ignore[arg-type]
         if dropout and self.start is not None:
             return None  # the subtracted start sees the whole input
@@ -223,9 +223,20 @@ class Lora(Adapter):
                 return None
         return branch
 
-    def factor_names(self) -> tuple[str, str] | None:
-        is_plain = self.source is None and self._buffers["start_A"] is None and not self.variants
-        return ("lora_A", "lora_B") if is_plain else None
+    def factor_names(self) -> FactorNames | None:
+        if not self._computes_with_parameters():
+            return None
+        if not self.variants:
+            return FactorNames("lora_A", "lora_B")
+        has_gain = len(self.variants) == 1 and self.variants[0].is_gain
+        return FactorNames("lora_A", "lora_B", has_gain=True) if has_gain else None
+
+    def gain(self) -> Tensor | None:
+        return self.variants[0].gain(self)
+
+    def _computes_with_parameters(self) -> bool:
+        """Return True if A and B are this adapter's own parameters, and no start is subtracted."""
+        return self.source is None and self._buffers["start_A"] is None
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         variants = self.variants

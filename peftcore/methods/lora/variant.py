@@ -53,6 +53,8 @@ class Variant:
     """False: only the hooks for the configuration are used, so the layers do not keep the variant."""
     replaces_base: ClassVar[bool] = False
     """True if the base weight is replaced by `Lora.new_base`."""
+    is_gain: ClassVar[bool] = False
+    """True if the variant only multiplies the adapted output by `gain`."""
     sees_others: ClassVar[bool] = False
     """True if `Adapter.beside` must hold the adapters of the layer."""
     is_additive: ClassVar[bool] = True
@@ -144,6 +146,10 @@ class Variant:
 
     def low_rank(self, lora: "Lora", branch: LowRankBranch) -> LowRankBranch | None:
         """Return the forward pass in the form of the fused kernel; None if the kernel cannot compute the variant."""
+        return None
+
+    def gain(self, lora: "Lora") -> Tensor | None:
+        """Return g (o,) of an `is_gain` variant, without gradients; None if that does not describe the forward pass."""
         return None
 
     def check_mergeable(self, lora: "Lora") -> None:

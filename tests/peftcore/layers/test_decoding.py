@@ -157,6 +157,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "the scaling": lambda m: setattr(_factors(m), "scaling", 9.0),
     "set_scale": lambda m: m[0].set_scale("default", 3.0),
     "the base's weight": lambda m: m[0].base_layer.weight.data.zero_(),
+    "the base's weight, in place": lambda m: nn.init.zeros_(m[0].base_layer.weight),
     "the base layer": _new_base,
     "a merge": lambda m: m.merge_adapter(),
     "a second adapter": _add,
@@ -173,10 +174,19 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+CASES = [
+    (method, name)
+    for method in ("lora", "dora", "adalora")
+    for name in CHANGES
+    if (method, name) != ("dora", "the base's weight")  # edits of it through .data are the ones that DoRA cannot see
+]
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
-@pytest.mark.parametrize("name", CHANGES)
-def test_a_change_is_seen_at_once(name: str, mode: Any) -> None:
-    model = adapted(lora(lora_dropout=0.5), bias=True)
+@pytest.mark.parametrize("method, name", CASES)
+def test_a_change_is_seen_at_once(method: str, name: str, mode: Any) -> None:
+    config = METHODS["adalora"] if method == "adalora" else lora(lora_dropout=0.5, use_dora=method == "dora")
+    model = adapted(config, bias=method == "lora")
     with mode():
         before = model(X)
         model(X)

@@ -39,6 +39,7 @@ class Dora(Variant):
     }
     keys: ClassVar = {"lora_magnitude_vector": "lora_magnitude_vector"}
     stands_alone = True
+    is_gain = True
     is_additive = False
     beyond_low_rank = (
         "DoRA is not low-rank; convert it by add_as_lora(model, name, new_name, rank=...) and export "
@@ -57,6 +58,9 @@ class Dora(Variant):
         if branch.dropout or lora.base.bias is not None:  # with dropout, part of the change sees the whole input
             return None
         return branch._replace(gain=_ratio(lora) if torch.is_grad_enabled() else _cached_ratio(lora))
+
+    def gain(self, lora: "Lora") -> Tensor | None:
+        return _cached_ratio(lora) if lora.base.bias is None else None
 
     def output(self, lora: "Lora", y: Tensor, x: Tensor, dropped: Tensor, h: Tensor) -> Tensor:
         base = lora.base
