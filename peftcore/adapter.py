@@ -47,7 +47,7 @@ class FactorNames(NamedTuple):
     diagonal: str | None = None
     """Name of Λ (r, 1); None if the adapter has none."""
     has_gain: bool = False
-    """True if `Adapter.gain` returns g."""
+    """True if `Adapter.output_gain` returns g."""
 
 
 class _Constants(nn.Module):
@@ -350,13 +350,13 @@ class Adapter(_Constants):
         return None
 
     def factor_names(self) -> FactorNames | None:
-        """Return the names of the parameters if they, `scaling` and `gain` are all that `low_rank` returns; else None.
+        """Return the names of the parameters if `low_rank` returns only them, `scaling` and `output_gain`; else None.
 
         A layer that decodes then reads them itself. What is returned may change only if an attribute is assigned.
         """
         return None
 
-    def gain(self) -> Tensor | None:
+    def output_gain(self) -> Tensor | None:
         """Return g (o,) of `FactorNames`; None if only `low_rank` can tell what the adapter computes now."""
         return None
 

@@ -118,7 +118,7 @@ def decoded(layer: "AdapterLayer", x: Tensor) -> Tensor | None:
         middle = None if diagonal is None else parameters[diagonal]
         _add(y, x, parameters[a], parameters[b], middle, adapter.scaling, layer)
         if has_gain:
-            gain = adapter.gain()
+            gain = adapter.output_gain()
             if gain is None:
                 return _computed(layer, plan, x)
             y = scaled(y, gain)

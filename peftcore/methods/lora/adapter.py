@@ -231,8 +231,8 @@ class Lora(Adapter):
         has_gain = len(self.variants) == 1 and self.variants[0].is_gain
         return FactorNames("lora_A", "lora_B", has_gain=True) if has_gain else None
 
-    def gain(self) -> Tensor | None:
-        return self.variants[0].gain(self)
+    def output_gain(self) -> Tensor | None:
+        return self.variants[0].output_gain(self)
 
     def _computes_with_parameters(self) -> bool:
         """Return True if A and B are this adapter's own parameters, and no start is subtracted."""

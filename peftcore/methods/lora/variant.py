@@ -54,7 +54,7 @@ class Variant:
     replaces_base: ClassVar[bool] = False
     """True if the base weight is replaced by `Lora.new_base`."""
     is_gain: ClassVar[bool] = False
-    """True if the variant only multiplies the adapted output by `gain`."""
+    """True if the variant only multiplies the adapted output by `output_gain`."""
     sees_others: ClassVar[bool] = False
     """True if `Adapter.beside` must hold the adapters of the layer."""
     is_additive: ClassVar[bool] = True
@@ -148,7 +148,7 @@ class Variant:
         """Return the forward pass in the form of the fused kernel; None if the kernel cannot compute the variant."""
         return None
 
-    def gain(self, lora: "Lora") -> Tensor | None:
+    def output_gain(self, lora: "Lora") -> Tensor | None:
         """Return g (o,) of an `is_gain` variant, without gradients; None if that does not describe the forward pass."""
         return None
 

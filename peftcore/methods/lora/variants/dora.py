@@ -59,7 +59,7 @@ class Dora(Variant):
             return None
         return branch._replace(gain=_ratio(lora) if torch.is_grad_enabled() else _cached_ratio(lora))
 
-    def gain(self, lora: "Lora") -> Tensor | None:
+    def output_gain(self, lora: "Lora") -> Tensor | None:
         return _cached_ratio(lora) if lora.base.bias is None else None
 
     def output(self, lora: "Lora", y: Tensor, x: Tensor, dropped: Tensor, h: Tensor) -> Tensor:
