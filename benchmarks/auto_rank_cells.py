@@ -23,7 +23,8 @@ from transformers import (
     set_seed,
 )
 
-from flows.base.model import load_for_training, padding_id
+from flows.base.folder import padding_id
+from flows.base.model import load_for_training
 from flows.data.docstrings import pairs
 from flows.data.rows import read_rows
 from flows.evaluation.scoring import by_length, row_losses

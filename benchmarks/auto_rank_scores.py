@@ -30,7 +30,8 @@ from transformers import AutoTokenizer, set_seed
 from benchmarks.auto_rank_cells import ALPHA, BATCH, RANK
 from benchmarks.machine import machine
 from benchmarks.steps import quiet
-from flows.base.model import load_for_training, padding_id
+from flows.base.folder import padding_id
+from flows.base.model import load_for_training
 from flows.data.rows import read_rows
 from flows.params import Quantization
 from peftcore import LoraConfig, get_peft_model

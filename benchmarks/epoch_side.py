@@ -34,7 +34,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from benchmarks.memory import peak_rss
-from flows.base.model import padding_id
+from flows.base.folder import padding_id
 from flows.data.rows import read_rows
 from peftcore.train import RightPaddingCollator
 

@@ -13,7 +13,8 @@ import torch
 from datasets import Dataset
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
-from flows.base.model import load_for_training, load_tokenizer, padding_id
+from flows.base.folder import load_tokenizer, padding_id
+from flows.base.model import load_for_training
 from flows.data.rows import Row, read_rows
 from flows.evaluation.scoring import row_losses
 from flows.params import Quantization

@@ -17,7 +17,8 @@ from tqdm import tqdm
 from transformers import PrinterCallback, TrainerCallback, TrainingArguments, set_seed
 
 from benchmarks.memory import peak_rss
-from flows.base.model import load_for_training, load_tokenizer, padding_id
+from flows.base.folder import load_tokenizer, padding_id
+from flows.base.model import load_for_training
 from flows.data.rows import read_rows
 from flows.params import Quantization
 from peftcore import LoraConfig, get_peft_model

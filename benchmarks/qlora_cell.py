@@ -15,7 +15,8 @@ import torch
 from datasets import Dataset
 from transformers import PrinterCallback, TrainingArguments, set_seed
 
-from flows.base.model import load_dequantized, load_for_training, load_original, load_tokenizer, padding_id
+from flows.base.folder import load_tokenizer, padding_id
+from flows.base.model import load_dequantized, load_for_training, load_original
 from flows.data.rows import Row, read_rows
 from flows.evaluation.scoring import row_losses
 from flows.params import Quantization

@@ -24,7 +24,8 @@ import pyarrow.parquet as parquet
 
 from benchmarks.machine import machine
 from benchmarks.steps import quiet
-from flows.base.model import compute_dtype, load_original, load_tokenizer
+from flows.base.folder import load_tokenizer
+from flows.base.model import compute_dtype, load_original
 from flows.data.chat import end_token
 from flows.data.docstrings import Pair, pairs, prompt
 from flows.data.rows import read_rows

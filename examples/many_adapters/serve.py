@@ -17,7 +17,7 @@ import httpx
 import torch
 from transformers import AutoModelForCausalLM
 
-from flows.base.model import load_tokenizer
+from flows.base.folder import load_tokenizer
 from flows.data.docstrings import Pair, pairs, prompt
 from flows.params import Params
 from flows.paths import Paths

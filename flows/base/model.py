@@ -12,7 +12,6 @@ Training on a quantised base computes with dequantised weights, so evaluation an
 weights. They are dequantised once, because a quantised forward in evaluation mode is several times slower on a CPU.
 """
 
-import hashlib
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -23,10 +22,8 @@ from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
-    AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     TorchAoConfig,
 )
 from transformers.quantizers.base import get_keys_to_not_convert
@@ -34,13 +31,13 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from transformers.utils import logging as transformers_logging
 
 from flows.base.calibrated import calibration_record, check_calibration, recorded_quantization
+from flows.base.folder import check_base, load_tokenizer, padding_id
 from flows.base.gguf import holds_gguf, load_packed
 from flows.base.heads import check_head, head_class, without_pooler
 from flows.errors import BaseModelError
 from flows.params import Quantization
 from peftcore.bases import add_float16_copies, dequantize_model, fast_dtype
 from peftcore.errors import require_extra
-from peftcore.files import MANIFEST, damaged_files
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -60,37 +57,6 @@ attention takes 5 ms, but its memory grows with the square of the length."""
 def device() -> torch.device:
     """Return the device of models: this process's GPU, or the CPU."""
     return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def check_base(folder: Path) -> str:
-    """Check the base's files against its manifest.
-
-    Returns:
-        The SHA-256 (hex) of the manifest.
-
-    Raises:
-        BaseModelError: The folder is absent, or a file is damaged.
-    """
-    manifest = folder / MANIFEST
-    stage = "fetch" if calibration_record(folder) is None else "calibrate --force"
-    if not manifest.exists():
-        raise BaseModelError(f"there is no base model in {folder}; run `peftcore stage {stage}` first")
-    damaged = damaged_files(folder)
-    if damaged:
-        raise BaseModelError(
-            f"{folder}: {', '.join(damaged)} is damaged or missing; run `peftcore stage {stage}` again"
-        )
-    return hashlib.sha256(manifest.read_bytes()).hexdigest()
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model folder."""
-    return AutoTokenizer.from_pretrained(folder)
-
-
-def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the tokenizer's padding id, or the end-of-sequence id; attention mask and labels hide padding."""
-    return cast(int, tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
 
 
 def load_original(

@@ -86,7 +86,8 @@ def plain_base(base: Path, corrected: "Quantization | None" = None) -> Iterator[
     if corrected is None and not calibrated:
         yield base
         return
-    from flows.base.model import load_calibrated, load_dequantized, load_tokenizer
+    from flows.base.folder import load_tokenizer
+    from flows.base.model import load_calibrated, load_dequantized
 
     with TemporaryDirectory(prefix="peftcore-base-") as folder:
         model = load_dequantized(base, corrected) if corrected and not calibrated else load_calibrated(base)

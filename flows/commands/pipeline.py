@@ -2,6 +2,7 @@
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
@@ -12,8 +13,9 @@ from rich.console import Console
 from flows.commands import completion
 from flows.commands.common import SIX_HOURS, AsJson, PushTo, StageTimeout, errors, one_document, project
 from flows.errors import StageError
-from flows.runtime.project import set_prefect_environment, stage_order, stage_states
+from flows.runtime.project import changed_stages, set_prefect_environment, stage_order, stage_states
 from flows.runtime.stage import fail
+from flows.runtime.stage_code import refresh
 
 
 def run(
@@ -29,17 +31,20 @@ def run(
     """
     with errors(), project() as (_, paths):
         set_prefect_environment(paths.root)
-        from flows.pipeline.run import run_pipeline
-        from flows.runtime.last_run import last_run
+        refresh(paths.root)
+        with ThreadPoolExecutor(1) as pool:
+            changing = pool.submit(changed_stages, paths.root)  # a process, which imports while this one does
+            from flows.pipeline.run import run_pipeline
+            from flows.runtime.last_run import last_run
 
-        before = last_run(paths)
-        try:
-            with one_document(as_json):
-                run_pipeline(paths.root, stage_timeout, push_to)
-        finally:
-            record = last_run(paths)
-            if as_json and record != before:
-                print(json.dumps(record, indent=2))
+            before = last_run(paths)
+            try:
+                with one_document(as_json):
+                    run_pipeline(paths.root, stage_timeout, push_to, changing.result)
+            finally:
+                record = last_run(paths)
+                if as_json and record != before:
+                    print(json.dumps(record, indent=2))
 
 
 def stage(

@@ -6,14 +6,18 @@ its row (`trainable_token_indices`), which is saved with the adapter.
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import AddedToken, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AddedToken, PreTrainedTokenizerBase
 
 from flows.data.chat import render
 from flows.errors import BaseModelError, DataError
 from flows.params import Data
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel  # its module takes seconds to import, and prepare needs no model
 
 
 def chat_template(data: Data, root: Path) -> str | None:
@@ -51,7 +55,7 @@ def set_chat_template(tokenizer: PreTrainedTokenizerBase, data: Data, root: Path
 
 
 def add_special_tokens(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tokens: list[str], packed: bool = False
+    model: "PreTrainedModel", tokenizer: PreTrainedTokenizerBase, tokens: list[str], packed: bool = False
 ) -> None:
     """Add tokens to the tokenizer, and rows with the mean embedding to the model, in place.
 
@@ -101,7 +105,7 @@ def _written_by_template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 @torch.no_grad()
-def _grow(model: PreTrainedModel, known: int, size: int) -> None:
+def _grow(model: "PreTrainedModel", known: int, size: int) -> None:
     """Give the rows from `known` to `size` the mean of those before, in both embeddings."""
     inputs = model.get_input_embeddings()
     assert isinstance(inputs, nn.Embedding)

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from flows.base.model import padding_id
+from flows.base.folder import padding_id
 from flows.data.rows import Row
 from flows.evaluation.generation import Answers, generate_answers
 from flows.evaluation.scoring import rouge_l

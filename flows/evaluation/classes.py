@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from flows.base.model import padding_id
+from flows.base.folder import padding_id
 from flows.data.rows import Row
 from flows.evaluation.calibration import class_calibration
 from flows.evaluation.result import COMMON, EvaluationResult, common_columns, common_metrics

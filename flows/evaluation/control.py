@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
-from flows.base.model import padding_id
+from flows.base.folder import padding_id
 from flows.errors import DataError
 from flows.evaluation.scoring import RowLosses, row_losses
 from flows.params import Control

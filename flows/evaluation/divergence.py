@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from flows.base.model import device, padding_id
+from flows.base.folder import padding_id
+from flows.base.model import device
 from flows.data.rows import Row
 from flows.evaluation.result import EvaluationResult
 from flows.evaluation.scoring import by_length

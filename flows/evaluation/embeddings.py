@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from flows.base.model import padding_id
+from flows.base.folder import padding_id
 from flows.data.rows import Row
 from flows.evaluation.result import COMMON, EvaluationResult, common_columns, common_metrics
 from flows.evaluation.scoring import RowLosses, by_length

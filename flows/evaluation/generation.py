@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from flows.base.model import padding_id
+from flows.base.folder import padding_id
 from flows.data.chat import end_token
 from flows.evaluation.scoring import by_length
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
-from flows.base.model import padding_id
+from flows.base.folder import padding_id
 from flows.evaluation.generation import contiguous_head
 from flows.runtime.progress import progress
 

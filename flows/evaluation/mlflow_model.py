@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from flows.base.model import load_dequantized, load_tokenizer
+from flows.base.folder import load_tokenizer
+from flows.base.model import load_dequantized
 from flows.data.chat import render
 from flows.errors import BaseModelError
 from flows.evaluation.generation import generate_answers

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from flows.base.model import padding_id
+from flows.base.folder import padding_id
 from flows.data.rows import Row
 from flows.evaluation.embeddings import ranking_result
 from flows.evaluation.fidelity import Fidelity, Reference

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor, nn
 
 from flows.data.rows import Row
@@ -277,5 +276,7 @@ def pairs_rewards(model: nn.Module, rows: Sequence[Row], pad: int, batch_size: i
 
 def rouge_l(references: Sequence[str], answers: Sequence[str]) -> list[float]:
     """Return the ROUGE-L F-measure (0 to 1) of each answer: longest common subsequence of lower-cased words."""
+    from rouge_score.rouge_scorer import RougeScorer  # imports nltk, which takes over a second
+
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
     return [scorer.score(r, a)["rougeL"].fmeasure for r, a in zip(references, answers, strict=True)]

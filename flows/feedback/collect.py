@@ -12,7 +12,7 @@ from typing import Any
 
 from pyarrow import parquet
 
-from flows.base.model import load_tokenizer
+from flows.base.folder import load_tokenizer
 from flows.data.encoders import encoder_of
 from flows.data.sources import as_example
 from flows.errors import DataError

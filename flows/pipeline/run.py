@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +26,14 @@ from flows.review.page import write_review
 from flows.review.summary import print_summary
 from flows.runtime.git import Git
 from flows.runtime.last_run import RunRecord, recorded
-from flows.runtime.project import stage_order, stage_states
+from flows.runtime.project import changed_stages, stage_order
 from flows.runtime.stage_code import refresh
 from flows.runtime.stage_process import run_stage
 
 logger = logging.getLogger(__name__)
 
 Work = Callable[..., Any]
+Changes = Callable[[], dict[str, list[str]]]
 HOUR = 3600.0
 CHECK = "check"
 """Name of the task that finds out whether a stage has changed."""
@@ -48,13 +50,16 @@ class PipelineResult:
     seconds: dict[str, float]
 
 
-def run_pipeline(root: Path, stage_timeout: float = 6 * HOUR, push_to: str | None = None) -> PipelineResult:
+def run_pipeline(
+    root: Path, stage_timeout: float = 6 * HOUR, push_to: str | None = None, changes: Changes | None = None
+) -> PipelineResult:
     """Run the pipeline by Prefect; without Prefect's server, or if it goes away, do the same work without Prefect.
 
     Args:
         root: The repository.
         stage_timeout: Time limit for each stage (seconds).
         push_to: The git remote that decides between clones.
+        changes: Gives what `changed_stages` returns or raises, if the caller has started it already.
 
     Raises:
         RepositoryError: The version could not be registered; raised before the first stage.
@@ -65,22 +70,21 @@ def run_pipeline(root: Path, stage_timeout: float = 6 * HOUR, push_to: str | Non
     check_registrable(root)  # before Prefect's server starts, which takes about 15 seconds
     refresh(root)
     began = time.monotonic()
-    if unchanged := _unchanged_stages(root):
-        print(f"no stage has changed: {', '.join(unchanged)}", file=sys.stderr)
+    if _is_unchanged(changes or partial(changed_stages, root)):
+        print("no stage has changed", file=sys.stderr)
         with recorded(Paths(root)) as record:
             record.seconds[CHECK] = time.monotonic() - began
             return _judged(root, push_to, _directly, record)
     return _by_prefect(root, stage_timeout, push_to)
 
 
-def _unchanged_stages(root: Path) -> list[str]:
-    """Return all stages if every one is up to date, else []."""
+def _is_unchanged(changes: Changes) -> bool:
+    """Return True if every stage is up to date."""
     try:
-        states = stage_states(root)
+        return not changes()
     except RepositoryError as error:
         logger.debug("%s", error)  # the run of the stages meets the same error, and reports it
-        return []
-    return [] if any(states.values()) else list(states)
+        return False
 
 
 def _by_prefect(root: Path, stage_timeout: float, push_to: str | None) -> PipelineResult:

@@ -26,7 +26,8 @@ from scipy.spatial.distance import jensenshannon
 from scipy.stats import ks_2samp
 
 from flows.base.calibrated import calibrated_identity, check_adapter
-from flows.base.model import load_dequantized, load_tokenizer, padding_id
+from flows.base.folder import load_tokenizer, padding_id
+from flows.base.model import load_dequantized
 from flows.data.encoders import encoder_of, label_names
 from flows.data.examples import AnyExample
 from flows.data.rows import Row

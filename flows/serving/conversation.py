@@ -81,7 +81,7 @@ class Conversation:
         """
         from transformers import GenerationConfig
 
-        from flows.base.model import padding_id
+        from flows.base.folder import padding_id
         from flows.data.chat import end_of_turn, render
 
         turns = [*self._turns.get(name, []), {"role": "user", "content": text}]

@@ -87,7 +87,8 @@ def load_evaluated_base(
         RegistryError: The version's calibrated base is not what was registered.
         RepositoryError: The version's calibrated base is neither in the cache nor on the remote.
     """
-    from flows.base.model import check_base, load_for_serving, load_tokenizer
+    from flows.base.folder import check_base, load_tokenizer
+    from flows.base.model import load_for_serving
 
     check_generates(params.train.objective, f"the project's train.objective is {params.train.objective}")
     holder = registry.stages().get(params.gate.stage)
@@ -153,7 +154,8 @@ def load_given_base(folder: Path, dtype: str) -> tuple[Any, Any]:
         from peftcore.serving import load_base
 
         return load_base(folder, dtype)
-    from flows.base.model import load_calibrated, load_tokenizer
+    from flows.base.folder import load_tokenizer
+    from flows.base.model import load_calibrated
 
     if dtype != "auto":
         raise ConfigError(f"--dtype {dtype}: {folder} holds a calibrated base, which has the dtype of its calibration")

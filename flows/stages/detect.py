@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, PreTrainedModel
 
+from flows.base.folder import check_base
 from flows.base.heads import published_class
-from flows.base.model import check_base
 from flows.errors import BaseModelError
 from flows.params import Params
 from flows.paths import Paths

@@ -20,9 +20,10 @@ import pyarrow.parquet as parquet
 from transformers import AutoConfig
 
 from flows.base.calibrated import calibrated_identity, check_adapter, trained_base
+from flows.base.folder import check_base, load_tokenizer, padding_id
 from flows.base.heads import ranks_passages
 from flows.base.identity import base_identity
-from flows.base.model import check_base, load_dequantized, load_tokenizer, padding_id
+from flows.base.model import load_dequantized
 from flows.data.rows import Row, read_rows
 from flows.evaluation.benchmarks import Harness, model_digests
 from flows.evaluation.best_of_n import measure_best_of_n

@@ -17,16 +17,8 @@ from functools import partial
 from transformers import PreTrainedModel
 
 from flows.base.calibrated import calibrated_identity, check_adapter, trained_base
-from flows.base.model import (
-    check_base,
-    compute_dtype,
-    load_dequantized,
-    load_for_inference,
-    load_original,
-    load_tokenizer,
-    padding_id,
-    with_merged_dtype,
-)
+from flows.base.folder import check_base, load_tokenizer, padding_id
+from flows.base.model import compute_dtype, load_dequantized, load_for_inference, load_original, with_merged_dtype
 from flows.errors import StageError
 from flows.evaluation.embedding_fidelity import EmbeddingFidelity, embedding_fidelity
 from flows.evaluation.fidelity import (

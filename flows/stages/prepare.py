@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow.parquet as parquet
 from datasets import Dataset, Features, disable_progress_bars
 
+from flows.base.folder import check_base, load_tokenizer
 from flows.base.heads import check_base_of_kind
-from flows.base.model import check_base, load_tokenizer
 from flows.data.encoders import COLUMNS, EXTRA, MARGIN, Encoder, encoder_of, label_names
 from flows.data.examples import AnyExample
 from flows.data.mixture import mixed, mixture_report

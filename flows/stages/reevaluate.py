@@ -28,7 +28,8 @@ from transformers import PreTrainedTokenizerBase
 
 import flows.stages  # noqa: F401 - sets the variables that silence libraries, before their import
 from flows.base.calibrated import calibrated_identity, check_adapter
-from flows.base.model import check_base, load_dequantized, load_tokenizer, padding_id
+from flows.base.folder import check_base, load_tokenizer, padding_id
+from flows.base.model import load_dequantized
 from flows.data.rows import Row, read_rows
 from flows.evaluation.embeddings import retrieval_values, row_tokens
 from flows.evaluation.generation import generate_answers

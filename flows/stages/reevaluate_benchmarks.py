@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import flows.stages  # noqa: F401 - sets the variables that silence libraries, before their import
+from flows.base.folder import check_base, load_tokenizer
 from flows.base.identity import base_identity
-from flows.base.model import check_base, load_dequantized, load_tokenizer
+from flows.base.model import load_dequantized
 from flows.evaluation.benchmarks import Harness, model_digests
 from flows.params import Params
 from flows.paths import Paths

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import flows.stages  # noqa: F401 - sets the variables that silence libraries, before their import
-from flows.base.model import check_base, load_dequantized, load_tokenizer
+from flows.base.folder import check_base, load_tokenizer
+from flows.base.model import load_dequantized
 from flows.evaluation.suites.results import answer_suites, suite_checks
 from flows.params import Params, load_suites
 from flows.runtime.stage import set_seed

@@ -22,8 +22,8 @@ from transformers.trainer_callback import PrinterCallback
 
 from flows.base.calibrated import calibrated_identity, check_adapter, name_of_base, trained_base
 from flows.base.corrected import write_corrected_storage
-from flows.base.model import check_base, load_for_training, load_tokenizer, padding_id
-from flows.charts.ranks import HEAT_MAP, rank_heat_map, rank_picture
+from flows.base.folder import check_base, load_tokenizer, padding_id
+from flows.base.model import load_for_training
 from flows.data.chat import end_token
 from flows.errors import StageError
 from flows.evaluation.scorers.rewards import training_rewards
@@ -193,6 +193,8 @@ def _generation_options(params: Params, paths: Paths, tokenizer: PreTrainedToken
 def _draw_ranks(ranks: dict[str, int], step: int, folder: Path, tracker: Tracker) -> None:
     """Write a heat map of the trained adapter's ranks if they differ between layers."""
     if len(set(ranks.values())) > 1:
+        from flows.charts.ranks import HEAT_MAP, rank_heat_map, rank_picture  # imports matplotlib
+
         title = "Ranks of the trained adapter"
         write_atomically(folder / HEAT_MAP, str(rank_heat_map(ranks, title)))
         tracker.picture("ranks", rank_picture(ranks, title), step)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 
 from flows.base.calibrated import STORED
+from flows.base.folder import check_base, load_tokenizer, padding_id
 from flows.base.identity import base_identity
-from flows.base.model import check_base, load_for_inference, load_tokenizer, padding_id
+from flows.base.model import load_for_inference
 from flows.data.rows import Row, read_rows
 from flows.errors import StageError
 from flows.params import Params

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import nn
 
 from flows.base.calibrated import calibrated_identity, check_adapter, trained_base
-from flows.base.model import load_tokenizer
+from flows.base.folder import load_tokenizer
 from flows.base.source import load, obtain
 from flows.errors import BaseModelError, StageError
 from flows.params import Params

@@ -100,7 +100,7 @@ def test_an_example_of_the_pipeline_runs(
     assert outcome(tmp_path / "home", name)["training"]["steps"] >= 1
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("folder", "name"), [("tags", "references"), ("sequences", "names")])
 def test_an_example_with_a_small_base_runs(
@@ -137,7 +137,7 @@ def test_a_method_of_another_package_goes_through_the_pipeline(
     assert config["peft_type"] == "ROCOFT"
 
 
-@pytest.mark.slow
+@pytest.mark.proof
 @pytest.mark.timeout(1800)
 def test_embeddings(examples: Path, shell: Callable[..., str]) -> None:
     assert "search v0.1.0 is champion" in shell(script(examples / "embeddings", None), examples / "embeddings")

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+pytestmark = pytest.mark.timeout(1800)
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -75,6 +75,7 @@ def first(clone: Clone) -> str:
     return clone.run("peftcore", "run")
 
 
+@pytest.mark.slow
 def test_the_first_run_goes_from_data_to_a_champion(clone: Clone, first: str) -> None:
     assert set(ran(first)) == {
         "fetch",
@@ -97,11 +98,13 @@ def test_the_first_run_goes_from_data_to_a_champion(clone: Clone, first: str) ->
     assert "LlamaForCausalLM" in page
 
 
+@pytest.mark.slow
 def test_git_shows_no_file_that_the_user_did_not_change(clone: Clone, first: str) -> None:
     lines = clone.run("git", "status", "--porcelain").splitlines()
     assert {line[3:] for line in lines} <= {"params.yaml", "dvc.lock", "metrics.json"}
 
 
+@pytest.mark.slow
 def test_what_was_registered_is_found_by_dvc_and_gto(clone: Clone, first: str, tmp_path: Path) -> None:
     out = tmp_path / "adapter"
     clone.run("dvc", "artifacts", "get", ".", "docstrings", "--stage", "champion", "--out", str(out))
@@ -113,6 +116,7 @@ def test_what_was_registered_is_found_by_dvc_and_gto(clone: Clone, first: str, t
     assert record["git"]["uncommitted"] == ["params.yaml"]
 
 
+@pytest.mark.slow
 def test_dvc_answers_about_metrics_parameters_and_plots(clone: Clone, first: str) -> None:
     assert json.loads(clone.run("dvc", "metrics", "show", "--json"))
     assert "max_steps" in clone.run("dvc", "params", "diff")
@@ -120,6 +124,7 @@ def test_dvc_answers_about_metrics_parameters_and_plots(clone: Clone, first: str
     assert {"loss", "learning rate"} <= {name.rpartition("::")[2] for name in plots["data"]}
 
 
+@pytest.mark.slow
 def test_a_second_run_does_nothing(clone: Clone, first: str) -> None:
     output = clone.run("peftcore", "run")
     assert ran(output) == []
@@ -127,10 +132,12 @@ def test_a_second_run_does_nothing(clone: Clone, first: str) -> None:
     assert len(clone.tags()) == 2
 
 
+@pytest.mark.slow
 def test_dvc_alone_agrees_that_there_is_nothing_to_do(clone: Clone, first: str) -> None:
     assert ran(clone.run("dvc", "repro")) == []
 
 
+@pytest.mark.proof
 def test_a_changed_parameter_reruns_what_depends_on_it_and_a_refusal_exits_with_3(
     clone: Clone, first: str, tmp_path: Path
 ) -> None:

@@ -16,7 +16,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 import peftcore
-from flows.base.model import load_tokenizer, padding_id
+from flows.base.folder import load_tokenizer, padding_id
 from flows.data.rows import read_rows
 from peftcore import get_peft_model
 from peftcore.train import AdapterTrainer, RightPaddingCollator

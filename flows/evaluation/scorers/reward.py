@@ -16,8 +16,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from flows.base.calibrated import calibrated_identity, calibration_record, check_adapter
+from flows.base.folder import check_base, load_tokenizer
 from flows.base.identity import is_base
-from flows.base.model import check_base, load_dequantized, load_tokenizer
+from flows.base.model import load_dequantized
 from flows.base.source import obtain
 from flows.data.chat import end_token
 from flows.errors import ParamsError, PipelineError, RepositoryError, StageError

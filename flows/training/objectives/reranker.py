@@ -5,7 +5,7 @@ from typing import Any
 
 from datasets import Dataset
 
-from flows.base.model import load_tokenizer
+from flows.base.folder import load_tokenizer
 from flows.data.rows import Row
 from flows.params import Params
 from flows.training.objectives.objective import Objective, Rows, Trainer

@@ -5,16 +5,14 @@ import bitsandbytes as bnb
 import pytest
 import torch
 
+from flows.base.folder import check_base, load_tokenizer, padding_id
 from flows.base.model import (
     EAGER_UP_TO,
-    check_base,
     compute_dtype,
     load_dequantized,
     load_for_serving,
     load_for_training,
     load_original,
-    load_tokenizer,
-    padding_id,
     with_merged_dtype,
 )
 from flows.errors import BaseModelError

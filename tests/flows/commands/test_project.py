@@ -95,9 +95,14 @@ def test_upgrade_is_for_projects_of_init(here: Any) -> None:
     assert done.exit_code == 1 and f"no {FILE}" in done.stderr
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("place", ["tickets", "repository/projects/tickets"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        pytest.param("tickets", marks=pytest.mark.slow),
+        pytest.param("repository/projects/tickets", marks=pytest.mark.proof),
+    ],
+)
 def test_a_pipeline_runs_in_a_folder_of_its_own(place: str, rows: Path, tiny_base: Path, tmp_path: Path) -> None:
     """From init to a registered version, then once more with nothing to do, and by DVC alone."""
     folder = tmp_path / place

@@ -8,7 +8,8 @@ import pytest
 import torch
 from hub_server import HubServer
 
-from flows.base.model import load_dequantized, load_tokenizer
+from flows.base.folder import load_tokenizer
+from flows.base.model import load_dequantized
 from flows.errors import StageError
 from flows.evaluation import benchmarks
 from flows.evaluation.benchmarks import Harness, model_digests

@@ -13,7 +13,8 @@ import pytest
 import torch
 from pyarrow import parquet
 
-from flows.base.model import load_dequantized, load_tokenizer
+from flows.base.folder import load_tokenizer
+from flows.base.model import load_dequantized
 from flows.data.chat import render
 from flows.data.rows import read_rows
 from flows.errors import RegistryError, StageError

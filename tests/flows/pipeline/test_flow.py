@@ -97,7 +97,7 @@ def test_it_runs_the_stages_promotes_and_reviews(runs: dict[str, Run]) -> None:
 def test_a_second_run_changes_nothing(runs: dict[str, Run]) -> None:
     project, status, stdout, stderr = runs["second"]
     assert status == 0, stderr
-    assert "no stage has changed: make, register" in stderr and "didn't change" not in stderr
+    assert "no stage has changed" in stderr and "didn't change" not in stderr
     assert "is champion already" in stdout
     assert project.git("tag", "--list").split() == ["docstrings#champion#1", "docstrings@v0.1.0"]
 

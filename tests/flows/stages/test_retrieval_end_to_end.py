@@ -11,7 +11,8 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForSequenceClassification
 
-from flows.base.model import load_dequantized, load_tokenizer
+from flows.base.folder import load_tokenizer
+from flows.base.model import load_dequantized
 from flows.errors import StageError
 from flows.evaluation.embedding_fidelity import EmbeddingFidelity
 from flows.gate.rows import row_values

@@ -15,7 +15,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from flows.base.model import load_tokenizer
+from flows.base.folder import load_tokenizer
 from flows.data.rows import read_rows
 from flows.errors import BaseModelError, DataError
 from flows.evaluation.generation import generate_answers

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from flows.base.model import load_dequantized, load_tokenizer
+from flows.base.folder import load_tokenizer
+from flows.base.model import load_dequantized
 from flows.errors import StageError
 from flows.evaluation.generation import Sampling, generate_answers
 from flows.evaluation.suites.results import answer_suites, suite_checks
