@@ -4,11 +4,14 @@ Prefect starts the server in the terminal's process group and does not end it wh
 the server first, and the flow waited minutes for answers; after a kill the server ran on.
 """
 
+import logging
 import subprocess
 from functools import partial
 from types import SimpleNamespace
 
 from flows.runtime.processes import die_with_parent
+
+logger = logging.getLogger(__name__)
 
 
 def tie_temporary_server() -> None:
@@ -20,6 +23,7 @@ def tie_temporary_server() -> None:
 
     if PREFECT_API_URL.value() is not None:
         return
+    logger.info("starting Prefect's server; its first start in a folder makes a database, which takes a while")
     from prefect.server.api import server
 
     # Prefect has no option for starting its server

@@ -34,7 +34,8 @@ class Clone:
     def __init__(self, root: Path) -> None:
         self.root = root
         # the environment's `peftcore` is installed from the original; the clone's own code has to come first
-        self.environment = {**os.environ, "PYTHONPATH": str(root), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+        path = os.pathsep.join([str(root), str(ROOT / "tests" / "without_peft")])
+        self.environment = {**os.environ, "PYTHONPATH": path, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
 
     def run(self, *command: str, status: int = 0) -> str:
         done = subprocess.run(command, cwd=self.root, env=self.environment, capture_output=True, text=True, check=False)
