@@ -5,7 +5,6 @@ import bitsandbytes as bnb
 import pytest
 import torch
 
-from flows.base.folder import check_base, load_tokenizer, padding_id
 from flows.base.model import (
     EAGER_UP_TO,
     compute_dtype,
@@ -15,29 +14,14 @@ from flows.base.model import (
     load_original,
     with_merged_dtype,
 )
-from flows.errors import BaseModelError
 from flows.params import Quantization
 from peftcore import MissingExtraError
 from peftcore.bases import Float16CopyLinear, base_weight, fast_dtype
 from peftcore.bases import compute_dtype as compute_dtypes
-from peftcore.files import sha256
 
 
 def query(model: Any) -> Any:
     return model.model.layers[0].self_attn.q_proj
-
-
-def test_the_identity_is_that_of_the_manifest(tiny_base: Path) -> None:
-    assert check_base(tiny_base) == sha256(tiny_base / "SHA256SUMS")
-
-
-@pytest.mark.faults("flipped bit, truncated file, NaN")
-def test_a_damaged_or_absent_base_is_refused(tiny_base: Path) -> None:
-    (tiny_base / "config.json").write_text("{}")
-    with pytest.raises(BaseModelError, match=r"config\.json is damaged"):
-        check_base(tiny_base)
-    with pytest.raises(BaseModelError, match="run `peftcore stage fetch`"):
-        check_base(tiny_base / "nothing")
 
 
 @pytest.mark.parametrize(("storage", "kind"), [("nf4", "nf4"), ("fp4", "fp4")])
@@ -129,10 +113,3 @@ def test_float16_computes_on_any_device(tiny_base: Path, storage: Any) -> None:
     model = load_for_training(tiny_base, Quantization(storage=storage, compute_dtype="float16"), 100)
     logits = model(torch.tensor([[1, 2, 3]], device=model.device)).logits
     assert logits.dtype == torch.float16 and logits.isfinite().all()
-
-
-def test_padding_is_the_tokenizers_own_or_its_end(tiny_base: Path) -> None:
-    tokenizer = load_tokenizer(tiny_base)
-    assert padding_id(tokenizer) == tokenizer.pad_token_id
-    tokenizer.pad_token = None
-    assert padding_id(tokenizer) == tokenizer.eos_token_id

@@ -15,7 +15,7 @@ from flows.pipeline import flow, run
 from flows.runtime import prefect_server
 from flows.runtime.stage_process import run_stage
 
-HEAVY = ("torch", "transformers", "datasets", "wandb", "prefect", "httpx")
+HEAVY = ("torch", "transformers", "datasets", "wandb", "prefect", "httpx", "dvc", "networkx", "pandas")
 
 
 def test_what_could_not_be_registered_is_refused_before_anything_runs(

@@ -130,6 +130,20 @@ def test_a_stage_without_torch_does_not_wait_for_it() -> None:
     assert done.stdout.split() == [str(random.Random(7).random()), "False"], done.stderr
 
 
+@pytest.mark.parametrize(
+    ("stage", "unneeded"),
+    [
+        ("prepare", {"transformers.modeling_utils", "nltk", "matplotlib"}),
+        ("train", {"nltk", "matplotlib"}),
+        ("merge", {"nltk", "matplotlib"}),
+    ],
+)
+def test_a_stage_imports_nothing_slow_that_it_does_not_need(stage: str, unneeded: set[str], tmp_path: Path) -> None:
+    code = f"import sys, flows.stages.{stage}; print(sorted({unneeded} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 @pytest.mark.faults("kill -9 of dvc, flow or stage")
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
 def test_a_stage_dies_with_its_parent(tmp_path: Path) -> None:
