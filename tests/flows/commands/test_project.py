@@ -112,8 +112,8 @@ def test_a_pipeline_runs_in_a_folder_of_its_own(place: str, rows: Path, tiny_bas
 
     def run(*command: str | Path, code: int = 0) -> str:
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-        code = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "without_peft")])
-        environment = os.environ | {"PATH": path, "PYTHONPATH": code, "PREFECT_HOME": str(tmp_path / "prefect")}
+        imported = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "without_peft")])
+        environment = os.environ | {"PATH": path, "PYTHONPATH": imported, "PREFECT_HOME": str(tmp_path / "prefect")}
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout + done.stderr
