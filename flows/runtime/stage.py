@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, NoReturn
 from flows.errors import PipelineError
 from flows.paths import Paths
 from flows.runtime import logs
-from flows.runtime.allocator import keep_freed_memory
 from flows.runtime.processes import watch_parent
 
 if TYPE_CHECKING:
@@ -47,7 +46,6 @@ def start(run: Callable[["Params", Paths], None]) -> NoReturn:
     from peftcore.errors import PeftError
 
     watch_parent()
-    keep_freed_memory()
     signal.signal(signal.SIGTERM, exit_on_signal)
     logs.set_up()
     paths = Paths(Path.cwd())

@@ -28,7 +28,6 @@ IGNORED = {
     "flows.errors": "error messages",
     "flows.params": "reads params.yaml, whose values are dependencies themselves",
     "flows.paths": "names of outputs, which dvc.yaml lists",
-    "flows.runtime.allocator": "keeps freed memory",
     "flows.runtime.logs": "logging",
     "flows.runtime.processes": "starts and ends processes",
     "flows.runtime.progress": "progress bars",

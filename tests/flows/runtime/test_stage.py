@@ -24,11 +24,10 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture(autouse=True)
 def started_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process running the tests must not die with its parent, nor keep a stage's handlers or allocator."""
+    """The process running the tests must not die with its parent, nor keep a stage's handlers."""
     (tmp_path / "params.yaml").write_text("project: {seed: 7}\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(stage, "watch_parent", lambda: None)
-    monkeypatch.setattr(stage, "keep_freed_memory", lambda: None)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
 
@@ -84,14 +83,6 @@ def test_the_stage_gets_the_current_folder_and_the_seed(tmp_path: Path) -> None:
             stage.start(lambda params, paths: got.append((paths.root, random.random(), torch.rand(1).item())))
     assert got[0] == got[1]
     assert got[0][0] == tmp_path
-
-
-def test_a_stage_keeps_the_memory_that_it_frees(monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[str] = []
-    monkeypatch.setattr(stage, "keep_freed_memory", lambda: told.append("keeps"))
-    with pytest.raises(SystemExit):
-        stage.start(lambda *_: told.append("runs"))
-    assert told == ["keeps", "runs"]
 
 
 def test_a_full_disk_is_known_by_its_text_and_through_other_errors() -> None:

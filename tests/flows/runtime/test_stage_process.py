@@ -95,6 +95,17 @@ def test_a_stage_runs_once_and_again_only_by_force(root: Path) -> None:
     assert (root / "stage.pid").exists()
 
 
+def test_a_stage_keeps_the_memory_that_it_frees_unless_the_user_says_otherwise(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (root / "dvc.yaml").write_text("stages: {wait: {cmd: env > out.txt, outs: [out.txt]}}\n")
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "99")
+    run_stage(root, "wait", 60)
+    lines = (root / "out.txt").read_text().splitlines()
+    assert "MALLOC_MMAP_MAX_=0" in lines
+    assert "MALLOC_TRIM_THRESHOLD_=99" in lines
+
+
 def test_a_failing_stage_is_named(root: Path) -> None:
     (root / "wait.py").write_text("raise SystemExit(3)")
     with pytest.raises(StageError, match="stage wait failed"):
