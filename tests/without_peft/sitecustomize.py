@@ -1,4 +1,4 @@
-"""Hides HF PEFT from a process that has this folder in PYTHONPATH, as in an environment of a user, who has none."""
+"""Hides HF PEFT from a process that has this folder in PYTHONPATH: a user's environment may lack it."""
 
 import sys
 
