@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -338,11 +339,12 @@ def test_a_damaged_base_is_named(prepared: Paths, tiny_params) -> None:
 
 @pytest.mark.faults("kill -9 of training")
 @pytest.mark.slow
-def test_kill_9_in_the_middle_of_a_run(prepared: Paths, tiny_params: Callable[..., Params]) -> None:
+def test_kill_9_in_the_middle_of_a_run(
+    prepared: Paths, tiny_params: Callable[..., Params], tmp_path_factory: pytest.TempPathFactory
+) -> None:
     params = tiny_params(train={"epochs": 8.0, "evaluations": 16})
-    train.run(params, prepared)
-    whole = adapter_bytes(prepared)
     prepared.params.write_text(params.model_dump_json())  # JSON is YAML
+    whole = Paths(shutil.copytree(prepared.root, tmp_path_factory.mktemp("whole"), dirs_exist_ok=True))
     command = [sys.executable, "-m", "flows.stages.train"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, cwd=prepared.root, env=environment, stderr=subprocess.DEVNULL)
@@ -353,5 +355,7 @@ def test_kill_9_in_the_middle_of_a_run(prepared: Paths, tiny_params: Callable[..
     process.wait()
     (run,) = prepared.checkpoints.iterdir()
     assert TrainingLog(run / "log.jsonl").records()
-    subprocess.run(command, cwd=prepared.root, env=environment, check=True, capture_output=True)
-    assert adapter_bytes(prepared) == whole
+    for paths in (prepared, whole):
+        subprocess.run(command, cwd=paths.root, env=environment, check=True, capture_output=True)
+    assert timeless(log_of(prepared)) == timeless(log_of(whole))
+    assert adapter_bytes(prepared) == adapter_bytes(whole)
