@@ -45,11 +45,6 @@ class BlockFormat(NamedTuple):
     put: Callable[[Tensor, Tensor], None]
     """Writes codes (n, k, o), uint8, into planes (n, b, o) in place; scales stay. The bytes of signed codes count."""
 
-    @property
-    def bits(self) -> float:
-        """Bits per weight, scales included."""
-        return 8 * self.size / self.weights
-
     def pack(self, rows: Tensor) -> Tensor:
         """Return the planes (n, b, o) of a file's rows (o, n·b)."""
         return rows.view(len(rows), -1, self.size).permute(1, 2, 0).contiguous()

@@ -250,6 +250,7 @@ class Gate(Composition):
         members: names of the adapters.
         gating: the function that computes the weights; see `Gating`.
         top_k: number of the largest weights that are kept (count), rescaled to the sum of all; None keeps all.
+            Weights whose sum is 0 are not rescaled.
     """
 
     members: tuple[str, ...]
@@ -293,8 +294,10 @@ class Gate(Composition):
             )
         if self.top_k is not None and self.top_k < len(present):
             largest, indices = weights.topk(self.top_k, dim=-1)
-            total = weights.sum(-1, keepdim=True) / largest.sum(-1, keepdim=True)
-            weights = weights.new_zeros(weights.shape).scatter(-1, indices, largest * total)
+            kept = largest.sum(-1, keepdim=True)
+            no_sum = kept == 0  # filled before the division, whose gradient would be NaN
+            ratio = weights.sum(-1, keepdim=True) / kept.masked_fill(no_sum, 1.0)
+            weights = weights.new_zeros(weights.shape).scatter(-1, indices, largest * ratio.masked_fill(no_sum, 1.0))
         of_members = weights.new_zeros(*weights.shape[:-1], len(self.members))
         of_members[..., [self.members.index(name) for name in present]] = weights
         return of_members

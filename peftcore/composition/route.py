@@ -121,7 +121,7 @@ class Route:
         self.has_gates = any(_is_or_has(one, Gate) for one in self.compositions)
         self.needs_positions = any(_is_or_has(one, Split) for one in self.compositions)
         self.depends_on_tokens = self.has_gates or self.needs_positions
-        self.stretches = 0 if self.uniform is not None or self.depends_on_tokens else len(self._stretches())
+        self.run_count = 0 if self.uniform is not None or self.depends_on_tokens else len(self._row_runs())
         """Number of runs of consecutive rows with one composition; 0 if the layers cannot be computed run by run."""
         self.plans: dict[Any, Any] = {}
         """{layer: its plan} under these compositions; see `peftcore.layers.forward_paths`."""
@@ -219,11 +219,11 @@ class Route:
         if tokens not in self._runs:
             each = tokens // len(self.compositions)
             self._runs[tokens] = [
-                Run(start * each, stop * each, _weights(self.compositions[start])) for start, stop in self._stretches()
+                Run(start * each, stop * each, _weights(self.compositions[start])) for start, stop in self._row_runs()
             ]
         return self._runs[tokens]
 
-    def _stretches(self) -> list[tuple[int, int]]:
+    def _row_runs(self) -> list[tuple[int, int]]:
         """Return (first, last + 1) of each run of equal consecutive compositions."""
         starts = [n for n, one in enumerate(self.compositions) if not n or one != self.compositions[n - 1]]
         return list(zip(starts, [*starts[1:], len(self.compositions)], strict=True))

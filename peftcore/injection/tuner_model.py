@@ -73,7 +73,9 @@ class TunerModel:
             _CLASSES[cls.peft_type] = cls
 
     def __getattr__(self, name: str) -> Any:
-        model = self.__dict__["model"]
+        if name.startswith("__") or name == "model":  # `model` is not there yet while a copy is made
+            raise AttributeError(name)
+        model = self.model
         if not hasattr(nn.Module, name):  # transformers reads attributes of the model without its head here
             headless = model._modules.get(getattr(model, "base_model_prefix", ""))
             if headless is not None and hasattr(headless, name):
@@ -152,7 +154,9 @@ class TunerModel:
         activation.delete_adapter(self.model, adapter_name)
 
     def update_and_allocate(self, global_step: int) -> None:
-        """Let the active adapters do their work of a training step, such as AdaMSS's choice of what goes on training.
+        """Run the active adapters' update of a training step.
+
+        An example is AdaMSS's choice of the subspaces that continue to train.
 
         Call it after each optimiser step and before `zero_grad`; see `PeftModel.on_optimizer_step`.
 

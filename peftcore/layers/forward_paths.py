@@ -123,7 +123,7 @@ def _mixed(layer: "AdapterLayer", route: Route, x: Tensor) -> Tensor | None:
 
     The outputs of the siblings are cached.
     """
-    if 0 < LONG_RUN * route.stretches <= x.shape[:-1].numel():
+    if 0 < LONG_RUN * route.run_count <= x.shape[:-1].numel():
         return _by_run(layer, route, x)
     return _stacked(layer, route, x)
 

@@ -72,7 +72,9 @@ class PerAdapter(MutableMapping[str, Any]):
             )
 
     def __getattr__(self, name: str) -> Any:
-        if not name.startswith("_") and name in self:  # as in nn.ModuleDict: lora_A.default
+        if name.startswith("_"):  # `_attribute` is not there yet while a copy is made
+            raise AttributeError(name)
+        if name in self:  # as in nn.ModuleDict: lora_A.default
             return self[name]
         raise AttributeError(f"{self._attribute} has no adapter {name!r}; it has {list(self)}")
 

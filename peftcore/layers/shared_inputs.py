@@ -48,9 +48,9 @@ class SharedInputCache(threading.local):
         self.calls: list[ForwardRecord | None] = []
         """Running calls of the model, outermost first; None for a call without gradients."""
         self.outputs: dict[Any, CachedOutput] = {}
+        """{layer: its cached output}"""
         self.widened: tuple[Tensor, int, Tensor] | None = None
         """(input, its in-place changes until then, the input in a wider type)"""
-        """{layer: its cached output}"""
         self.unused: list[tuple[Any, Any]] = []
         """(layer that computed, sibling that did not take the output)"""
 

@@ -64,9 +64,10 @@ class LayerWrapper(nn.Module):
     exposes_children = False
     """True if modules inside of the base layer can be adapted too."""
     rows_first: bool | None = None
-    """True if the axis of rows is the first one; None if not known yet (see `peftcore.detection.batch_axis`).
+    """True if the axis of rows is the first one; None if not known yet.
 
-    The name is not `batch_first`, because models read that attribute of nn.MultiheadAttention through the wrapper.
+    `peftcore.detection.layer_inputs.rows_come_first` infers it from the model. The name is not `batch_first`, because
+    models read that attribute of nn.MultiheadAttention through the wrapper.
     """
 
     def __init__(self, base_layer: nn.Module, selection: Selection):

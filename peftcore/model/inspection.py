@@ -20,7 +20,9 @@ class InspectionMethods(AdaptedModule):
 
     @property
     def active_peft_config(self) -> PeftConfig:
-        """Configuration of the first active adapter."""
+        """Configuration of the first active adapter. Raises ConfigError if no adapter is active."""
+        if not self.active_adapter:
+            raise ConfigError(f"no adapter is active; call set_adapter with one of {', '.join(self.peft_config)}")
         return self.peft_config[self.active_adapter]
 
     @property
@@ -108,15 +110,16 @@ class InspectionMethods(AdaptedModule):
             The virtual tokens (batch_size, tokens, embedding width); for prefix tuning, a cache with the prefix.
 
         Raises:
-            ConfigError: the active adapter is no prompt, or an argument does not fit it.
+            ConfigError: no adapter is active, the active one is no prompt, or an argument does not fit it.
         """
         if max_cache_len is not None:
             raise ConfigError("get_prompt: max_cache_len must be None; caches get room for the prompt by themselves")
         adapters = adapter_set(self._module)
+        method = self.active_peft_config.peft_type
         prompt = adapters.prompt(self.active_adapter)
         if prompt is None:
             raise ConfigError(
-                f"get_prompt: the active adapter {self.active_adapter!r} is {self.active_peft_config.peft_type}, which "
+                f"get_prompt: the active adapter {self.active_adapter!r} is {method}, which "
                 "adds no prompt to the model's inputs; call set_adapter with the name of a prompt"
             )
         return prompt.for_rows(self._module, batch_size, {} if task_ids is None else {"task_ids": task_ids})
@@ -129,13 +132,18 @@ class InspectionMethods(AdaptedModule):
 
         Raises:
             AdapterNameError: the adapter is not loaded.
-            ConfigError: the adapter is not a prompt.
+            ConfigError: the adapter has no prompt embeddings.
         """
         adapters = adapter_set(self._module)
         adapters.require(adapter_name)
-        if (prompt := adapters.prompt(adapter_name)) is None:
-            raise ConfigError(f"get_prompt_embedding_to_save: {adapter_name!r} is not a prompt")
-        return prompt.checkpoint_tensors()["prompt_embeddings"]
+        prompt = adapters.prompt(adapter_name)
+        tensors = {} if prompt is None else prompt.checkpoint_tensors()
+        if "prompt_embeddings" not in tensors:
+            raise ConfigError(
+                f"get_prompt_embedding_to_save: {adapter_name!r} is {self.peft_config[adapter_name].peft_type}, which "
+                "has no prompt embeddings; call get_adapter_state_dict for the tensors of any adapter"
+            )
+        return tensors["prompt_embeddings"]
 
     @property
     def prompt_encoder(self) -> nn.ModuleDict:

@@ -75,7 +75,7 @@ class SavingMethods(AdaptedModule):
                 weights in this process (PiSSA, OLoRA, CorDA) are always saved so.
             state_dict: a state dict of the model to take the values from; None for the model's own parameters.
             other: further options of transformers, only with values that mean one whole local file; and
-                `save_function` and `max_shard_size`, which are warnings.
+                `save_function` and `max_shard_size`, which only give a warning.
 
         Raises:
             ConfigError: an option has a value that is not supported.

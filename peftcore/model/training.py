@@ -1,6 +1,5 @@
 """Training of adapters: regularisers, updates and state of a step, and the preparation of a quantised model."""
 
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -112,8 +111,9 @@ def prepare_model_for_kbit_training(
     """Prepare a 4- or 8-bit model for training adapters.
 
     All parameters are frozen, 16-bit ones are cast to float32, and gradient checkpointing is enabled. Checkpointing is
-    non-reentrant, and the output of the embeddings requires grad, so that gradients reach the adapters. As in HF PEFT,
-    nothing is cast beside torchao's, HQQ's, GPTQ's and AWQ's layers, because they multiply inputs of their own dtype.
+    non-reentrant by default. The output of the embeddings requires grad, so that gradients also reach the adapters with
+    reentrant checkpointing. As in HF PEFT, nothing is cast beside torchao's, HQQ's, GPTQ's and AWQ's layers, because
+    they multiply inputs of their own dtype.
 
     Args:
         model: the quantised model; changed in place.
@@ -132,13 +132,7 @@ def prepare_model_for_kbit_training(
     if auto_clear_cache and torch.accelerator.is_available():
         torch.accelerator.empty_cache()
     if use_gradient_checkpointing:
-        kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
-        if kwargs["use_reentrant"]:
-            warnings.warn(
-                "reentrant checkpointing gives no gradients through a frozen base; use_reentrant=False",
-                stacklevel=2,
-            )
         transformer: Any = model
-        transformer.activation_checkpointing_enable(kwargs)
+        transformer.activation_checkpointing_enable({"use_reentrant": False, **(gradient_checkpointing_kwargs or {})})
         transformer.enable_input_require_grads()
     return model

@@ -13,7 +13,7 @@ import math
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import CancelledError, Future, wait
 
 from peftcore.serving.catalog import Catalog, ModelLease
@@ -44,9 +44,11 @@ class Admission:
     def __init__(self, catalog: Catalog, rows: int, max_queue: int, wake: Callable[[], None]):
         self._catalog, self._max_queue, self._wake = catalog, max_queue, wake
         self._lock = threading.Lock()
-        """Protects the waiting requests, the only state that several threads use."""
+        """Protects `_waiting` and `_requests`, the only state that several threads use."""
         self._waiting: dict[str, deque[Generation]] = {}
         """{model: its waiting requests in the order of arrival}; no model without requests"""
+        self._requests: set[Generation] = set()
+        """All requests from `add` until they have a row or end, also while they move between the other attributes."""
         self._left: deque[float] = deque(maxlen=LEAVING)
         """Times at which the last requests left the queue."""
         self._loading: dict[Generation, Future[ModelLease]] = {}
@@ -58,7 +60,8 @@ class Admission:
         self._closed = False
 
     def __len__(self) -> int:
-        return self._waiting_count() + len(self._loading) + len(self._loaded)
+        """Return the number of requests; any thread may ask."""
+        return len(self._requests)
 
     def _waiting_count(self) -> int:
         return sum(map(len, list(self._waiting.values())))
@@ -83,6 +86,8 @@ class Admission:
                 if len(self._waiting[most]) <= len(self._waiting.get(generation.model, ())) + 1:
                     raise error
                 refused = self._waiting[most].pop()
+                self._requests.discard(refused)
+            self._requests.add(generation)
             self._waiting.setdefault(generation.model, deque()).append(generation)
         if refused is not None and error is not None:
             refused.fail(error)
@@ -114,6 +119,8 @@ class Admission:
         wait(loading, None if alone else LOAD_WAIT)
         for generation in [one for one, future in self._loading.items() if future.done()]:
             self._settle(generation, self._loading.pop(generation), others)
+            if generation.finished:  # it failed
+                self._forget([generation])
         if self._full and not others and not self._loading and not self._loaded:
             self.released()
         return list(self._loaded)[:room]
@@ -122,6 +129,11 @@ class Admission:
         """Remove requests that have got a row."""
         for generation in generations:
             self._loaded.remove(generation)
+        self._forget(generations)
+
+    def _forget(self, generations: Iterable[Generation]) -> None:
+        with self._lock:
+            self._requests.difference_update(generations)
 
     def fail(self, error: ServingError) -> None:
         """End every request in the queue with an error."""
@@ -140,6 +152,7 @@ class Admission:
 
     def _drop_abandoned(self) -> None:
         with self._lock:
+            self._requests = {one for one in self._requests if not one.abandoned and not one.finished}
             present = ((model, deque(one for one in own if not one.abandoned)) for model, own in self._waiting.items())
             self._waiting = {model: own for model, own in present if own}
         for generation in [one for one in self._loading if one.abandoned]:

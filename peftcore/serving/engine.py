@@ -33,7 +33,7 @@ class Prefill:
     """Requests whose prompts are processed together, part by part.
 
     `tokens` and `mask` (B, T) hold the part that is not yet processed. T is the most tokens of a prompt that are not in
-    the prefix cache. A request with fewer such tokens processes its last T tokens all the same, so that no padding is
+    the prefix cache. A request with fewer such tokens also processes its last T tokens, so that no padding is
     between reused tokens and others.
 
     Args:
@@ -151,7 +151,8 @@ class Engine:
     @property
     def idle(self) -> bool:
         """True if no request is running or waiting."""
-        return not self._rows and self._prefill is None and not len(self._admission)
+        # in the order in which a request moves, so that it is seen even if it moves in between
+        return not len(self._admission) and self._prefill is None and not self._rows
 
     # -- the thread ----------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Work in a thread that ends with it.
+"""Run a function in a thread of its own, which ends with the function.
 
 Each thread that computes with several cores keeps its own helper threads of OpenMP. If a process has more of them than
 cores, OpenMP's barriers sleep instead of spin, and a decoding step on a CPU takes up to twice as long. So only the

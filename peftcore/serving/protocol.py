@@ -280,7 +280,7 @@ class ChatRequest(GenerationRequest):
         return rendered_prompt(tokenizer, self.messages, tools)
 
     def prompt_record(self, tokenizer: Any) -> dict[str, Any]:
-        """Return the messages, each with role and text."""
+        """Return the messages as the chat template gets them: role, text, tool calls and `tool_call_id`."""
         return {"messages": [message.plain() for message in self.messages]}
 
     def logprobs_object(self, tokenizer: Any, tokens: Sequence[TokenLogprobs], offset: int) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import os
 import queue
 import secrets
 import threading
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, MutableMapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -40,6 +40,8 @@ Record = dict[str, Any]
 SUFFIX, OPEN_SUFFIX = ".jsonl", ".jsonl.part"
 WAITING = 10_000
 """Most records that wait for the writer (count)."""
+RATEABLE = 200_000
+"""Most answers that can be rated, the newest (count); 1,000 of them take about 0.2 MB of memory."""
 TOGETHER = 256
 """Most records that are written before a flush to disk (count)."""
 WARNING = "recording"
@@ -57,6 +59,8 @@ class _Waiting:
 
 class Recorder:
     """Writer of one folder. Create it before the server starts, and `close` it after the last request.
+
+    Only the newest RATEABLE answers can be rated: a rating of an older one raises UnknownResponseError.
 
     Args:
         folder: The folder of the records; it is created, for its owner alone.
@@ -96,8 +100,11 @@ class Recorder:
         except OSError as error:
             raise ConfigError(f"cannot record in {folder}: {error}; give a folder that this user can write") from error
         records = Records(folder)
-        self._choices = {one["id"]: len(one["choices"]) for one in records if one["kind"] == "answer"}
-        """{id of a recorded response: number of its answers}"""
+        self._choices: OrderedDict[str, int] = OrderedDict()
+        """{id of a recorded response: number of its answers}, at most RATEABLE"""
+        for record in records:
+            if record["kind"] == "answer":
+                self._add_rateable(record)
         if records.damaged:
             logger.warning("%s: %d damaged lines are left out: %s", folder, len(records.damaged), records.damaged[:5])
         self._thread = threading.Thread(target=self._run, name="peftcore-recorder", daemon=True)
@@ -105,7 +112,7 @@ class Recorder:
 
     def answer(self, record: Record) -> None:
         """Record a request with its answers; does not wait. `id` and `choices` are required fields."""
-        self._choices[record["id"]] = len(record["choices"])
+        self._add_rateable(record)
         try:
             self._queue.put_nowait(_Waiting(self._stamped("answer", record)))
         except queue.Full:
@@ -115,15 +122,15 @@ class Recorder:
         """Record a rating. The result is there once the rating is on disk.
 
         Raises:
-            UnknownResponseError: No recorded response has this id.
+            UnknownResponseError: None of the newest RATEABLE recorded responses has this id.
             BadRequestError: The response has no answer of this index.
             RecordingStoppedError: The rating cannot be recorded; also raised by the result.
         """
         identity, index = record["id"], record["index"]
         if identity not in self._choices:
             raise UnknownResponseError(
-                f"no recorded response has the id {identity!r:.100}; send the `id` of a response of this server. A "
-                "request with the header x-no-record is not recorded",
+                f"no recorded response has the id {identity!r:.100}; send the `id` of one of the newest {RATEABLE:,} "
+                "responses of this server. A request with the header x-no-record is not recorded",
                 "id",
             )
         if index >= (count := self._choices[identity]):
@@ -141,6 +148,11 @@ class Recorder:
         self._queue.put(None)
         self._thread.join()
         self._lock.close()
+
+    def _add_rateable(self, record: Record) -> None:
+        self._choices[record["id"]] = len(record["choices"])
+        if len(self._choices) > RATEABLE:
+            self._choices.popitem(last=False)
 
     def _stamped(self, kind: str, record: Record) -> Record:
         user = record.get("user")
@@ -315,8 +327,38 @@ def _redacted(record: Record, redaction: Redaction) -> Record:
     }
     for key, text in (("messages", "content"), ("choices", "text")):
         if key in record:
-            changes[key] = [part | {text: redaction(part[text])} for part in record[key]]
+            changes[key] = [_redacted_part(part, text, redaction) for part in record[key]]
     return record | changes
+
+
+def _redacted_part(part: Record, text: str, redaction: Redaction) -> Record:
+    """Return a message or a choice with its text and its tool calls redacted."""
+    changes: Record = {text: redaction(part[text])}
+    if part.get("tool_calls"):
+        changes["tool_calls"] = [_redacted_call(call, redaction) for call in part["tool_calls"]]
+    if part.get("tool_call_id") is not None:  # it stays equal to the id of the call
+        changes["tool_call_id"] = redaction(part["tool_call_id"])
+    return part | changes
+
+
+def _redacted_call(call: Record, redaction: Redaction) -> Record:
+    function = {key: _redacted_json(value, redaction) for key, value in call["function"].items()}
+    return call | {"id": redaction(call["id"]), "function": function}
+
+
+def _redacted_json(value: Any, redaction: Redaction) -> Any:
+    """Return a JSON value with its texts and keys redacted. A number that a rule matches becomes a text."""
+    if isinstance(value, str):
+        return redaction(value)
+    if isinstance(value, dict):
+        return {redaction(key): _redacted_json(one, redaction) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_redacted_json(one, redaction) for one in value]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        text = str(value)
+        redacted = redaction(text)
+        return value if redacted == text else redacted
+    return value
 
 
 def _size(folder: Path) -> int:

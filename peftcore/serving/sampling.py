@@ -63,10 +63,7 @@ class SampledRow(NamedTuple):
 
 
 class TokenLogprobs(NamedTuple):
-    """Natural logarithms of probabilities by the model's own softmax.
-
-    They are those before grammar, temperature, penalties and biases.
-    """
+    """Log-probabilities of the model's softmax, before grammar, temperature, penalties and biases."""
 
     token: int
     logprob: float

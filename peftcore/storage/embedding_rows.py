@@ -191,24 +191,27 @@ class EmbeddingLoader:
             raise CheckpointError(_other_shape(path, saved, own))
         if torch.equal(whole(own), saved.to(own.device, own.dtype)):
             return
-        cannot = "the saved embeddings differ from the model's at " + path
+        difference = "the saved embeddings differ from the model's at " + path
         if not self._may_replace:
-            raise CheckpointError(f"{cannot}, which every other adapter of this base would have too; merge it instead")
+            raise CheckpointError(
+                f"{difference}, which every other adapter of this base would have too; merge it instead"
+            )
         if self._others:
             raise CheckpointError(
-                f"{cannot}, and replacing them would change adapters {self._others}; load this directory first, or "
+                f"{difference}, and replacing them would change adapters {self._others}; load this directory first, or "
                 "onto a model of its own"
             )
         if type(parameter) is not nn.Parameter or is_sharded(parameter):
             raise CheckpointError(
-                f"{cannot}, and quantised or sharded ones cannot be replaced; load the adapter before that is done"
+                f"{difference}, and quantised or sharded ones cannot be replaced; load the adapter before that is done"
             )
         if UNMERGED_STATE in vars(layer):
-            raise CheckpointError(f"{cannot}, and an adapter is merged into that layer; call unmerge_adapter first")
+            raise CheckpointError(f"{difference}, and an adapter is merged into that layer; call unmerge_adapter first")
         earlier = self._new.get(id(parameter))
         if earlier is not None and not torch.equal(earlier, saved.to(parameter)):
             raise CheckpointError(
-                f"{cannot}; the model has one weight for input and output embeddings, and the directory two that differ"
+                f"{difference}; the model has one weight for input and output embeddings, and the directory two that "
+                "differ"
             )
         self._new[id(parameter)] = nn.Parameter(saved.to(parameter), requires_grad=False)
 

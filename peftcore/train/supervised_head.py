@@ -88,6 +88,8 @@ class _AfterHead:
 _ALL_LOGITS = _AfterHead(None, takes_rows=False)
 _OF_ROWS = {"input_ids", "inputs_embeds", "attention_mask", "token_type_ids", "labels", "adapter_names"}
 """Arguments of a model whose first dimension is the batch's rows."""
+_CACHES = ("cache", "past_key_values")
+"""Names of the cache argument: in transformers 5.24 and later, and before."""
 _PROBED_ROWS = 3
 """Rows of the forward with probes. They do not divide the number of probes, so that code that folds logits into rows of
 text fails."""
@@ -99,7 +101,8 @@ def _forward(model: nn.Module, inputs: Mapping[str, Any], mask: Tensor, targets:
     # a sharded model's forward is collective, but only processes with labels would send probes
     sharded = any(is_sharded(parameter) for parameter in bare.parameters())
     head = None if sharded or is_compiled(model) else output_head(bare)
-    if head is None or inputs.get("past_key_values") is not None:  # a second forward would extend the cache again
+    has_cache = any(inputs.get(name) is not None for name in _CACHES)
+    if head is None or has_cache:  # a second forward would extend the cache again
         return _all_logits(model, inputs, mask)
     transforms = logit_transforms(bare)
     # processing may differ between training and evaluation, and between classes

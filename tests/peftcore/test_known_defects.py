@@ -516,11 +516,11 @@ def test_prompts_other_than_a_prefix_go_with_checkpointing(method: str) -> None:
 def test_preparing_for_few_bits_lets_gradients_through_checkpointed_layers(reentrant: bool | None) -> None:
     """Without reentry by default; and with it too, because the embeddings' output requires grad."""
     model = llama().bfloat16()
-    if reentrant:
-        with pytest.warns(UserWarning, match="reentrant checkpointing gives no gradients"):
-            prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": True})
-    else:
-        prepare_model_for_kbit_training(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        prepare_model_for_kbit_training(
+            model, gradient_checkpointing_kwargs={"use_reentrant": True} if reentrant else None
+        )
     assert all(p.dtype == torch.float32 and not p.requires_grad for p in model.parameters())
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).train()
     adapted(TOKENS, labels=TOKENS).loss.backward()

@@ -86,7 +86,7 @@ def test_a_merged_weight_is_stored_in_the_same_format(kind: str) -> None:
     wanted = adapter_set(model).adapters("default")["0"].merged_weight(layer.dequantized())
     model.merge_adapter()
     merged = layer.dequantized()
-    step = (wanted.unflatten(1, (-1, 32)).abs().amax(2) * 2 / (2 ** FORMATS[kind].bits // 4)).max()
+    step = (wanted.unflatten(1, (-1, 32)).abs().amax(2) * 2 / 2 ** (FORMATS[kind].code_bits - 1)).max()
     assert layer.weight.shape == before.shape and not torch.equal(layer.weight, before)
     assert (merged - wanted).abs().max() < step
     model.unmerge_adapter()

@@ -26,7 +26,7 @@ def test_values_have_the_bits_of_the_reference(name: str, outputs: int) -> None:
 def test_packing_loses_nothing(name: str) -> None:
     rows, block = random_rows(name, 16, 256), FORMATS[name]
     planes = block.pack(rows)
-    assert planes.numel() == rows.numel() == 16 * 256 * block.bits / 8
+    assert planes.numel() == rows.numel() == 16 * 256 // block.weights * block.size
     assert torch.equal(block.rows(planes), rows)
 
 

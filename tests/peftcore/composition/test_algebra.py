@@ -73,6 +73,15 @@ def test_top_k_keeps_the_largest_and_their_sum() -> None:
     torch.testing.assert_close(found.sum(1), torch.ones(2))
 
 
+def test_a_token_whose_weights_are_all_zero_gets_no_adapter() -> None:
+    weights = torch.tensor([[0.0, 0.0, 0.0], [0.5, 0.3, 0.2]], requires_grad=True)
+    gate = Gate(("a", "b", "c"), lambda path, adapters, x: weights, top_k=2)
+    found = gate.weights("layer", dict.fromkeys("abc"), torch.zeros(2, 4), (2,))
+    torch.testing.assert_close(found.detach(), torch.tensor([[0.0, 0.0, 0.0], [0.625, 0.375, 0.0]]))
+    (gradient,) = torch.autograd.grad(found.square().sum(), weights)
+    assert gradient.isfinite().all()
+
+
 def test_a_gate_gives_nothing_to_members_that_a_layer_has_not() -> None:
     gate = Gate(("a", "b"), lambda path, adapters, x: torch.ones(*x.shape[:-1], len(adapters)))
     assert gate.weights("layer", {"b": None}, torch.zeros(3, 4), (3,)).tolist() == [[0.0, 1.0]] * 3

@@ -159,11 +159,11 @@ def test_rows_of_one_composition_form_one_group_and_copies_of_a_row_are_consecut
     ]
 
 
-def test_runs_are_the_stretches_of_tokens_with_one_composition() -> None:
+def test_runs_are_consecutive_tokens_with_one_composition() -> None:
     route = Route(["a", "a", None, {"b": 2.0}])
-    assert route.stretches == 3
+    assert route.run_count == 3
     assert route.runs(8) == [Run(0, 4, {"a": 1.0}), Run(4, 6, {}), Run(6, 8, {"b": 2.0})]
-    assert Route("a").stretches == Route(["a", Split(a=1)]).stretches == 0
+    assert Route("a").run_count == Route(["a", Split(a=1)]).run_count == 0
 
 
 def test_a_mask_repeats_each_adapters_weight_by_its_rank_in_every_layer() -> None:

@@ -77,7 +77,7 @@ def test_transformers_models() -> None:
     assert not torch.equal(first, second)
     with pytest.raises(ConfigError, match="max_cache_len must be None"):
         model.get_prompt(2, max_cache_len=5)
-    with pytest.raises(ConfigError, match="'l' is not a prompt"):
+    with pytest.raises(ConfigError, match="'l' is LORA, which has no prompt embeddings"):
         model.get_prompt_embedding_to_save("l")
     assert model.supports_lora_conversion("l") and not model.supports_lora_conversion("p")
     other = llama()
@@ -87,8 +87,9 @@ def test_transformers_models() -> None:
     for checkpoints in (False, True):
         prepared: Any = peftcore.prepare_model_for_kbit_training(llama(torch.bfloat16), checkpoints)
         assert prepared.is_activation_checkpointing is checkpoints and prepared.dtype == torch.float32
-    with pytest.warns(UserWarning, match="reentrant checkpointing"):
-        peftcore.prepare_model_for_kbit_training(llama(), True, {"use_reentrant": True})
+    prepared = peftcore.prepare_model_for_kbit_training(llama(), True, {"use_reentrant": True})
+    blocks = [module for module in prepared.modules() if getattr(module, "gradient_checkpointing", False)]
+    assert {block._gradient_checkpointing_func.keywords["use_reentrant"] for block in blocks} == {True}
 
 
 @checks("prepare_model_for_kbit_training", "auto_clear_cache")

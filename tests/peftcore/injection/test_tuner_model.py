@@ -1,5 +1,9 @@
 """`model.base_model`: the object between a model and its base in HF PEFT."""
 
+import copy
+import pickle
+from typing import Any
+
 import peft
 import pytest
 import torch
@@ -33,6 +37,18 @@ def test_base_model_model_is_the_model() -> None:
     assert model.base_model.peft_config is model.peft_config
     assert model.base_model.targeted_module_names == model.targeted_module_names == ["0"]
     assert model.base_model.prefix == model.prefix == "lora_"
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda view: pickle.loads(pickle.dumps(view))])
+def test_a_copy_holds_a_copy_of_the_model(duplicate: Any) -> None:
+    model = get_peft_model(base(), LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    tuner = duplicate(model.base_model)
+    x = torch.randn(2, 4)
+    assert isinstance(tuner, LoraModel) and tuner.model is not model
+    torch.testing.assert_close(tuner(x), model(x))
+    assert copy.copy(model.base_model).model is model
+    with pytest.raises(AttributeError):
+        _ = model.base_model.__no_such_protocol__
 
 
 def test_raw_parameters_and_token_rows_are_no_targeted_modules() -> None:

@@ -1,6 +1,7 @@
 """Attributes that scripts read and write on HF PEFT's layers, compared with HF PEFT's own layers."""
 
 import copy
+import pickle
 from typing import Any
 
 import peft
@@ -128,6 +129,15 @@ def test_an_adapter_is_also_an_attribute_of_its_dictionary(pair: tuple[Any, Any]
     torch.testing.assert_close(ours.lora_A.default.weight, theirs.lora_A.default.weight)
     with pytest.raises(AttributeError, match="lora_A has no adapter 'other'"):
         _ = ours.lora_A.other
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda view: pickle.loads(pickle.dumps(view))])
+def test_a_dictionary_can_be_copied_and_pickled(pair: tuple[Any, Any], duplicate: Any) -> None:
+    view = pair[0][1].lora_A
+    other = duplicate(view)
+    assert list(other) == ["default"]
+    torch.testing.assert_close(other.default.weight, view.default.weight)
+    assert other.default.weight is not view.default.weight
 
 
 def test_the_attributes_of_numbers_are_listed(pair: tuple[Any, Any]) -> None:

@@ -6,7 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from peftcore import ConfigError, LoraConfig, PromptTuningConfig, get_peft_model
+from peftcore import (
+    AdaptionPromptConfig,
+    ConfigError,
+    LoraConfig,
+    LoReftConfig,
+    PromptTuningConfig,
+    ShadowConfig,
+    get_peft_model,
+)
 
 
 def test_an_inactive_adapter_counts_among_all_parameters_alone(model: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,10 +55,33 @@ def test_a_lora_is_convertible_to_lora(model: Any) -> None:
     assert model.supports_lora_conversion("a")
 
 
+@pytest.mark.parametrize("read", [lambda model: model.active_peft_config, lambda model: model.get_prompt(1)])
+def test_without_an_active_adapter_an_error_names_set_adapter(model: Any, read: Any) -> None:
+    model.set_adapter([])
+    with pytest.raises(ConfigError, match="no adapter is active; call set_adapter with one of a, b"):
+        read(model)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        AdaptionPromptConfig(adapter_len=2, adapter_layers=1, task_type="CAUSAL_LM"),
+        LoReftConfig(task_type="CAUSAL_LM"),
+        ShadowConfig(task_type="CAUSAL_LM"),
+    ],
+    ids=lambda config: config.peft_type,
+)
+def test_a_prompt_without_embeddings_has_none_to_save(model: Any, config: Any) -> None:
+    other = get_peft_model(model.unload(), config)
+    with pytest.raises(ConfigError, match=f"'default' is {config.peft_type}, which has no prompt embeddings"):
+        other.get_prompt_embedding_to_save("default")
+    assert other.get_adapter_state_dict("default")
+
+
 def test_the_prompt_of_a_batch(model: Any) -> None:
     with pytest.raises(ConfigError, match="'a' is LORA, which adds no prompt"):
         model.get_prompt(2)
-    with pytest.raises(ConfigError, match="'a' is not a prompt"):
+    with pytest.raises(ConfigError, match="'a' is LORA, which has no prompt embeddings"):
         model.get_prompt_embedding_to_save("a")
     assert not hasattr(model, "prompt_encoder")
     prompted = get_peft_model(model.unload(), PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))

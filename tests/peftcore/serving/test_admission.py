@@ -8,12 +8,9 @@ from typing import Any
 
 import pytest
 
-from peftcore.serving import Limits
+from peftcore.serving import Limits, admission
 from peftcore.serving.admission import MAX_RETRY
-from peftcore.serving.errors import (
-    NoRoomError,
-    QueueFullError,
-)
+from peftcore.serving.errors import NoRoomError, QueueFullError, ServingError
 
 
 def test_an_adapter_that_loads_slowly_holds_up_nobody(serving: Callable[..., Any]) -> None:
@@ -55,6 +52,41 @@ def test_a_request_is_always_counted_between_the_queue_and_its_row(
     assert idle == [False]
 
 
+def test_a_request_is_counted_while_its_adapters_load(
+    serving: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two of the queue's lists a request is in none of them, and is counted all the same."""
+    served = serving()
+    engine, counts = served.service.engine, []
+    load, settle = admission.in_own_thread, engine._admission._settle
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: (counts.append((len(engine._admission), engine.idle)), function(*args))[1]
+
+    monkeypatch.setattr(admission, "in_own_thread", counted(load))
+    monkeypatch.setattr(engine._admission, "_settle", counted(settle))
+    assert served.begin("sql", [5, 6, 7], 3).result()[0] == served.world.expected("sql", [5, 6, 7], 3)
+    assert counts == [(1, False)] * 2
+    assert isinstance(served.begin("unknown", [5], 3).result(), ServingError)
+    served.wait(lambda: engine.idle)
+
+
+def test_the_engine_is_not_idle_while_a_request_moves_on(
+    serving: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`idle` sees a request that gets its row while another thread reads the property."""
+    engine = serving().service.engine
+    engine.stop()
+
+    class Moves:
+        def __len__(self) -> int:
+            engine._prefill = object()  # the last request leaves the queue now
+            return 0
+
+    monkeypatch.setattr(engine, "_admission", Moves())
+    assert not engine.idle
+
+
 def test_the_next_row_goes_to_the_model_with_the_fewest_requests_in_progress(serving: Callable[..., Any]) -> None:
     served = serving(limits=Limits(max_batch=2))
     served.slow_down(0.003)
@@ -88,15 +120,15 @@ def test_a_full_queue_takes_a_model_with_few_requests_in_place_of_the_newest_of_
 def test_a_refused_client_is_told_when_to_try_again(serving: Callable[..., Any]) -> None:
     """With 6 waiting requests, and 3 that have left the queue in the last 3 s, the queue takes 6 s."""
     served = serving(limits=Limits(max_queue=6))
-    admission = served.service.engine._admission
-    assert admission._seconds_until_moved() == 1
+    requests = served.service.engine._admission
+    assert requests._seconds_until_moved() == 1
     served.service.engine.stop()
-    admission._waiting["sql"] = deque(range(6))
-    admission._left.extend(time.monotonic() - seconds for seconds in (3, 2, 1))
-    assert admission._seconds_until_moved() in (6, 7)
-    admission._left[0] -= 1e6
-    assert admission._seconds_until_moved() == MAX_RETRY
-    admission._waiting.clear()
+    requests._waiting["sql"] = deque(range(6))
+    requests._left.extend(time.monotonic() - seconds for seconds in (3, 2, 1))
+    assert requests._seconds_until_moved() in (6, 7)
+    requests._left[0] -= 1e6
+    assert requests._seconds_until_moved() == MAX_RETRY
+    requests._waiting.clear()
 
 
 def test_a_full_queue_refuses_and_a_cancelled_request_makes_room(

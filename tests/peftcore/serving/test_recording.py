@@ -75,6 +75,34 @@ def test_every_text_is_redacted(made: Any, tmp_path: Path) -> None:
     assert "Ada" not in content and content.count("<name>") == 5
 
 
+def test_every_text_of_tool_calls_is_redacted(made: Any, tmp_path: Path) -> None:
+    recorder = made(redaction=Redaction([Rule("Ada", "<name>"), Rule("4{9}", "<number>")]))
+
+    def call(arguments: Any) -> dict[str, Any]:
+        return {"id": "call-Ada", "type": "function", "function": {"name": "mail_Ada", "arguments": arguments}}
+
+    arguments = {"to": "Ada", "cc": [{"Ada": "Ada!"}], "phone": 444444444, "copies": 2, "now": True, "at": None}
+    calls = [call(arguments), call('{"to": "Ada"}')]
+    messages = [
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "content": "sent to Ada", "tool_call_id": "call-Ada"},
+    ]
+    choices = [{"index": 0, "text": "", "finish": "tool_calls", "tool_calls": [call('{"to": "Ada"}')]}]
+    recorder.answer(answer("chatcmpl-1", messages=messages, choices=choices))
+    recorder.close()
+    assert "Ada" not in next((tmp_path / "records").glob("*.jsonl")).read_text()
+    (record,) = Records(tmp_path / "records")
+    asked, answered = record["messages"]
+    first, second = asked["tool_calls"]
+    assert first["function"]["name"] == "mail_<name>" and first["type"] == "function"
+    assert first["function"]["arguments"] == {
+        "to": "<name>", "cc": [{"<name>": "<name>!"}], "phone": "<number>", "copies": 2, "now": True, "at": None
+    }  # fmt: skip
+    assert second["function"]["arguments"] == '{"to": "<name>"}'
+    assert answered["tool_call_id"] == first["id"] == "call-<name>", "the answer still belongs to its call"
+    assert record["choices"][0]["tool_calls"][0]["function"]["arguments"] == '{"to": "<name>"}'
+
+
 def test_what_cannot_be_rated_is_said(made: Any) -> None:
     recorder = made()
     recorder.answer(answer("chatcmpl-1"))
@@ -82,6 +110,20 @@ def test_what_cannot_be_rated_is_said(made: Any) -> None:
         recorder.rating(rating("chatcmpl-2"))
     with pytest.raises(BadRequestError, match="the response has 1 answers, from index 0; got 1"):
         recorder.rating(rating("chatcmpl-1", index=1))
+
+
+def test_only_the_newest_answers_are_held_for_ratings(made: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recording, "RATEABLE", 2)
+    recorder = made()
+    for number in range(4):
+        recorder.answer(answer(f"chatcmpl-{number}"))
+    assert list(recorder._choices) == ["chatcmpl-2", "chatcmpl-3"]
+    with pytest.raises(UnknownResponseError, match=r"'chatcmpl-1'.*the newest 2 responses"):
+        recorder.rating(rating("chatcmpl-1"))
+    recorder.rating(rating("chatcmpl-2")).result(10)
+    recorder.close()
+    monkeypatch.setattr(recording, "RATEABLE", 1)
+    assert list(made()._choices) == ["chatcmpl-3"], "a later server"
 
 
 def test_segments_are_closed_at_their_size_and_by_the_end(made: Any, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from transformers import (
     Cohere2ForCausalLM,
     CohereConfig,
     CohereForCausalLM,
+    DynamicCache,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma3ForCausalLM,
@@ -293,6 +294,23 @@ def test_virtual_tokens_stand_before_the_text(computed: list[tuple[int, ...]]) -
     model = get_peft_model(llama().double(), PromptTuningConfig(num_virtual_tokens=5, task_type="CAUSAL_LM")).double()
     assert_own(model)
     assert len(computed) == 2
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+@pytest.mark.filterwarnings("ignore:.*past_key_values.*deprecated:FutureWarning")
+def test_a_cache_is_extended_once(name: str) -> None:
+    """The text begins in the cache; the losses of its end are those of the whole text."""
+    torch.manual_seed(0)
+    model = with_lora(llama()).double().eval()
+    ids, attention = batch()[0]["input_ids"], torch.ones(3, 12, dtype=torch.long)
+    cache = DynamicCache(config=model.config)
+    model(input_ids=ids[:, :7], cache=cache)
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    inputs = {"input_ids": ids[:, 7:], "attention_mask": attention, name: cache}
+    losses = module.supervised_losses(model, inputs, mask, ids[:, 7:].flatten())
+    assert cache.get_seq_length() == 12
+    expected = F.cross_entropy(model(input_ids=ids).logits[:, 7:].flatten(0, 1), ids[:, 7:].flatten(), reduction="none")
+    torch.testing.assert_close(losses, expected)
 
 
 # -- what nobody has heard of ----------------------------------------------------------------------------------
