@@ -163,7 +163,13 @@ def _begin(route: Route, args: tuple[Any, ...], inputs: dict[str, Any]) -> None:
     texts = [inputs[key] for key in _TEXTS if inputs.get(key) is not None]
     first = next((value for value in (*texts, *args, *inputs.values()) if _has_rows(value)), None)
     if first is None:
-        raise RoutingError("the model is called without a tensor, so its rows cannot be counted")
+        if route.uniform is None or route.needs_positions:
+            raise RoutingError(
+                "the model is called without a tensor among its arguments, so its rows cannot be counted; give all "
+                "rows of a batch the same composition without Split, or give the model the batch as a tensor"
+            )
+        route.rows = None
+        return
     route.begin(len(first), _positions(first, inputs) if route.needs_positions else None)
 
 
@@ -296,12 +302,13 @@ def _mixed_prompts(adapters: AdapterSet, route: Route, has_encoder: bool) -> lis
 
 
 def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return (positional, named) arguments, all by name unless the forward takes `*args`."""
+    """Return (positional, named) arguments: positional only where the forward does not take them by name."""
     parameters = inspect.signature(model.forward).parameters.values()
     if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
         return args, dict(kwargs)
-    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.POSITIONAL_ONLY)]
-    return (), {**dict(zip(names, args, strict=False)), **kwargs}
+    count = sum(parameter.kind is parameter.POSITIONAL_ONLY for parameter in parameters)
+    names = [parameter.name for parameter in parameters if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+    return args[:count], {**dict(zip(names, args[count:], strict=False)), **kwargs}
 
 
 def _for_each_row(value: Any, inputs: dict[str, Any]) -> Any:
@@ -331,17 +338,18 @@ def generation(model: nn.Module, arguments: dict[str, Any], inputs: Any = None) 
     names = frozenset().union(*adapters.forward_arguments.values())
     _check_cache(model, adapters, arguments)
     before, route = adapters.generate_arguments, adapters.selection.route
-    if route is not None:
-        route.rows = None  # unknown until the model's own forward, and an encoder runs before
-        route.repeats = True
-    adapters.generate_arguments = {key: value for key, value in arguments.items() if key in names}
     kinds = (adapters.kinds[name] for name in adapters.selection.in_effect)
     fixed = {key: value for kind in kinds for key, value in kind.generate_arguments.items()}
     learners = [adapters.prompts[name] for name in adapters.selection.in_effect if name in adapters.prompts]
     text = {key: value for key, value in {"input_ids": inputs, **arguments}.items() if value is not None}
-    for learner in learners:
-        learner.begin_generation(text)
-    try:  # an encoder runs by itself, before the first forward of the model
+    try:
+        if route is not None:
+            route.rows = None  # unknown until the model's own forward, and an encoder runs before
+            route.repeats = True
+        adapters.generate_arguments = {key: value for key, value in arguments.items() if key in names}
+        for learner in learners:
+            learner.begin_generation(text)
+        # now, because an encoder runs by itself, before the first forward of the model
         prepared = [name for name, own in adapters.forward_arguments.items() if own & arguments.keys()]
         _prepare_methods(model, adapters, prepared, dict(adapters.generate_arguments))
         yield {**{key: value for key, value in arguments.items() if key not in names}, **fixed}

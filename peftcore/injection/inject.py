@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapp
 from functools import partial
 from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor, nn
 
 from peftcore.adapter import Adapter
@@ -324,8 +325,8 @@ def inject_untrained(
         ConfigError, TargetError, AdapterNameError: see `inject_adapter_in_model`.
     """
     if ATTRIBUTE in model.__dict__ and name in adapter_set(model).configs:
-        with deepened(model, config):
-            prepare_injection(model, config, f"another {name}")  # so that errors come before the deletion
+        with deepened(model, config), _generators_kept(model):
+            prepare_injection(model, config, name, creation, replaces=True)  # so that errors come before the deletion
         delete_adapter(model, name)
         warnings.warn(
             f"adapter {name!r} was loaded already and is replaced by an untrained one; to keep both, "
@@ -336,6 +337,12 @@ def inject_untrained(
     adapters.selection.active = (name,)
     adapters.set_requires_grad(adapters.trainable - {name}, False)
     return model
+
+
+def _generators_kept(model: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Return a context at whose end the random generators of the CPU and of the model's GPUs are as before."""
+    devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    return torch.random.fork_rng(devices, device_type="cuda")
 
 
 def _with_targets_of(config: PeftConfig, state_dict: Mapping[str, Tensor], model: nn.Module) -> PeftConfig:
@@ -455,12 +462,16 @@ def check_deletable(model: nn.Module, *names: str) -> None:
                 "merged into it; call unmerge_adapter first"
             )
     for name in names:
-        if adapters.selection.in_use[name] > 0:
-            raise AdapterNameError(
-                f"adapter {name!r} is in use by an open route; leave the route, or wait for its end, first"
-            )
+        _check_unused(adapters, name)
         if adapters.deepened_by(name) and adapters.configs.keys() - set(names):
             raise ConfigError(f"adapter {name!r} made the model deeper (layer_replication); delete the others first")
+
+
+def _check_unused(adapters: AdapterSet, name: str) -> None:
+    if adapters.selection.in_use[name] > 0:
+        raise AdapterNameError(
+            f"adapter {name!r} is in use by an open route; leave the route, or wait for its end, first"
+        )
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
@@ -476,6 +487,11 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     check_deletable(model, name)
     adapters = adapter_set(model)
     deepens = adapters.deepened_by(name)
+    with adapters.selection.routes_locked():
+        _check_unused(adapters, name)
+        adapters.forward_arguments = {n: own for n, own in adapters.forward_arguments.items() if n != name}
+        adapters.restricting.discard(name)
+        del adapters.configs[name]  # first, so that no other thread opens a route to an adapter that is half deleted
     if name in adapters.prompts:
         _remove_prompt(model, adapters, name)
     emptied = False
@@ -494,11 +510,8 @@ def delete_adapter(model: nn.Module, name: str) -> None:
                 emptied = True
     if emptied:
         _remove_empty_wrappers(ModuleIndex(model))
-    del adapters.configs[name]
-    adapters.restricting.discard(name)
     del adapters.kinds[name]
     adapters.trainable.discard(name)
-    adapters.forward_arguments = {n: arguments for n, arguments in adapters.forward_arguments.items() if n != name}
     if deepens and adapters.replication is not None:
         adapters.replication[1].undo()
         adapters.replication = None

@@ -55,8 +55,8 @@ def merge_adapter(
         progressbar: show a progress bar over the layers.
 
     Raises:
-        MergeError: an adapter cannot be merged, a merged weight is not finite, or adapters are disabled. Nothing is
-            changed then.
+        MergeError: an adapter cannot be merged, a merged weight is not finite, adapters are disabled, or a route is
+            open. Nothing is changed then.
         AdapterNameError: a name is not loaded.
     """
     adapters = adapter_set(model)
@@ -92,6 +92,11 @@ def merge_slots(
     route = adapters.selection.route
     if adapters.unmerged_by or (route is not None and route.is_final):
         raise MergeError("merge_adapter inside of disable_adapter(), where the model is its base; leave it first")
+    if adapters.selection.has_open_routes:
+        raise MergeError(
+            "merge_adapter while a route is open (or disable_adapter() in another thread), whose rows would all use "
+            "the merged adapters; leave the route, or wait for its end"
+        )
     chosen = adapters.selection.active if adapter_names is None else adapter_names
     names = [chosen] if isinstance(chosen, str) else list(chosen)
     adapters.require(*names)
@@ -102,18 +107,21 @@ def merge_slots(
     return bool(merges)
 
 
-def check_mergeable(model: nn.Module, adapter_names: list[str]) -> None:
+def check_mergeable(model: nn.Module, adapter_names: str | list[str]) -> None:
     """Check that adapters can be merged, without computing any weight.
 
     Args:
         model: the model with adapters.
-        adapter_names: the adapters.
+        adapter_names: one name or several.
 
     Raises:
         MergeError: an adapter cannot be merged.
+        AdapterNameError: a name is not loaded.
     """
     adapters = adapter_set(model)
-    _checked_merges(adapters, adapters.layers, adapter_names, check_values=False)
+    names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+    adapters.require(*names)
+    _checked_merges(adapters, adapters.layers, names, check_values=False)
 
 
 def _checked_merges(

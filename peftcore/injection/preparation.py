@@ -88,7 +88,11 @@ DEFAULT_CREATION = Creation()
 
 
 def prepare_injection(
-    model: nn.Module, config: PeftConfig, name: str, creation: Creation = DEFAULT_CREATION
+    model: nn.Module,
+    config: PeftConfig,
+    name: str,
+    creation: Creation = DEFAULT_CREATION,
+    replaces: bool = False,
 ) -> Injection:
     """Make the modules of an adapter, without changing the model.
 
@@ -98,6 +102,7 @@ def prepare_injection(
         name: the adapter's name.
         creation: options for its parameters. As in HF PEFT, they do not apply to prompts and to copies of modules
             (`modules_to_save`).
+        replaces: True if the caller will delete the loaded adapter of this name, so that it restricts nothing.
 
     Raises:
         AdapterNameError: the name is not valid, or taken.
@@ -106,15 +111,16 @@ def prepare_injection(
         MergeError: the initialisation replaces a weight into which adapters are merged (LoftQ).
     """
     kind = method_of(config).adapter
+    replaced = name if replaces else None
     config.check_complete()
     if issubclass(kind, PromptLearner):
-        return _prepare_prompt(model, kind, config, name, creation.initialise)
+        return _prepare_prompt(model, kind, config, name, creation.initialise, replaced)
     if not isinstance(config, TunerConfig):
         raise ConfigError(
             f"{type(config).__name__} does not adapt layers; use that of an adapter method, such as LoraConfig"
         )
-    _check_name(model, name)
-    _check_beside(model, config)
+    _check_name(model, name, replaced)
+    _check_beside(model, config, replaced)
     _check_not_compiled(model)
     module_index = ModuleIndex(model)
     refuse_layers_of_hf_peft((model, *module_index.modules.values()))
@@ -127,11 +133,11 @@ def prepare_injection(
     adapters |= _token_adapters(module_index, config, {*adapters}, {*saved}, creation)
     if config.ensure_weight_tying:
         _warn_without_ties(module_index, [*adapters, *saved])
-    _check_new_bases(module_index, adapters)
+    _check_new_bases(module_index, adapters, replaced)
     if creation.initialise:
         _warn_of_unused(config)
     _warn_of_orientation(config, adapters)
-    biases = _trained_biases(module_index, config, adapters, saved)
+    biases = _trained_biases(module_index, config, adapters, saved, replaced)
     if not creation.autocast_adapter_dtype:
         _narrow([*adapters.values(), *biases.values()])
     if creation.low_cpu_mem_usage:
@@ -140,14 +146,15 @@ def prepare_injection(
     return Injection(name, config, adapters, _copies_of(module_index, config, saved), biases, module_index)
 
 
-def _check_beside(model: nn.Module, config: PeftConfig) -> None:
-    """Check that the model can have this adapter beside those that it has. Raises ConfigError."""
+def _check_beside(model: nn.Module, config: PeftConfig, replaced: str | None) -> None:
+    """Check that the model can have this adapter beside all others but the replaced one. Raises ConfigError."""
     if ATTRIBUTE not in model.__dict__:
         return
     adapters = adapter_set(model)
-    for other in adapters.configs.values() if config.restricts_others else ():
-        config.check_beside(other)
-    for name in adapters.restricting:
+    for name, other in adapters.configs.items() if config.restricts_others else ():
+        if name != replaced:
+            config.check_beside(other)
+    for name in adapters.restricting - {replaced}:
         adapters.configs[name].check_beside(config)
 
 
@@ -161,10 +168,10 @@ def _warn_of_unused(config: PeftConfig) -> None:
 
 
 def _prepare_prompt(
-    model: nn.Module, kind: type[PromptLearner], config: PeftConfig, name: str, initialise: bool
+    model: nn.Module, kind: type[PromptLearner], config: PeftConfig, name: str, initialise: bool, replaced: str | None
 ) -> Injection:
-    _check_name(model, name)
-    _check_beside(model, config)
+    _check_name(model, name, replaced)
+    _check_beside(model, config, replaced)
     _check_not_compiled(model)
     if initialise:
         _warn_of_unused(config)
@@ -440,10 +447,10 @@ def warn_of_separated_ties(injection: Injection) -> None:
         return
 
 
-def _check_name(model: nn.Module, name: str) -> None:
+def _check_name(model: nn.Module, name: str, replaced: str | None) -> None:
     if not name or not isinstance(name, str) or "." in name or "/" in name:
         raise AdapterNameError(f"an adapter's name must not be empty or contain '.' or '/'; got {name!r}")
-    if ATTRIBUTE in model.__dict__ and name in adapter_set(model).configs:
+    if name != replaced and ATTRIBUTE in model.__dict__ and name in adapter_set(model).configs:
         raise AdapterNameError(f"there is already an adapter named {name!r}; delete it first or take another name")
 
 
@@ -454,8 +461,8 @@ def _check_not_compiled(model: nn.Module) -> None:
             raise ConfigError(f"adapters must be attached before {call}; attach first, then call {call}")
 
 
-def _check_new_bases(module_index: ModuleIndex, adapters: Mapping[str, Adapter]) -> None:
-    """Raise MergeError or ConfigError if an adapter would replace a base weight that is in use (LoftQ, KaSA)."""
+def _check_new_bases(module_index: ModuleIndex, adapters: Mapping[str, Adapter], replaced: str | None) -> None:
+    """Raise MergeError or ConfigError if an adapter would replace a base weight that others use (LoftQ, KaSA)."""
     for path, adapter in adapters.items():
         wrapper = module_index.modules.get(path)
         if adapter.new_base is None or not isinstance(wrapper, AdapterLayer):
@@ -465,15 +472,20 @@ def _check_new_bases(module_index: ModuleIndex, adapters: Mapping[str, Adapter])
                 f"the adapter replaces the weight of {path} (LoftQ or KaSA), and {list(wrapper.merged)} are merged "
                 "into it; call unmerge_adapter first"
             )
-        if wrapper.has_replaced_base and not torch.equal(wrapper.base.read(), adapter.new_base.to(wrapper.base.dtype)):
+        others = [name for name in wrapper.replaced_by if name != replaced]
+        if others and not torch.equal(wrapper.base.read(), adapter.new_base.to(wrapper.base.dtype)):
             raise ConfigError(
-                f"{list(wrapper.replaced_by)} replaced the weight of {path} (LoftQ or KaSA), and this adapter requires "
+                f"{others} replaced the weight of {path} (LoftQ or KaSA), and this adapter requires "
                 "another weight there; give both the same loftq_config and r, or delete the first"
             )
 
 
 def _trained_biases(
-    module_index: ModuleIndex, config: TunerConfig, adapters: Mapping[str, Adapter], saved: Mapping[str, nn.Module]
+    module_index: ModuleIndex,
+    config: TunerConfig,
+    adapters: Mapping[str, Adapter],
+    saved: Mapping[str, nn.Module],
+    replaced: str | None,
 ) -> dict[str, TrainedBias]:
     """Make the trained biases: of the adapter's layers, or of all modules that it does not train in full."""
     mode = config.bias
@@ -488,9 +500,8 @@ def _trained_biases(
     """{id of a bias of the base: its trained bias}; tied biases stay tied"""
     for path in paths:
         module = module_index.modules[path]
-        if isinstance(module, SavedModule) and any(
-            name.endswith("bias") for name, _ in module.base_layer.named_parameters()
-        ):
+        in_full = isinstance(module, SavedModule) and any(name != replaced for name in module.copies)
+        if in_full and any(name.endswith("bias") for name, _ in unwrapped(module).named_parameters()):
             raise ConfigError(
                 f"bias={mode!r}: {path} is trained in full (modules_to_save) by another adapter; use bias='none', or "
                 f"name {path} in this adapter's modules_to_save too"

@@ -26,12 +26,13 @@ class Replication:
     """The model's configuration; None if it has no `num_hidden_layers`."""
     depth: int
     """Blocks before the replication (count)."""
+    by_block: dict[str, Any]
+    """{option of the configuration: its list with one entry for each block}, such as `layer_types`."""
 
     def undo(self) -> None:
         """Restore the original blocks."""
         self.parent._modules[self.name] = self.blocks
-        if self.config is not None:
-            self.config.num_hidden_layers = self.depth
+        _describe_blocks(self.config, self.depth, self.by_block)
 
 
 def replicate(model: nn.Module, ranges: Sequence[tuple[int, int]]) -> Replication:
@@ -55,12 +56,29 @@ def replicate(model: nn.Module, ranges: Sequence[tuple[int, int]]) -> Replicatio
     parent_path, _, name = path.rpartition(".")
     config = getattr(model, "config", None)
     config = config if hasattr(config, "num_hidden_layers") else None
-    before = Replication(model.get_submodule(parent_path), name, blocks, config, len(blocks))
+    by_block = _options_by_block(config, len(blocks))
+    before = Replication(model.get_submodule(parent_path), name, blocks, config, len(blocks), by_block)
     numbers = [n for start, end in ranges for n in range(start, end)]
     before.parent._modules[name] = nn.ModuleList(_twin(blocks[n], index) for index, n in enumerate(numbers))
-    if config is not None:
-        config.num_hidden_layers = len(numbers)
+    deeper = {option: type(values)(values[n] for n in numbers) for option, values in by_block.items()}
+    _describe_blocks(config, len(numbers), deeper)
     return before
+
+
+def _options_by_block(config: Any, depth: int) -> dict[str, Any]:
+    """Return the options of a configuration that are lists with one entry for each block."""
+    options = {} if config is None else vars(config)
+    lists = {key: value for key, value in options.items() if type(value) in (list, tuple) and len(value) == depth}
+    others = ("architectures", "bos_token_id", "eos_token_id", "pad_token_id")  # of this length by chance
+    return {key: value for key, value in lists.items() if key not in others}
+
+
+def _describe_blocks(config: Any, depth: int, by_block: dict[str, Any]) -> None:
+    """Set the number of blocks in a configuration, and its options with one entry for each block."""
+    if config is not None:
+        config.num_hidden_layers = depth
+        for option, values in by_block.items():
+            setattr(config, option, values)
 
 
 def _block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -160,6 +160,17 @@ class Selection:
         """Return True if another thread is calling the model."""
         return self._running > len(self.cache.calls)
 
+    @property
+    def has_open_routes(self) -> bool:
+        """True while any thread is inside of a route or of `disable_adapter`."""
+        return self._open > 0
+
+    @contextlib.contextmanager
+    def routes_locked(self) -> Iterator[None]:
+        """Let no thread open or close a route inside of the context."""
+        with self._lock:
+            yield
+
     def _record(self, in_effect: Any, values: Mapping[Any, Any], is_call: bool) -> ForwardRecord | None:
         """Begin a record; None without gradients, because nothing is recomputed then."""
         if not torch.is_grad_enabled() or torch.compiler.is_compiling():

@@ -21,7 +21,8 @@ class MergingMethods(AdaptedModule):
             safe_merge: check each merged weight for NaN and Inf before any weight is written.
 
         Raises:
-            MergeError: an adapter cannot be merged, or a merged weight is not finite; nothing is changed then.
+            MergeError: an adapter cannot be merged, a merged weight is not finite, adapters are disabled, or a route is
+                open. Nothing is changed then.
             AdapterNameError: a name is not loaded.
         """
         merge.merge_adapter(self._module, adapter_names, safe_merge)

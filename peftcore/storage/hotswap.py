@@ -60,7 +60,7 @@ def prepare_model_for_compiled_hotswap(
     model: nn.Module,
     *,
     target_rank: int | None = None,
-    config: LoraConfig | dict[str, LoraConfig] | None = None,
+    config: LoraConfig | Mapping[str, PeftConfig] | None = None,
     check_compiled: Literal["error", "warn", "ignore"] = "error",
 ) -> None:
     """Prepare LoRAs for an exchange that does not make `torch.compile` compile again.
@@ -72,13 +72,19 @@ def prepare_model_for_compiled_hotswap(
         model: a model with LoRAs; changed in place.
         target_rank: largest rank of all adapters that will be loaded; None leaves the ranks as they are.
         config: configurations whose `r` and `rank_pattern` are set to `target_rank`, for adapters that are added later;
-            `model.peft_config`, for example.
+            `model.peft_config`, for example. Configurations of other methods in the mapping stay as they are.
         check_compiled: "error", "warn" or "ignore" a model that is compiled already.
 
     Raises:
-        HotswapError: the model has no LoRA, is compiled already, or a layer cannot have this rank.
+        HotswapError: the model has no LoRA, is compiled already, or a layer cannot have this rank; or `config` is of
+            another method.
         AdapterNameError: the model has no adapters.
     """
+    if config is not None and not isinstance(config, LoraConfig | Mapping):
+        raise HotswapError(
+            "config must be a LoraConfig, or a mapping {name: configuration} such as model.peft_config; got "
+            f"{type(config).__name__}"
+        )
     if check_compiled not in ("error", "warn", "ignore"):
         raise HotswapError(f"check_compiled must be 'error', 'warn' or 'ignore'; got {check_compiled!r:.200}")
     if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
@@ -113,9 +119,10 @@ def prepare_model_for_compiled_hotswap(
                 enlarge(lora, target_rank)
         _set_config(adapters, name, {path: (alpha, rank) for path, (rank, alpha) in alphas.items()})
     if target_rank is not None and config:
-        for own in config.values() if isinstance(config, dict) else [config]:
-            own.r = target_rank
-            own.rank_pattern = dict.fromkeys(own.rank_pattern or {}, target_rank)
+        for own in [config] if isinstance(config, LoraConfig) else config.values():
+            if isinstance(own, LoraConfig):
+                own.r = target_rank
+                own.rank_pattern = dict.fromkeys(own.rank_pattern or {}, target_rank)
 
 
 def hotswaps(hotswap: bool | str, *, is_enabled: bool, is_loaded: bool) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.errors import CheckpointError, MergeError, SizeMismatchError
+from peftcore.errors import MergeError, SizeMismatchError
 from peftcore.files.tensors import PREFIX, is_sharded, whole
 from peftcore.injection.adapter_set import AdapterSet, adapter_set
 from peftcore.layers.wrapper import LayerWrapper, Prompts
@@ -136,22 +136,21 @@ def _write(
         present = state.prompt.checkpoint_tensors()
     of_base = _of_base(model, state_tensors.keys() - present.keys() - state.repeated())
     unexpected = sorted(state_tensors.keys() - present.keys() - state.repeated() - of_base.keys())
-    matching = {key: tensor for key, tensor in state_tensors.items() if key in present}
+    here = present | of_base
+    known = {key: tensor for key, tensor in state_tensors.items() if key in here}
     wrong = {
-        key: tensor
-        for key, tensor in matching.items()
-        if tensor.shape != present[key].shape and not state.fits(key, tensor)
+        key: tensor for key, tensor in known.items() if tensor.shape != here[key].shape and not state.fits(key, tensor)
     }
     if wrong:
-        listed = ", ".join(f"{key} is {list(t.shape)}, here {list(present[key].shape)}" for key, t in wrong.items())
+        listed = ", ".join(f"{key} is {list(t.shape)}, here {list(here[key].shape)}" for key, t in wrong.items())
         if not ignore_mismatched_sizes:
             raise SizeMismatchError(
                 f"set_peft_model_state_dict: size mismatch: {listed:.1000}; the adapter in the model has another "
-                "configuration (ignore_mismatched_sizes=True skips these tensors)"
+                "configuration, or another base (ignore_mismatched_sizes=True skips these tensors)"
             )
         warnings.warn(f"tensors of another shape are skipped: {listed:.1000}", stacklevel=3)
-        matching = {key: tensor for key, tensor in matching.items() if key not in wrong}
-    _write_base(adapters, {key: (tensor, state_tensors[key]) for key, tensor in of_base.items()})
+    _write_base(adapters, {key: (tensor, known[key]) for key, tensor in of_base.items() if key not in wrong})
+    matching = {key: tensor for key, tensor in known.items() if key in present and key not in wrong}
     with torch.no_grad():
         values = {key: tensor.clone() for key, tensor in present.items()} | matching
         if state.prompt is not None:
@@ -178,16 +177,9 @@ def _write_base(adapters: AdapterSet, values: Mapping[str, tuple[Tensor, Tensor]
     """Write {key: (tensor of the base, its new value)}, and warn of those that change.
 
     Raises:
-        CheckpointError: a value has another shape.
         MergeError: a value changes while adapters are merged into the base.
     """
-    for key, (tensor, value) in values.items():
-        if tensor.shape != value.shape:
-            raise CheckpointError(
-                f"set_peft_model_state_dict: {key} belongs to the base and is {list(value.shape)}, here "
-                f"{list(tensor.shape)}; leave it out of the state dict"
-            )
-    changed = {k: (t, v) for k, (t, v) in values.items() if not torch.equal(t.detach(), v.to(t))}
+    changed = {key: (tensor, value) for key, (tensor, value) in values.items() if not _equal(tensor, value)}
     if not changed:
         return
     if adapters.merged:
@@ -200,6 +192,11 @@ def _write_base(adapters: AdapterSet, values: Mapping[str, tuple[Tensor, Tensor]
         for tensor, value in changed.values():
             tensor.copy_(value)
     adapters.selection.forget()
+
+
+def _equal(tensor: Tensor, value: Tensor) -> bool:
+    """Return True if a value that is written into a tensor leaves it as it is."""
+    return torch.equal(tensor.detach(), value.to(tensor))
 
 
 def with_prefix(key: str, state: AdapterState) -> str:
@@ -260,7 +257,15 @@ def set_base_model_state_dict(
 
     Raises:
         RuntimeError: with `strict`, keys are missing or unexpected; or a tensor has another shape.
+        MergeError: adapters are merged into the base; or a tensor changes that adapters have replaced (LoftQ, KaSA, or
+            embeddings that were saved with an adapter). Nothing is loaded then.
     """
+    adapters = adapter_set(model)
+    if adapters.merged:
+        raise MergeError(
+            f"set_base_model_state_dict: {list(adapters.merged)} are merged into the base, and unmerging them would "
+            "restore the old values; call unmerge_adapter first"
+        )
     tensors = model.state_dict()
     ours = {key: own for key, own in _base_tensors(model) if own in tensors}
     missing = [key for key in ours if key not in state_dict]
@@ -269,8 +274,16 @@ def set_base_model_state_dict(
         parts = (("Missing", missing), ("Unexpected", unexpected))
         listed = "; ".join(f"{word} keys: {keys[:5]} ({len(keys)} in all)" for word, keys in parts if keys)
         raise RuntimeError(f"set_base_model_state_dict: {listed}; strict=False loads the others")
+    replaced = {f"{path}.weight" for path, slot in adapters.layers.items() if slot.has_replaced_base}
+    replaced |= adapters.replaced_rows.keys()
+    known = replaced & ours.keys() & state_dict.keys()
+    if lost := sorted(key for key in known if not _equal(tensors[ours[key]], state_dict[key])):
+        raise MergeError(
+            f"set_base_model_state_dict: adapters have replaced {lost[:3]}, and deleting them would restore the old "
+            "values; load the base before these adapters, or leave the keys out with strict=False"
+        )
     model.load_state_dict({ours[key]: tensor for key, tensor in state_dict.items() if key in ours}, strict=False)
-    adapter_set(model).selection.forget()
+    adapters.selection.forget()
     return IncompatibleKeys(missing, unexpected)
 
 

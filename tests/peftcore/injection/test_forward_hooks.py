@@ -108,3 +108,66 @@ def test_forward_called_directly_equals_a_call_of_the_model() -> None:
     with pytest.raises(RoutingError, match="2 adapter names for a batch of 6 rows"):
         model.forward(tokens, adapter_names=["a", "b"])
     assert inspect.signature(model.forward) == inspect.signature(routed_models.llama().forward)
+
+
+class OfManyTensors(nn.Module):
+    """A model that is called with a dictionary, or with a list, of tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, batch: Any) -> torch.Tensor:
+        return self.layer(batch["x"] if isinstance(batch, dict) else batch[0])
+
+
+@pytest.mark.parametrize("pack", [lambda x: {"x": x}, lambda x: [x]], ids=["dictionary", "list"])
+def test_a_route_of_one_composition_needs_no_rows(pack: Any) -> None:
+    model = get_peft_model(OfManyTensors(), LoraConfig(target_modules=["layer"], init_lora_weights=False), "a")
+    model.add_adapter("b", LoraConfig(target_modules=["layer"], init_lora_weights=False))
+    x = torch.randn(3, 4)
+    with model.disable_adapter():
+        assert torch.equal(model(pack(x)), OfManyTensors()(pack(x)))
+    with model.route("b"):
+        routed = model(pack(x))
+    model.set_adapter("b")
+    assert torch.equal(routed, model(pack(x)))
+    with model.route(["a", "b", "b"]), pytest.raises(RoutingError, match="without a tensor among its arguments"):
+        model(pack(x))
+
+
+def test_a_failed_start_of_a_generation_leaves_no_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = get_peft_model(llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)).eval()
+    model.add_adapter("poly", PolyConfig(target_modules=["q_proj"], r=2, n_tasks=3, n_skills=2))
+    learner, ended = model.prompt_encoder["default"], []
+
+    def fail(_arguments: Any) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(learner, "begin_generation", fail)
+    monkeypatch.setattr(learner, "end_generation", lambda: ended.append(True))
+    with model.route("default") as route:
+        with pytest.raises(ZeroDivisionError):
+            model.generate(TOKENS, max_new_tokens=1, task_ids=torch.tensor([1, 2]))
+        assert not route.repeats and not adapter_set(model).generate_arguments and ended == [True]
+
+
+class PositionalOnly(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor, /, scale: float = 1.0) -> torch.Tensor:
+        return scale * self.layer(x)
+
+
+def test_positional_only_arguments_stay_positional() -> None:
+    model = get_peft_model(PositionalOnly(), LoraConfig(target_modules=["layer"], init_lora_weights=False))
+    x = torch.randn(3, 4)
+    expected = model(x, 2.0)
+    for names in ("default", ["default"] * 3):
+        with model.route(names):
+            assert torch.equal(model(x, 2.0), expected) and torch.equal(model(x, scale=2.0), expected)
+    with model.route([None, "default", None]):
+        torch.testing.assert_close(model(x, 2.0)[1], expected[1])

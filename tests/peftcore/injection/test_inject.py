@@ -1,15 +1,28 @@
 """Putting adapters into a model and deleting them again."""
 
+import contextlib
 import copy
 import warnings
 from typing import Any
 
+import peft
 import pytest
 import torch
 from net import Net
 from torch import Tensor, nn
 
-from peftcore import AdapterNameError, LoraConfig, PeftError, TargetError, get_peft_model, inject_adapter_in_model
+import peftcore
+from peftcore import (
+    AdapterNameError,
+    ConfigError,
+    KasaConfig,
+    LoraConfig,
+    PeftError,
+    TargetError,
+    get_peft_model,
+    inject_adapter_in_model,
+)
+from peftcore.injection import inject
 from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set
 from peftcore.layers.adapter_layer import AdapterLayer
 from peftcore.layers.wrapper import LayerWrapper
@@ -161,3 +174,90 @@ def test_the_same_targets_or_none_are_no_difference(config: LoraConfig) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         inject_adapter_in_model(config, model, state_dict={"0.lora_A.weight": Tensor()})
+
+
+def test_a_route_that_opens_after_the_checks_of_a_deletion_keeps_the_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = get_peft_model(Net(nn.Linear(6, 6)), CONFIG, "a")
+    model.add_adapter("b", CONFIG)
+    check = inject.check_deletable
+    with contextlib.ExitStack() as stack:
+
+        def open_a_route_after_the_check(*args: Any) -> None:
+            check(*args)
+            stack.enter_context(model.route("b"))  # as another thread may do
+
+        monkeypatch.setattr(inject, "check_deletable", open_a_route_after_the_check)
+        with pytest.raises(AdapterNameError, match="'b' is in use by an open route"):
+            inject.delete_adapter(model, "b")
+        assert list(model.target.adapters) == ["a", "b"] == list(model.peft_config)
+
+
+def test_no_route_opens_for_an_adapter_that_is_being_deleted(monkeypatch: pytest.MonkeyPatch) -> None:
+    model: Any = get_peft_model(Net(nn.Linear(6, 6)), CONFIG, "a")
+    refused = []
+
+    def open_a_route(*_: Any) -> None:
+        with pytest.raises(AdapterNameError, match="Adapter a does not exist"), model.route("a"):
+            pass
+        refused.append(True)
+
+    monkeypatch.setattr(inject, "_remove_empty_wrappers", open_a_route)
+    inject.delete_adapter(model, "a")
+    assert refused and not adapter_set(model).selection.in_use["a"]
+
+
+# -- an adapter in the place of one of the same name
+
+
+def net_of_two() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+
+
+@pytest.mark.filterwarnings("ignore:.*already.*")
+def test_a_replaced_adapter_starts_and_leaves_the_random_numbers_as_in_hf_peft() -> None:
+    results = []
+    for library in (peft, peftcore):
+        model: Any = net_of_two()
+        for rank in (2, 3):
+            model = library.inject_adapter_in_model(library.LoraConfig(r=rank, target_modules=["0"]), model)
+        results.append((model[0].lora_A["default"].weight.detach(), torch.get_rng_state()))
+    assert all(torch.equal(theirs, ours) for theirs, ours in zip(*results, strict=True))
+
+
+KASA = {"kasa_config": KasaConfig()}
+LOFTQ = {"init_lora_weights": "loftq", "loftq_config": {"loftq_bits": 8}}
+REPLACED = [
+    ({"r": 2, **KASA}, {"r": 3, **KASA}),
+    ({"r": 2, **KASA}, {"r": 2}),
+    ({"r": 2}, {"r": 2, **KASA}),
+    ({"r": 2, **LOFTQ}, {"r": 3, **LOFTQ}),
+    ({"r": 2, "modules_to_save": ["1"]}, {"r": 2, "bias": "all"}),
+]
+
+
+@pytest.mark.parametrize(("first", "second"), REPLACED)
+def test_a_replaced_adapter_does_not_restrict_the_new_one(first: Any, second: Any) -> None:
+    """The new adapter, and the state of the random generator, are those of a model without the first one."""
+    model: Any = get_peft_model(net_of_two(), LoraConfig(target_modules=["0"], **first))
+    torch.manual_seed(1)
+    with pytest.warns(UserWarning, match="replaced by an untrained one"):
+        model = get_peft_model(model, LoraConfig(target_modules=["0"], **second))
+    generator, tensors, plain = torch.get_rng_state(), model.state_dict(), net_of_two()
+    torch.manual_seed(1)
+    expected = get_peft_model(plain, LoraConfig(target_modules=["0"], **second)).state_dict()
+    assert torch.equal(generator, torch.get_rng_state()) and tensors.keys() == expected.keys()
+    assert all(torch.equal(tensors[key], tensor) for key, tensor in expected.items())
+    base = net_of_two().state_dict()
+    assert all(torch.equal(tensor, base[key]) for key, tensor in model.unload().state_dict().items())
+
+
+def test_other_adapters_restrict_the_one_that_replaces_another() -> None:
+    model = get_peft_model(net_of_two(), LoraConfig(r=2, target_modules=["0"], **KASA), "a")
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["0"], **KASA))
+    old = adapter_set(model).adapters("a")["0"]
+    with pytest.raises(ConfigError, match="KaSA cannot be combined"):
+        get_peft_model(model, LoraConfig(r=2, target_modules=["0"]), "a")
+    with pytest.raises(ConfigError, match=r"\['b'\] replaced the weight of 0 .* delete the first"):
+        get_peft_model(model, LoraConfig(r=3, target_modules=["0"], **KASA), "a")
+    assert adapter_set(model).adapters("a")["0"] is old

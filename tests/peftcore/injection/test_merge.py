@@ -6,6 +6,7 @@ import logging
 import pickle
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from quantised_layers import quantised
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peftcore import AdapterNameError, LoraConfig, MergeError, TrainableTokensConfig, get_peft_model
+from peftcore import AdapterNameError, LoraConfig, MergeError, TrainableTokensConfig, check_mergeable, get_peft_model
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.registry import methods
 
@@ -290,3 +291,46 @@ def test_a_block_that_fails_unmerges_too() -> None:
     assert not net[0].merged and net[0].base_layer.weight is weight
     with pytest.raises(AdapterNameError), net.merged(["absent"]):
         pass
+
+
+# -- open routes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("in_thread", [False, True])
+@pytest.mark.parametrize("route", [lambda net: net.route("b"), lambda net: net.route([None, "b", "b"])])
+def test_nothing_is_merged_while_a_route_is_open(route: Callable[[Any], Any], in_thread: bool) -> None:
+    """All threads share one set of weights, so each row of the route would use the merged adapter."""
+    _, net, x = two_layers()
+
+    def in_a_thread(work: Callable[[], Any]) -> Any:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(work).result()
+
+    with route(net):
+        before = net(x)
+        for merge in (net.merge_adapter, net.merge_and_unload, net[0].merge, lambda: net.merged().__enter__()):
+            with pytest.raises(MergeError, match=r"a route is open .* leave the route, or wait for its end"):
+                in_a_thread(merge) if in_thread else merge()
+        assert torch.equal(net(x), before)
+    net.merge_adapter()
+    assert net[0].merged == ("default",)
+
+
+def test_nothing_is_merged_while_another_thread_is_inside_of_disable_adapter() -> None:
+    base, net, x = two_layers()
+    with net.disable_adapter(), ThreadPoolExecutor(1) as pool:
+        with pytest.raises(MergeError, match="a route is open"):
+            pool.submit(net.merge_adapter).result()
+        assert torch.equal(net(x), base(x))
+
+
+def test_the_check_before_a_merge_takes_one_name_and_knows_the_names() -> None:
+    _, net, _ = two_layers()
+    check_mergeable(net, "default")
+    check_mergeable(net, ["default", "b"])
+    for names in ("absent", ["default", "absent"]):
+        with pytest.raises(AdapterNameError, match="Adapter absent does not exist; loaded: default, b"):
+            check_mergeable(net, names)
+    net.add_adapter("ab", LoraConfig(target_modules=["0"], alora_invocation_tokens=[1]))
+    with pytest.raises(MergeError, match="'ab' cannot be merged"):
+        check_mergeable(net, "ab")

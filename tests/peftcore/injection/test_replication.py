@@ -9,6 +9,7 @@ import torch
 from lora_nets import TOKENS, llama
 from method_example import randomise
 from torch import nn
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen2Config, Qwen2ForCausalLM
 
 from peftcore import ConfigError, LoraConfig, PeftModel, TargetError, get_peft_model
 from peftcore.injection.replication import replicate
@@ -97,3 +98,43 @@ def test_lists_inside_of_blocks_are_no_second_stack_and_two_stacks_are_refused()
         replicate(nn.ModuleDict({"encoder": stack(), "decoder": stack()}), [(0, 1)])
     with pytest.raises(TargetError, match="one stack of blocks; Linear has 0"):
         replicate(nn.Linear(2, 2), [(0, 1)])
+
+
+def gemma3(**options: Any) -> Any:
+    """Two blocks: the first one sees a window of two tokens, the second one all of them."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "sliding_window": 2}
+    types = {"layer_types": ["sliding_attention", "full_attention"], "eos_token_id": [1, 2]}
+    return Gemma3ForCausalLM(Gemma3TextConfig(**{**sizes, **heads, **types, **options})).eval()
+
+
+def qwen2(**options: Any) -> Any:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "eos_token_id": None}
+    return Qwen2ForCausalLM(Qwen2Config(**{**sizes, **heads, **options})).eval()
+
+
+@pytest.mark.parametrize("make", [gemma3, qwen2])
+def test_lists_of_the_configuration_with_an_entry_for_each_block_follow_the_blocks(make: Any) -> None:
+    numbers = [0, 1, 0, 1]
+    plain = make()
+    types, base = list(plain.config.layer_types), plain(TOKENS).logits
+    deep_types = [types[n] for n in numbers]
+    deep = make(num_hidden_layers=4, layer_types=deep_types)
+    ends = {key: tensor for key, tensor in plain.state_dict().items() if ".layers." not in key}
+    deep.load_state_dict(ends, strict=False)
+    for block, number in zip(deep.model.layers, numbers, strict=True):
+        block.load_state_dict(plain.model.layers[number].state_dict())
+    model = get_peft_model(plain, LoraConfig(r=2, target_modules=["q_proj"], layer_replication=[(0, 2), (0, 2)]))
+    torch.testing.assert_close(model(TOKENS).logits, deep(TOKENS).logits)
+    assert list(model.config.layer_types) == deep_types and model.config.eos_token_id == deep.config.eos_token_id
+    options: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False}
+    assert torch.equal(model.generate(TOKENS, **options), deep.generate(TOKENS, **options))
+    plain = model.unload()
+    assert plain.config.layer_types == types and torch.equal(plain(TOKENS).logits, base)
+    model = get_peft_model(plain, LoraConfig(r=2, target_modules=["q_proj"], layer_replication=[(0, 2), (0, 2)]))
+    merged = model.merge_and_unload()
+    assert list(merged.config.layer_types) == deep_types
+    torch.testing.assert_close(merged(TOKENS).logits, deep(TOKENS).logits)

@@ -12,7 +12,15 @@ from peft.utils import hotswap as of_peft
 from torch import Tensor, nn
 from torch._dynamo.exc import RecompileError
 
-from peftcore import AdapterNameError, IA3Config, LoraConfig, PeftModel, get_peft_model
+from peftcore import (
+    AdapterNameError,
+    IA3Config,
+    LoHaConfig,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    inject_adapter_in_model,
+)
 from peftcore.errors import HotswapError
 from peftcore.hf_peft.utils import get_peft_model_state_dict
 from peftcore.storage.hotswap import (
@@ -331,3 +339,27 @@ def test_a_compiled_model_is_refused(base: Net) -> None:
     model.compile(backend="eager")
     with pytest.raises(HotswapError, match=r"before torch\.compile"):
         prepare_model_for_compiled_hotswap(model)
+
+
+def test_of_several_configurations_only_those_of_loras_get_the_rank(base: Net) -> None:
+    torch.manual_seed(0)
+    lora, loha = LoraConfig(r=3, target_modules=["first"]), LoHaConfig(r=2, target_modules=["last"])
+    model = get_peft_model(copy.deepcopy(base), lora, "a")
+    model.add_adapter("ia3", IA3Config(target_modules=["first"], feedforward_modules=[]))
+    model.add_adapter("loha", loha)
+    before = copy.deepcopy(model.state_dict())
+    for wrong in (IA3Config(target_modules=["first"]), "loha"):
+        with pytest.raises(HotswapError, match=r"config must be a LoraConfig, or a mapping"):
+            prepare_model_for_compiled_hotswap(model, target_rank=8, config=wrong)  # type: ignore[arg-type]
+    assert all(torch.equal(before[key], tensor) for key, tensor in model.state_dict().items())
+    prepare_model_for_compiled_hotswap(model, target_rank=8, config=model.peft_config)
+    assert model.peft_config["a"].r == 8 and (model.peft_config["loha"].r, loha.r) == (2, 2)
+    assert not hasattr(model.peft_config["ia3"], "r")
+
+
+def test_the_configurations_of_a_model_that_keeps_its_class(base: Net) -> None:
+    model: Any = inject_adapter_in_model(LoraConfig(r=3, target_modules=["first"]), copy.deepcopy(base))
+    further = LoraConfig(r=4, target_modules=["last"], rank_pattern={"last": 2})
+    inject_adapter_in_model(further, model, "b")
+    prepare_model_for_compiled_hotswap(model, target_rank=8, config=model.peft_config)
+    assert model.peft_config["b"].rank_pattern == {"last": 8}

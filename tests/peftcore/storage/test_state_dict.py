@@ -1,12 +1,14 @@
 """State dicts under HF PEFT's keys: each library reads what the other returns."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
 import torch.distributed as dist
+from lora_nets import llama
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -15,6 +17,7 @@ from peftcore import (
     CheckpointError,
     LoraConfig,
     MergeError,
+    PeftModel,
     get_base_model_state_dict,
     get_peft_model,
     get_peft_model_state_dict,
@@ -22,6 +25,7 @@ from peftcore import (
     set_base_model_state_dict,
     set_peft_model_state_dict,
 )
+from peftcore.errors import SizeMismatchError
 
 
 def base() -> nn.Sequential:
@@ -165,3 +169,47 @@ def test_tensors_of_the_base_are_written_into_it_as_in_peft() -> None:
     state_dict = {key: tensor + 1 for key, tensor in state_dict.items()}
     with pytest.raises(MergeError, match="call unmerge_adapter first"):
         set_peft_model_state_dict(ours, state_dict)
+
+
+def test_the_bases_state_dict_is_not_loaded_where_unmerging_or_deleting_would_undo_it(tmp_path: Path) -> None:
+    model = get_peft_model(base(), LoraConfig(**OPTIONS))
+    changed = {key: tensor + 1 for key, tensor in base().state_dict().items()}
+    with model.merged(), pytest.raises(MergeError, match=r"\['default'\] are merged .* call unmerge_adapter first"):
+        set_base_model_state_dict(model, changed)
+    set_base_model_state_dict(model, changed)
+    assert all(torch.equal(tensor, changed[key]) for key, tensor in get_base_model_state_dict(model).items())
+
+    loftq = LoraConfig(r=2, target_modules=["0"], init_lora_weights="loftq", loftq_config={"loftq_bits": 8})
+    model = get_peft_model(base(), loftq)
+    present = get_base_model_state_dict(model)
+    set_base_model_state_dict(model, present)  # nothing changes, so nothing is lost
+    with pytest.raises(MergeError, match=r"adapters have replaced \['0\.weight'\]"):
+        set_base_model_state_dict(model, present | {"0.weight": changed["0.weight"]})
+    set_base_model_state_dict(model, changed | {"0.weight": present["0.weight"]})
+    assert torch.equal(model.unload()[0].bias, changed["0.bias"])
+
+
+def test_the_bases_state_dict_is_not_loaded_into_embeddings_that_came_with_an_adapter(tmp_path: Path) -> None:
+    trained = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    with torch.no_grad():
+        trained.model.embed_tokens.weight.add_(1)
+    trained.save_pretrained(tmp_path, save_embedding_layers=True)
+    model = PeftModel.from_pretrained(llama(), tmp_path)
+    with pytest.raises(MergeError, match=r"adapters have replaced \['model\.embed_tokens\.weight'\]"):
+        set_base_model_state_dict(model, llama().state_dict())
+
+
+def test_tensors_of_the_base_of_another_shape_are_skipped_as_those_of_the_adapter() -> None:
+    model = get_peft_model(base(), LoraConfig(r=2, target_modules=["0"]))
+    state_dict = get_peft_model_state_dict(model) | {"base_model.model.2.bias": torch.ones(7)}
+    with pytest.raises(SizeMismatchError, match=r"model\.2\.bias is \[7\], here \[3\]"):
+        set_peft_model_state_dict(model, state_dict)
+    with pytest.warns(UserWarning, match=r"another shape are skipped: base_model\.model\.2\.bias is \[7\]"):
+        result = set_peft_model_state_dict(model, state_dict, ignore_mismatched_sizes=True)
+    assert result == ([], []) and torch.equal(model[2].bias, base()[2].bias)
+    theirs = peft.get_peft_model(base(), peft.LoraConfig(r=2, target_modules=["0"]))
+    state_dict["base_model.model.0.base_layer.bias"] = state_dict.pop("base_model.model.2.bias")
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        peft.set_peft_model_state_dict(theirs, state_dict)
+    with pytest.warns(UserWarning, match="found shape torch.Size"):
+        peft.set_peft_model_state_dict(theirs, state_dict, ignore_mismatched_sizes=True)
