@@ -5,6 +5,8 @@ BIN := $(abspath $(VENV))/bin
 STAMP := $(VENV)/.installed
 # the commands in dvc.yaml call `python`
 export PATH := $(BIN):$(PATH)
+# images often set it, but then each of hundreds of processes would compile the same files again
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help run check test slow proof faults lint format install clean audit fuzz dist docs
 .DEFAULT_GOAL := help

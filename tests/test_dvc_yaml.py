@@ -59,6 +59,27 @@ def test_its_parameters_are_those_that_it_reads(stage: str) -> None:
 
 
 @pytest.mark.parametrize("stage", STAGES)
+def test_every_key_that_its_module_reads_is_declared(stage: str) -> None:
+    declared = [f"{key}." for key in STAGES[stage].get("params", [])]
+    sections = "|".join(set(Params.model_fields) - {"tracking", "webhooks"})
+    read = re.findall(rf"params\.((?:{sections})(?:\.\w+)*)", file_of(f"flows.stages.{stage}").read_text())
+    keys = {f"{existing_key(name)}." for name in read}
+    missing = {key for key in keys if not any(key.startswith(one) or one.startswith(key) for one in declared)}
+    assert not missing, f"dvc.yaml, stages.{stage}.params"
+
+
+def existing_key(name: str) -> str:
+    """Return the parameter at the start of an expression: train.start_from of train.start_from.strip."""
+    tree, parts = Params().model_dump(), []
+    for part in name.split("."):
+        if not isinstance(tree, dict) or part not in tree:
+            break
+        tree = tree[part]
+        parts.append(part)
+    return ".".join(parts)
+
+
+@pytest.mark.parametrize("stage", STAGES)
 def test_its_parameters_exist(stage: str) -> None:
     defaults: dict[str, Any] = Params().model_dump()
     written = YAML(typ="safe").load(ROOT / "params.yaml")

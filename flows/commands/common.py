@@ -107,7 +107,7 @@ def errors() -> Iterator[None]:
         fail(str(error), error.status)
     except PeftError as error:
         fail(str(error))
-    except OSError as error:
+    except Exception as error:
         if not is_disk_full(error):
             raise
         fail(f"the disk is full ({error}); free some space and run the command again, existing files are intact")

@@ -24,7 +24,7 @@ def export(
     base: Path,
     out: Path,
     gguf: Path | None,
-    dtype: str,
+    dtype: str | None,
     rank: int | None,
     tolerance: float | None,
 ) -> str:
@@ -36,7 +36,7 @@ def export(
         base: the base's folder.
         out: the file or folder to write.
         gguf: for gguf-merged, the base's own GGUF file; None converts the base's folder.
-        dtype: type of the matrices in a GGUF file.
+        dtype: type of the matrices in a GGUF file; None: float16.
         rank: convert to LoRA of this rank first, see `peftcore.add_as_lora`.
         tolerance: convert to LoRA with at most this relative error per layer first.
 
@@ -56,6 +56,9 @@ def export(
         check_gguf_base(base)  # before the model is loaded
     if form != Format.GGUF_MERGED and gguf is not None:
         raise PipelineError(f"--gguf has no effect on {form}, only on gguf-merged; leave it out")
+    if form == Format.VLLM and dtype is not None:
+        raise PipelineError(f"--dtype has no effect on {form}, only on gguf-lora and gguf-merged; leave it out")
+    dtype = dtype or "float16"
     model, name, note = _adapted(adapter, base), "default", ""
     if rank is not None or tolerance is not None:
         note, name = _converted(model, rank, tolerance), "plain"

@@ -22,6 +22,11 @@ from flows.paths import Paths
 from flows.runtime import logs
 from flows.runtime.project import find_root
 
+RECORD_MB = 256.0
+"""Size of the records (MB) at which `peftcore serve --record` stops recording."""
+WATCH_SECONDS = 5.0
+"""Seconds between two checks of `peftcore serve --watch`."""
+
 
 def export(
     form: Annotated[Format, typer.Argument(metavar="FORMAT", help="`gguf-lora`, `gguf-merged` or `vllm`.")],
@@ -37,8 +42,9 @@ def export(
         ),
     ] = None,
     dtype: Annotated[
-        str, typer.Option(help="Type of the matrices in a GGUF file: float32, float16 or bfloat16.")
-    ] = "float16",
+        str | None,
+        typer.Option(help="Type of the matrices in a GGUF file: float32, float16 or bfloat16; default: float16."),
+    ] = None,
     rank: Annotated[int | None, typer.Option(min=1, help="Convert the adapter to LoRA of this rank first.")] = None,
     tolerance: Annotated[
         float | None,
@@ -176,9 +182,13 @@ def serve(
         ),
     ] = None,
     record_mb: Annotated[
-        float,
-        typer.Option(min=0.01, metavar="MB", help="With --record: size of the records at which recording stops."),
-    ] = 256.0,
+        float | None,
+        typer.Option(
+            min=0.01,
+            metavar="MB",
+            help=f"With --record: size of the records at which recording stops; default: {RECORD_MB:g}.",
+        ),
+    ] = None,
     redact: Annotated[
         Path | None,
         typer.Option(
@@ -197,8 +207,11 @@ def serve(
         ),
     ] = False,
     watch_seconds: Annotated[
-        float, typer.Option(min=0.1, metavar="SECONDS", help="With --watch: time between two checks.")
-    ] = 5.0,
+        float | None,
+        typer.Option(
+            min=0.1, metavar="SECONDS", help=f"With --watch: time between two checks; default: {WATCH_SECONDS:g}."
+        ),
+    ] = None,
     watch_remote: Annotated[
         str | None,
         typer.Option(
@@ -223,8 +236,16 @@ def serve(
             raise typer.BadParameter(
                 "--watch-remote has no effect without --watch; give --watch too", param_hint="--watch-remote"
             )
+        if watch_seconds is not None and not watch:
+            raise typer.BadParameter(
+                "--watch-seconds has no effect without --watch; leave it out", param_hint="--watch-seconds"
+            )
         if redact is not None and record is None:
             raise typer.BadParameter("--redact has no effect without --record FOLDER", param_hint="--redact")
+        if record_mb is not None and record is None:
+            raise typer.BadParameter(
+                "--record-mb has no effect without --record FOLDER; leave it out", param_hint="--record-mb"
+            )
         if watch:
             from flows.params import load_params
 
@@ -243,7 +264,7 @@ def serve(
             adapters=adapters,
             mixtures=composition or (),
             project=project,
-            seconds=watch_seconds,
+            seconds=watch_seconds or WATCH_SECONDS,
             git_remote=watch_remote,
             host=host,
             port=port,
@@ -256,7 +277,7 @@ def serve(
             tool_call_parser=tool_call_parser,
             keys=api_key or (),
             record=record,
-            record_bytes=int(record_mb * 1e6),
+            record_bytes=int((record_mb or RECORD_MB) * 1e6),
             redact=redact,
         )
         run(options)

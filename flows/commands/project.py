@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shlex
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -162,7 +163,7 @@ def print_next_steps(root: Path) -> None:
     """Print the commands that come after making a project."""
     print("next:")
     if root != Path.cwd():
-        print(f"  cd {root}")
+        print(f"  cd {shlex.quote(str(root))}")
     print("  git add --all && git commit --message 'Start the project'")
     print("  peftcore run")
 

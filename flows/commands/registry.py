@@ -233,6 +233,8 @@ def _figures(record: dict[str, Any], title: str) -> Table:
 
 
 def _facts(registry: "RegistryReader", version: "Version", record: dict[str, Any]) -> Iterable[tuple[str, Any]]:
+    from flows.registry.card import ranks_in_words
+
     method, changed = record["params"]["method"], record["git"]["uncommitted"]
     stages = ", ".join(one.stage for one in registry.stages().values() if one.version == version.number)
     yield "stages", stages or "none"
@@ -241,7 +243,7 @@ def _facts(registry: "RegistryReader", version: "Version", record: dict[str, Any
     yield "code", record["git"]["commit"][:10] + (f" and uncommitted: {', '.join(changed)}" if changed else "")
     yield "method", method["name"] + ("" if method["r"] is None else f", r {method['r']}")
     if ranks := record.get("ranks"):
-        yield "ranks", f"{ranks['usual']} in most of {ranks['layers']} layers, others in {len(ranks['others'])}"
+        yield "ranks", ranks_in_words(ranks)
     yield "base", f"{record['params']['base']['source']}, {record['base_model'][:12]}"
     yield "data", f"{record['params']['data']['source']}, {record['dvc'].get('artifacts/data', '')[:12]}"
     yield "test rows", record["evaluation_set"][:12]

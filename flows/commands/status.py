@@ -49,8 +49,8 @@ def _facts(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     run = status["last_run"]
     yield "last run", _run(run) if run else "none"
     if (champion := status["champion"]) and champion["version"]:
-        loss = f"test loss {champion['test_loss']:.3f} nats"
-        yield champion["stage"], f"{champion['version']} since {champion['since']}, {loss}"
+        loss = "unknown" if champion["test_loss"] is None else f"{champion['test_loss']:.3f} nats"
+        yield champion["stage"], f"{champion['version']} since {champion['since']}, test loss {loss}"
     if candidate := status["candidate"]:
         reason = f": {candidate['reason']}" if candidate["reason"] else ""
         yield "newest", f"{candidate['version']}, {candidate['verdict']}{reason}"

@@ -50,7 +50,7 @@ def read_rows(place: Path, source: str, kind: str = "chat") -> Iterator[Row]:
     """
     if not place.exists():
         raise DataError(f"data.source {source}: there is no {place}; give stdlib:docstrings, hub:NAME or a path")
-    files = sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else [place]
+    files = _files(place)
     paths = [path for path in files if is_of_rows(path, kind) and path.is_file()]
     unread = [f"{path.name}: {hint}" for path in files if (hint := why_unread(path)) is not None]
     if not paths:
@@ -61,9 +61,21 @@ def read_rows(place: Path, source: str, kind: str = "chat") -> Iterator[Row]:
     for hint in unread:
         logger.warning("data.source %s: not read: %s", source, hint)
     for path in paths:
-        name = path.relative_to(place).as_posix() if place.is_dir() else path.name
         if path.stat().st_size:
-            yield from _READERS[path.suffix.lower()](path, name)
+            yield from _READERS[path.suffix.lower()](path, _name(path, place))
+
+
+def names_of_row_files(place: Path, kind: str = "chat") -> list[str]:
+    """Return the names of the files that `read_rows` reads, as the locations of its rows begin, sorted by path."""
+    return [_name(path, place) for path in _files(place) if is_of_rows(path, kind)]
+
+
+def _files(place: Path) -> list[Path]:
+    return sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else [place]
+
+
+def _name(path: Path, place: Path) -> str:
+    return path.relative_to(place).as_posix() if place.is_dir() else path.name
 
 
 def is_of_rows(path: Path, kind: str = "chat") -> bool:

@@ -49,23 +49,46 @@ def read_examples(data: Data, root: Path) -> list[AnyExample]:
         root: Folder that a relative path starts from.
 
     Raises:
-        DataError: A source is missing or empty, or a row is faulty.
+        DataError: A source is missing or empty, a row is faulty, or `data.new_files` or `data.quarantined` names a file
+            that is not there.
     """
     if not data.mixture:
-        return _read(data, root)
+        single, names = _read(data, root)
+        _check_names(data, names)
+        return single
     examples: list[AnyExample] = []
+    known: list[str] = []
     for one in data.mixture:
         alone = data.model_copy(update={"source": one.source, "mixture": []})
-        for example in _read(alone, root):
+        part, names = _read(alone, root)
+        known += [f"{one.name}/{name}" for name in names]
+        for example in part:
             slice_ = example.slice if data.slice_column else one.name
             where = f"{one.name}/{example.where}"
             examples.append(replace(example, source=one.name, where=where, slice=slice_))
+    _check_names(data, known)
     return examples
 
 
-def _read(data: Data, root: Path) -> list[AnyExample]:
+def _check_names(data: Data, known: list[str]) -> None:
+    """Raise DataError if `data.new_files` or `data.quarantined` has other names than those of the files."""
+    for key, names in (("new_files", data.new_files), ("quarantined", data.quarantined)):
+        if unknown := [name for name in names or () if name not in known]:
+            more = f" and {len(known) - SHOWN} more" if len(known) > SHOWN else ""
+            raise DataError(
+                f"data.{key} names {', '.join(unknown)}, and data.source {data.source} has no such file; it has "
+                f"{', '.join(known[:SHOWN])}{more}; correct the names, or remove them"
+            )
+
+
+def _read(data: Data, root: Path) -> tuple[list[AnyExample], list[str]]:
+    """Return the examples of one source and the names of its files, with which locations begin.
+
+    The demonstration has modules in place of files.
+    """
     if data.source == "stdlib:docstrings":
-        return list(docstrings.read(data.system_prompt))
+        modules = docstrings.read(data.system_prompt)
+        return list(modules), list(dict.fromkeys(example.group for example in modules))
     if data.source.startswith("hub:"):
         try:
             path = download(data.source, "dataset")
@@ -96,7 +119,7 @@ def _read(data: Data, root: Path) -> list[AnyExample]:
     refuse_faulty(faults, f"data.source {data.source}")
     if not examples:
         raise DataError(f"data.source {data.source}: it has no rows; give a file that has some")
-    return examples
+    return examples, files.names_of_row_files(path, data.kind)
 
 
 def comes_from(where: str, names: list[str]) -> bool:

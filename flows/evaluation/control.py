@@ -8,6 +8,7 @@ applied, and every token counts.
 import contextlib
 import hashlib
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from flows.base.folder import padding_id
 from flows.errors import DataError
 from flows.evaluation.scoring import RowLosses, row_losses
 from flows.params import Control
+from flows.params.scorers import WATCHED
 from flows.runtime.progress import progress
 
 CONTROL = pa.schema(
@@ -28,6 +30,7 @@ CONTROL = pa.schema(
 TOPICS = "stdlib:topics"
 WORDS = 30
 """Minimum words of a paragraph of TOPICS; shorter ones are headings, code and list items."""
+log = logging.getLogger(__name__)
 
 
 def evaluate_control(
@@ -76,9 +79,7 @@ def control_texts(control: Control, root: Path) -> list[str]:
         DataError: The source cannot be read, or has no such text.
     """
     assert control.source is not None
-    candidates = (
-        _topics() if control.source == TOPICS else _read(root / Path(control.source).expanduser(), control.source)
-    )
+    candidates = _topics() if control.source == TOPICS else _read(root, control.source)
     texts = list(dict.fromkeys(text for text in candidates if len(text.split()) > 1))
     if not texts:
         raise DataError(
@@ -102,12 +103,20 @@ def _topics() -> Iterator[str]:
                 yield " ".join(paragraph.split())
 
 
-def _read(path: Path, source: str) -> Sequence[str]:
+def _read(root: Path, source: str) -> Sequence[str]:
+    path = root / Path(source).expanduser()
+    if not path.resolve().is_relative_to((root / WATCHED).resolve()):
+        log.warning(
+            "evaluate.control.source %s is outside %s, which DVC watches: after changing it, run "
+            "`peftcore stage evaluate --force`",
+            source,
+            WATCHED,
+        )
     try:
         content = path.read_text(encoding="utf-8")
         if path.suffix == ".txt":
             return [text.strip() for text in content.split("\n\n")]
-        texts = [json.loads(line)["text"] for line in content.splitlines() if line.strip()]
+        texts = [json.loads(line)["text"] for line in content.split("\n") if line.strip()]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
             f"evaluate.control.source {source}: it cannot be read ({error!r}); give a .txt of texts separated by empty "

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from flows.data.rows import Row
+from flows.data.tokens import IGNORED
+from flows.evaluation.common_prefix import share_prefix
 from flows.evaluation.scoring import by_length, class_log_probs, pairs_rewards, tag_log_probs, target_batches_logits
 from peftcore.train import RightPaddingCollator, supervised_logits, supervised_positions
 
@@ -57,6 +59,11 @@ class Reference:
         self._kept: dict[int, Tensor] = {}
         self._room = MAX_KEPT
 
+    @cached_property
+    def after_prefix(self) -> tuple[nn.Module, Sequence[Row]]:
+        """`share_prefix` of model and rows."""
+        return share_prefix(self.model, self.rows)
+
     def predictions(self, key: int, compute: Callable[[nn.Module], Tensor]) -> Tensor:
         """Return the reference's predictions of batch `key`, from the cache or as `compute(model)`."""
         if key in self._kept:
@@ -79,14 +86,20 @@ def fidelity(reference: Reference, candidate: nn.Module, bar: Any = None) -> Fid
     """
     rows, collate = reference.rows, RightPaddingCollator(reference.pad)
     device = next(candidate.parameters()).device
+    after = {reference.model: reference.after_prefix, candidate: share_prefix(candidate, rows)}
     divergence, agreed, tokens = 0.0, 0, 0
     losses = [0.0, 0.0]
     for number, batch in enumerate(by_length([len(row["input_ids"]) for row in rows], reference.batch_size)):
-        inputs: dict[str, Any] = {name: t.to(device) for name, t in collate([rows[i] for i in batch]).items()}
-        labels = inputs.pop("labels")
-        mask = supervised_positions(labels)
-        answers = labels[:, 1:][mask[:, :-1], None]
-        predict = partial(supervised_logits, inputs=inputs | {"use_cache": False}, mask=mask)
+
+        def predict(model: nn.Module, batch: list[int] = batch) -> Tensor:
+            reader, rests = after[model]
+            inputs: dict[str, Any] = {name: t.to(device) for name, t in collate([rests[i] for i in batch]).items()}
+            mask = supervised_positions(inputs.pop("labels"))
+            inputs.pop("weight", None)
+            return supervised_logits(reader, inputs | {"use_cache": False}, mask)
+
+        labels = [label for i in batch for label in rows[i]["labels"][1:] if label != IGNORED]
+        answers = torch.tensor(labels, device=device)[:, None]
         logits = (reference.predictions(number, predict), predict(candidate))
         p, q = (each.float().log_softmax(-1) for each in logits)
         divergence += (p.exp() * (p - q)).sum(-1).double().sum().item()

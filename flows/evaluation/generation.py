@@ -1,6 +1,7 @@
 """Generation for many prompts, greedy or sampled: batched by length, with a key-value cache.
 
-Prompts of a decoder are padded on the left. The sources of an encoder-decoder are padded on the right.
+Prompts of a decoder are padded on the left, after the beginning that all of them share, which is computed once. The
+sources of an encoder-decoder are padded on the right.
 """
 
 import time
@@ -15,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from flows.base.folder import padding_id
 from flows.data.chat import end_token
+from flows.evaluation.common_prefix import ModelAfterPrefix, model_after_prefix
 from flows.evaluation.scoring import by_length
 
 
@@ -88,9 +90,10 @@ def generate_answers(
         config.decoder_start_token_id = getattr(model.generation_config, "decoder_start_token_id", None)
     answers: list[Answer | None] = [None] * len(prompts)
     started = time.perf_counter()
+    after = model_after_prefix(model, prompts, min(map(len, prompts), default=0) - 1)
     with contiguous_head(model), _seeded(sampling, model.device):
         for batch in by_length([len(prompt) for prompt in prompts], batch_size):
-            inputs = _padded([prompts[i] for i in batch], pad, model.device, left=not has_encoder)
+            inputs = _padded([prompts[i] for i in batch], pad, model.device, left=not has_encoder, after=after)
             with torch.no_grad():
                 output = cast(Tensor, model.generate(**inputs, generation_config=config))  # pyright: ignore
             begin = 1 if has_encoder else inputs["input_ids"].shape[1]  # a decoder of its own has a start token
@@ -129,15 +132,23 @@ def _contiguous(_head: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, .
     return (inputs[0].contiguous(), *inputs[1:])
 
 
-def _padded(prompts: Sequence[Sequence[int]], pad: int, device: torch.device, left: bool) -> dict[str, Tensor]:
+def _padded(
+    prompts: Sequence[Sequence[int]], pad: int, device: torch.device, left: bool, after: ModelAfterPrefix | None
+) -> dict[str, Any]:
+    """Return the arguments of `generate`. What `after` has read comes before the padding, with its cache."""
+    start = 0 if after is None else after.length
     width = max(map(len, prompts))
     input_ids = torch.full((len(prompts), width), pad)
     attention_mask = torch.zeros((len(prompts), width), dtype=torch.long)
     for i, prompt in enumerate(prompts):
-        begin = width - len(prompt) if left else 0
-        input_ids[i, begin : begin + len(prompt)] = torch.as_tensor(prompt)
-        attention_mask[i, begin : begin + len(prompt)] = 1
-    return {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
+        begin = start + width - len(prompt) if left else 0
+        rest = len(prompt) - start
+        input_ids[i, :start] = torch.as_tensor(prompt[:start])
+        attention_mask[i, :start] = 1
+        input_ids[i, begin : begin + rest] = torch.as_tensor(prompt[start:])
+        attention_mask[i, begin : begin + rest] = 1
+    inputs: dict[str, Any] = {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
+    return inputs if after is None else inputs | {"cache": after.cache(len(prompts))}
 
 
 def _answer(tokenizer: PreTrainedTokenizerBase, ids: list[int], end: int) -> Answer:

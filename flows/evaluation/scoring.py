@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flows.data.rows import Row
+from flows.evaluation.common_prefix import share_prefix
 from peftcore.train import (
     ClassificationCollator,
     PairLogProbs,
@@ -70,7 +71,7 @@ def row_losses(model: nn.Module, rows: Sequence[Row], pad: int, batch_size: int,
     """Return the loss of each row.
 
     A row's weight in the total loss is its number of supervised tokens, times the row's `weight` if there is one. The
-    output head runs at supervised positions only.
+    output head runs at supervised positions only. What all rows begin with is computed once.
 
     Args:
         model: A causal language model.
@@ -82,8 +83,9 @@ def row_losses(model: nn.Module, rows: Sequence[Row], pad: int, batch_size: int,
     means, tokens = [0.0] * len(rows), [0] * len(rows)
     collate = RightPaddingCollator(pad)
     device = next(model.parameters()).device
+    model, rests = share_prefix(model, rows)
     for batch in by_length([len(row["input_ids"]) for row in rows], batch_size):
-        inputs = {name: tensor.to(device) for name, tensor in collate([rows[i] for i in batch]).items()}
+        inputs = {name: tensor.to(device) for name, tensor in collate([rests[i] for i in batch]).items()}
         labels, _ = inputs.pop("labels"), inputs.pop("weight", None)
         sums, counts = row_sums(*token_losses(model, inputs | {"use_cache": False}, labels))
         for i, total, count in zip(batch, sums.tolist(), counts.tolist(), strict=True):

@@ -146,7 +146,7 @@ def _known_requests(path: Path) -> set[str]:
     """Return the requests of earlier files in the folder of `path`."""
     known = set[str]()
     for earlier in sorted(path.parent.glob("*.jsonl")):
-        for number, line in enumerate(earlier.read_text(encoding="utf-8").splitlines(), start=1):
+        for number, line in enumerate(earlier.read_text(encoding="utf-8").split("\n"), start=1):
             try:
                 row = json.loads(line) if line.strip() else {}
             except ValueError as error:

@@ -14,6 +14,7 @@ from flows.data import formats
 from flows.data.canonical import canonical
 from flows.data.formats import FaultyRow
 from flows.data.near_duplicates import NearDuplicates
+from flows.errors import DataError
 from flows.feedback.ratings import Rated
 
 Row = dict[str, Any]
@@ -55,16 +56,25 @@ def without_known(result: Rows, known: Collection[str]) -> Rows:
 
 
 def without_test_rows(result: Rows, texts_of: Callable[[Row], Texts], test: Sequence[Texts], similarity: float) -> Rows:
-    """Leave out rows with a prompt of the test rows, and near-duplicates of a test row.
+    """Leave out rows with a prompt of the test rows, near-duplicates of a test row, and rows that cannot be tokenised.
 
     Args:
         result: The rows.
-        texts_of: Returns a row's prompt and answer as the test rows have them.
+        texts_of: Returns a row's prompt and answer as the test rows have them. Raises DataError for a row that cannot
+            be tokenised, such as one whose text holds a special token.
         test: Prompt and answer of each test row.
         similarity: Smallest similarity of near-duplicates (0 to 1).
     """
     prompts = {canonical(prompt) for prompt, _ in test}
-    texts = [texts_of(row) for row in result.rows]
+    rows, texts, left_out = list[Row](), list[Texts](), Counter[str](result.left_out)
+    for row in result.rows:
+        try:
+            texts.append(texts_of(row))
+        except (DataError, FaultyRow) as error:
+            left_out[f"no row for training: {error}"] += 1
+            continue
+        rows.append(row)
+    result = Rows(rows, left_out)
     others = [number for number, (prompt, _) in enumerate(texts) if canonical(prompt) not in prompts]
     result = _reduced(result, [result.rows[number] for number in others], "with the prompt of a test row")
     new = [texts[number] for number in others]

@@ -23,6 +23,7 @@ from flows.errors import StageError
 from flows.gate.bootstrap import paired_bootstrap
 from flows.gate.promote import Promotion
 from flows.gate.rows import row_values, row_weights
+from flows.gate.sequence import percent
 from flows.params import Params, load_params
 from flows.params.gate import Direction
 from flows.paths import Paths
@@ -102,7 +103,7 @@ def _proposal(
     present = getattr(params.gate, key)
     if not upper < 0 or not _is_stricter(limit := _rounded_down(start - upper / 2), present):
         return None
-    reason = f"gain {-mean:.3f} over the base on {len(rows)} rows, {rule.confidence:.0%} lower bound {-upper:.3f}"
+    reason = f"gain {-mean:.3f} over the base on {len(rows)} rows, {percent(rule.confidence)} lower bound {-upper:.3f}"
     return Proposal(
         key, limit, present, f"{reason}; half of it" + ("" if is_gain else f" above the base's {start:.3f}")
     )

@@ -52,12 +52,12 @@ class MixedSource(Section):
 
 
 def checked_source(source: str) -> str:
-    """Return a source. Raises an error for an unknown scheme."""
+    """Return a source, a path as git writes it: `./data/rows/` becomes `data/rows`. Raises for an unknown scheme."""
     if source == DEMONSTRATION or re.fullmatch(HUB, source):
         return source
     if re.match(r"[A-Za-z]\w+:", source) or not source:
         raise invalid_value("give stdlib:docstrings, hub:NAME, or the path of a .jsonl, .csv or .parquet")
-    return source
+    return PurePosixPath(source).as_posix()
 
 
 def source_names(values: Mapping[str, Any]) -> list[str]:

@@ -190,6 +190,13 @@ with warnings.catch_warnings():
             return self
 
         @model_validator(mode="after")
+        def _check_rounding(self) -> Self:
+            if self.quantization.is_calibrated and self.train.objective in ("reranker", "seq2seq"):
+                expected = f"train.objective is {self.train.objective}, whose model cannot be calibrated; give none"
+                raise invalid_value(expected, "quantization.calibration.method", self.quantization.calibration.method)
+            return self
+
+        @model_validator(mode="after")
         def _check_calibration(self) -> Self:
             if (rows := self.evaluate.calibration_rows) and self.train.objective != "sft":
                 expected = f"train.objective is {self.train.objective}, and only sft has rows of tokens; give 0"

@@ -106,11 +106,13 @@ def _retraining_process(paths: Paths) -> dict[str, Any] | None:
 
 
 def _champion(registry: RegistryReader, stage: str) -> dict[str, Any] | None:
+    """Return the version that holds a stage; `test_loss` (nats) is None if the version has no usable record."""
     holder = registry.stages().get(stage)
     if holder is None:
         return None
     version = holder.version
-    loss = registry.record(registry.version(version))["metrics"]["adapter"]["loss"] if version else None
+    records = registry.records([registry.version(version)] if version else [])
+    loss = next((record["metrics"]["adapter"]["loss"] for record in records.values()), None)
     return {"stage": stage, "version": version, "since": _date(holder.created), "test_loss": loss}
 
 

@@ -432,7 +432,7 @@ def _data_source(root: Path, data: str, task: Task) -> tuple[str, dict[str, Path
     path = Path(data).expanduser().resolve()
     files = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
     suffixes = (*SUFFIXES, *_MORE_SUFFIXES.get(task, ()))
-    files = [file for file in files if file.suffix in suffixes]
+    files = [file for file in files if file.suffix.lower() in suffixes]
     if not files:
         raise ParamsError(
             f"training data {data}: there is no {', '.join(suffixes)} file at {path}; give such a file, a folder of "

@@ -64,6 +64,16 @@ def model_card(record: Mapping[str, Any]) -> str:
     return f"---\n{_front_matter(record)}---\n\n{_text(record)}"
 
 
+def ranks_in_words(ranks: Mapping[str, Any]) -> str:
+    """Return the ranks of a record, such as "16 in 200 of 210 layers, 2 to 8 in 10". ranks: not empty."""
+    layers, usual, others = ranks["layers"], ranks["usual"], ranks["others"].values()
+    if not others:
+        return f"{usual} in {'1 layer' if layers == 1 else f'all {layers} layers'}"
+    least, most = min(others), max(others)
+    rest = least if least == most else f"{least} to {most}"
+    return f"{usual} in {layers - len(others)} of {layers} layers, {rest} in {len(others)}"
+
+
 def _front_matter(record: Mapping[str, Any]) -> str:
     yaml = YAML(typ="safe")
     yaml.default_flow_style = False
@@ -177,8 +187,7 @@ def _parameters(record: Mapping[str, Any]) -> list[str]:
     ]
     rows.append(("`project.seed`", f"`{_code(record['params']['project']['seed'])}`"))
     if ranks := record.get("ranks"):
-        others = f", others in {len(ranks['others'])}" if ranks["others"] else ""
-        rows.append(("ranks", f"{ranks['usual']} in most of {ranks['layers']} layers{others}"))
+        rows.append(("ranks", ranks_in_words(ranks)))
     if (count := record["metrics"].get("training", {}).get("trainable_parameters")) is not None:
         rows.append(("trainable parameters", f"{count:,}"))
     return _table(("parameter", "value"), rows)

@@ -171,7 +171,7 @@ def _stages(at: Paths, registered: dict[str, Any], until: str | None) -> list[st
 
 def _take_inputs(at: Paths, registered: dict[str, Any]) -> None:
     """Get the outputs of the fetch stage and the files that DVC tracks from DVC's cache or remote."""
-    tracked = Git(at.root).run("ls-files", "*.dvc").split("\n")
+    tracked = Git(at.root).run("ls-files", "-z", "*.dvc").split("\0")
     inputs = [name for name in (*([INPUT] if INPUT in registered else []), *tracked) if name]
     try:
         if inputs:

@@ -121,7 +121,8 @@ class Source:
             trusted: SHA-256 of trusted files. They are new to versions that kept them out of evaluation.
 
         Raises:
-            DataError: there are no files, a name cannot be listed, or the source cannot take incoming files.
+            DataError: there are no files, a name cannot be listed, the source cannot take incoming files, or a file to
+                leave out is outside the working tree.
         """
         skipped: dict[str, str] = {}
         if self.params.retrain.incoming is not None:
@@ -148,8 +149,8 @@ class Source:
             waiting = [name for name in waiting if name not in known]
         for name in (*left_out, *waiting):
             del files[name]
-            if self.place.is_dir():  # of the retraining's own tree
-                (self.place / name).unlink()
+        if self.place.is_dir():
+            self._remove([*left_out, *waiting])
         released = untrusted & set(trusted)
         new_files = [name for name, digest in files.items() if digest not in learned or digest in released]
         new_to_champion = [name for name, digest in files.items() if digest not in by_champion or digest in released]
@@ -288,6 +289,19 @@ class Source:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.unlink(missing_ok=True)  # it may be a link into DVC's cache
         shutil.copyfile(path, target)
+
+    def _remove(self, names: list[str]) -> None:
+        """Delete files of the source from the working tree. Raises DataError, and deletes none, if one is outside."""
+        tree, paths = self.tree.resolve(), [self.place / name for name in names]
+        if any(not path.parent.resolve().is_relative_to(tree) for path in paths):
+            raise DataError(
+                f"data.source {self.name} is {self.place.resolve()}, and a retraining deletes nothing outside its own "
+                f"working tree, so it cannot leave out {', '.join(names)}; move the rows into a folder below data/, "
+                f"such as {INCOMING_SOURCE}, or name their folder in retrain.incoming and give {INCOMING_SOURCE} in "
+                "data.source"
+            )
+        for path in paths:
+            path.unlink()
 
     def _pull(self) -> None:
         """Pull the data that DVC tracks in the tree's commit."""

@@ -1,6 +1,7 @@
 """Drift of new rows against the champion's data: lengths, words, and the champion's loss on the new rows."""
 
 import json
+import math
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
@@ -49,14 +50,14 @@ class Known:
     Attributes:
         version: its number.
         loss: its loss on its own test rows.
-        spread: standard deviation of the loss of one row.
+        spread: standard deviation of the loss of one row; None if the champion has one test row.
         root: folder with its adapter and classes at a run's paths; None if it has another base.
         params: the parameters to measure it with.
     """
 
     version: str
     loss: float
-    spread: float
+    spread: float | None
     root: Path | None
     params: dict[str, Any]
 
@@ -80,7 +81,7 @@ def measure_drift(tree: Path, new_files: list[str], rule: Drift, champion: Known
 
 
 def judged(
-    files: dict[str, dict[str, Any]], rule: Drift, champion_loss: float | None, spread: float
+    files: dict[str, dict[str, Any]], rule: Drift, champion_loss: float | None, spread: float | None
 ) -> tuple[dict[str, str], dict[str, str]]:
     """Return (`suspicious`, `unsure`) of a DriftReport.
 
@@ -92,14 +93,18 @@ def judged(
         files: the measured files; their `loss_error` is set for small files.
         rule: the limits.
         champion_loss: the champion's test loss; None skips the limit on the loss.
-        spread: standard deviation of the champion's loss over its test rows.
+        spread: standard deviation of the champion's loss over its test rows. None if there is one: then small files are
+            unsure.
     """
     small = [name for name, file in files.items() if "loss" in file and file["measured_rows"] < rule.min_rows]
     for name in small:
-        files[name]["loss_error"] = spread / files[name]["measured_rows"] ** 0.5
+        files[name]["loss_error"] = math.nan if spread is None else spread / files[name]["measured_rows"] ** 0.5
     suspicious = {name: passed for name, file in files.items() if (passed := _passed(file, rule, champion_loss))}
     if not small or rule.max_loss_gap is None:
         return suspicious, {}
+    if spread is None:
+        why = "its drift cannot be judged: the champion has one test row, so the spread of its losses is unknown"
+        return suspicious, dict.fromkeys(small, why)
     together = _together([files[name] for name in small], spread)
     if together["measured_rows"] < rule.min_rows:
         why = f"too few rows to judge ({together['measured_rows']} in all small files, {rule.min_rows} are needed)"
@@ -109,9 +114,10 @@ def judged(
     return suspicious, {}
 
 
-def spread_of(rows: Path) -> float:
-    """Return the standard deviation of the loss over the rows of an evaluation's table."""
-    return float(numpy.std(parquet.read_table(rows, columns=["adapter_loss"])["adapter_loss"].to_numpy(), ddof=1))
+def spread_of(rows: Path) -> float | None:
+    """Return the standard deviation of the loss over the rows of an evaluation's table; None of a single row."""
+    losses = parquet.read_table(rows, columns=["adapter_loss"])["adapter_loss"].to_numpy()
+    return float(numpy.std(losses, ddof=1)) if len(losses) > 1 else None
 
 
 def _together(files: list[dict[str, Any]], spread: float) -> dict[str, Any]:

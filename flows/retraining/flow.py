@@ -373,14 +373,18 @@ class Retraining:
         self._quarantine(untrusted, collected)
 
     def _quarantine(self, names: list[str], collected: Collected) -> None:
-        """Keep these files out of evaluation; files quarantined earlier also stay out."""
+        """Keep these files out of evaluation; files quarantined earlier also stay out.
+
+        The committed `data.quarantined` stays, without files that are left out: the prepare stage refuses their names.
+        """
         quarantined = sorted({*self.entry.quarantined, *names})
         if len(quarantined) == len(collected.files):
             logger.warning("all files are quarantined, so there are no others to evaluate on: they are evaluated on")
             quarantined = [name for name in collected.quarantined if self.params.retrain.is_untrusted(name)]
-        if quarantined != self.entry.quarantined:
-            self.entry.quarantined = quarantined
-            self._change({"data": {"quarantined": sorted({*self.always_quarantined, *quarantined}) or None}})
+        self.entry.quarantined = quarantined
+        listed = sorted({*self.always_quarantined, *quarantined} - {*collected.excluded, *collected.waiting})
+        if listed != sorted(self.params.data.quarantined or []):
+            self._change({"data": {"quarantined": listed or None}})
 
     def _drift(self, collected: Collected, champion: Version) -> DriftReport:
         record = self.registry.record(champion)

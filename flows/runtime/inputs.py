@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Sequence
+from pathlib import PurePosixPath
 
 from flows.errors import DataError
 from flows.runtime.git import Git, GitError
@@ -64,10 +65,10 @@ def check_source_is_tracked(git: Git, source: str, what: str, commit: str | None
 def is_committed(git: Git, source: str, commit: str | None) -> bool:
     """Return True if git or DVC has a file or folder in a commit; commit None: in git's index."""
     names = _names(git, commit)
+    source = PurePosixPath(source).as_posix()  # records of earlier releases have paths such as ./data/rows/
     above = [source, *(source[:at] for at, mark in enumerate(source) if mark == "/")]
-    inside = f"{source.rstrip('/')}/"
-    by_dvc = any(f"{path.rstrip('/')}.dvc" in names for path in above)
-    return by_dvc or any(name == source or name.startswith(inside) for name in names)
+    by_dvc = any(f"{path}.dvc" in names for path in above)
+    return by_dvc or any(name == source or name.startswith(f"{source}/") for name in names)
 
 
 def _names(git: Git, commit: str | None) -> set[str]:

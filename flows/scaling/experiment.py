@@ -5,6 +5,7 @@ commit with parameters, metrics and hashes under refs/exps, and neither a versio
 """
 
 import os
+import secrets
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,7 +28,7 @@ def run_experiment(root: Path, overrides: Sequence[str], name: str | None = None
     Args:
         root: the repository.
         overrides: parameters such as train.learning_rate=1e-3.
-        name: the experiment's name; None: trial-ID in a W&B sweep, with the id of the agent's run, else DVC's choice.
+        name: the experiment's name; None: trial-ID, with the id of the agent's run in a W&B sweep, else a random one.
 
     Returns:
         The experiment's name.
@@ -40,24 +41,17 @@ def run_experiment(root: Path, overrides: Sequence[str], name: str | None = None
     check_overrides(Paths(root).params, overrides)
     for source in source_names(load_params(Paths(root).params).data.model_dump()):
         check_source_is_tracked(Git(root), source, "a trial, which works in a copy of git's files,")
-    run_id = os.environ.get("WANDB_RUN_ID")
-    name = name or (f"trial-{run_id}" if run_id else None)
-    command = [*DVC, "exp", "run", "--temp", *(f"--set-param={forced(override)}" for override in overrides)]
-    before = _experiments(root)
-    done = subprocess.run(
-        [*command, *(["--name", name] if name else [])], cwd=root, env=stage_environment(), check=False
-    )
-    added = sorted(_experiments(root) - before)
-    if done.returncode or not added:
+    name = name or f"trial-{os.environ.get('WANDB_RUN_ID') or secrets.token_hex(4)}"
+    git = Git(root)
+    start = git.head()
+    command = [*DVC, "exp", "run", "--temp", "--name", name]
+    command += [f"--set-param={forced(override)}" for override in overrides]
+    done = subprocess.run(command, cwd=root, env=stage_environment(), check=False)
+    commit = git.run("for-each-ref", "--format=%(objectname)", f"refs/exps/{start[:2]}/{start[2:]}/{name}").strip()
+    if done.returncode or not commit:
         raise StageError(
             f"the trial with {', '.join(overrides) or 'no other parameters'} failed, see its error above; "
             "`dvc exp show` lists the successful ones"
         )
-    commit, _, experiment = added[-1].rpartition("/")
-    git = Git(root)
     note_trial(Paths(root), git.show(commit, "dvc.lock"), git.show(commit, "params.yaml"))
-    return experiment
-
-
-def _experiments(root: Path) -> set[str]:
-    return set(Git(root).run("for-each-ref", "--format=%(objectname)/%(refname:lstrip=-1)", EXPERIMENTS).split())
+    return name

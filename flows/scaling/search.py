@@ -15,7 +15,7 @@ from typing import Any
 
 from flows.errors import BusyError
 from flows.gate.holdout_reuse import note_trial
-from flows.params import check_overrides, load_params
+from flows.params import check_overrides, load_params, source_names
 from flows.paths import Paths
 from flows.runtime.git import Git
 from flows.runtime.inputs import check_source_is_tracked
@@ -110,7 +110,8 @@ def run_search(
     paths, space = Paths(root), read_space(overrides)
     check_overrides(paths.params, *space.corners())
     params = load_params(paths.params)
-    check_source_is_tracked(Git(root), params.data.source, "a search, which works in copies of git's files,")
+    for source in source_names(params.data.model_dump()):
+        check_source_is_tracked(Git(root), source, "a search, which works in copies of git's files,")
     seed = params.project.seed if seed is None else seed
     identity = json.dumps([sorted(overrides), seed, paths.params.read_text()])
     name = hashlib.sha256(identity.encode()).hexdigest()[:16]

@@ -106,7 +106,7 @@ def run_trial(settings: SweepSettings, overrides: tuple[str, ...], report: Repor
 def _trained(tree: Path, settings: SweepSettings, overrides: tuple[str, ...], watch: "_Watch") -> dict[str, Any]:
     paths = Paths(tree)
     apply_overrides(paths.params, overrides)
-    if sources := Git(tree).run("ls-files", "*.dvc").splitlines():
+    if sources := [name for name in Git(tree).run("ls-files", "-z", "*.dvc").split("\0") if name]:
         dvc(tree, "checkout", *sources)
     for stage in stage_order(tree, paths.training):
         should_stop = None if watch.report is None else partial(watch.should_stop, paths)

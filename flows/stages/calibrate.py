@@ -16,7 +16,7 @@ from flows.paths import Paths
 from flows.runtime.stage import start
 from peftcore.files import directory_written_atomically, write_manifest
 
-logger = logging.getLogger("flows.stages.calibrate")  # as a program this module is called __main__
+logger = logging.getLogger("flows.calibrate")  # as a program this module is called __main__
 
 
 def run(params: Params, paths: Paths) -> None:

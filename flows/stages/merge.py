@@ -41,7 +41,7 @@ from peftcore import PeftModel
 from peftcore.bases import keep_quantized_weights_trainable
 from peftcore.files import directory_written_atomically, write_atomically, write_manifest
 
-log = logging.getLogger("flows.stages.merge")  # as a program this module is called __main__
+log = logging.getLogger("flows.merge")  # as a program this module is called __main__
 
 SIXTEEN_BIT = ("dequantized", "original")
 """Candidates of `merge.into: best`; a model in 4 or 8 bits has to be requested by name."""

@@ -38,7 +38,7 @@ from flows.runtime.tracking import mirror_version
 from flows.webhooks import Event, TagProof, announced
 from peftcore.files import write_atomically
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("flows.register")  # as a program this module is called __main__
 NAME = "register"
 ATTEMPTS = 20
 """Number of version numbers to try while other clones register too."""

@@ -26,8 +26,10 @@ from peftcore.files import damaged_files, directory_written_atomically, read_man
 logger = logging.getLogger("flows.start")
 LEARNED: tuple[Split, ...] = ("train", "validation")
 """Splits that were trained on, or that decided when training stopped."""
-QUESTIONS, ANSWERS = ("prompt", "text"), ("completion", "chosen", "label_name")
-"""Columns of prepared rows; each kind of rows has one of each."""
+QUESTIONS = ("prompt", "text", "query")
+"""Columns that hold the question; each kind of prepared rows has one of them."""
+ANSWERS = ("completion", "chosen", "label_name", "tags", "target", "positive")
+"""Columns that hold the answer; each kind of prepared rows has one of them."""
 
 
 def run(params: Params, paths: Paths) -> None:

@@ -77,7 +77,7 @@ from peftcore.train import (
     recompute_activations,
 )
 
-log = logging.getLogger("flows.stages.train")  # as a program this module is called __main__
+log = logging.getLogger("flows.train")  # as a program this module is called __main__
 
 ROWS_FOR_START = 96
 """Training rows of a data-driven initialisation (count)."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from flows.base.calibrated import STORED
 from flows.base.folder import check_base, load_tokenizer, padding_id
@@ -36,11 +37,12 @@ def save_calibrated_base(params: Params, paths: Paths, folder: Path) -> dict[str
         The record of the calibration.
 
     Raises:
-        StageError: The rows have too few tokens.
+        StageError: The rows have too few tokens, or the base cannot be loaded as a causal language model.
         ConfigError: A layer cannot be rounded, or its inputs are not finite.
     """
     check_base(paths.base)
     calibration, split = params.quantization.calibration, paths.split("train")
+    _check_architecture(paths.base, calibration.method)
     check_split(params, split)
     rows = read_rows(split, list(rows_of(params).columns), calibration.rows)
     model: Any = load_for_inference(paths.base, params.quantization.uncalibrated)
@@ -60,6 +62,16 @@ def save_calibrated_base(params: Params, paths: Paths, folder: Path) -> dict[str
         "tokens": tokens,
         "damping": calibration.damping,
     }
+
+
+def _check_architecture(base: Path, method: str) -> None:
+    """Raise StageError if transformers has no causal language model of the base's architecture."""
+    config: Any = AutoConfig.from_pretrained(base, local_files_only=True)
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise StageError(
+            f"quantization.calibration.method is {method}, which needs a base that AutoModelForCausalLM loads, and "
+            f"base.source is a {config.model_type}; give method none, or a base such as Llama"
+        )
 
 
 def _batches(params: Params, rows: list[Row], pad: int, device: torch.device) -> Iterator[dict[str, Any]]:

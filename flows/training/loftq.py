@@ -31,9 +31,11 @@ def attach_adapter(params: Params, model: Any, config: PeftConfig, original: Pat
     if storage == "none":
         return get_peft_model(model, config)
     if storage == "gguf":
+        is_option = "init_lora_weights" in params.method.options
+        key = "method.options.init_lora_weights" if is_option else "method.init"
         raise StageError(
-            "method.options.init_lora_weights is loftq, which needs the weights before quantisation, and "
-            "quantization.storage gguf has none; give another init_lora_weights, or storage nf4"
+            f"{key} is loftq, which needs the weights before quantisation, and quantization.storage gguf has none; "
+            f"give another {key}, or storage nf4"
         )
     expected = {"loftq_bits": 8 if storage.endswith("int8") else 4, "loftq_iter": 1}
     if wrong := {name: value for name, value in (config.loftq_config or {}).items() if value != expected[name]}:

@@ -51,7 +51,7 @@ def test_the_help_tells_the_exit_statuses() -> None:
     text = " ".join(peftcore("--help").stdout.split())
     for words in (
         "0 success",
-        "1 failed or refused",
+        "1 failed or refused, with one message on stderr that begins with error:",
         "2 usage error",
         "3 the gate",
         "4 conflict or busy",

@@ -6,6 +6,7 @@ from statistics import NormalDist
 from typing import Any
 
 from flows.gate.candidate import Candidate, Champion, CheckResult
+from flows.gate.sequence import percent
 from flows.params import Gate
 
 
@@ -30,9 +31,8 @@ def benchmark(candidate: Candidate, champion: Champion | None, gate: Gate, name:
     passed, parts = True, [f"{_value(ours)} on {ours['rows']} rows"]
     for who, other in others.items():
         drop, upper = _drop(ours, other, gate.champion.confidence)
-        bound = (
-            "without a standard error" if upper is None else f"{gate.champion.confidence:.0%} upper bound {upper:+.4f}"
-        )
+        confidence = percent(gate.champion.confidence)
+        bound = "without a standard error" if upper is None else f"{confidence} upper bound {upper:+.4f}"
         allowed = "no limit set" if limit is None else f"at most {limit:g}"
         parts.append(f"drop against {who} ({_value(other)}) {drop:+.4f}, {bound}, {allowed}")
         passed = passed and (limit is None or (drop if upper is None else upper) <= limit)

@@ -1,6 +1,7 @@
 """Check that the adapter has not made the base worse at plain text unrelated to the task."""
 
 from flows.gate.candidate import Candidate, CheckResult
+from flows.gate.sequence import percent
 from flows.params import Gate
 
 
@@ -21,6 +22,6 @@ def forgetting(candidate: Candidate, gate: Gate, seed: int) -> CheckResult:
     rule = gate.champion
     mean, upper = paired_bootstrap(weights, adapter, base, rule.confidence, rule.resamples, seed)
     return limit is None or upper <= limit, (
-        f"loss {mean:+.4f} nats against the base on {len(weights)} texts of the control set, {rule.confidence:.0%} "
-        f"upper bound {bound_in_words(upper, allowed)}"
+        f"loss {mean:+.4f} nats against the base on {len(weights)} texts of the control set, "
+        f"{percent(rule.confidence)} upper bound {bound_in_words(upper, allowed)}"
     )

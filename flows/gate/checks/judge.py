@@ -6,6 +6,7 @@ from typing import Any
 from flows.errors import GateError
 from flows.gate.candidate import AnswerPair, Candidate, Champion, CheckResult, ResultWithFigures
 from flows.gate.checks.champion import is_same_adapter, metric_rows
+from flows.gate.sequence import percent
 from flows.params import Gate
 
 
@@ -63,7 +64,7 @@ def _in_words(figures: Mapping[str, Any], champion: str, gate: Gate, least: floa
         bias = f"the first answer got {figures['first_chosen']:.0%} of the choices (50% without bias)"
     return (
         f"{judge.model or judge.callable} compared {figures['prompts']} answers with those of {champion} in both "
-        f"orders: {counts}; {rate}, {judge.confidence:.0%} lower bound {figures['lower_bound']:.3f}, to be above "
+        f"orders: {counts}; {rate}, {percent(judge.confidence)} lower bound {figures['lower_bound']:.3f}, to be above "
         f"{least:g} (sign test p {figures['p_value']:.4f}); position bias: {bias}, {figures['always_first']} prompts "
         f"always the first one and {figures['always_second']} always the second"
     )

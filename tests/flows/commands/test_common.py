@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import typer
+from safetensors import SafetensorError
 
 from flows.commands.common import adapter_and_base, at_stage, errors, holders, newest, one_document, project
 from flows.errors import BusyError, DataError, GateError, RegistryConflict, RegistryError, RepositoryError
@@ -25,6 +26,11 @@ from peftcore.errors import ConfigError
         (BusyError("at work"), 4, "at work"),
         (KeyboardInterrupt(), 130, "interrupted; run the command again to continue"),
         (OSError(errno.ENOSPC, "No space left on device"), 1, "the disk is full ([Errno 28] No space left on device)"),
+        (
+            SafetensorError("I/O error: No space left on device (os error 28)"),
+            1,
+            "the disk is full (I/O error: No space left on device (os error 28))",
+        ),
     ],
 )
 def test_an_expected_error_is_one_line_and_an_exit_code(

@@ -40,3 +40,14 @@ def test_a_whole_gguf_is_made_of_the_bases_folder_or_refused_before_work(
     refused = peftcore("export", "gguf-merged", str(tmp_path / "no"), "--adapter", options[1], "--base", str(other))
     assert refused.exit_code == 1 and "give the base's own GGUF file (--gguf)" in refused.stderr
     assert not (tmp_path / "no").exists()
+
+
+def test_a_type_of_matrices_is_for_gguf_files_only(tiny_base: Path, tmp_path: Path) -> None:
+    options = trained(tiny_base, LoraConfig(target_modules=["q_proj"]), tmp_path / "adapter")
+    refused = peftcore("export", "vllm", str(tmp_path / "no"), *options, "--dtype", "float16")
+    assert refused.exit_code == 1 and not (tmp_path / "no").exists()
+    assert "--dtype has no effect on vllm, only on gguf-lora and gguf-merged; leave it out" in refused.stderr
+    for name, given in (("default", []), ("float16", ["--dtype", "float16"]), ("float32", ["--dtype", "float32"])):
+        assert peftcore("export", "gguf-lora", str(tmp_path / name), *options, *given).exit_code == 0
+    sizes = {name: (tmp_path / name).stat().st_size for name in ("default", "float16", "float32")}
+    assert sizes["default"] == sizes["float16"] < sizes["float32"]

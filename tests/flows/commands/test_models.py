@@ -116,7 +116,24 @@ def test_a_watching_server_follows_the_project_here(here: Any, served: list[Serv
     assert (options.seconds, options.git_remote, options.base) == (0.5, "origin", here.paths.base)
 
 
-def test_a_remote_to_watch_without_watching_is_a_usage_error(here: Any, served: list[ServeOptions]) -> None:
-    refused = peftcore("serve", "--watch-remote", "origin")
-    assert refused.exit_code == 2 and "has no effect without --watch" in refused.stderr
+@pytest.mark.parametrize(
+    ("option", "value", "needed"),
+    [
+        ("--watch-remote", "origin", "--watch"),
+        ("--watch-seconds", "5", "--watch"),
+        ("--record-mb", "256", "--record FOLDER"),
+    ],
+)
+def test_an_option_without_the_one_that_it_belongs_to_is_a_usage_error(
+    here: Any, served: list[ServeOptions], option: str, value: str, needed: str
+) -> None:
+    refused = peftcore("serve", option, value)
+    assert refused.exit_code == 2 and f"{option} has no effect without {needed}" in refused.stderr
     assert served == []
+
+
+def test_a_server_that_records_or_watches_has_the_default_limits(here: Any, served: list[ServeOptions]) -> None:
+    done = peftcore("serve", "--watch", "--record", str(here.root / "records"))
+    assert done.exit_code == 0, done.stderr
+    (options,) = served
+    assert (options.seconds, options.record_bytes) == (5.0, 256_000_000)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,8 @@ def test_init_says_what_it_wrote_and_what_comes_next(rows: Path, tmp_path: Path)
     again = peftcore("init", str(tmp_path / "My tickets"), "--data", str(rows), "--force")
     assert again.exit_code == 0, again.stderr
     assert "peftcore run" in again.stdout
+    (step,) = [line for line in again.stdout.splitlines() if line.startswith("  cd ")]
+    assert shlex.split(step) == ["cd", str(tmp_path / "My tickets")]
 
 
 def test_files_of_parameters_describe_the_project_and_a_later_one_wins(rows: Path, tmp_path: Path) -> None:

@@ -43,6 +43,11 @@ def test_a_new_project_is_told_in_words(shown: Any) -> None:
     assert text.splitlines()[-1] == "next: `peftcore run` makes the first version"
 
 
+def test_a_champion_without_a_record_is_shown(shown: Any) -> None:
+    champion = {"version": "v0.1.0", "stage": "champion", "since": "monday", "test_loss": None}
+    assert "v0.1.0 since monday, test loss unknown" in shown(champion=champion)
+
+
 def test_each_fact_has_its_line(shown: Any) -> None:
     text = shown(
         registry={"champion": "v0.1.0", "shadow": None},

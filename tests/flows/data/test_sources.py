@@ -187,6 +187,38 @@ def test_a_dataset_of_the_hub_is_read_from_its_snapshot(monkeypatch: pytest.Monk
     assert len(read(as_files, "hub:a/b")) == 6
 
 
+@pytest.mark.parametrize("key", ["quarantined", "new_files"])
+def test_names_that_match_no_file_are_refused_with_the_files_there_are(as_files: Path, key: str) -> None:
+    (as_files / "week2.jsonl").touch()  # a file without rows is a file
+    assert len(read(as_files, ".", **{key: ["rows.csv", "week2.jsonl", "rows.parquet"]})) == 6
+    with pytest.raises(
+        DataError,
+        match=rf"data\.{key} names row\.csv, rows\.parquet row 1, and data\.source \. has no such file; it has "
+        r"rows\.csv, rows\.jsonl, rows\.parquet, week2\.jsonl; correct",
+    ):
+        read(as_files, ".", **{key: ["row.csv", "rows.csv", "rows.parquet row 1"]})
+
+
+def test_a_file_of_a_mixture_is_named_with_its_source(as_files: Path) -> None:
+    (as_files / "weeks").mkdir()
+    write_lines(as_files, *ROWS, name="weeks/week1.jsonl")
+    mixture = [{"source": "weeks", "name": "tickets"}, {"source": "rows.csv"}]
+
+    def read_mixture(name: str) -> int:
+        return len(read_examples(Data.model_validate({"mixture": mixture, "quarantined": [name]}), as_files))
+
+    assert read_mixture("tickets/week1.jsonl") == read_mixture("rows/rows.csv") == 4
+    for name in ("week1.jsonl", "weeks/week1.jsonl", "rows.csv"):
+        with pytest.raises(DataError, match=rf"names {name}, .*it has tickets/week1\.jsonl, rows/rows\.csv;"):
+            read_mixture(name)
+
+
+def test_the_demonstration_has_modules_in_place_of_files(tmp_path: Path) -> None:
+    read(tmp_path, "stdlib:docstrings", quarantined=["argparse"])
+    with pytest.raises(DataError, match=r"names argpars, .*; it has .* and \d+ more; correct"):
+        read(tmp_path, "stdlib:docstrings", quarantined=["argpars"])
+
+
 def test_further_columns_are_taken_for_scorers(tmp_path: Path) -> None:
     write_lines(tmp_path, *(row | {"tests": ["a", n], "level": None} for n, row in enumerate(ROWS)))
     examples = read(tmp_path, extra_columns=["tests", "level"])

@@ -32,6 +32,27 @@ def test_files_of_ones_own(tmp_path: Path) -> None:
     assert control_texts(Control(source="a.txt"), tmp_path) == ["one two", "three\nfour"]
 
 
+def test_a_file_that_dvc_does_not_watch_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root = tmp_path / "project"
+    (root / "data").mkdir(parents=True)
+    for path in (root / "data" / "a.txt", root / "a.txt", tmp_path / "a.txt"):
+        path.write_text("one two")
+    for source in ("data/a.txt", "stdlib:topics"):
+        control_texts(Control(source=source), root)
+    assert not caplog.records
+    for source in ("a.txt", "data/../a.txt", str(tmp_path / "a.txt")):
+        control_texts(Control(source=source), root)
+        warning = caplog.records[-1].getMessage()
+        assert warning.startswith(f"evaluate.control.source {source} is outside data/, which DVC watches")
+
+
+def test_a_line_separator_in_a_text_does_not_end_the_row(tmp_path: Path) -> None:
+    texts = [f"one{mark} two" for mark in ("\u2028", "\u2029", "\x85")]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
+    (tmp_path / "a.jsonl").write_text("\r\n".join(lines), newline="")
+    assert control_texts(Control(source="a.jsonl"), tmp_path) == texts
+
+
 @pytest.mark.parametrize(
     ("name", "content"),
     [

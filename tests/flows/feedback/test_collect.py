@@ -127,3 +127,32 @@ def test_an_earlier_file_that_is_damaged_is_named(records: Path, tmp_path: Path)
         collect(records, "unpaired_preference", Policy(), tmp_path / "b.jsonl", None)
     with pytest.raises(ConfigError, match="there is no folder"):
         collect(tmp_path / "none", "unpaired_preference", Policy(), tmp_path / "new" / "b.jsonl", None)
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85"])
+def test_line_separators_in_a_text_do_not_end_a_row_of_an_earlier_file(
+    records: Path, tmp_path: Path, mark: str
+) -> None:
+    first = records / "000001.jsonl"
+    first.write_text(first.read_text().replace("How much is", f"How{json.dumps(mark)[1:-1]} much is"))
+    assert collect(records, "unpaired_preference", Policy(), tmp_path / "a.jsonl", None).rows == 3
+    assert mark in (tmp_path / "a.jsonl").read_text()
+    again = collect(records, "unpaired_preference", Policy(), tmp_path / "b.jsonl", None)
+    assert again.rows_left_out == {"of a request that an earlier file has": 3}
+
+
+@pytest.mark.usefixtures("without_versions")
+def test_a_correction_with_a_special_token_is_left_out_and_the_other_rows_are_not(
+    records: Path, project: Any, write_tiny_base: Any
+) -> None:
+    _, paths = project
+    write_tiny_base(paths.base)
+    first = records / "000001.jsonl"
+    first.write_text(first.read_text().replace('"correction": null', '"correction": "One.<|im_end|>"', 1))
+    paths.data.mkdir(parents=True)
+    table = {"prompt": ["Which?"], "completion": ["This."], "desirable": [True]}
+    parquet.write_table(pyarrow.table(table), paths.split("test"))
+    report = collect(records, "unpaired_preference", Policy(), None, project)
+    assert report.rows == 3
+    ((reason, count),) = report.rows_left_out.items()
+    assert count == 1 and reason.startswith("no row for training: ") and "<|im_end|>" in reason

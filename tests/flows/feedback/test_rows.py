@@ -3,6 +3,7 @@
 from collections import Counter
 from typing import Any
 
+from flows.errors import DataError
 from flows.feedback.ratings import Rated
 from flows.feedback.rows import Rows, make_rows, without_known, without_test_rows
 
@@ -61,6 +62,21 @@ def test_requests_of_earlier_files_are_left_out() -> None:
     result = without_known(rows, {"One."})
     assert [row["request_id"] for row in result.rows] == ["Two."]
     assert result.left_out == {"of a request that an earlier file has": 1}
+
+
+def test_a_row_that_cannot_be_tokenised_is_left_out_with_the_reason() -> None:
+    def texts_of(row: dict[str, Any]) -> tuple[str, str]:
+        if row["prompt"] == "bad":
+            raise DataError("it holds <|im_end|>")
+        return row["prompt"], row["completion"]
+
+    rows = Rows([{"prompt": prompt, "completion": "Yes."} for prompt in ("bad", "good", "asked")])
+    result = without_test_rows(rows, texts_of, [("asked", "No.")], 0.9)
+    assert [row["prompt"] for row in result.rows] == ["good"]
+    assert result.left_out == {
+        "no row for training: it holds <|im_end|>": 1,
+        "with the prompt of a test row": 1,
+    }
 
 
 def test_prompts_and_near_duplicates_of_test_rows_are_left_out() -> None:

@@ -53,6 +53,11 @@ def test_half_of_what_is_certain(paths: Paths) -> None:
     assert "on 40 rows" in ended.reason and ended.reason.endswith("half of it above the base's 0.500")
 
 
+def test_a_high_confidence_is_not_shown_as_certainty(paths: Paths) -> None:
+    rules = Params.model_validate({"gate": NO_LIMITS | {"champion": {"confidence": 0.995}}})
+    assert ", 99.5% lower bound " in propose(rules, paths)[0].reason
+
+
 def test_only_stricter_limits(paths: Paths) -> None:
     assert [one.key for one in propose(params(min_loss_gain=0.1), paths)] == ["min_loss_gain", "min_eos_rate"]
     assert propose(params(min_loss_gain=0.6, min_eos_rate=0.9), paths) == []

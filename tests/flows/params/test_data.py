@@ -65,6 +65,24 @@ def test_a_drive_letter_is_a_path_and_no_scheme() -> None:
     assert Data(source="c:rows.jsonl").source == "c:rows.jsonl"
 
 
+@pytest.mark.parametrize(
+    ("source", "path"),
+    [
+        ("./data/rows.jsonl", "data/rows.jsonl"),
+        ("data//rows/", "data/rows"),
+        ("data/./rows", "data/rows"),
+        ("../rows", "../rows"),
+        ("~/rows", "~/rows"),
+        ("/srv/rows/", "/srv/rows"),
+        (".", "."),
+        ("hub:org/rows@main", "hub:org/rows@main"),
+    ],
+)
+def test_a_path_is_written_as_git_writes_it(source: str, path: str) -> None:
+    assert Data(source=source).source == path
+    assert Data.model_validate({"mixture": [{"source": source}]}).mixture[0].source == path
+
+
 def test_a_prompt_that_nobody_gave_is_the_demonstrations_for_the_demonstration_alone() -> None:
     assert Data().system_prompt == Params().data.system_prompt == DEMONSTRATION_PROMPT
     assert Data(system_prompt=None).system_prompt is None

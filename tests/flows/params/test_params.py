@@ -142,6 +142,17 @@ def test_only_chats_have_tokens_whose_calibration_is_measured(tmp_path: Path) ->
     assert read(tmp_path, "evaluate: {calibration_rows: 8}").evaluate.calibration_rows == 8
 
 
+@pytest.mark.parametrize(("objective", "kind"), [("reranker", "retrieval"), ("seq2seq", "seq2seq")])
+def test_a_base_is_not_rounded_for_objectives_that_the_calibration_cannot_run(
+    tmp_path: Path, objective: str, kind: str
+) -> None:
+    text = f"data: {{source: a.jsonl, kind: {kind}}}\ntrain: {{objective: {objective}}}\n"
+    told = refusal(tmp_path, text + "quantization: {calibration: {method: rounding}}")
+    assert "quantization.calibration.method: 'rounding' does not fit" in told
+    assert f"train.objective is {objective}" in told and told.endswith("give none")
+    assert read(tmp_path, text).train.objective == objective
+
+
 @pytest.mark.parametrize(
     ("values", "start"),
     [

@@ -63,6 +63,13 @@ def test_champion_and_newest_version_with_its_verdict(registered: Any) -> None:
     assert candidate["reason"] == "gain in loss: 0.200 nats, at least 0.5"
 
 
+def test_a_champion_that_gto_registered_has_no_test_loss(project: Any) -> None:
+    for tag in ("docstrings@v0.1.0", "docstrings#champion#1"):
+        project.git("tag", "--annotate", tag, "--message=by gto register and gto assign")
+    champion = look(project)["champion"]
+    assert (champion["version"], champion["test_loss"]) == ("v0.1.0", None)
+
+
 def test_retrainings_last_and_next(project: Any) -> None:
     folder = project.paths.retraining
     folder.mkdir(parents=True)

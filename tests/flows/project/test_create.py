@@ -123,13 +123,14 @@ def test_files_of_the_user_stay(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_files_and_a_hub_name_are_data_too(tmp_path: Path) -> None:
-    rows(tmp_path / "many" / "deep", "a.jsonl"), rows(tmp_path / "many", "b.csv")
+    rows(tmp_path / "many" / "deep", "a.jsonl"), rows(tmp_path / "many", "b.csv"), rows(tmp_path / "many", "C.JSONL")
     (tmp_path / "many" / "notes.txt").write_text("no data")
     one, two = tmp_path / "one", tmp_path / "two"
     for folder, data, source in ((one, tmp_path / "many", "data/many"), (two, "hub:ORG/ROWS", "hub:ORG/ROWS")):
         folder.mkdir()
         create_project(folder, new(data))
         assert f"source: {source} " in (folder / "params.yaml").read_text()
+    assert (one / "data/many/C.JSONL").is_file(), "as read_rows takes it"
     assert (one / "data/many/deep/a.jsonl").is_file() and not (one / "data/many/notes.txt").exists()
     assert (two / "data").is_dir()
 

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from flows.params import Params
-from flows.registry.card import CARD, SLICES, escaped, model_card
+from flows.registry.card import CARD, SLICES, escaped, model_card, ranks_in_words
 
 
 def record(**changes: Any) -> dict[str, Any]:
@@ -77,7 +77,7 @@ def test_it_says_what_a_reader_asks() -> None:
         "- dropped: 3 too long",
         "`d1.dir` (DVC, MD5)",
         "| `method.r` | `16` |",
-        "16 in most of 210 layers, others in 1",
+        "16 in 209 of 210 layers, 8 in 1",
         "| trainable parameters | 4,884,480 |",
         f"commit `{'c' * 40}`, with 1 uncommitted files; the tag `docstrings@v0.3.0`",
         "python 3.11.7, torch 2.13",
@@ -102,6 +102,21 @@ def test_a_base_by_its_name_and_no_folder_of_this_machine(source: str, name: str
     text = model_card(record(params=params))
     assert ModelCard(text).data.base_model == name
     assert "/home" not in text and "source: rows.jsonl" in text
+
+
+@pytest.mark.parametrize(
+    ("layers", "others", "words"),
+    [
+        (210, [], "16 in all 210 layers"),
+        (210, [8] * 10, "16 in 200 of 210 layers, 8 in 10"),
+        (210, [2, 24, 8], "16 in 207 of 210 layers, 2 to 24 in 3"),
+        (1, [], "16 in 1 layer"),
+    ],
+)
+def test_ranks_in_words(layers: int, others: list[int], words: str) -> None:
+    ranks = {"layers": layers, "usual": 16, "others": {f"layers.{n}": rank for n, rank in enumerate(others)}}
+    assert ranks_in_words(ranks) == words
+    assert f"| ranks | {words} |" in model_card(record(ranks=ranks))
 
 
 def test_a_calibrated_base_comes_with_the_adapter() -> None:
@@ -141,5 +156,5 @@ def test_each_version_has_its_own(project: Any, monkeypatch: pytest.MonkeyPatch)
     printed = CliRunner().invoke(app, ["registry", "card", "champion"])
     assert (printed.exit_code, printed.stdout) == (0, model_card(made))
     shown = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["registry", "show", "champion"]).stdout
-    assert "2 in most of 1 layers" in shown and "champion" in shown and "rouge_l" in shown
+    assert "2 in 1 layer" in shown and "champion" in shown and "rouge_l" in shown
     assert json.loads(CliRunner().invoke(app, ["registry", "show", "--json"]).stdout) == made

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from flows.errors import DataError, RegistryError
+from flows.registry import reproduction
 from flows.registry.reproduction import largest_difference, reproduce, without_times
 from flows.runtime.project import dvc
 
@@ -88,6 +89,15 @@ def test_what_was_fetched_comes_from_the_remote_where_the_cache_has_lost_it(fetc
     (fetched.root / ".dvc-remote").rename(fetched.root / "remote-away")
     with pytest.raises(RegistryError, match="the inputs of the version are not available"):
         rebuild(fetched)
+
+
+def test_inputs_with_names_beyond_ascii_are_taken_from_dvc(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (project.root / "data").mkdir()
+    commit(project, "data/größe \u2028.jsonl.dvc", "outs: []\n")
+    pulled: list[str] = []
+    monkeypatch.setattr(reproduction, "dvc", lambda _, *arguments: pulled.extend(arguments))
+    reproduction._take_inputs(project.paths, {})
+    assert pulled == ["pull", "data/größe \u2028.jsonl.dvc"]
 
 
 def test_a_version_that_was_registered_without_its_data_says_how_to_keep_them(project: Any) -> None:

@@ -209,3 +209,33 @@ def test_text_files_are_rows_of_texts_alone(tmp_path: Path) -> None:
     for kind, names in (("chat", []), ("text", ["one.txt"])):
         params = Params.model_validate({"data": {"source": "data/rows", "kind": kind}})
         assert list(Source(params, tmp_path, tmp_path)._files()) == names
+
+
+@pytest.mark.parametrize("place", ["absolute", "link"])
+@pytest.mark.parametrize("reason", ["excluded", "waiting"])
+def test_no_file_outside_the_working_tree_is_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, reason: str
+) -> None:
+    rows, tree = tmp_path / "srv" / "rows", tmp_path / "tree"
+    (rows / "feedback").mkdir(parents=True)
+    names = ["feedback/b.jsonl", "mine.jsonl"]
+    for name in names:
+        (rows / name).write_text(f"{name}\n")
+    (tree / "data").mkdir(parents=True)
+    (tree / "data" / "rows").symlink_to(rows)
+    monkeypatch.setattr(data, "Git", lambda _: None)
+    monkeypatch.setattr(data, "check_source_is_tracked", lambda *_: None)
+    section = {"source": str(rows) if place == "absolute" else "data/rows"}
+
+    def collected(untrusted_rows: str, excluded: dict[str, str]) -> Collected:
+        params = Params.model_validate({"data": section, "retrain": {"untrusted_rows": untrusted_rows}})
+        source = Registered(params, tmp_path, tree)
+        source.known, source.judged_without = {}, {}
+        return source.collect([], None, excluded, ())
+
+    untouched = collected("train", {})
+    assert sorted(untouched.files) == names, "a retraining may read them"
+    why = {untouched.files["feedback/b.jsonl"]: "v0.1.0 was refused"} if reason == "excluded" else {}
+    with pytest.raises(DataError, match=r"deletes nothing outside .*feedback/b\.jsonl.*below data/.*retrain\.incoming"):
+        collected("train" if why else "wait", why)
+    assert sorted(path.relative_to(rows).as_posix() for path in rows.rglob("*.jsonl")) == names

@@ -64,3 +64,15 @@ def test_the_spread_is_of_the_champions_rows(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     parquet.write_table(pyarrow.table({"adapter_loss": [1.0, 2.0, 3.0]}), path)
     assert spread_of(path) == 1.0
+
+
+def test_a_champion_of_one_test_row_judges_no_small_file(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pyarrow.table({"adapter_loss": [2.5]}), path)
+    spread = spread_of(path)
+    assert spread is None
+    files = {"few.jsonl": file(9.0, 1), "other.jsonl": file(9.0, 7), "many.jsonl": file(9.0, 8)}
+    suspicious, unsure = judged(files, RULE, 2.5, spread)
+    assert list(suspicious) == ["many.jsonl"] and list(unsure) == ["few.jsonl", "other.jsonl"]
+    assert "the champion has one test row" in unsure["few.jsonl"]
+    assert judged(files, Drift(max_loss_gap=None), 2.5, spread) == ({}, {})

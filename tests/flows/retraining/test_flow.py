@@ -393,6 +393,17 @@ def test_where_all_is_new_and_strange_it_is_judged_by_itself(weekly: Any, caplog
     assert work.entry.quarantined == work.params.data.quarantined == ["a.jsonl"]
 
 
+def test_a_file_that_is_left_out_is_not_named_as_quarantined(weekly: Any) -> None:
+    """Its name in the committed params.yaml would be of no file of the working tree."""
+    edit(weekly, ("assignment: hashed", "assignment: hashed, quarantined: [a.jsonl, b.jsonl, c.jsonl]"))
+    work = flow.Retraining(weekly.root, None, False, flow._with_retries, Entry("2026-01-01T00:00:00"))
+    collected = Collected({"a.jsonl": "0", "d.jsonl": "1"}, [], [], ["b.jsonl"], [], ["c.jsonl"], {})
+    work._quarantine([], collected)
+    assert work.params.data.quarantined == ["a.jsonl"]
+    work._quarantine(["d.jsonl"], collected)
+    assert work.params.data.quarantined == ["a.jsonl", "d.jsonl"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kept_by", ["git", "dvc"])
 def test_a_file_that_is_set_aside_is_out_of_tracked_data_as_well(weekly: Any, kept_by: str) -> None:

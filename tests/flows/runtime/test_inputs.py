@@ -1,5 +1,6 @@
 """What git and DVC have of a run's inputs, and what is said of the rest."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from flows.errors import DataError
 from flows.runtime.git import Git
 from flows.runtime.inputs import check_source_is_tracked, unused_changes
+from flows.scaling import search
 from flows.scaling.experiment import run_experiment
 from flows.scaling.sweep import run_sweep
 
@@ -42,6 +44,21 @@ def test_a_trial_and_a_sweep_say_that_git_does_not_have_the_data(own: Any) -> No
         run_sweep(own.root, ["train.batch_size=2,4"], "thread", 1, 60.0)
 
 
+def test_a_search_needs_each_source_of_a_mixture(own: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixture = "[{name: old, source: data/qa.jsonl}, {name: new, source: data/new.jsonl}]"
+    text = own.paths.params.read_text().replace("{source: data/qa.jsonl}", f"{{source: mixture, mixture: {mixture}}}")
+    own.paths.params.write_text(text)
+    own.git("add", "data/qa.jsonl")
+    monkeypatch.setattr(search, "require_extra", lambda *_: None)  # Optuna may be absent
+    monkeypatch.setattr(search, "read_space", lambda _: SimpleNamespace(corners=lambda: []))
+    monkeypatch.setattr(search.Search, "run", lambda *_: [])
+    with pytest.raises(DataError, match=r"data\.source data/new\.jsonl is tracked neither by git nor .* a search"):
+        search.run_search(own.root, [], 2, None, 60.0)
+    (own.root / "data" / "new.jsonl").touch()
+    own.git("add", "data")
+    assert search.run_search(own.root, [], 2, None, 60.0) == []
+
+
 def test_a_registered_version_takes_untracked_data_along(own: Any) -> None:
     number = own.register()["version"]
     commit = Git(own.root).run("rev-parse", f"docstrings@{number}^{{commit}}").strip()
@@ -49,7 +66,16 @@ def test_a_registered_version_takes_untracked_data_along(own: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "source", ["data/qa.jsonl", "data/rows", "data/rows/", "data/kept/a.jsonl", "/elsewhere/a.jsonl"]
+    "source",
+    [
+        "data/qa.jsonl",
+        "data/rows",
+        "data/rows/",
+        "./data/qa.jsonl",
+        "data/./rows",
+        "data/kept/a.jsonl",
+        "/elsewhere/a.jsonl",
+    ],
 )
 def test_what_git_or_dvc_has_is_enough(own: Any, source: str) -> None:
     git = Git(own.root)

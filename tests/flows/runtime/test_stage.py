@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -92,6 +93,12 @@ def test_a_full_disk_is_known_by_its_text_and_through_other_errors() -> None:
     wrapped.__cause__ = OSError(errno.EDQUOT, "quota")
     assert stage.is_disk_full(wrapped)
     assert not stage.is_disk_full(OSError(errno.ENOENT, "no such file"))
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "flows" / "stages").glob("*.py")), ids=lambda file: file.stem)
+def test_a_stage_that_runs_as_main_logs_by_a_name_below_flows(file: Path) -> None:
+    """`logs.set_up` shows information of such names only."""
+    assert set(re.findall(r"getLogger\((.*?)\)", file.read_text())) <= {f'"flows.{file.stem}"'}
 
 
 def test_a_variable_that_is_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:

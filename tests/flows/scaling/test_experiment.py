@@ -1,6 +1,7 @@
 """A trial: one run with other parameters as a DVC experiment."""
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from flows.errors import StageError
+from flows.scaling import experiment
 from flows.scaling.experiment import EXPERIMENTS, run_experiment
 
 
@@ -36,6 +38,30 @@ def test_a_trial_of_a_sweeps_agent_has_its_runs_name_and_counts_once(
     assert project.git("tag", "--list") == "", "nothing is registered"
     (counted,) = json.loads(project.paths.trials.read_text()).values()
     assert len(counted) == 1
+
+
+@pytest.mark.parametrize("name", [None, "mine"])
+def test_a_trial_that_ends_meanwhile_is_not_taken_for_this_one(
+    project: Any, monkeypatch: pytest.MonkeyPatch, name: str | None
+) -> None:
+    project.make()
+    project.git("add", "--force", "dvc.lock")
+    own, other = (project.git("commit-tree", project.git("write-tree").strip(), "-m", words).strip() for words in "ab")
+    head = project.git("rev-parse", "HEAD").strip()
+    noted = []
+
+    def dvc(command: list[str], **_: Any) -> Any:
+        given = command[command.index("--name") + 1]
+        for commit, of in ((own, given), (other, "zz-other"), (other, "aa-other")):
+            project.git("update-ref", f"refs/exps/{head[:2]}/{head[2:]}/{of}", commit)
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(experiment, "subprocess", SimpleNamespace(run=dvc))
+    monkeypatch.setattr(experiment, "note_trial", lambda _, lock, params: noted.append((lock, params)))
+    chosen = run_experiment(project.root, [], name)
+    assert project.git("rev-parse", f"refs/exps/{head[:2]}/{head[2:]}/{chosen}").strip() == own
+    assert chosen == name or (name is None and chosen.startswith("trial-"))
+    assert len(noted) == 1
 
 
 @pytest.mark.slow

@@ -1,12 +1,14 @@
 """One trial of a sweep, apart from the user's files."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from sweep_cases import worked
 
 from flows.runtime.project import dvc, stage_order
+from flows.scaling import trial as module
 from flows.scaling.trial import SweepSettings, run_trial, snapshot
 
 
@@ -27,6 +29,24 @@ def test_a_trial_takes_files_as_they_are_and_leaves_them_so(swept: Any) -> None:
     dvc(swept.root, "repro", "make")
     assert worked(swept) == ["0.002 4"]
     assert json.loads(swept.paths.training_summary.read_text())["best_validation_loss"] == pytest.approx(2.04)
+
+
+def test_data_with_names_beyond_ascii_are_taken_from_dvc(swept: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "größe \u2028.jsonl.dvc"
+    (swept.root / name).write_text("outs: []\n")
+    swept.git("add", name)
+    checked_out: list[str] = []
+
+    def dvc(_: Path, command: str, *names: str) -> None:
+        assert command == "checkout"
+        checked_out.extend(names)
+
+    monkeypatch.setattr(module, "dvc", dvc)
+    monkeypatch.setattr(module, "stage_order", lambda *_: [])
+    swept.paths.training_summary.parent.mkdir(parents=True, exist_ok=True)
+    swept.paths.training_summary.write_text("{}")
+    module._trained(swept.root, SweepSettings(swept.root, "HEAD", 60.0), (), module._Watch(None))
+    assert checked_out == [name]
 
 
 LOGGING_STAGE = """\

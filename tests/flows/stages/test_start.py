@@ -1,12 +1,17 @@
 """The start stage: nothing, or a version's adapter as it was registered."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pytest
+from datasets import Dataset
 from pyarrow import parquet
 
+from flows.data.encoders import COLUMNS, Kind
+from flows.data.tokens import AnswerTokens, AnyTokens, PairTokens, RetrievalTokens, TagTokens, TargetTokens, TextTokens
+from flows.data.tokens import Tokens as ChatTokens
 from flows.errors import RegistryError
 from flows.paths import Paths
 from flows.runtime.worktree import worktree_at
@@ -69,3 +74,28 @@ def test_a_version_that_is_unknown_or_damaged_leaves_what_was_there(project: Any
     with pytest.raises(RegistryError, match="is not what was registered"):
         start.run(with_start(project, "v0.1.0"), project.paths)
     assert project.paths.start_adapter.is_dir()
+
+
+CHAT = ChatTokens([1, 2], [-100, 2], 1, "question", "answer")
+PREPARED: dict[Kind, AnyTokens] = {
+    "chat": CHAT,
+    "text": CHAT,
+    "preference": PairTokens("question", "answer", "other", 1, [([1, 2], [-100, 2]), ([1, 3], [-100, 3])]),
+    "unpaired_preference": AnswerTokens([1, 2], [-100, 2], 1, "question", "answer", True),
+    "classification": TextTokens("question", [1], 0, "answer"),
+    "token_classification": TagTokens(["question"], ["answer"], [1], [0]),
+    "seq2seq": TargetTokens("question", "answer", [1], [2]),
+    "retrieval": RetrievalTokens("question", "answer", ["other"], [1], [2], [[3]]),
+}
+"""{kind: a row as the prepare stage writes it}"""
+
+
+@pytest.mark.parametrize("kind", COLUMNS)
+def test_rows_of_each_kind_have_a_question_and_an_answer(kind: Kind, tmp_path: Path) -> None:
+    tokens = PREPARED[kind]
+    origin = {"id": tokens.id, "group": "all", "slice": "all", "weight": 1.0}
+    values = tokens.columns() | origin
+    row = {name: [values[name]] for name in COLUMNS[kind]}
+    Dataset.from_dict(row, features=COLUMNS[kind]).to_parquet(tmp_path / "train.parquet")
+    learned = start._texts(tmp_path / "train.parquet", "docstrings@v0.1.0")
+    assert learned.to_pylist() == [{"question": "question", "answer": "answer"}]

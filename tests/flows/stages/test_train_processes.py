@@ -129,7 +129,7 @@ def test_a_run_of_accelerate_says_which_process_was_killed_and_goes_on(
     assert again.returncode == 0, said
     began = re.search(r"train: +\d+%, (\d+) of 64 steps", said)
     assert began is not None and int(began[1]) >= 8  # the checkpoint of 12 may have been half written
-    assert said.count(f"flows.stages.train: resuming from step {began[1]} of 64") == 1
+    assert said.count(f"flows.train: resuming from step {began[1]} of 64") == 1
     assert [(r["step"], r["loss"], r["validation_loss"]) for r in log_of(prepared)] == records
     for name, tensor in whole.items():
         assert torch.equal(adapter(prepared)[name], tensor)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from transformers import T5Config
 
 from flows.base.model import load_for_inference
 from flows.errors import StageError
@@ -60,6 +61,18 @@ def load_for_inference_of(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_base_that_is_no_decoder_of_transformers_is_refused(
+    prepared: Paths, tiny_params: Callable[..., Params], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Classifiers of such bases can be trained, so params.yaml alone does not show it."""
+    T5Config().save_pretrained(prepared.base)
+    monkeypatch.setattr(calibration, "check_base", lambda _: None)
+    Dataset.from_list([LABELLED] * 16).to_parquet(prepared.split("train"))
+    run = tiny_params(quantization=CALIBRATION, data={"kind": "classification"}, train={"objective": "classification"})
+    with pytest.raises(StageError, match=r"calibration\.method is rounding, .* base\.source is a t5; give method none"):
+        save_calibrated_base(run, prepared, tmp_path)
 
 
 def test_too_few_rows_leave_the_earlier_folder(

@@ -1,6 +1,7 @@
 """LoftQ through params.yaml: on a quantised base the adapter starts at what quantising lost."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,9 +9,11 @@ import torch
 from flows.base.model import load_dequantized, load_original
 from flows.data.rows import read_rows
 from flows.errors import StageError
+from flows.params import Params
 from flows.paths import Paths
 from flows.stages import train
-from peftcore import PeftModel
+from flows.training.loftq import attach_adapter
+from peftcore import LoraConfig, PeftModel
 from peftcore.injection.adapter_set import adapter_set
 
 STANDING_STILL = {"max_steps": 1, "learning_rate": 1e-12, "evaluations": 1}
@@ -43,6 +46,21 @@ def test_what_the_storage_does_not_fit_is_refused(prepared: Paths, tiny_params, 
     with pytest.raises(StageError, match=rf"loftq_config is {wrong}.*storage is {storage}.*to none"):
         train.run(params, prepared)
     assert not prepared.adapter.exists()
+
+
+@pytest.mark.parametrize(
+    ("method", "key"),
+    [
+        ({"init": "loftq"}, "method.init"),
+        ({"options": {"init_lora_weights": "loftq"}}, "method.options.init_lora_weights"),
+    ],
+)
+def test_a_base_without_the_weights_before_is_refused_by_the_key_that_was_set(method: dict, key: str) -> None:
+    params = Params.model_validate(
+        {"base": {"source": "path:a.gguf"}, "quantization": {"storage": "gguf"}, "method": method}
+    )
+    with pytest.raises(StageError, match=rf"^{key} is loftq, .*; give another {key}, or storage nf4$"):
+        attach_adapter(params, None, LoraConfig(init_lora_weights="loftq"), Path())
 
 
 def test_the_adapter_starts_at_what_quantising_lost_in_the_outputs(prepared: Paths, tiny_params) -> None:

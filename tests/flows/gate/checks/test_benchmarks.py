@@ -46,6 +46,8 @@ def test_without_benchmarks_there_is_no_check(good: Candidate) -> None:
 def test_the_bound_is_the_drop_and_both_standard_errors(good: Candidate) -> None:
     ours = with_benchmark(good, figures(0.48, 0.02), figures(0.5, 0.01))
     bound = 0.02 + 1.6448536 * math.hypot(0.02, 0.01)  # the 95th percentile of the normal distribution
+    high = judge(ours, champion={"max_loss_regression": 1.0, "confidence": 0.995})
+    assert ", 99.5% upper bound " in check(high, NAME)
     refused = judge(ours, max_benchmark_drop=bound - 1e-4)
     assert f"drop against the base (acc 0.5000 ± 0.0100) +0.0200, 95% upper bound {bound:+.4f}" in reason(refused)
     assert judge(ours, max_benchmark_drop=bound + 1e-4).passed

@@ -20,6 +20,12 @@ def test_forgetting_is_judged_by_the_upper_bound(make: Callable[..., Candidate])
     assert judge(replace(candidate, control=control_set(5.0)), max_forgetting=None).passed
 
 
+def test_a_high_confidence_is_not_shown_as_certainty(make: Callable[..., Candidate]) -> None:
+    candidate = replace(make(control={"rows": 8}), control=control_set(0.05, 0.01))
+    _, detail = forgetting(candidate, Gate.model_validate({"champion": {"confidence": 0.995}}), seed=1)
+    assert ", 99.5% upper bound " in detail
+
+
 def test_what_was_not_measured_is_said_and_what_was_lost_is_refused(make: Callable[..., Candidate]) -> None:
     old = make()
     old = replace(old, metrics={key: value for key, value in old.metrics.items() if key != "control"})

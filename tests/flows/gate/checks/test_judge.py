@@ -67,6 +67,8 @@ def test_won_prompts_pass_and_the_report_keeps_the_figures(good: Candidate) -> N
     assert "compared 10 answers with those of v0.1.0 in both orders: 10 won, 0 lost, 0 tied" in detail
     assert "win rate 1.000, 95% lower bound 0.741, to be above 0.4" in detail  # 0.05 ** (1 / 10)
     assert "the first answer got 50% of the choices" in detail
+    high = judge(good, against(good, scripted), **RULE | {"judge": RULE["judge"] | {"confidence": 0.995}})
+    assert ", 99.5% lower bound " in check(high, "judge")
     (kept,) = [one["figures"] for one in report.as_dict()["checks"] if "figures" in one]
     assert kept["won"] == 10 and kept["identity"] == {"callable": "c"}
     assert GateReport.from_dict(report.as_dict()) == report
