@@ -99,7 +99,7 @@ def model_after_prefix(model: Any, texts: Sequence[Sequence[int]], most: int) ->
         return None
     shortest = torch.tensor([list(min(texts, key=len))], device=model.device)
     cache = getattr(model(input_ids=shortest[:, :length], use_cache=True), "cache", None)
-    layers = cache.layers if isinstance(cache, DynamicCache) else []
+    layers: list[Any] = cache.layers if isinstance(cache, DynamicCache) else []
     if not layers or any(type(layer) is not DynamicLayer or layer.get_seq_length() != length for layer in layers):
         return None  # a window, a recurrent state, or virtual tokens
     after = ModelAfterPrefix(model, [(layer.keys, layer.values) for layer in layers])
@@ -108,7 +108,8 @@ def model_after_prefix(model: Any, texts: Sequence[Sequence[int]], most: int) ->
 
 def _common(texts: Sequence[Sequence[int]]) -> int:
     """Return how many first tokens are the same in all texts."""
-    first, last = list(min(texts)), list(max(texts))  # the two that differ first, because lists compare by elements
+    lists = [list(text) for text in texts]
+    first, last = min(lists), max(lists)  # the two that differ first, because lists compare by elements
     return next((i for i, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first))
 
 

@@ -122,5 +122,6 @@ def at_look(gate: Gate, look: Look | None) -> Gate:
 
 
 def percent(confidence: float) -> str:
-    """Return a confidence in percent, with two significant digits of its distance from 100 %."""
-    return f"{confidence:.{max(0, -floor(log10(1 - confidence)) - 2)}%}"
+    """Return a confidence in percent, with up to two significant digits of its distance from 100 %."""
+    digits = max(0, -floor(log10(1 - confidence)) - 1)
+    return f"{round(100 * confidence, digits):.10g}%"

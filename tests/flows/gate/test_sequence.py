@@ -70,8 +70,8 @@ def test_a_look_makes_the_comparison_stricter_and_never_laxer() -> None:
 
 
 def test_percents_show_how_far_they_are_from_all() -> None:
-    assert [percent(one) for one in (0.8, 0.95, 0.99, 0.999, 0.99904, 0.999968)] == [
-        "80%", "95%", "99%", "99.9%", "99.90%", "99.997%",
+    assert [percent(one) for one in (0.8, 0.95, 0.975, 0.99, 0.999, 0.99904, 0.999968)] == [
+        "80%", "95%", "97.5%", "99%", "99.9%", "99.904%", "99.9968%",
     ]  # fmt: skip
 
 
