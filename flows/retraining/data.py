@@ -95,7 +95,7 @@ class Source:
     @property
     def place(self) -> Path:
         """Path of the source in the working tree."""
-        return self.tree / self.name
+        return self.tree / Path(self.name).expanduser()
 
     @property
     def manifest(self) -> str:

@@ -211,7 +211,7 @@ def test_text_files_are_rows_of_texts_alone(tmp_path: Path) -> None:
         assert list(Source(params, tmp_path, tmp_path)._files()) == names
 
 
-@pytest.mark.parametrize("place", ["absolute", "link"])
+@pytest.mark.parametrize("place", ["absolute", "home", "link"])
 @pytest.mark.parametrize("reason", ["excluded", "waiting"])
 def test_no_file_outside_the_working_tree_is_deleted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, reason: str
@@ -225,7 +225,8 @@ def test_no_file_outside_the_working_tree_is_deleted(
     (tree / "data" / "rows").symlink_to(rows)
     monkeypatch.setattr(data, "Git", lambda _: None)
     monkeypatch.setattr(data, "check_source_is_tracked", lambda *_: None)
-    section = {"source": str(rows) if place == "absolute" else "data/rows"}
+    monkeypatch.setenv("HOME", str(tmp_path))
+    section = {"source": {"absolute": str(rows), "home": "~/srv/rows", "link": "data/rows"}[place]}
 
     def collected(untrusted_rows: str, excluded: dict[str, str]) -> Collected:
         params = Params.model_validate({"data": section, "retrain": {"untrusted_rows": untrusted_rows}})
