@@ -106,7 +106,8 @@ def _read(data: Data, root: Path) -> tuple[list[AnyExample], list[str]]:
             )
         if not path.resolve().is_relative_to((root / WATCHED).resolve()):
             log.warning(
-                "data.source %s is outside %s/, which DVC watches: after changing it, run `peftcore stage prepare --force`",
+                "data.source %s is outside %s/, which DVC watches; after changing it, run "
+                "`peftcore stage prepare --force`",
                 data.source,
                 WATCHED,
             )
