@@ -98,7 +98,7 @@ def model_after_prefix(model: Any, texts: Sequence[Sequence[int]], most: int) ->
     if length < LEAST_TOKENS:
         return None
     shortest = torch.tensor([list(min(texts, key=len))], device=model.device)
-    cache = getattr(model(input_ids=shortest[:, :length], use_cache=True), "cache", None)
+    cache = getattr(model(input_ids=shortest[:, :length], use_cache=True, **_last_logits(model)), "cache", None)
     layers: list[Any] = cache.layers if isinstance(cache, DynamicCache) else []
     if not layers or any(type(layer) is not DynamicLayer or layer.get_seq_length() != length for layer in layers):
         return None  # a window, a recurrent state, or virtual tokens
@@ -113,17 +113,26 @@ def _common(texts: Sequence[Sequence[int]]) -> int:
     return next((i for i, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first))
 
 
+def _last_logits(model: nn.Module) -> dict[str, int]:
+    """Return the argument with which a model computes the logits of the last token only; {} if it has none.
+
+    The logits of a long prompt would take more memory than the rest of the forward.
+    """
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+
 def _computes_the_same(after: ModelAfterPrefix, text: Tensor) -> bool:
     """Return True if the last token of a text (1, P + T) has the same logits, up to rounding, after the prefix."""
     model: Any = after.module
+    options: dict[str, Any] = _last_logits(model)
     rest = text[:, after.length :]
     padded, mask = F.pad(rest, (_PADDING, 0)), F.pad(torch.ones_like(rest), (_PADDING, 0))
     positions: dict[str, Any] = {}
     if "position_ids" in inspect.signature(model.forward).parameters:
         positions["position_ids"] = (after.length + mask.cumsum(1) - 1).clamp(min=0)
     outputs = (
-        model(input_ids=text, attention_mask=torch.ones_like(text), use_cache=False),
-        after(padded, mask, **positions),
+        model(input_ids=text, attention_mask=torch.ones_like(text), use_cache=False, **options),
+        after(padded, mask, **positions, **options),
     )
     whole, resumed = (output.logits[0, -1].double() for output in outputs)
     narrow = min(model.dtype.itemsize, outputs[0].logits.dtype.itemsize) < 4

@@ -199,6 +199,13 @@ def test_what_is_taken_apart() -> None:
     assert rests[0]["labels"][1] != -100 == rests[0]["labels"][0]
 
 
+def test_the_check_computes_the_logits_of_last_tokens_only() -> None:
+    model, positions = made(llama), list[int]()
+    model.get_output_embeddings().register_forward_hook(lambda head, given, y: positions.append(y[..., 0].numel()))
+    assert isinstance(share_prefix(model, rows())[0], ModelAfterPrefix)
+    assert positions == [1, 1, 1], "the prefix, a whole text, and the same text after the prefix"
+
+
 def test_little_in_common_is_not_taken_apart() -> None:
     model = made(llama)
     assert share_prefix(model, rows(7))[0] is model
