@@ -36,7 +36,8 @@ class Failure(NamedTuple):
 
 def pass_at_k(answers: int, passed: int, k: int) -> float:
     """Return the estimated probability that at least one of k answers passes, from `passed` of `answers` (n >= k)."""
-    return 1 - math.comb(answers - passed, k) / math.comb(answers, k)
+    # one division of integers, whose rounding is that of a limit such as 0.2; 1 - 4/5 is below it
+    return (math.comb(answers, k) - math.comb(answers - passed, k)) / math.comb(answers, k)
 
 
 def suite_failures(result: Mapping[str, Any]) -> list[Failure]:

@@ -122,7 +122,7 @@ class ChatTokenizer:
             length -= excess
             if length <= 0:
                 return None
-            shorter = {"role": "user", "content": content[: offsets[length - 1][1]]}
+            shorter = messages[index] | {"content": content[: offsets[length - 1][1]]}
             messages = [*messages[:index], shorter, *messages[index + 1 :]]
 
     def _supervised(self, messages: list[Message], since: int) -> list[int]:

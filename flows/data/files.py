@@ -4,6 +4,8 @@ import csv
 import itertools
 import json
 import logging
+import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -141,6 +143,8 @@ def _csv(path: Path, name: str) -> Iterator[Row]:
             header = next(_lines(file, name), "")
             file.seek(0)
             rows = csv.DictReader(_lines(file, name), strict=True, delimiter=_delimiter(header))
+            if repeated := [one for one, count in Counter(rows.fieldnames or ()).items() if one and count > 1]:
+                raise DataError(f"{name}:1: several columns are called {', '.join(repeated)}; rename all but one")
             for row in rows:
                 line = rows.line_num
                 if None in row or None in row.values():
@@ -193,8 +197,8 @@ def _conll(path: Path, name: str) -> Iterator[Row]:
     try:
         with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(itertools.chain(_lines(file, name), [""]), start=1):
-                columns = line.split()
-                if not columns or columns[0] == _DOCUMENT:
+                columns = re.split("[ \t]+", line.strip())  # a no-break space may be part of a word, such as 10 000
+                if columns[0] in ("", _DOCUMENT):
                     if words:
                         yield f"{name}:{begin}", {"tokens": words, "tags": tags}
                     words, tags = [], []

@@ -125,7 +125,7 @@ def check_data(value: Any, subject: str) -> None:
 def close_to_known(field: str) -> str:
     """Return a hint at the known field that a name may misspell; "" if none is near."""
     near = get_close_matches(field.strip().lower(), KNOWN, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    return f"; did you mean {near[0]}?" if near and near[0] != field else ""
 
 
 def _parts(value: Any) -> Iterable[Any]:

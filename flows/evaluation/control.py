@@ -113,7 +113,7 @@ def _read(root: Path, source: str) -> Sequence[str]:
             WATCHED,
         )
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".txt":
             return [text.strip() for text in content.split("\n\n")]
         texts = [json.loads(line)["text"] for line in content.split("\n") if line.strip()]

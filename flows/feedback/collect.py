@@ -14,6 +14,7 @@ from pyarrow import parquet
 
 from flows.base.folder import load_tokenizer
 from flows.data.encoders import encoder_of
+from flows.data.files import read_rows
 from flows.data.sources import as_example
 from flows.errors import DataError
 from flows.feedback.ratings import Policy, verdicts
@@ -85,6 +86,10 @@ def collect(
         rows, compared_with = _without_test_rows(rows, *project)
     if rows.rows:
         path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            path.touch(exist_ok=False)
+        except FileExistsError as error:  # another process has chosen the same name meanwhile
+            raise DataError(f"{path} exists already; run this again, or give another name") from error
         write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.rows))
     labels = Counter(str(row["label"]).lower() for row in rows.rows if "label" in row)
     return Report(
@@ -144,16 +149,8 @@ def _check_project(params: Params, kind: FeedbackKind) -> None:
 
 def _known_requests(path: Path) -> set[str]:
     """Return the requests of earlier files in the folder of `path`."""
-    known = set[str]()
-    for earlier in sorted(path.parent.glob("*.jsonl")):
-        for number, line in enumerate(earlier.read_text(encoding="utf-8").split("\n"), start=1):
-            try:
-                row = json.loads(line) if line.strip() else {}
-            except ValueError as error:
-                raise DataError(f"{earlier}:{number}: not JSON ({error}); correct or remove the line") from error
-            if isinstance(row, dict) and "request_id" in row:
-                known.add(row["request_id"])
-    return known
+    files = sorted(path.parent.glob("*.jsonl"))
+    return {row["request_id"] for file in files for _, row in read_rows(file, str(file)) if "request_id" in row}
 
 
 def _without_test_rows(rows: Rows, params: Params, paths: Paths) -> tuple[Rows, int | None]:

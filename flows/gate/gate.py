@@ -23,7 +23,7 @@ from flows.gate.checks.forgetting import forgetting
 from flows.gate.checks.judge import judged
 from flows.gate.checks.measured import evaluation_settings
 from flows.gate.checks.suites import prompt_suite
-from flows.gate.sequence import at_look
+from flows.gate.sequence import at_look, look_result
 from flows.params import Gate, Merge
 
 DECISIVE = frozenset(
@@ -130,7 +130,8 @@ def evaluate_gate(candidate: Candidate, champion: Champion | None, gate: Gate, m
         accuracy = ("accuracy", partial(figures.figure, candidate, "adapter", "accuracy", gate.min_accuracy))
         checks.insert([name for name, _ in checks].index("against the champion"), accuracy)
     if look is not None:
-        sequence = ("looks", lambda: (True, look.in_words(gate.sequence)))
+        has_comparison = champion is not None and not against.is_same_adapter(candidate, champion)
+        sequence = ("looks", lambda: look_result(look, gate.sequence, has_comparison))
         checks.insert([name for name, _ in checks].index("against the champion"), sequence)
     results: list[Check] = []
     for name, check in checks:

@@ -74,7 +74,8 @@ def reevaluate_champion(
         if not unlearned:
             return Reevaluation(_no_rows(), len(rows))
         base = _base(stack, paths, registry, champion, candidate, champion)
-        task = _task(params, registry, champion, base, champion_files.adapter, test, len(rows), labels)
+        version = registry.version(candidate.version)
+        task = _task(params, registry, champion, base, champion_files.adapter, test, len(rows), labels, version)
         losses = _run(task | _metrics(params, paths, candidate))
         return Reevaluation(_selected(losses, unlearned), len(rows) - len(unlearned))
 
@@ -103,7 +104,7 @@ def reevaluate_candidate(
         rows = _texts(test)[: parquet.read_metadata(champion_files.evaluation_rows).num_rows]
         unlearned = _not_learned(paths, registry, version, candidate_files, rows)
         base = _base(stack, paths, registry, champion, candidate, version)
-        task = _task(params, registry, version, base, candidate_files.adapter, test, len(rows), labels)
+        task = _task(params, registry, version, base, candidate_files.adapter, test, len(rows), labels, champion)
         if candidate.metrics["evaluation_set"] == registry.record(champion)["evaluation_set"]:
             task |= _metrics(params, paths, candidate)  # rules and the judge compare on the candidate's rows
         losses = _run(task)
@@ -225,10 +226,12 @@ def _task(
     test: Path,
     rows: int,
     labels: list[str] | None,
+    of_rows: Version,
 ) -> dict[str, Any]:
+    """Return the task of measuring `version` on the test rows of the version `of_rows`."""
     return {
         "version": version.number,
-        "params": measured_with(params, registry, version),
+        "params": _with_passages_of(measured_with(params, registry, version), registry.record(of_rows)["params"]),
         "base": str(base.absolute()),
         "adapter": str(adapter.absolute()),
         "test": str(test.absolute()),
@@ -236,6 +239,21 @@ def _task(
         "rows": rows,
         "labels": labels,
     }
+
+
+def _with_passages_of(measured: dict[str, Any], of_rows: dict[str, Any]) -> dict[str, Any]:
+    """Return a version's parameters with those that give a reranker's test rows the passages of their evaluation.
+
+    Args:
+        measured: the parameters of the version to measure.
+        of_rows: the recorded parameters of the version whose test rows they are.
+    """
+    train = measured["train"]
+    if train["objective"] != "reranker" or of_rows["train"].get("objective") != "reranker":
+        return measured
+    reranker = train["reranker"] | {"negatives": of_rows["train"]["reranker"]["negatives"]}
+    project = measured["project"] | {"seed": of_rows["project"]["seed"]}
+    return measured | {"train": train | {"reranker": reranker}, "project": project}
 
 
 def _metrics(params: Params, paths: Paths, candidate: Candidate) -> dict[str, Any]:

@@ -19,6 +19,8 @@ LATER = 0.1
 """Part of a version's level that is kept for comparisons with later champions."""
 TAIL = 10
 """Resamples of the bootstrap that are expected beyond the bound, at least."""
+MOST_RESAMPLES = 20_000_000
+"""Maximum number of resamples, which take some minutes; smaller levels than TAIL / MOST_RESAMPLES cannot be tested."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,25 @@ def look_of(registry: RegistryReader, version: Version, gate: Gate) -> Look | No
     return Look(number, champion, level, left_after(sequence, number))
 
 
+def look_result(look: Look, sequence: LookSequence, has_comparison: bool) -> tuple[bool, str]:
+    """Return (passed, detail) of the check that the level of a look can be tested.
+
+    Each champion that a version meets leaves a tenth of the level, so the level of an old version may be too small.
+
+    Args:
+        look: the version's look.
+        sequence: the section `gate.sequence`.
+        has_comparison: the version is compared with a champion.
+    """
+    words = look.in_words(sequence)
+    if not has_comparison or look.level * MOST_RESAMPLES >= TAIL:
+        return True, words
+    return False, (
+        f"{words}; the level is too small for a bootstrap of {MOST_RESAMPLES:,} resamples, so nothing can be shown at "
+        "it; train a new version, or give back a stage that this version had by `peftcore rollback --to`"
+    )
+
+
 def at_look(gate: Gate, look: Look | None) -> Gate:
     """Return the limits with the confidence of a look, for the comparisons with the champion on test rows.
 
@@ -116,7 +137,7 @@ def at_look(gate: Gate, look: Look | None) -> Gate:
         return gate
     rule = gate.champion
     confidence = max(rule.confidence, 1 - look.level)
-    resamples = max(rule.resamples, ceil(TAIL / (1 - confidence)))
+    resamples = max(rule.resamples, min(MOST_RESAMPLES, ceil(TAIL / max(1 - confidence, TAIL / MOST_RESAMPLES))))
     champion = rule.model_copy(update={"confidence": confidence, "resamples": resamples})
     return gate.model_copy(update={"champion": champion})
 

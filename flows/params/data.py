@@ -13,7 +13,9 @@ DEMONSTRATION = "stdlib:docstrings"
 DEMONSTRATION_PROMPT = "You write the one-line summary of Python functions."
 """The default `data.system_prompt` of the demonstration; other sources have none."""
 OF_TURNS = {"supervise": "all", "reasoning": "all", "ignored_fields": [], "system_prompt": None}
-"""{option for turns: its value for texts}"""
+"""{option for turns: its value for rows without turns}"""
+WITHOUT_TURNS = ("text", "retrieval", "classification", "token_classification", "seq2seq")
+"""Values of `data.kind` whose rows have no turns."""
 NEEDED_FIELDS = ("role", "from", "content", "value", "train", "weight")
 """Fields of a turn that `data.ignored_fields` cannot name."""
 
@@ -178,12 +180,10 @@ class Data(Section):
         return self
 
     @model_validator(mode="after")
-    def _check_text(self) -> Self:
-        if self.kind not in ("text", "retrieval"):
-            return self
-        for key, default in OF_TURNS.items():
+    def _check_turns(self) -> Self:
+        for key, default in OF_TURNS.items() if self.kind in WITHOUT_TURNS else ():
             if (value := getattr(self, key)) != default:
-                shown = {None: "null"}.get(default, default)
+                shown = "null" if default is None else default
                 raise invalid_value(f"data.kind is {self.kind}, which has no turns; give {shown}", key, value)
         if self.kind == "text" and self.overlong != "drop":
             expected = "data.kind is text, and texts are cut into rows of max_length tokens; give drop"

@@ -132,6 +132,15 @@ class RegistryReader(ABC):
         ]
         return sorted(versions, key=lambda version: version.parts)
 
+    def is_withdrawn(self, version: Version) -> bool:
+        """Return True if a tag at the version's own commit withdraws it.
+
+        A tag at another commit withdraws another version of the same number, which two clones have given at once.
+        """
+        number = version.number.removeprefix("v")
+        tags = [event.tag for event in self._deciding() if event.version == number and event.cancelled]
+        return any(tag.commit == version.commit for tag in tags)
+
     def version(self, number: str) -> Version:
         """Return the version with a number such as v0.1.0. Raises RegistryError that lists the versions there are."""
         versions = {version.number: version for version in self.versions()}

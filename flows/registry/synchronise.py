@@ -49,7 +49,8 @@ def _synchronise(registry: Registry, remote: str) -> dict[str, str]:
         if name not in local_tags:
             registry.git.set_reference(f"refs/tags/{name}", digest, before=None)
     clashing = {name for name, digest in remote_tags.items() if local_tags.get(name, digest) != digest}
-    displaced = [version for version in registry.versions() if version.tag in clashing] if clashing else []
+    ours = registry.versions_ever() if clashing else []
+    displaced = [version for version in ours if version.tag in clashing and not registry.is_withdrawn(version)]
     # before their tags are replaced, so that an error or a kill in between loses no version
     renumbered = {version.number: _register_again(registry, version, clashing) for version in displaced}
     for name in sorted(clashing):

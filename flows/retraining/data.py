@@ -246,8 +246,9 @@ class Source:
         folder = (self.root / Path(incoming).expanduser()).resolve()
         if not folder.is_dir():
             raise DataError(f"retrain.incoming {incoming}: there is no folder {folder}; make it, or give another")
-        inside = self.is_path and self.name.startswith("data/") and not Path(self.name).suffix
-        if not inside:
+        data = (self.tree / "data").resolve()
+        is_inside = self.is_path and not Path(self.name).suffix and data in self.place.resolve().parents
+        if not is_inside:
             raise DataError(
                 f"data.source is {self.name}, but with retrain.incoming it has to be a folder below data/, to which "
                 f"incoming files are copied; give {INCOMING_SOURCE}"

@@ -8,7 +8,8 @@ REQUEST is a JSON file with these keys:
         null
     out: the JSON file to write
 
-A champion of another base or another kind of rows is not measured. Rows with classes unknown to the champion are
+A champion of another base or another kind of rows is not measured, nor one of embeddings: their loss grows with the
+number of passages, and a new file has another number than the test rows. Rows with classes unknown to the champion are
 skipped. The process runs in the pipeline's folder, as a stage does, after the base has been fetched.
 """
 
@@ -76,7 +77,7 @@ def run(params: Params, paths: Paths) -> None:
     }
     if champion := request["champion"]:
         champion_params, root = Params.model_validate(champion["params"]), Path(champion["root"])
-        if champion_params.data.kind == params.data.kind:
+        if champion_params.data.kind == params.data.kind and champion_params.train.objective != "embedding":
             base = Paths(root).calibrated if champion_params.quantization.is_calibrated else paths.base
             for name, losses in _losses(champion_params, Paths(root), base, new_files, request["rows"]).items():
                 result["files"][name] |= losses

@@ -13,6 +13,7 @@ from flows.params import Params
 from flows.paths import Paths
 from flows.registry.project_registry import registry_of
 from flows.retraining.data import Source, versions_before
+from flows.retraining.tree import only_one
 from peftcore.files import write_atomically
 
 
@@ -45,7 +46,13 @@ def trust(params: Params, paths: Paths, name: str) -> list[str]:
 
     Raises:
         DataError: no such file is excluded or quarantined.
+        BusyError: a retraining runs, whose verdict changes the same lists at its end.
     """
+    with only_one(paths.root):
+        return _trust(params, paths, name)
+
+
+def _trust(params: Params, paths: Paths, name: str) -> list[str]:
     excluded, trusted = read_excluded(paths), read_trusted(paths)
     source = Source(params, paths.root, paths.root)
     before = versions_before(registry_of(params, paths.root).snapshot(), params.gate.stage)

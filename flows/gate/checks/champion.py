@@ -1,7 +1,8 @@
 """Comparison of candidate and champion, row by row: on the candidate's test rows, the champion's rows, and each slice.
 
 If the champion was evaluated on other test rows, each version is re-evaluated on the other version's rows, without rows
-that the version was trained or validated on. Adapters of different bases or different losses cannot be compared.
+that the version was trained or validated on. The same applies to equal rows that were ranked among other passages.
+Adapters of different bases or different losses cannot be compared.
 
 Losses of the same rows can differ between machines and software releases. The base shows how much, because it is the
 same in both evaluations: if its own losses differ, both versions are re-evaluated here.
@@ -220,7 +221,7 @@ def _evaluated_again(candidate: Candidate, champion: Champion, gate: Gate) -> Ch
     and other test rows need an approval.
     """
     same = f"it is the adapter of {champion.version}, evaluated again"
-    if not _has_other_rows(candidate, champion):
+    if not _has_other_file(candidate, champion):
         return True, f"{same} on the same test rows"
     if candidate.approved_by:
         return True, f"{same} on other test rows; approved by {', '.join(candidate.approved_by)}"
@@ -281,7 +282,29 @@ def _free(candidate: Candidate, champion: Champion, gate: Gate) -> str:
 
 
 def _has_other_rows(candidate: Candidate, champion: Champion) -> bool:
+    return _has_other_file(candidate, champion) or _has_other_passages(candidate, champion)
+
+
+def _has_other_file(candidate: Candidate, champion: Champion) -> bool:
     return candidate.metrics["evaluation_set"] != champion.evaluation_set
+
+
+def _has_other_passages(candidate: Candidate, champion: Champion) -> bool:
+    """Return True if rows of the same file were ranked among other passages, so that their values are not comparable.
+
+    An embedding's passages are those of all evaluated rows. The passages of a reranker's row follow from
+    `train.reranker.negatives` if the row has none of its own; their number shows in the row's tokens.
+    """
+    objective = candidate.metrics.get("objective")
+    if objective not in ("embedding", "reranker"):
+        return False
+    ours, theirs = (
+        dict(zip(*(rows[column].to_pylist() for column in ("id", "tokens")), strict=True))
+        for rows in (candidate.rows, champion.rows)
+    )
+    if objective == "embedding":
+        return ours.keys() != theirs.keys()
+    return any(ours[name] != theirs[name] for name in ours.keys() & theirs.keys())
 
 
 def _rows(candidate: Candidate, champion: Champion) -> "tuple[pyarrow.Table, pyarrow.Table, str]":

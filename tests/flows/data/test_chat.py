@@ -100,6 +100,16 @@ def test_a_long_question_is_cut_from_its_end_and_the_answer_stays_whole(tokenize
     assert shorter[0] == messages[0]
 
 
+def test_a_cut_turn_keeps_its_other_fields(tokenizer: PreTrainedTokenizerBase) -> None:
+    content = "message['content']"
+    named = str(tokenizer.chat_template).replace(content, f"message.get('name', '') + {content}")
+    tokenizer.chat_template = named
+    messages = question_and_answer("begin " + "x" * 500, "The answer.", None)
+    messages[0]["name"] = "Ada"
+    shorter = ChatTokenizer(tokenizer).shorten(messages, 120)
+    assert shorter is not None and shorter[0]["name"] == "Ada"
+
+
 def test_a_cut_never_splits_a_character(tokenizer: PreTrainedTokenizerBase) -> None:
     chats = ChatTokenizer(tokenizer)
     messages = question_and_answer("量" * 100, "b", None)

@@ -65,6 +65,7 @@ def test_damaged_parquet_is_refused(tmp_path: Path, content: bytes) -> None:
         ("prompt,completion\na,b\na,b,c,d\n", "3: its columns differ from the header's"),
         ("prompt,completion\na\n", "2: its columns differ from the header's"),
         ('prompt,completion\na,"b\n', r"\d: not CSV in UTF-8"),
+        ("prompt,prompt,completion\na,b,c\n", "1: several columns are called prompt; rename all but one"),
     ],
 )
 def test_bad_csv_is_told_by_its_line(tmp_path: Path, text: str, fault: str) -> None:
@@ -72,6 +73,11 @@ def test_bad_csv_is_told_by_its_line(tmp_path: Path, text: str, fault: str) -> N
     path.write_text(text)
     with pytest.raises(DataError, match=rf"^rows\.csv:{fault}"):
         rows(path)
+
+
+def test_columns_of_csv_without_a_name_may_be_several(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text("prompt,completion,,\na,b,,\n")
+    assert rows(tmp_path / "rows.csv") == [("rows.csv:2", {"prompt": "a", "completion": "b", "": ""})]
 
 
 def test_a_row_of_csv_may_span_lines(tmp_path: Path) -> None:
@@ -135,6 +141,12 @@ wrote VBD O
 
 London\tB-LOC
 """
+
+
+def test_a_no_break_space_is_part_of_a_word_of_conll(tmp_path: Path) -> None:
+    (tmp_path / "rows.conll").write_text("10\u00a0000\tB-NUM\neuros O\n\u00a0\n", encoding="utf-8")
+    expected = {"tokens": ["10\u00a0000", "euros"], "tags": ["B-NUM", "O"]}
+    assert [row for _, row in read_rows(tmp_path, ".", "token_classification")] == [expected]
 
 
 def test_a_conll_file_has_a_row_for_each_sentence(tmp_path: Path) -> None:

@@ -97,7 +97,8 @@ def test_without_a_group_column_a_rows_group_is_its_own_question_wherever_it_sta
     assert len(before) == 20
     write_lines(tmp_path, *rows[::-1])
     write_lines(tmp_path, *rows[:10], name="other.jsonl")
-    assert {example.group for example in read(tmp_path, ".", kind=kind, system_prompt="Be brief.")} == before
+    system_prompt = None if kind == "classification" else "Be brief."
+    assert {example.group for example in read(tmp_path, ".", kind=kind, system_prompt=system_prompt)} == before
 
 
 def test_another_answer_or_spelling_is_of_the_same_group(tmp_path: Path) -> None:

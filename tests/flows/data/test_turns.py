@@ -21,7 +21,7 @@ def test_ignored_fields_are_not_looked_at() -> None:
 
 def test_misspelled_fields_have_a_hint() -> None:
     assert close_to_known("Reasoning_Content") == "; did you mean reasoning_content?"
-    assert close_to_known("zzz") == ""
+    assert close_to_known("zzz") == close_to_known("name") == ""
 
 
 def test_lists_may_be_json() -> None:

@@ -32,6 +32,12 @@ def test_files_of_ones_own(tmp_path: Path) -> None:
     assert control_texts(Control(source="a.txt"), tmp_path) == ["one two", "three\nfour"]
 
 
+@pytest.mark.parametrize(("name", "content"), [("a.txt", "one two"), ("a.jsonl", '{"text": "one two"}')])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str, content: str) -> None:
+    (tmp_path / name).write_text(content, encoding="utf-8-sig")
+    assert control_texts(Control(source=name), tmp_path) == ["one two"]
+
+
 def test_a_file_that_dvc_does_not_watch_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = tmp_path / "project"
     (root / "data").mkdir(parents=True)

@@ -12,6 +12,7 @@ from flows.errors import DataError
 from flows.feedback import collect as module
 from flows.feedback.collect import collect
 from flows.feedback.ratings import Policy
+from flows.feedback.rows import without_known
 from flows.params import Params
 from flows.paths import Paths
 from peftcore.errors import ConfigError
@@ -127,6 +128,33 @@ def test_an_earlier_file_that_is_damaged_is_named(records: Path, tmp_path: Path)
         collect(records, "unpaired_preference", Policy(), tmp_path / "b.jsonl", None)
     with pytest.raises(ConfigError, match="there is no folder"):
         collect(tmp_path / "none", "unpaired_preference", Policy(), tmp_path / "new" / "b.jsonl", None)
+
+
+def test_earlier_files_may_begin_with_a_byte_order_mark_and_those_of_another_encoding_are_named(
+    records: Path, tmp_path: Path
+) -> None:
+    earlier = tmp_path / "a.jsonl"
+    earlier.write_text('{"request_id": "chatcmpl-1"}\n', encoding="utf-8-sig")
+    report = collect(records, "unpaired_preference", Policy(), tmp_path / "b.jsonl", None)
+    assert report.rows_left_out == {"of a request that an earlier file has": 1}
+    earlier.write_bytes('{"text": "ü"}\n'.encode("latin-1"))
+    with pytest.raises(DataError, match=r"a\.jsonl:1: not JSON .*can't decode"):
+        collect(records, "unpaired_preference", Policy(), tmp_path / "c.jsonl", None)
+
+
+def test_a_file_that_another_process_writes_meanwhile_stays(
+    records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "a.jsonl"
+
+    def slow(*arguments: Any) -> Any:
+        out.write_text("another's")
+        return without_known(*arguments)
+
+    monkeypatch.setattr(module, "without_known", slow)
+    with pytest.raises(DataError, match=r"a\.jsonl exists already"):
+        collect(records, "unpaired_preference", Policy(), out, None)
+    assert out.read_text() == "another's"
 
 
 @pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85"])

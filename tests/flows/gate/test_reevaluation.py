@@ -25,6 +25,7 @@ from flows.gate.candidate import Reevaluation
 from flows.gate.promote import promote
 from flows.params import Params, load_params, load_suites
 from flows.paths import Paths
+from flows.registry.reader import Version
 from flows.registry.registered_files import dvc_digest
 from flows.registry.registry import Registry
 from flows.runtime.git import Git
@@ -350,6 +351,25 @@ def test_what_it_started_from_has_taught_it_too(tmp_path: Path, monkeypatch: pyt
     assert [paths.root.name for paths in found] == ["v0.3.0", "v0.2.0", "v0.1.0"]
     known = reevaluation.learned(found[0]) | reevaluation.learned(found[2])
     assert {"train v0.3.0", "val v0.3.0", "train v0.1.0", "val v0.1.0", "v0.1.0-val v0.1.0"} <= known
+
+
+def test_a_reranker_ranks_the_passages_of_the_evaluation_that_it_is_compared_with(tmp_path: Path) -> None:
+    """Two passages are an easier task than five, so both versions have to rank those of one evaluation."""
+    given = {"data": {"source": "data/a.jsonl", "kind": "retrieval"}, "train": {"objective": "reranker"}}
+    records = {}
+    for number, seed, negatives in (("v0.1.0", 1, 4), ("v0.2.0", 2, 8)):
+        train = given["train"] | {"reranker": {"negatives": negatives}, "learning_rate": seed * 1e-4}
+        params = Params.model_validate(given | {"project": {"seed": seed}, "train": train})
+        records[Version(number, f"docstrings@{number}", "0", 0, "")] = {"params": params.model_dump()}
+    champion, candidate = records
+    registry: Any = SimpleNamespace(record=records.__getitem__)
+    of_champion, of_both = (
+        reevaluation._task(Params(), registry, champion, tmp_path, tmp_path, tmp_path, 9, None, rows)["params"]
+        for rows in (champion, candidate)
+    )
+    assert (of_champion["train"]["reranker"]["negatives"], of_champion["project"]["seed"]) == (4, 1)
+    assert (of_both["train"]["reranker"]["negatives"], of_both["project"]["seed"]) == (8, 2)
+    assert of_both["train"]["learning_rate"] == 1e-4, "everything else is the champion's own"
 
 
 def test_a_classified_text_is_what_is_asked(tmp_path: Path) -> None:

@@ -69,6 +69,19 @@ def test_a_look_makes_the_comparison_stricter_and_never_laxer() -> None:
     assert at_look(gate, Look(1, 1, 0.2, 0.0)).champion == gate.champion
 
 
+def test_a_level_that_no_bootstrap_can_test_is_refused_at_once(make: Callable[..., Candidate]) -> None:
+    gate = Gate(sequence=EVEN)
+    looks = [Look(1, met, level_of(EVEN, 1) * part_for(met), 0.04) for met in (4, 5, 20)]
+    assert [at_look(gate, look).champion.resamples for look in looks] == [11_555_556, 20_000_000, 20_000_000]
+    champion = champion_of(make("v0.2.0", loss=2.7))
+    for look in looks[1:]:
+        old = replace(make("v0.1.0", loss=2.0), look=look)
+        report = judge(old, champion, sequence=EVEN)
+        assert "looks: look 1" in reason(report) and "the level is too small" in reason(report)
+        assert "against the champion" not in [one.name for one in report.checks]
+        assert judge(old, sequence=EVEN).passed, "nothing is compared if the stage is free"
+
+
 def test_percents_show_how_far_they_are_from_all() -> None:
     assert [percent(one) for one in (0.8, 0.95, 0.975, 0.99, 0.999, 0.99904, 0.999968)] == [
         "80%", "95%", "97.5%", "99%", "99.9%", "99.904%", "99.9968%",

@@ -124,6 +124,18 @@ def test_a_version_outlives_a_kill_while_it_makes_way(diverged: Any, monkeypatch
     assert numbers(second) == {**numbers(first), "v0.2.0": content[:8]}, "it is registered anew once"
 
 
+def test_a_withdrawal_is_of_the_remote_s_version_and_not_of_another_with_its_number(diverged: tuple[Any, Any]) -> None:
+    first, second = diverged
+    first.git("tag", "--annotate", "--message=withdrawn", "docstrings@v0.1.0!", "docstrings@v0.1.0^{}")
+    first.git("push", "--quiet", "origin", "--tags")
+    ours = registry_of(second)
+    (mine,) = ours.versions()
+    assert synchronise(ours, "origin") == {"v0.1.0": "v0.2.0"}
+    assert [(one.number, one.content) for one in ours.versions()] == [("v0.2.0", mine.content)]
+    second.git("tag", "--annotate", "--message=withdrawn", "docstrings@v0.2.0!", "docstrings@v0.2.0^{}")
+    assert ours.is_withdrawn(ours.versions_ever()[-1]) and ours.versions() == []
+
+
 def test_a_version_that_cannot_be_registered_anew_keeps_its_tag(two: Any) -> None:
     first, second = two
     first.register(weight=1.0)

@@ -491,6 +491,7 @@ def test_one_at_a_time(weekly: Any) -> None:
     ("change", "error", "words"),
     [
         (("source: data/rows", "source: stdlib:docstrings"), DataError, "has to be a folder below data/"),
+        (("source: data/rows", "source: data/../flows"), DataError, "has to be a folder below data/"),
         (("incoming: ", "incoming: /nowhere"), DataError, "there is no folder"),
         (("hashed}", "filled}\ntracking: {mode: disabled}"), ParamsError, "data.assignment: hashed"),
     ],

@@ -113,6 +113,19 @@ def test_wrong_rows_of_every_kind_show_in_the_champions_loss(
     assert "loss" not in measured(params, tiny_params(), files)["files"]["more.jsonl"]
 
 
+def test_losses_among_another_number_of_passages_are_not_compared(
+    tmp_path: Path, tiny_base: Path, tiny_params: Any, measured: Any
+) -> None:
+    files = {
+        name: [{"query": f"How much is {n} and 1?", "positive": f"{n + 1}."} for n in numbers]
+        for name, numbers in (("older.jsonl", range(30)), ("more.jsonl", range(30, 40)))
+    }
+    data = {"source": "rows", "kind": "retrieval", "group_column": None, "slice_column": None}
+    params = tiny_params(data=data, train={"objective": "embedding"})
+    found = measured(params, params, files)["files"]["more.jsonl"]
+    assert found["rows"] == 10 and "divergence" in found and "loss" not in found
+
+
 def test_limits_are_passed_beyond_what_chance_allows() -> None:
     rule = Drift(max_loss_gap=1.0, max_divergence=0.5)
     assert _passed({"loss": 3.9, "loss_error": 0.1}, rule, 2.5) == (

@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
-from flows.errors import DataError
+from flows.errors import BusyError, DataError
 from flows.registry.reader import Version
 from flows.retraining import trust as lists
 from flows.retraining.data import Source, has_been_tried, note_tried
+from flows.retraining.tree import only_one
 from flows.retraining.trust import exclude, read_excluded, read_trusted, trust
 
 ONE, TWO, THREE = "1" * 64, "2" * 64, "3" * 64
@@ -70,6 +71,13 @@ def test_a_file_that_a_version_was_not_evaluated_by_can_be_trusted_once(
     assert read_trusted(clone.paths) == {TWO: "week2.jsonl"} and read_excluded(clone.paths) == {}
     with pytest.raises(DataError, match=r"week2\.jsonl is neither excluded nor quarantined; these files are: none"):
         trust(clone.params, clone.paths, "week2.jsonl")
+
+
+def test_a_running_retraining_whose_end_changes_the_lists_is_waited_for(clone: Any) -> None:
+    exclude(clone.paths, {"week2.jsonl": ONE}, "by hand")
+    with only_one(clone.root), pytest.raises(BusyError, match=r"a retraining of .* runs already"):
+        trust(clone.params, clone.paths, "week2.jsonl")
+    assert (list(read_excluded(clone.paths)), read_trusted(clone.paths)) == ([ONE], {})
 
 
 def test_another_name_is_refused_with_the_names_that_there_are(clone: Any) -> None:

@@ -4,6 +4,8 @@ import importlib
 import inspect
 import json
 import re
+import subprocess
+import sys
 import uuid
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,19 @@ def test_the_automation_waits_for_more_than_one_heartbeat() -> None:
         one["work_pool"]["job_variables"]["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"] for one in DEPLOYMENTS.values()
     }
     assert automation["trigger"]["within"] >= 2 * int(deployed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["several-machines", "containers"])
+def test_the_guides_give_prefect_options_that_it_has(page: str) -> None:
+    text = (ROOT / "docs" / "how-to" / f"{page}.md").read_text()
+    commands = re.findall(r"^prefect ([a-z-]+) (?:([a-z-]+) )?(.*)$", text, re.MULTILINE)
+    assert commands
+    for group, command, rest in commands:
+        prefect = [sys.executable, "-m", "prefect", group, *([command] if command else []), "--help"]
+        done = subprocess.run(prefect, capture_output=True, text=True, check=True)
+        for option in re.findall(r"--[a-z-]+", rest):
+            assert option in done.stdout, f"prefect {group} {command} has no {option}"
 
 
 @pytest.mark.parametrize("kind", TEMPLATES)

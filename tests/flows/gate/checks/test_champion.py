@@ -121,6 +121,22 @@ def test_nothing_is_measured_for_a_candidate_that_fails_before_or_shares_the_row
     assert measured == []
 
 
+@pytest.mark.parametrize("objective", ["embedding", "reranker"])
+def test_ranks_among_other_passages_are_not_compared(make: Callable[..., Candidate], objective: str) -> None:
+    """Fewer passages are an easier task: no smaller `evaluate.rows` and no smaller `reranker.negatives` may win."""
+    easy, hard = make(loss=2.0, **of_objective(objective, "loss")), champion_of(make("v0.1.0", loss=2.7))
+    hard = replace(hard, loss_function="loss")
+    at = easy.rows.schema.get_field_index("tokens")
+    fewer = pyarrow.array([count - 1 for count in easy.rows["tokens"].to_pylist()], easy.rows["tokens"].type)
+    rows = easy.rows.slice(0, 20) if objective == "embedding" else easy.rows.set_column(at, "tokens", fewer)
+    easy = replace(easy, rows=rows)
+    refused = against_the_champion(easy, hard, Gate(), 0)
+    assert not refused[0] and "v0.1.0 was evaluated on another test set" in refused[1]
+    there = replace(hard, reevaluate_champion=lambda: Reevaluation(easy.rows, 0))
+    passed, detail = against_the_champion(easy, there, Gate(), 0)
+    assert not passed and detail.startswith("loss +0.0000 nats against v0.1.0 on"), detail
+
+
 def test_a_champion_that_has_learned_every_test_row_is_no_measure(make: Callable[..., Candidate]) -> None:
     champion, _ = measured_again(champion_of(make("v0.1.0")), make().rows.slice(0, 0), left_out=40)
     text = reason(judge(make(loss=2.0), champion))
