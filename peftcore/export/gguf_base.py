@@ -13,7 +13,7 @@ from peftcore.errors import ExportError
 from peftcore.export.gguf_folder import ModelFolder
 from peftcore.gguf_files.layout import GgufLayout, layout_of_file
 
-_NOT_COPIED = ("general.architecture", "general.file_type", "general.quantization_version")
+_NOT_COPIED = ("general.architecture", "general.alignment", "general.file_type", "general.quantization_version")
 """Metadata keys that are not copied from the base's file: the exporter writes other values, or leaves the key out."""
 
 
@@ -52,6 +52,12 @@ class _OfFile:
 
     def __init__(self, path: Path):
         self._reader = gguf.GGUFReader(path)
+        parts = self._reader.get_field("split.count")
+        if parts is not None and parts.contents() > 1:
+            raise ExportError(
+                f"{path} is one of {parts.contents()} parts of a model; join them with llama-gguf-split --merge, and "
+                "give the whole file"
+            )
         self.layout = layout_of_file(self._reader)
         self.tensors = [_of_reader(tensor) for tensor in self._reader.tensors]
 

@@ -42,6 +42,7 @@ class Generation:
         sink: The engine's thread calls it with each event; the last event is an error or has a finish reason.
         matcher: Constrains the tokens to a grammar. None: every token is allowed.
         markers: {special token id: its text} of special tokens that are part of the text; other ones are left out.
+        continues: The text continues the prompt's text; False: it is a text of its own, such as a message.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Generation:
         sink: Callable[[Event], None],
         matcher: TokenMatcher | None = None,
         markers: Mapping[int, str] | None = None,
+        continues: bool = False,
     ):
         self.model, self.prompt, self.sampling = model, list(prompt), sampling
         self.row = SampledRow(sampling, sampling.generator(), Counter(), matcher)
@@ -69,7 +71,8 @@ class Generation:
         """True if the client has gone or timed out."""
         self.finished = False
         """True after the last event."""
-        self._text, self._eos_tokens = TextStream(tokenizer, sampling.stop, markers or {}), eos_tokens
+        self._text = TextStream(tokenizer, sampling.stop, markers or {}, self.prompt[-1:] if continues else ())
+        self._eos_tokens = eos_tokens
         self._sink = sink
 
     def push(self, token: int, logprobs: TokenLogprobs | None = None) -> None:

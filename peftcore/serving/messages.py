@@ -86,18 +86,20 @@ def rendered_prompt(tokenizer: Any, messages: Sequence[Message], tools: Sequence
     """
     if not tokenizer.chat_template:
         raise BadRequestError("the base model has no chat template; use /v1/completions")
-    plain = _plain(messages)
-    described = [tool.model_dump(exclude_none=True) for tool in tools]
-    _check_control_tokens(tokenizer, plain, "messages")
-    _check_control_tokens(tokenizer, described, "tools")
-    if any("tool_calls" in one for one in plain):
-        require_tools(tokenizer.get_chat_template(tools=described or None), "tool_calls", "messages")
     try:
+        plain = _plain(messages)
+        described = [tool.model_dump(exclude_none=True) for tool in tools]
+        _check_texts(tokenizer, plain, "messages")
+        _check_texts(tokenizer, described, "tools")
+        if any("tool_calls" in one for one in plain):
+            require_tools(tokenizer.get_chat_template(tools=described or None), "tool_calls", "messages")
         rendered = tokenizer.apply_chat_template(
             plain, tools=described or None, add_generation_prompt=True, return_dict=True
         )
     except TemplateError as error:
         raise BadRequestError(f"the chat template rejects these messages: {error}", "messages") from error
+    except RecursionError:
+        raise BadRequestError("JSON in messages or tools is nested too deeply", "messages") from None
     return list(rendered["input_ids"])
 
 
@@ -120,8 +122,25 @@ def _plain(messages: Sequence[Message]) -> list[dict[str, Any]]:
     return plain
 
 
-def _check_control_tokens(tokenizer: Any, values: Any, field: str) -> None:
-    """Raise BadRequestError if a text contains a special token, which the model would read as the template's."""
+def check_unicode(text: str, field: str) -> None:
+    """Raise BadRequestError if a text contains half of a surrogate pair, which no tokenizer accepts."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRequestError(
+            f"{field}: a text contains half of a surrogate pair, {text[error.start]!r}; send whole characters", field
+        ) from error
+
+
+def _check_texts(tokenizer: Any, values: Any, field: str) -> None:
+    """Check the texts of a JSON value.
+
+    Raises:
+        BadRequestError: A text contains half of a surrogate pair, or a special token, which the model would read as the
+            template's.
+    """
+    for text in _texts(values):
+        check_unicode(text, field)
     control = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     if special_tokens := sorted(token for token in control if any(token in text for text in _texts(values))):
         what = "a message" if field == "messages" else "a tool"

@@ -11,7 +11,7 @@ from pydantic import Field
 from peftcore.serving.errors import BadRequestError
 from peftcore.serving.generation import Finish
 from peftcore.serving.grammar import GrammarSpec
-from peftcore.serving.messages import Message, rendered_prompt
+from peftcore.serving.messages import Message, check_unicode, rendered_prompt
 from peftcore.serving.sampling import TokenLogprobs
 from peftcore.serving.strict_model import StrictModel as _Strict
 from peftcore.serving.structured_output import Choices, ResponseFormat, StructuredOutputs, vllm_grammars
@@ -25,6 +25,8 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 MOST_COMPLETIONS = 16
 """Largest `n` of a request (count)."""
+LONGEST_ID = 18
+"""Most digits of a token id (count)."""
 NESTED = ("messages", "tools", "response_format", "structured_outputs")
 """Fields with fields of their own, which errors name."""
 Delta = str | dict[str, Any]
@@ -90,6 +92,8 @@ class GenerationRequest(_Strict):
     kind: ClassVar[str]
     chunk_kind: ClassVar[str]
     prefix: ClassVar[str]
+    continues_prompt: ClassVar[bool] = False
+    """True if the completion continues the text of the prompt."""
 
     model: str
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -174,7 +178,8 @@ class GenerationRequest(_Strict):
             BadRequestError: A key is not the id of a token.
         """
         for key in self.logit_bias or ():
-            if not (key.isascii() and key.isdigit() and int(key) < vocabulary):
+            # Python refuses to convert thousands of digits
+            if not (key.isascii() and key.isdigit() and len(key) <= LONGEST_ID and int(key) < vocabulary):
                 raise BadRequestError(
                     f"logit_bias: {key!r:.40} is not a token id; the vocabulary has {vocabulary} tokens", "logit_bias"
                 )
@@ -194,7 +199,7 @@ class GenerationRequest(_Strict):
         Args:
             tokenizer: Decodes the tokens.
             tokens: Tokens of the choice, in their order.
-            offset: Characters of the completion before them (count).
+            offset: Characters of the tokens before them (count).
         """
         raise NotImplementedError
 
@@ -323,6 +328,7 @@ class CompletionRequest(GenerationRequest):
 
     kind = chunk_kind = "text_completion"
     prefix = "cmpl"
+    continues_prompt = True
     DEFAULT_TOKENS: ClassVar[int] = 16
     """OpenAI's default of max_tokens."""
 
@@ -344,10 +350,10 @@ class CompletionRequest(GenerationRequest):
 
     def prompt_tokens(self, tokenizer: Any) -> list[int]:
         """Return the prompt as token ids. Raise BadRequestError if it is invalid."""
-        if isinstance(self.prompt, str):
-            return list(tokenizer(self.prompt)["input_ids"])
-        if self.prompt and isinstance(self.prompt[0], str):
-            return list(tokenizer(self.prompt[0])["input_ids"])
+        text = self.prompt if isinstance(self.prompt, str) else self.prompt[0] if self.prompt else None
+        if isinstance(text, str):
+            check_unicode(text, "prompt")
+            return list(tokenizer(text)["input_ids"])
         tokens = [token for token in self.prompt if isinstance(token, int)]
         if wrong := [token for token in tokens if not 0 <= token < len(tokenizer)]:
             raise BadRequestError(
@@ -368,7 +374,7 @@ class CompletionRequest(GenerationRequest):
             "tokens": texts,
             "token_logprobs": [one.logprob for one in tokens],
             "top_logprobs": [{_token_text(tokenizer, token)[0]: value for token, value in one.top} for one in tokens],
-            "text_offset": list(lengths),
+            "text_offset": list(lengths)[: len(texts)],
         }
 
     def choice(
@@ -384,8 +390,10 @@ class CompletionRequest(GenerationRequest):
 
 def _token_text(tokenizer: Any, token: int) -> tuple[str, bool]:
     """Return a token's text and True; for a part of a character, which has no text, its name in the vocabulary."""
-    text = tokenizer.decode([token])
-    return (text, True) if UNFINISHED not in text else (tokenizer.convert_ids_to_tokens(token), False)
+    first, both = (tokenizer.decode([token] * count, clean_up_tokenization_spaces=False) for count in (1, 2))
+    if UNFINISHED in first:
+        return tokenizer.convert_ids_to_tokens(token), False
+    return both[len(first) :], True  # SentencePiece drops a space at the beginning of a text
 
 
 def usage(prompt: int, completion: int) -> dict[str, int]:
@@ -397,6 +405,9 @@ def refusal(errors: Sequence[Mapping[str, Any]]) -> BadRequestError:
     """Return the first error of a validation, as an error for the client."""
     # for a field with several types, prefer the error about the value over errors about the other types
     first = next((one for one in errors if not one["type"].endswith("_type")), errors[0])
+    if first["type"] == "json_invalid":
+        reason, position = first["ctx"]["error"], first["loc"][-1]
+        return BadRequestError(f"the body is not valid JSON: {reason} at character {position}")
     place = [str(part) for part in first["loc"] if part != "body"]
     param = place[0] if place else None
     named = ".".join(place if param in NESTED else place[:1]) or "request"

@@ -150,10 +150,10 @@ class PendingResponse:
                     self.answers = _answers(chunks)
                     completed(envelope["id"])
             logprobs = _logprobs(body, tokenizer, [chunk], lengths[index]) if deltas or chunk.logprobs else None
+            lengths[index] += sum(map(len, (logprobs or {}).get("tokens", ())))
             for delta in deltas or ([""] if chunk.logprobs else []):
                 yield event([body.chunk(index, delta, None, logprobs)])
                 logprobs = None
-            lengths[index] += len(chunk.text)
             if chunk.finish is not None:
                 yield event([body.chunk(index, "", chunk.finish)])
                 last[index] = chunk

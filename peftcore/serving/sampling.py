@@ -121,5 +121,5 @@ def _draw(logits: Tensor, top_p: float, generator: torch.Generator) -> int:
     if top_p >= 1:
         return int(torch.multinomial(probabilities, 1, generator=generator))
     likely, words = probabilities.sort(descending=True, stable=True)
-    likely[likely.cumsum(0) - likely >= top_p] = 0
+    likely[1:][(likely.cumsum(0) - likely)[1:] >= top_p] = 0  # a top_p that rounds to 0 keeps the likeliest token
     return int(words[torch.multinomial(likely, 1, generator=generator)])

@@ -90,7 +90,7 @@ class Service:
             ServingError: The request cannot be answered.
         """
         sampling = Sampling(
-            self._completion_tokens(body, len(prompt)),
+            self._completion_tokens(body, prompt),
             1.0 if body.temperature is None else body.temperature,
             1.0 if body.top_p is None else body.top_p,
             None if body.seed is None else body.seed + index,
@@ -102,7 +102,17 @@ class Service:
         )
         matcher = None if grammar is None else grammar.matcher()
         markers = None if calling is None else calling.form.markers(self.tokenizer)
-        generation = Generation(body.model, prompt, sampling, self.tokenizer, self.eos_tokens, sink, matcher, markers)
+        generation = Generation(
+            body.model,
+            prompt,
+            sampling,
+            self.tokenizer,
+            self.eos_tokens,
+            sink,
+            matcher,
+            markers,
+            continues=body.continues_prompt,
+        )
         self.engine.submit(generation)
         return generation
 
@@ -114,11 +124,14 @@ class Service:
             ServingError: The adapter cannot be loaded; see `Catalog.add`.
         """
         folder = self._loadable()
-        path = (folder / body.lora_path).resolve()
-        if not path.is_relative_to(folder.resolve()):
-            raise NotAllowedError("lora_path must be a path in the folder that the server allows", "lora_path")
-        if not path.is_dir():
-            raise BadRequestError(f"there is no directory {body.lora_path!r:.200}", "lora_path")
+        try:
+            path = (folder / body.lora_path).resolve()
+            if not path.is_relative_to(folder.resolve()):
+                raise NotAllowedError("lora_path must be a path in the folder that the server allows", "lora_path")
+            if not path.is_dir():
+                raise BadRequestError(f"there is no directory {body.lora_path!r:.200}", "lora_path")
+        except (OSError, ValueError) as error:  # a name is too long, or contains a null character
+            raise BadRequestError(f"lora_path cannot be a path: {body.lora_path!r:.200}", "lora_path") from error
         self.catalog.add(body.lora_name, path, bool(body.load_inplace))
 
     def unload_adapter(self, body: UnloadRequest) -> None:
@@ -136,21 +149,27 @@ class Service:
             raise NotAllowedError("this server loads no adapters at run time; start it with --load-from FOLDER")
         return self.loadable
 
-    def _completion_tokens(self, body: GenerationRequest, prompt: int) -> int:
+    def _completion_tokens(self, body: GenerationRequest, prompt: Sequence[int]) -> int:
         """Return the most tokens of the completion. Raise BadRequestError if the request exceeds a limit."""
         requested, most = body.requested_tokens, self.limits.max_tokens
         if not prompt:
             raise BadRequestError("the prompt is empty; send at least one token")
+        if (largest := max(prompt)) >= self.vocabulary:
+            raise BadRequestError(
+                f"the prompt has the token {largest} of the tokenizer, and the model has {self.vocabulary} tokens; "
+                "remove that token from the prompt"
+            )
+        length = len(prompt)
         if requested is not None and requested > most:
             raise BadRequestError(
                 f"max_tokens must be at most {most:,} on this server; got {requested:,}", "max_tokens"
             )
-        if prompt + (requested or 1) > self.context:
+        if length + (requested or 1) > self.context:
             raise ContextLengthError(
-                f"the context length is {self.context:,} tokens, but the prompt has {prompt:,} tokens and the "
+                f"the context length is {self.context:,} tokens, but the prompt has {length:,} tokens and the "
                 f"completion up to {requested or 1:,}; shorten the prompt or lower max_tokens"
             )
-        return min(most, self.context - prompt) if requested is None else requested
+        return min(most, self.context - length) if requested is None else requested
 
 
 def make_service(

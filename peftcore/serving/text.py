@@ -15,12 +15,21 @@ class TextStream:
         tokenizer: Decodes the tokens.
         stop: Texts that end the completion.
         markers: {special token id: its text} of special tokens that are part of the text; other ones are left out.
+        before: Tokens of the text that this one continues; SentencePiece drops a space at the beginning of a text.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), markers: Mapping[int, str] = MappingProxyType({})):
+    def __init__(
+        self,
+        tokenizer: Any,
+        stop: Sequence[str] = (),
+        markers: Mapping[int, str] = MappingProxyType({}),
+        before: Sequence[int] = (),
+    ):
         self._tokenizer, self._stop, self._markers = tokenizer, stop, markers
-        self._tokens: list[int] = []
-        self._context = self._read = 0
+        self._tokens = list(before)
+        if self._decode(0).endswith(UNFINISHED):  # a part of a character would hide the rest of that character
+            self._tokens = []
+        self._context, self._read = 0, len(self._tokens)
         """Tokens before `_read` were emitted. Decoding starts at `_context`: spaces depend on earlier tokens."""
         self._withheld = ""
         self.stopped = False

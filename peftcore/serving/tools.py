@@ -79,7 +79,7 @@ class ToolCall(StrictModel):
         """
         try:
             arguments = json.loads(self.function.arguments or "{}")
-        except ValueError:
+        except (ValueError, RecursionError):
             arguments = None
         if not isinstance(arguments, dict):
             raise BadRequestError(

@@ -13,7 +13,7 @@ larger model is a teacher to learn from (λ_nll = 0 or small); the adapter in us
 Shapes: B rows, T positions, n supervised tokens, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast, get_args
@@ -134,6 +134,15 @@ class DistillationObjective(TokenObjective):
     def reset(self) -> None:
         """Forget the metrics of an earlier run."""
         self._sums.clear()
+
+    def state(self) -> dict[str, Any]:
+        """Return the sums since the last training record, of each process."""
+        return {"sums": self.trainer.processes.of_each(self._sums)}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Restore the sums since the last training record."""
+        if "sums" in state:  # a checkpoint of an earlier version lacks them
+            self._sums.extend(state["sums"][self.trainer.accelerator.process_index])
 
     @contextmanager
     def _teacher_in_effect(self, model: nn.Module) -> Iterator[nn.Module]:

@@ -1,13 +1,46 @@
 """Bases that cannot be exported are refused before a weight is read."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 from gguf_folders import byte_level, saved
+from gguf_models import tiny, write_gguf
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
+from peftcore import LoraConfig, get_peft_model
 from peftcore.export import ExportError, check_gguf_base, export_gguf_merged
+
+
+def with_key(key: str, value: int, path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file of a Llama with one more number in its metadata."""
+    plain = gguf.GGUFWriter
+
+    def writer(*args: Any) -> gguf.GGUFWriter:
+        made = plain(*args)
+        (made.add_custom_alignment if key == "general.alignment" else partial(made.add_uint16, key))(value)
+        return made
+
+    with monkeypatch.context() as patched:
+        patched.setattr(gguf, "GGUFWriter", writer)
+        return write_gguf(tiny("llama"), path)
+
+
+def test_a_base_with_another_alignment_gives_a_readable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = with_key("general.alignment", 1024, tmp_path / "base.gguf", monkeypatch)
+    config = LoraConfig(r=2, target_modules=["o_proj"])  # B = 0 changes nothing
+    file = export_gguf_merged(base, get_peft_model(tiny("llama"), config), tmp_path / "out.gguf", dtype="float32")
+    old, new = ({tensor.name: tensor.data for tensor in gguf.GGUFReader(path).tensors} for path in (base, file))
+    assert old.keys() == new.keys() and all(np.array_equal(old[name], new[name]) for name in old)
+
+
+def test_a_part_of_a_split_model_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = with_key("split.count", 2, tmp_path / "base-00001-of-00002.gguf", monkeypatch)
+    with pytest.raises(ExportError, match="is one of 2 parts of a model; join them with llama-gguf-split --merge"):
+        export_gguf_merged(base, get_peft_model(tiny("llama"), LoraConfig(target_modules=["o_proj"])), tmp_path / "out")
 
 
 def test_what_cannot_be_written_is_said_before_a_weight_is_read(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 from openai import OpenAI
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from tokenizers import Tokenizer, decoders, models
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from peftcore import LoraConfig, PeftModel, get_peft_model
 from peftcore.composition import Weighted
@@ -64,6 +65,16 @@ class World:
         given = torch.tensor([prompt])
         found = model.generate(given, do_sample=False, max_new_tokens=tokens, pad_token_id=0, **route)
         return self.tokenizer.decode(found[0, len(prompt) :], skip_special_tokens=True)
+
+
+@pytest.fixture
+def sentencepiece() -> PreTrainedTokenizerBase:
+    """A tokenizer like Llama 2's: a word's token has the space before it, and decoding drops a text's first space."""
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁the", "the", "▁cat", "s"]
+    backend = Tokenizer(models.BPE({piece: number for number, piece in enumerate(pieces)}, [], byte_fallback=True))
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(steps)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
 
 
 @pytest.fixture

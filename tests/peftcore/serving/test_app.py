@@ -88,6 +88,10 @@ def test_log_probabilities_are_those_of_the_model(served: Any, world: Any) -> No
             sorted(row.topk(2).values.tolist()), abs=1e-5
         )
     assert logprobs.text_offset[0] == 0 and len(logprobs.text_offset) == len(tokens)
+    stop = found.choices[0].text[:2] + "\0"  # begins like the completion, whose first text therefore waits
+    request: Any = {"model": "sql", "prompt": prompt, "temperature": 0, "max_tokens": 6, "logprobs": 2, "stop": stop}
+    chunks = [chunk.choices[0] for chunk in client.completions.create(**request, stream=True)]
+    assert [place for chunk in chunks if chunk.logprobs for place in chunk.logprobs.text_offset] == logprobs.text_offset
     given: Any = {
         "model": "sql",
         "messages": SAY,
@@ -161,6 +165,8 @@ def test_adapters_are_loaded_and_unloaded_as_in_vllm(served: Any, world: Any) ->
         ("y", "/etc", 403, "in the folder that the server allows"),
         ("y", "gone", 400, "no directory"),
         ("y", ".", 400, "cannot be loaded"),
+        ("y", "a\0b", 400, "cannot be a path"),
+        ("y", "a" * 5000, 400, "cannot be a path"),
     ):
         code, text = post(load, lora_name=name, lora_path=path)
         assert code == expected and said in text, (name, path, text)

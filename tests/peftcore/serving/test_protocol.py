@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from choice_grammar import choice_compiler
@@ -17,6 +18,7 @@ from tool_template import TOOL_TEMPLATE
 from peftcore.serving import Limits
 from peftcore.serving.grammar import GrammarSpec
 from peftcore.serving.protocol import ChatRequest, CompletionRequest, GenerationRequest, refusal
+from peftcore.serving.sampling import TokenLogprobs
 
 SAY = [{"role": "user", "content": "Say it."}]
 
@@ -100,6 +102,7 @@ BAD: list[tuple[dict[str, Any], str, str]] = [
         "messages",
         "messages.0.tool_calls.0.function: Field required",
     ),
+    ({"logit_bias": {"9" * 5000: 1}}, "logit_bias", "is not a token id; the vocabulary has"),
     ({"max_tokens": True}, "max_tokens", "valid integer, got True"),
     ({"max_tokens": "2"}, "max_tokens", "valid integer, got '2'"),
     ({"temperature": "0.5"}, "temperature", "valid number, got '0.5'"),
@@ -117,6 +120,30 @@ def test_a_bad_parameter_is_named(served: Any) -> None:
         body: Any = caught.value.body
         assert (body["type"], body["param"]) == ("invalid_request_error", param), given
         assert said in body["message"], given
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ('{"model": "sql", "prompt": "half \\ud83d"}', "prompt: a text contains half of a surrogate pair"),
+        ('{"model": "sql", "prompt": ', "the body is not valid JSON: Expecting value at character 27"),
+    ],
+)
+def test_a_body_that_is_no_text_is_a_bad_request(served: Any, body: str, said: str) -> None:
+    headers = {"content-type": "application/json"}
+    answer = httpx.post(f"{served.url}/v1/completions", content=body, headers=headers)
+    assert answer.status_code == 400 and said in answer.json()["error"]["message"]
+
+
+def test_log_probabilities_name_the_texts_of_which_the_completion_consists(sentencepiece: Any) -> None:
+    tokens = sentencepiece.convert_tokens_to_ids(["▁the", "▁cat", "s"])
+    top = [(tokens[0], -1.0), (sentencepiece.convert_tokens_to_ids("the"), -2.0)]
+    reported = [TokenLogprobs(token, -1.0, top) for token in tokens]
+    request = CompletionRequest(model="sql", prompt="x", logprobs=2)
+    found = request.logprobs_object(sentencepiece, reported, 5)
+    assert found["tokens"] == [" the", " cat", "s"] and found["text_offset"] == [5, 9, 13]
+    assert found["top_logprobs"][0] == {" the": -1.0, "the": -2.0}  # two tokens, not one
+    assert request.logprobs_object(sentencepiece, [], 5)["text_offset"] == []
 
 
 def test_a_template_that_refuses_is_a_bad_request(served: Any) -> None:

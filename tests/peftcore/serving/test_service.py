@@ -1,6 +1,7 @@
 """A service from a model, adapters and limits: its context, its end tokens, and what a request may ask for."""
 
 import queue
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,9 +139,25 @@ def test_requests_beyond_the_limits_are_refused(base: Any) -> None:
     assert caught.value.param == "max_tokens"
     with pytest.raises(BadRequestError, match="the prompt is empty"):
         asked(service, 0)
+    body, unknown = CompletionRequest(model="base", prompt="x"), service.vocabulary  # a token without embedding
+    with pytest.raises(BadRequestError, match=f"the prompt has the token {unknown} of the tokenizer"):
+        service.generation(body, [5, unknown, 5], 0, queue.Queue().put)
     asked(service, 3)
     with pytest.raises(QueueFullError):
         asked(service, 3)
+
+
+def test_only_a_completion_keeps_the_space_between_prompt_and_text(base: Any, sentencepiece: Any) -> None:
+    service = replace(service_of(base), tokenizer=sentencepiece)
+    the, cat = sentencepiece.convert_tokens_to_ids(["▁the", "▁cat"])
+    message = {"role": "user", "content": "x"}
+    for body, text in (
+        (CompletionRequest(model="base", prompt="x"), " cat"),
+        (ChatRequest.model_validate({"model": "base", "messages": [message]}), "cat"),
+    ):
+        events: queue.Queue[Any] = queue.Queue()
+        service.generation(body, [the], 0, events.put).push(cat)
+        assert events.get_nowait().text == text
 
 
 # -- reading a base ---------------------------------------------------------------------------------------------------

@@ -47,6 +47,16 @@ def test_what_only_begins_a_stop_text_is_given_after_all(tokenizer: Any) -> None
     assert (found, stopped) == (["x", "", "", "", "aab"], False)
 
 
+def test_a_text_that_goes_on_keeps_the_space_before_its_first_word(sentencepiece: Any) -> None:
+    ids = sentencepiece.convert_tokens_to_ids
+    tokens = ids(["▁cat", "s", "<0xC3>", "<0xA9>"])
+    for before, expected in ((["▁the"], " catsé"), ([], "catsé"), (["<0xC3>"], "catsé")):
+        stream = TextStream(sentencepiece, before=ids(before))
+        assert "".join(stream.push(token) for token in tokens) + stream.finish() == expected
+    rest = TextStream(sentencepiece, before=ids(["<0xC3>"]))  # the prompt ends within a character
+    assert rest.push(ids("<0xA9>")) + rest.push(ids("s")) + rest.finish() == "�s"
+
+
 def test_a_special_token_that_marks_a_tool_call_is_part_of_the_text(tokenizer: Any) -> None:
     ids = tokenizer("aé")["input_ids"]
     marked = TextStream(tokenizer, (), {1: "[TOOL_CALLS]"})

@@ -178,7 +178,7 @@ def test_another_adapter_on_a_shared_copy_is_the_same_teacher(tmp_path: Path) ->
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4, "max_steps": 6}
+    options: dict[str, Any] = {"save_strategy": "steps", "save_steps": 4, "max_steps": 6, "logging_steps": 3}
     options |= {"eval_strategy": "steps", "eval_steps": 2, "train_sampling_strategy": "group_by_length"}
     straight, resumed = (
         trainer(adapted(lora_dropout=0.2), tmp_path / name, chats(9), teacher=larger(), **options) for name in "ab"
