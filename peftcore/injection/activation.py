@@ -129,15 +129,16 @@ def routed(model: nn.Module, specs: Spec | Sequence[Spec]) -> Iterator[Route]:
                 "that context first, or give None"
             )
         route.is_final = True
-    if adapters.merged:
-        raise RoutingError(
-            f"{list(adapters.merged)} are merged into the base, so every row would use them; call unmerge_adapter first"
-        )
     if route.uniform is None:
         route.model = model
         _check_rows_are_seen(adapters, route)
     with adapters.selection.routed(route):
-        adapters.require(*route.names)  # again, because from here on no other thread can delete them
+        adapters.require(*route.names)  # again, because from here on no other thread can delete or merge adapters
+        if adapters.merged:
+            raise RoutingError(
+                f"{list(adapters.merged)} are merged into the base, so every row would use them; call unmerge_adapter "
+                "first"
+            )
         yield route
 
 
@@ -163,7 +164,7 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
     """
     route = Route(None)
     route.is_final = True
-    with original_weights(model), adapter_set(model).selection.routed(route):
+    with adapter_set(model).selection.routed(route), original_weights(model):  # in an open route, no thread merges
         yield
 
 

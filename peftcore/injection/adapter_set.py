@@ -279,7 +279,7 @@ class AdapterSet:
         """Merge adapters into the base weights of some slots; see `peftcore.injection.merge.merge_slots`."""
         from peftcore.injection.merge import merge_slots  # here, because that module imports this one
 
-        merge_slots(self, {slot.path: slot for slot in slots}, adapter_names, safe_merge)
+        merge_slots(self, slots, adapter_names, safe_merge)
 
     def unmerge_slots(self, slots: Sequence[AdapterSlot]) -> None:
         """Restore the unmerged weights of some slots."""

@@ -9,6 +9,7 @@ accelerate and others replace `forward` on the instance.
 
 import contextlib
 import inspect
+import sys
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -94,12 +95,12 @@ def _before_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
         return None
     selection = adapters.selection
     route, values = selection.route, {}
-    _check_weights_are_here(adapters, route)
     changed = None
     if route is not None or adapters.forward_arguments:
         changed, values = _prepare_call(model, adapters, route, args, kwargs)
     if not in_compiled_call():
-        selection.begin_call(values)
+        selection.begin_call(values, sys._getframe(1))
+    _check_weights_are_here(adapters, route)  # last, because no other thread exchanges the weights of a running call
     return changed
 
 
@@ -126,7 +127,7 @@ def _end_call(model: nn.Module, _args: Any, outputs: Any) -> None:
 
 def _check_weights_are_here(adapters: AdapterSet, route: Route | None) -> None:
     """Raise RoutingError if another thread has put the unmerged weights in place (`disable_adapter`)."""
-    if adapters.unmerged_by and not (route is not None and route.is_final):
+    if adapters.unmerged_by and adapters.merged and not (route is not None and route.is_final):
         raise RoutingError(
             f"{list(adapters.merged)} are merged, and another thread is inside of disable_adapter(), which has put the "
             "unmerged weights in place for all threads; call unmerge_adapter() first, then each thread has its own "

@@ -111,7 +111,7 @@ def commit_injection(
         adapters.trainable.add(name)
     adapters.kinds[name] = method_of(injection.config).adapter
     if injection.adapters:
-        note_changed_base(adapters, name, injection.adapters)
+        note_changed_base(adapters, name)
     arguments = adapters.kinds[name].forward_arguments(injection.config)
     if arguments is not None:  # a new dictionary, because a forward in another thread may iterate over the old one
         adapters.forward_arguments = {**adapters.forward_arguments, name: arguments}
@@ -124,15 +124,14 @@ def commit_injection(
     return adapters
 
 
-def note_changed_base(adapters: AdapterSet, name: str, placed: Mapping[str, Adapter]) -> None:
+def note_changed_base(adapters: AdapterSet, name: str) -> None:
     """Let an adapter change the base if its initialisation asks for it, and warn of several adapters on such a base.
 
     Args:
         adapters: the adapters of the model.
-        name: the adapter.
-        placed: {path: adapter} of that name, all in their layers.
+        name: the adapter, whose parts are all in their layers.
     """
-    if adapters.kinds[name].all_placed(placed):
+    if adapters.kinds[name].all_placed(adapters.of_method(name)):
         adapters.base_changed_by = name
     if adapters.base_changed_by is not None and len(adapters.configs) > 1:
         warnings.warn(
@@ -487,7 +486,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     check_deletable(model, name)
     adapters = adapter_set(model)
     deepens = adapters.deepened_by(name)
-    with adapters.selection.routes_locked():
+    with adapters.selection.locked():
         _check_unused(adapters, name)
         adapters.forward_arguments = {n: own for n, own in adapters.forward_arguments.items() if n != name}
         adapters.restricting.discard(name)
@@ -578,8 +577,9 @@ def remove_wrappers(model: nn.Module, keep_trained: bool) -> None:
         slot.adapters._modules.clear()
     adapters.layers.clear()
     _remove_empty_wrappers(module_index)
-    if adapters.replication is not None and not keep_trained:
-        adapters.replication[1].undo()
+    if adapters.replication is not None:
+        replication = adapters.replication[1]
+        replication.separate() if keep_trained else replication.undo()
     if not keep_trained:
         adapters.restore_rows()
     model.requires_grad_(False)

@@ -6,9 +6,8 @@ then each merged weight takes one more copy in memory. `merge_and_unload` keeps 
 
 import contextlib
 import logging
-import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -23,8 +22,6 @@ from peftcore.injection.inject import remove_wrappers
 from peftcore.layers.adapter_slot import AdapterSlot, with_trained_biases
 
 logger = logging.getLogger(__name__)
-_LOCK = threading.Lock()
-"""Held while merged and unmerged weights are exchanged."""
 
 
 class _LayerMerge(NamedTuple):
@@ -60,23 +57,25 @@ def merge_adapter(
         AdapterNameError: a name is not loaded.
     """
     adapters = adapter_set(model)
-    if not merge_slots(adapters, adapters.layers, adapter_names, safe_merge, progressbar) and adapters.merged:
+    if not merge_slots(adapters, adapters.layers.values(), adapter_names, safe_merge, progressbar) and adapters.merged:
         warnings.warn(f"merge_adapter changes nothing: {list(adapters.merged)} are merged already", stacklevel=4)
 
 
 @torch.no_grad()
 def merge_slots(
     adapters: AdapterSet,
-    slots: Mapping[str, AdapterSlot],
+    slots: Iterable[AdapterSlot],
     adapter_names: str | list[str] | None = None,
     safe_merge: bool = False,
     progressbar: bool = False,
 ) -> bool:
     """Merge adapters into the base weights of some slots; see `merge_adapter`.
 
+    Other threads that open a route or begin a call of the model wait for the end of the merge.
+
     Args:
         adapters: the adapters of the model.
-        slots: {path: slot}.
+        slots: the slots; a layer that stands at several paths may be among them several times.
         adapter_names: see `merge_adapter`.
         safe_merge: see `merge_adapter`.
         progressbar: see `merge_adapter`.
@@ -92,18 +91,19 @@ def merge_slots(
     route = adapters.selection.route
     if adapters.unmerged_by or (route is not None and route.is_final):
         raise MergeError("merge_adapter inside of disable_adapter(), where the model is its base; leave it first")
-    if adapters.selection.has_open_routes:
-        raise MergeError(
-            "merge_adapter while a route is open (or disable_adapter() in another thread), whose rows would all use "
-            "the merged adapters; leave the route, or wait for its end"
-        )
     chosen = adapters.selection.active if adapter_names is None else adapter_names
     names = [chosen] if isinstance(chosen, str) else list(chosen)
     adapters.require(*names)
-    merges = _checked_merges(adapters, slots, names, check_values=safe_merge)
-    _write(merges, progressbar)
-    merged = (name for merge in merges for name in merge.adapters)
-    adapters.merged = tuple(dict.fromkeys((*adapters.merged, *merged)))
+    with adapters.selection.locked():
+        if adapters.selection.has_open_routes:
+            raise MergeError(
+                "merge_adapter while a route is open (or disable_adapter() in another thread), whose rows would all "
+                "use the merged adapters; leave the route, or wait for its end"
+            )
+        merges = _checked_merges(adapters, slots, names, check_values=safe_merge)
+        _write(merges, progressbar)
+        merged = (name for merge in merges for name in merge.adapters)
+        adapters.merged = tuple(dict.fromkeys((*adapters.merged, *merged)))
     return bool(merges)
 
 
@@ -121,11 +121,11 @@ def check_mergeable(model: nn.Module, adapter_names: str | list[str]) -> None:
     adapters = adapter_set(model)
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
     adapters.require(*names)
-    _checked_merges(adapters, adapters.layers, names, check_values=False)
+    _checked_merges(adapters, adapters.layers.values(), names, check_values=False)
 
 
 def _checked_merges(
-    adapters: AdapterSet, slots: Mapping[str, AdapterSlot], names: list[str], check_values: bool
+    adapters: AdapterSet, slots: Iterable[AdapterSlot], names: list[str], check_values: bool
 ) -> list[_LayerMerge]:
     if prompts := [name for name in names if name in adapters.prompts]:
         raise MergeError(
@@ -133,11 +133,11 @@ def _checked_merges(
             "in adapter_names"
         )
     merges = []
-    for path, slot in slots.items():
+    for slot in dict.fromkeys(slots):
         adapters_here = slot.adapters
         new = {name: adapters_here[name] for name in names if name in adapters_here and name not in slot.merged}
         if new:
-            merges.append(_LayerMerge(path, slot, slot.base, new))
+            merges.append(_LayerMerge(slot.path, slot, slot.base, new))
     for merge in merges:
         _check(merge)
         if check_values:
@@ -270,13 +270,14 @@ def unmerge_slots(adapters: AdapterSet, slots: Iterable[AdapterSlot]) -> None:
         adapters: the adapters of the model.
         slots: the slots.
     """
-    for slot in slots:
-        if slot.merged:
-            base = slot.base
-            base.restore(base.layer.__dict__.pop(base.unmerged_attribute))
-            slot.merged = ()
-    still = {name for slot in _merged_slots(adapters) for name in slot.merged}
-    adapters.merged = tuple(name for name in adapters.merged if name in still)
+    with adapters.selection.locked():
+        for slot in slots:
+            if slot.merged:
+                base = slot.base
+                base.restore(base.layer.__dict__.pop(base.unmerged_attribute))
+                slot.merged = ()
+        still = {name for slot in _merged_slots(adapters) for name in slot.merged}
+        adapters.merged = tuple(name for name in adapters.merged if name in still)
 
 
 @contextlib.contextmanager
@@ -314,27 +315,25 @@ def original_weights(model: nn.Module) -> Iterator[None]:
         RoutingError: adapters are merged, and another thread is calling the model.
     """
     adapters = adapter_set(model)
-    if not adapters.merged:
-        yield
-        return
-    with _LOCK:
-        if not adapters.unmerged_by and adapters.selection.runs_elsewhere():
-            raise RoutingError(
-                f"{list(adapters.merged)} are merged, and another thread is calling the model, so the base weights "
-                "cannot be restored now; call unmerge_adapter() first, then each thread has its own adapters"
-            )
-        if not adapters.unmerged_by:
+    with adapters.selection.locked():
+        exchanges = bool(adapters.merged)
+        if exchanges and not adapters.unmerged_by:
+            if adapters.selection.runs_elsewhere():
+                raise RoutingError(
+                    f"{list(adapters.merged)} are merged, and another thread is calling the model, so the base weights "
+                    "cannot be restored now; call unmerge_adapter() first, then each thread has its own adapters"
+                )
             for slot in _merged_slots(adapters):
                 base = slot.base
                 slot.merged_state = base.state()
                 base.restore(base.layer.__dict__[base.unmerged_attribute])
-        adapters.unmerged_by += 1
+        adapters.unmerged_by += exchanges
     try:
         yield
     finally:
-        with _LOCK:
-            adapters.unmerged_by -= 1
-            if not adapters.unmerged_by:
+        with adapters.selection.locked():
+            adapters.unmerged_by -= exchanges
+            if exchanges and not adapters.unmerged_by:
                 for slot in adapters.layers.values():
                     state, slot.merged_state = slot.merged_state, None
                     if state is not None and slot.merged:  # not if unmerged inside of the context
@@ -364,7 +363,7 @@ def merge_and_unload(
         MergeError: see `merge_adapter`.
     """
     adapters = adapter_set(model)
-    merge_slots(adapters, adapters.layers, adapter_names, safe_merge, progressbar)
+    merge_slots(adapters, adapters.layers.values(), adapter_names, safe_merge, progressbar)
     if adapter_names is not None:
         names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
         adapter_set(model).selection.active = names

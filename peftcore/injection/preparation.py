@@ -130,7 +130,9 @@ def prepare_injection(
         config = dataclasses.replace(config, ensure_weight_tying=False)
     saved = find_saved_modules(module_index, config)
     adapters = _adapters_for(module_index, config, paths, creation)
-    adapters |= _token_adapters(module_index, config, {*adapters}, {*saved}, creation)
+    raw = {path: a.base for path, a in adapters.items() if isinstance(a.base, ParameterWeight)}
+    owners = {path.removesuffix(f".{base.name}") for path, base in raw.items()}
+    adapters |= _token_adapters(module_index, config, owners.union(adapters), {*saved}, creation)
     if config.ensure_weight_tying:
         _warn_without_ties(module_index, [*adapters, *saved])
     _check_new_bases(module_index, adapters, replaced)
@@ -496,6 +498,7 @@ def _trained_biases(
     ]
     paths = [path for path in paths if not is_within(path, saved)]
     biases: dict[str, TrainedBias] = {}
+    raw = {id(adapter.base.layer) for adapter in adapters.values() if isinstance(adapter.base, ParameterWeight)}
     first: dict[int, nn.Parameter] = {}
     """{id of a bias of the base: its trained bias}; tied biases stay tied"""
     for path in paths:
@@ -509,18 +512,22 @@ def _trained_biases(
         base_bias = unwrapped(module)._parameters.get("bias")
         if base_bias is None:
             continue
-        trained = _trained_bias(path, module, adapters.get(path), first.get(id(base_bias)))
+        is_raw = isinstance(module, AdapterParameters) or id(unwrapped(module)) in raw
+        trained = _trained_bias(path, module, adapters.get(path), first.get(id(base_bias)), is_raw)
         first[id(base_bias)] = trained.bias
         biases[f"{path}.bias" if isinstance(trained, TrainedBiasParameter) else path] = trained
     return biases
 
 
-def _trained_bias(path: str, module: nn.Module, adapter: Adapter | None, tied: nn.Parameter | None) -> TrainedBias:
+def _trained_bias(
+    path: str, module: nn.Module, adapter: Adapter | None, tied: nn.Parameter | None, is_raw: bool
+) -> TrainedBias:
+    """Make the trained bias of a module; `is_raw` says that adapters of the module are on its raw parameters."""
     layer = unwrapped(module)
     if adapter is not None:
         return TrainedBias(adapter.base, path, tied)
     if isinstance(module, AdapterLayer):
         return TrainedBias(module.base, path, tied)
-    if is_adaptable(layer) and not isinstance(module, AdapterParameters):
+    if is_adaptable(layer) and not is_raw:
         return TrainedBias(base_weight(layer, path), path, tied)
     return TrainedBiasParameter(BiasParameter(layer, "bias"), path, tied)

@@ -34,6 +34,21 @@ class Replication:
         self.parent._modules[self.name] = self.blocks
         _describe_blocks(self.config, self.depth, self.by_block)
 
+    def separate(self) -> None:
+        """Give each repeated block its own copies of shared tensors, so that the model can be saved and trained."""
+        earlier: set[int] = set()
+        for block in self.parent._modules[self.name].children():  # type: ignore[union-attr]
+            copies: dict[int, Any] = {}  # tensors that one block shares inside of itself stay shared
+            tensors = [*block.parameters(), *block.buffers()]
+            stores: list[dict[str, Any]] = [
+                store for module in block.modules() for store in (module._parameters, module._buffers)
+            ]
+            for store in stores:
+                for name, tensor in store.items():
+                    if id(tensor) in earlier:
+                        store[name] = copy.deepcopy(tensor, copies)
+            earlier.update(map(id, tensors))
+
 
 def replicate(model: nn.Module, ranges: Sequence[tuple[int, int]]) -> Replication:
     """Replace the model's blocks, in place, by the blocks of all ranges; repeated blocks share their base weights.

@@ -101,7 +101,7 @@ def apply_start(model: nn.Module, name: str, config: LoraConfig, observer: Obser
             adapter.reset_variants()  # DoRA's lengths are those of the corrected weight
         if config.initialisation().subtracts:
             adapter.subtract_start()
-    inject.note_changed_base(adapter_set(model), name, adapter_set(model).of_method(name))
+    inject.note_changed_base(adapter_set(model), name)
 
 
 def _replace_adapter(model: nn.Module, name: str, config: LoraConfig) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftcore.kernels.factors import Factors, svd_of_factors
+from peftcore.kernels.maths import widened
 
 ITERATIONS = 15
 """Steps of HF PEFT's power iteration (count)."""
@@ -18,8 +19,8 @@ _SMALL = 1e-8
 
 
 def prototype(a: Tensor, b: Tensor) -> Tensor:
-    """Return the first right singular vector (i,) of BA, without forming BA."""
-    return svd_of_factors(Factors(a[None], b[None]), 1).vh[0, 0]
+    """Return the first right singular vector (i,) of BA, in float32 or float64, without forming BA."""
+    return svd_of_factors(Factors(widened(a)[None], widened(b)[None]), 1).vh[0, 0]
 
 
 def iterated_prototype(a: Tensor, b: Tensor, start: Tensor) -> Tensor:

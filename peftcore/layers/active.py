@@ -6,6 +6,7 @@ import threading
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from peftcore._util.forward_records import ForwardRecord, live_records, recomputed
 from peftcore.composition.route import Route
-from peftcore.layers.shared_inputs import SharedInputCache
+from peftcore.layers.shared_inputs import RunningCall, SharedInputCache
 
 REMEMBERED_SETS = 4
 """Sets of adapters in effect (count) for which layers remember their plans."""
@@ -57,7 +58,7 @@ class Selection:
         """{adapter: open routes, of all threads, that it is in (count)}"""
         self._open = self._running = 0
         """Open routes, and running calls of the model, in all threads (counts)."""
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._records = False
         """True once a forward pass has run that may be recomputed."""
         self._latest: ForwardRecord | None = None
@@ -122,7 +123,7 @@ class Selection:
                 self._open -= 1
                 self.in_use.subtract(route.names)
 
-    def begin_call(self, values: Mapping[Any, Mapping[str, Any]]) -> None:
+    def begin_call(self, values: Mapping[Any, Mapping[str, Any]], frame: FrameType) -> None:
         """Record the start of a model call in this thread. Sibling layers may share outputs until the call ends.
 
         Neither this method nor `end_call` is called for a call that `torch.compile` has made, part of which may run
@@ -130,10 +131,11 @@ class Selection:
 
         Args:
             values: the values of the adapter arguments of this call; see `ForwardRecord`.
+            frame: PyTorch's frame that runs the forward pass.
         """
         route = self.route
         record = self._record(self._active_now if route is None else copy.copy(route), values, is_call=True)
-        self.cache.calls.append(record)
+        self.cache.calls.append(RunningCall(self, record, frame))
         with self._lock:
             self._running += 1
         if record is not None:
@@ -146,14 +148,15 @@ class Selection:
             outputs: the model's outputs, whose autograd graph keeps the call's record; None if the call raised an
                 error.
         """
-        if not self.cache.calls:  # another hook raised before the call began
+        running = self.cache.running
+        if not running:  # another hook raised before the call began
             return
-        record = self.cache.calls.pop()
+        record = running.pop().record
         with self._lock:
             self._running -= 1
         if record is not None:
             record.close(outputs)
-        if not self.cache.calls:
+        if not running:
             self.cache.clear(live_records(self) if self._records else ())
 
     def runs_elsewhere(self) -> bool:
@@ -166,8 +169,8 @@ class Selection:
         return self._open > 0
 
     @contextlib.contextmanager
-    def routes_locked(self) -> Iterator[None]:
-        """Let no thread open or close a route inside of the context."""
+    def locked(self) -> Iterator[None]:
+        """Let no other thread open or close a route, begin or end a call, merge or unmerge inside of the context."""
         with self._lock:
             yield
 

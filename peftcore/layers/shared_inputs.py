@@ -16,8 +16,10 @@ With few tokens, siblings share only the cast of their input (`widened_input`).
 When activation checkpointing computes a layer again, the layer has the siblings of its first computation.
 """
 
+import sys
 import threading
 from collections.abc import Iterable, Sequence
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -41,18 +43,43 @@ class CachedOutput(NamedTuple):
     y: Tensor
 
 
+class RunningCall(NamedTuple):
+    """A call of the model that has begun."""
+
+    selection: Any
+    """The model's `Selection`."""
+    record: ForwardRecord | None
+    """None for a call without gradients."""
+    frame: FrameType
+    """PyTorch's frame that runs the forward pass."""
+
+    def is_interrupted(self) -> bool:
+        """Return True if this thread has left the call. PyTorch runs no hook after a KeyboardInterrupt."""
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and frame is not self.frame:
+            frame = frame.f_back
+        return frame is None
+
+
 class SharedInputCache(threading.local):
     """Running calls of one model and their cached outputs, separately for each thread."""
 
     def __init__(self) -> None:
-        self.calls: list[ForwardRecord | None] = []
-        """Running calls of the model, outermost first; None for a call without gradients."""
+        self.running: list[RunningCall] = []
+        """Calls of the model, outermost first. An interrupted call stays until `calls` is read, which takes longer."""
         self.outputs: dict[Any, CachedOutput] = {}
         """{layer: its cached output}"""
         self.widened: tuple[Tensor, int, Tensor] | None = None
         """(input, its in-place changes until then, the input in a wider type)"""
         self.unused: list[tuple[Any, Any]] = []
         """(layer that computed, sibling that did not take the output)"""
+
+    @property
+    def calls(self) -> list[RunningCall]:
+        """Running calls of the model, outermost first."""
+        while self.running and not torch.compiler.is_compiling() and self.running[-1].is_interrupted():
+            self.running[-1].selection.end_call(None)
+        return self.running
 
     def clear(self, records: Iterable[ForwardRecord]) -> None:
         """Drop all outputs, and remove the siblings that did not take theirs from later calls.
@@ -106,7 +133,7 @@ def widened_input(layer: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
         dtype: the wider type.
     """
     cache: SharedInputCache = layer.selection.cache
-    if not cache.calls or x.is_inference():
+    if not cache.running or x.is_inference():
         return x.to(dtype)
     if (widened := cache.widened) is not None:
         of, version, wide = widened
@@ -126,7 +153,7 @@ def siblings_of(layer: Any, x: Tensor) -> Sequence[Any]:
     if is_replica(layer) or x.is_inference():
         return ()
     siblings, cache = layer.siblings, layer.selection.cache
-    if not cache.calls:
+    if not cache.running or (siblings and not cache.calls):
         record = layer.selection.recomputed
         if record is None or not record.is_call:
             return ()
@@ -148,7 +175,7 @@ def _note_unused(cache: SharedInputCache, computed_by: Any, layer: Any) -> None:
 
     A recomputation notes nothing, because it may stop before the layer is called.
     """
-    if cache.calls:
+    if cache.running:
         cache.unused.append((computed_by, layer))
 
 

@@ -20,6 +20,7 @@ from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig
 from peftcore.errors import ConfigError, MergeError
+from peftcore.kernels.maths import widened
 from peftcore.kernels.start_values import kaiming_uniform_
 from peftcore.registry import register
 
@@ -78,7 +79,7 @@ class Lily(Adapter):
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         h = self.base.apply(x, self.lily_A)
-        choice = F.linear(h, self.lily_router.to(h.dtype)).float().softmax(-1)
+        choice = widened(F.linear(h, self.lily_router.to(h.dtype))).softmax(-1)
         p = choice.reshape(-1, self.experts).mean(0).to(self.lily_B.dtype)
         up = torch.einsum("e,ero->or", self.scaling * p, self.lily_B.unflatten(0, (self.experts, -1)))
         return self.base.add_pointwise(y, h.to(y.dtype), up)

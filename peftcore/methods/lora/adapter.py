@@ -21,6 +21,7 @@ from peftcore.bases import BaseWeight, ParameterWeight
 from peftcore.errors import ConfigError, MergeError
 from peftcore.kernels.factors import Factors
 from peftcore.kernels.low_rank import LowRankBranch
+from peftcore.kernels.maths import widened
 from peftcore.kernels.start_subtraction import get_start_subtraction
 from peftcore.methods.lora.config import LoraConfig
 from peftcore.methods.lora.variant import Variant
@@ -149,12 +150,13 @@ class Lora(Adapter):
     @classmethod
     @torch.no_grad()
     def all_placed(cls, adapters: Mapping[str, Adapter]) -> bool:
-        loras = [a for a in adapters.values() if isinstance(a, Lora) and a.start is not None]
+        distinct = dict.fromkeys(adapters.values())  # a layer may stand at several paths
+        loras = [a for a in distinct if isinstance(a, Lora) and a.start is not None]
         if get_start_subtraction() == "adapter" or not all(lora.base.holds_its_own_weight for lora in loras):
             return False
         for lora in loras:
             assert lora.start is not None
-            weight = lora.base.read().float()
+            weight = widened(lora.base.read())
             lora.base.write(weight - lora._product(*(factor.to(weight) for factor in lora.start)))
             lora.base.clear_cache()
             lora.start_A = lora.start_B = None

@@ -51,6 +51,8 @@ def enlarge(lora: Lora, rank: int) -> None:
     if lora.source is None and lora.r != rank:
         a, b = with_zeros(lora, lora.lora_A, lora.lora_B, rank)
         lora.lora_A.data, lora.lora_B.data = a, b
+        if lora.start is not None:  # saved below A and B, as the second half of rank 2R
+            lora.start_A, lora.start_B = with_zeros(lora, *lora.start, rank)
     lora.r = rank
 
 

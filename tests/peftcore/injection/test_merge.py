@@ -4,9 +4,10 @@ import copy
 import gc
 import logging
 import pickle
+import threading
 import weakref
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,16 @@ from quantised_layers import quantised
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peftcore import AdapterNameError, LoraConfig, MergeError, TrainableTokensConfig, check_mergeable, get_peft_model
+from peftcore import (
+    AdapterNameError,
+    LoraConfig,
+    MergeError,
+    RoutingError,
+    TrainableTokensConfig,
+    check_mergeable,
+    get_peft_model,
+)
+from peftcore.injection import merge
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.registry import methods
 
@@ -308,9 +318,9 @@ def test_nothing_is_merged_while_a_route_is_open(route: Callable[[Any], Any], in
 
     with route(net):
         before = net(x)
-        for merge in (net.merge_adapter, net.merge_and_unload, net[0].merge, lambda: net.merged().__enter__()):
+        for merges in (net.merge_adapter, net.merge_and_unload, net[0].merge, lambda: net.merged().__enter__()):
             with pytest.raises(MergeError, match=r"a route is open .* leave the route, or wait for its end"):
-                in_a_thread(merge) if in_thread else merge()
+                in_a_thread(merges) if in_thread else merges()
         assert torch.equal(net(x), before)
     net.merge_adapter()
     assert net[0].merged == ("default",)
@@ -322,6 +332,63 @@ def test_nothing_is_merged_while_another_thread_is_inside_of_disable_adapter() -
         with pytest.raises(MergeError, match="a route is open"):
             pool.submit(net.merge_adapter).result()
         assert torch.equal(net(x), base(x))
+
+
+@pytest.mark.parametrize("inside", ["a route", "disable_adapter"])
+def test_a_context_that_opens_during_a_merge_waits_for_its_end(inside: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The route is refused then, and `disable_adapter` puts the unmerged weights in place."""
+    base, net, x = two_layers()
+    write, threads, outputs = merge._write, ThreadPoolExecutor(1), []
+    ended = threading.Event()
+
+    def opened() -> torch.Tensor:
+        with net.route("b") if inside == "a route" else net.disable_adapter():
+            ended.wait(10)
+            return net(x)
+
+    def open_in_a_thread(*args: Any) -> None:
+        write(*args)
+        outputs.append(threads.submit(opened))
+        wait(outputs, timeout=0.2)
+
+    monkeypatch.setattr(merge, "_write", open_in_a_thread)
+    with threads:
+        net.merge_adapter()
+        ended.set()
+    if inside == "a route":
+        with pytest.raises(RoutingError, match=r"\['default'\] are merged into the base"):
+            outputs[0].result()
+    else:
+        assert torch.equal(outputs[0].result(), base(x))
+
+
+def test_other_threads_call_a_model_that_was_unmerged_inside_of_disable_adapter() -> None:
+    _, net, x = two_layers()
+    adapted = net(x)
+    net.merge_adapter()
+    with net.disable_adapter(), ThreadPoolExecutor(1) as pool:
+        net.unmerge_adapter()
+        assert torch.equal(pool.submit(net, x).result(), adapted)
+
+
+# -- a layer at several paths --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("targets", [["all-linear"], [["0"], ["1"]]])
+def test_a_layer_at_two_paths_is_merged_once(targets: list[Any]) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(6, 6)
+    weight, net = layer.weight, nn.Sequential(layer, layer, nn.Linear(6, 6)).double()
+    for name, target in zip("ab", targets, strict=False):
+        net = get_peft_model(net, LoraConfig(r=2, target_modules=target, init_lora_weights=False), name)
+    net.set_adapter(["a", "b"][: len(targets)])
+    x = torch.randn(3, 6).double()
+    expected = net(x)
+    net.merge_adapter()
+    torch.testing.assert_close(net(x), expected)
+    net.unmerge_adapter()
+    assert net[0].base_layer.weight is weight
+    torch.testing.assert_close(net.merge_and_unload()(x), expected)
 
 
 def test_the_check_before_a_merge_takes_one_name_and_knows_the_names() -> None:

@@ -96,3 +96,33 @@ def test_a_taken_name_and_a_compiled_model_are_refused() -> None:
         prepare_injection(model, CONFIG, "a")
     with pytest.raises(ConfigError, match=r"attached before torch\.compile"):
         prepare_injection(torch.compile(Net(nn.Linear(6, 4))), CONFIG, "a")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("bias", ["none", "all"])
+def test_a_raw_parameter_trains_beside_the_bias_of_its_layer(bias: Any) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).double()
+    x, own, other = torch.randn(3, 6).double(), *base
+    before = own.bias.detach().clone(), other.bias.detach().clone()
+    config = LoraConfig(r=2, target_modules=["1"], target_parameters=["0.weight"], bias=bias, init_lora_weights=False)
+    net = get_peft_model(base, config)
+    changes = [net[0].get_delta_weight("default"), net[1].get_delta_weight("default")]
+    trained = [p for name, p in net.named_parameters() if p.requires_grad and name.endswith("bias")]
+    assert len(trained) == (2 if bias == "all" else 0)
+    with torch.no_grad():
+        for parameter in trained:
+            parameter += 0.1
+    shift = 0.1 if trained else 0.0
+    h = x @ (own.weight + changes[0]).T + before[0] + shift
+    expected = h @ (other.weight + changes[1]).T + before[1] + shift
+    torch.testing.assert_close(net(x), expected)
+    net.merge_adapter()
+    torch.testing.assert_close(net(x), expected)
+
+
+def test_token_rows_beside_a_raw_parameter_of_one_layer_are_refused() -> None:
+    net = nn.Sequential(nn.Embedding(9, 6), nn.Linear(6, 6))
+    config = LoraConfig(target_modules=["1"], target_parameters=["0.weight"], trainable_token_indices={"0": [1]})
+    with pytest.raises(ConfigError, match="trainable_token_indices: 0 is a target itself"):
+        get_peft_model(net, config)
+    assert ATTRIBUTE not in vars(net)

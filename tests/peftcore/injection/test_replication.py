@@ -53,6 +53,17 @@ def test_layer_replication_undone_by_delete_and_by_failure() -> None:
     assert torch.equal(model(TOKENS).logits, base)
 
 
+def test_a_merged_deeper_model_shares_no_weights_and_can_be_saved(tmp_path: Any) -> None:
+    model = get_peft_model(llama(), LoraConfig(r=2, target_modules=["q_proj"], layer_replication=[(0, 2), (1, 2)]))
+    randomise(model, 0.3)
+    expected = model.eval()(TOKENS).logits
+    plain = model.merge_and_unload()
+    plain.save_pretrained(tmp_path)
+    torch.testing.assert_close(type(plain).from_pretrained(tmp_path)(TOKENS).logits, expected)
+    first, second = (set(map(id, block.parameters())) for block in plain.model.layers[1:])
+    assert first.isdisjoint(second) and len(first) == len(second) == 9
+
+
 def test_replicated_blocks_share_tensors_and_have_their_own_modules_and_cache_index() -> None:
     model = llama()
     first, second = model.model.layers

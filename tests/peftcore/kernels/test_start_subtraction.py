@@ -55,6 +55,17 @@ def close(x: torch.Tensor, y: torch.Tensor) -> bool:
 
 
 @pytest.mark.parametrize("start", STARTS)
+def test_the_start_is_subtracted_once_and_in_the_precision_of_the_base(start: str) -> None:
+    layer = net()[0].double()  # at two paths
+    base, x = nn.Sequential(layer, layer), X.double()
+    before = base(x)
+    model = get_peft_model(base, config(start))
+    if start == "corda":
+        initialize_from_data(model, [{"input": x}], progress=False)
+    torch.testing.assert_close(model(x), before, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("start", STARTS)
 def test_the_base_weight_becomes_the_residual(start: str) -> None:
     base, model = net(), started(start)
     for layer, original in ((model[0], base[0]), (model[1], base[1])):

@@ -152,14 +152,30 @@ def test_changes_between_two_layers_that_are_called_by_themselves(change: str, g
         torch.testing.assert_close(model.k_proj(inputs), other.k_proj(inputs), atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_contexts_between_two_layers_that_are_called_by_themselves(fails: bool, inputs: Tensor) -> None:
-    """Also after a call of the model that ended with an error."""
+def interrupt(model: Any, x: Tensor) -> None:
+    """Press Ctrl-C during a call of the model; PyTorch then runs no hook at the end of the call."""
+
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with model.v_proj.register_forward_pre_hook(stop), pytest.raises(KeyboardInterrupt):
+        model(x)
+
+
+@pytest.mark.parametrize("fails", ["", "error", "Ctrl-C"])
+def test_contexts_between_two_layers_that_are_called_by_themselves(fails: str, inputs: Tensor) -> None:
+    """Also after a call of the model that ended with an error, or that was interrupted."""
     model = attention()
     base = nn.functional.linear(inputs, model.k_proj.base_layer.weight, model.k_proj.base_layer.bias)
-    if fails:
+    if fails == "error":
         with pytest.raises(RuntimeError):
             model(inputs[:, :5])
+    if fails == "Ctrl-C":
+        interrupt(model, inputs)
+        model.q_proj(inputs)
+        edit(model.k_proj.adapters["a"].lora_A)
+        torch.testing.assert_close(model.k_proj(inputs), model.k_proj(inputs.clone()), atol=1e-12, rtol=0)
+        interrupt(model, inputs)
     model.q_proj(inputs)
     with model.disable_adapter():
         torch.testing.assert_close(model.k_proj(inputs), base)
@@ -197,3 +213,22 @@ def test_layers_share_inside_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.inference_mode():
         model(tokens)
     assert counts == [3] * 3 + [1] * 3
+
+
+def test_an_interrupted_call_has_ended() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = get_peft_model(LlamaForCausalLM(LlamaConfig(vocab_size=30, **sizes)), lora())
+    selection, tokens = model._adapter_set.selection, torch.arange(6).view(2, 3)
+    calls = []
+
+    def stop(*_: Any) -> None:
+        calls.append(len(selection.cache.calls))
+        raise KeyboardInterrupt
+
+    for _ in range(2):
+        with model.lm_head.register_forward_pre_hook(stop), pytest.raises(KeyboardInterrupt):
+            model(tokens)
+    assert calls == [1, 1]
+    assert model.base_model.model is model  # HF PEFT's view, and not transformers' model without the head
+    model(tokens)
+    assert not selection.cache.calls and not selection._running

@@ -68,7 +68,7 @@ def test_the_papers_formula() -> None:
     probabilities = (h @ adapter.lily_router.T).softmax(-1).mean((0, 1))
     experts = adapter.lily_B.view(3, 2, 5)
     mixed = sum(p * expert for p, expert in zip(probabilities, experts, strict=True))
-    torch.testing.assert_close(model(x), base(x) + 0.7 * h @ mixed, rtol=1e-6, atol=1e-6)  # softmax in float32
+    torch.testing.assert_close(model(x), base(x) + 0.7 * h @ mixed, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(

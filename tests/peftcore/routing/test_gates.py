@@ -44,6 +44,13 @@ def test_arrow_is_what_its_paper_says(top_k: int | None) -> None:
     assert Weighted({"a": 1.0}) != gate
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_arrow_takes_adapters_in_16_bits(dtype: torch.dtype) -> None:
+    model, x, gate = experts().to(dtype), torch.randn(5, 12, dtype=dtype), arrow_gate(["a", "b", "c"])
+    narrow = model(x, adapter_names=gate).double()
+    torch.testing.assert_close(narrow, model.double()(x.double(), adapter_names=gate), atol=0.05, rtol=0.02)
+
+
 def test_what_arrow_cannot_do_is_refused() -> None:
     with pytest.raises(RoutingError, match="temperature must be above 0, got 0"):
         arrow_gate(["a"], temperature=0)

@@ -1,15 +1,18 @@
 """Enlarging a LoRA layer adds components that are zero, in each layout of A and B."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from lora_nets import LAYERS, adapter, lora, net_and_input
 from torch import nn
 
-from peftcore import LoraConfig, get_peft_model
+from peftcore import LoraConfig, PeftModel, get_peft_model
 from peftcore.errors import HotswapError
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.methods.lora import Lora
 from peftcore.methods.lora.hotswap import check_rank, clear, enlarge, rank_of, use_tensor_scaling
+from peftcore.storage.hotswap import prepare_model_for_compiled_hotswap
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -23,6 +26,18 @@ def test_a_larger_rank_is_the_same_function(layer: str, options: dict[str, bool]
     torch.testing.assert_close(net(x), before)
     with torch.no_grad():
         torch.testing.assert_close(net(x), before)
+
+
+def test_an_adapter_with_a_subtracted_start_can_be_saved_after_it_was_enlarged(tmp_path: Path) -> None:
+    net, x = net_and_input("linear")
+    net = lora(net, init_lora_weights="pissa")
+    with torch.no_grad():
+        adapter(net).lora_B.add_(torch.randn_like(adapter(net).lora_B))
+    before = net(x)
+    prepare_model_for_compiled_hotswap(net, target_rank=4)
+    torch.testing.assert_close(net(x), before)
+    net.save_pretrained(tmp_path)
+    torch.testing.assert_close(PeftModel.from_pretrained(net.unload(), tmp_path)(x), before)
 
 
 def test_experts_and_groups_have_blocks_of_their_own() -> None:
