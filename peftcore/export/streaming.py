@@ -122,7 +122,19 @@ def _copy_rest(base: Path, fresh: Path, untied: bool, dtype: str | None) -> None
             and file.name != MANIFEST
         ):
             shutil.copyfile(file, fresh / file.name)
+    for name in _folders(base):
+        shutil.copytree(base / name, fresh / name)
     config = json.loads((base / "config.json").read_text())
     config |= {"tie_word_embeddings": False} if untied else {}
     config |= {"dtype": dtype} if dtype else {}
     (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _folders(base: Path) -> list[str]:
+    """Return the folders that the model needs: further chat templates, and modules of sentence-transformers."""
+    names = {"additional_chat_templates"}
+    modules = base / "modules.json"
+    if modules.is_file():
+        names |= {module["path"] for module in json.loads(modules.read_text())}
+    inside = (entry.name for entry in base.iterdir() if entry.is_dir())
+    return sorted(names.intersection(inside))

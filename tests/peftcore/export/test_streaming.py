@@ -76,6 +76,18 @@ def test_the_bits_of_a_merge_in_memory(method: str, tmp_path: Path) -> None:
     assert damaged_files(tmp_path / "out") == [] and sha256(base / "model.safetensors") == before
 
 
+def test_folders_that_the_model_needs_are_copied(tmp_path: Path) -> None:
+    base = saved(tmp_path / "base")
+    adapter = trained(base, METHODS["lora"], tmp_path / "adapter")
+    (base / "modules.json").write_text('[{"path": "", "idx": 0}, {"path": "1_Pooling", "idx": 1}]')
+    files = ("additional_chat_templates/rag.jinja", "1_Pooling/config.json", "onnx/model.onnx")
+    for name in files:
+        (base / name).parent.mkdir()
+        (base / name).write_text("{}")
+    out = merge_streaming(base, adapter, tmp_path / "out")
+    assert [(out / name).is_file() for name in files] == [True, True, False] and damaged_files(out) == []
+
+
 def test_one_weight_is_in_memory_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from peftcore.export import safetensors_stream
 
