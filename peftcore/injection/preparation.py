@@ -130,9 +130,8 @@ def prepare_injection(
         config = dataclasses.replace(config, ensure_weight_tying=False)
     saved = find_saved_modules(module_index, config)
     adapters = _adapters_for(module_index, config, paths, creation)
-    raw = {path: a.base for path, a in adapters.items() if isinstance(a.base, ParameterWeight)}
-    owners = {path.removesuffix(f".{base.name}") for path, base in raw.items()}
-    adapters |= _token_adapters(module_index, config, owners.union(adapters), {*saved}, creation)
+    occupied = {*adapters, *_owners_of_raw_parameters(adapters)}
+    adapters |= _token_adapters(module_index, config, occupied, {*saved}, creation)
     if config.ensure_weight_tying:
         _warn_without_ties(module_index, [*adapters, *saved])
     _check_new_bases(module_index, adapters, replaced)
@@ -482,6 +481,12 @@ def _check_new_bases(module_index: ModuleIndex, adapters: Mapping[str, Adapter],
             )
 
 
+def _owners_of_raw_parameters(adapters: Mapping[str, Adapter]) -> list[str]:
+    """Return the paths of the modules whose raw parameters are adapted."""
+    raw = ((path, a.base) for path, a in adapters.items() if isinstance(a.base, ParameterWeight))
+    return [path.removesuffix(f".{base.name}") for path, base in raw]
+
+
 def _trained_biases(
     module_index: ModuleIndex,
     config: TunerConfig,
@@ -493,9 +498,9 @@ def _trained_biases(
     mode = config.bias
     if mode == "none":
         return {}
-    paths = [
-        path for path in (adapters if mode.endswith("_only") else module_index.modules) if path in module_index.modules
-    ]
+    targeted = dict.fromkeys([*adapters, *_owners_of_raw_parameters(adapters)])
+    paths = [path for path in targeted if path in module_index.modules]
+    paths = paths if mode.endswith("_only") else list(module_index.modules)
     paths = [path for path in paths if not is_within(path, saved)]
     biases: dict[str, TrainedBias] = {}
     raw = {id(adapter.base.layer) for adapter in adapters.values() if isinstance(adapter.base, ParameterWeight)}

@@ -188,8 +188,11 @@ def _prefix(path: str, adapter: Adapter) -> str:
 
 
 def _bias_prefix(path: str, bias: TrainedBias, adapters: Mapping[str, Adapter]) -> str:
-    """Return the first part of a trained bias's key: PEFT keeps an adapted layer as `base_layer`."""
-    return _prefix(path, bias) + ("base_layer." if path in adapters else "")
+    """Return the first part of a trained bias's key: PEFT wraps a layer once, or once per raw parameter of it."""
+    layer = path.removesuffix(".bias")
+    raw = (f"{layer}.{a.base.name}" for a in adapters.values() if isinstance(a.base, ParameterWeight))
+    wrappers = 1 if path in adapters else sum(parameter in adapters for parameter in raw)
+    return _prefix(path, bias) + "base_layer." * wrappers
 
 
 def _plain_spellings(key: str, name: str) -> list[str]:

@@ -63,6 +63,22 @@ def test_keys_and_shapes_are_those_of_hf_peft(case: str) -> None:
     assert {key: tensor.shape for key, tensor in found.items()} == {key: t.shape for key, t in expected.items()}
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+@pytest.mark.parametrize("parameters", [["0.weight"], ["0.weight", "0.factors"]])
+def test_keys_of_biases_beside_raw_parameters_are_those_of_hf_peft(bias: str, parameters: list[str]) -> None:
+    def base() -> nn.Module:
+        layers = net()
+        layers[0].factors = nn.Parameter(torch.zeros(6, 6))  # type: ignore[index]
+        return layers
+
+    options: dict[str, Any] = {"r": 2, "target_modules": ["1"], "target_parameters": parameters, "bias": bias}
+    hf = peft.get_peft_model(base(), peft.LoraConfig(**options))  # type: ignore[arg-type]
+    expected = set(peft.get_peft_model_state_dict(hf))
+    assert f"base_model.model.0{'.base_layer' * len(parameters)}.bias" in expected
+    assert state_of(LoraConfig(**options), base()).tensors().keys() == expected
+
+
 def test_the_name_of_an_adapter_is_in_none_of_its_keys() -> None:
     config = LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"], bias="lora_only")
     assert state_of(config, name="named").tensors().keys() == state_of(config).tensors().keys()
