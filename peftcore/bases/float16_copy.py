@@ -1,15 +1,19 @@
 """Float32 linear layers with a second copy of their weight in float16, for decoding on CPUs.
 
-With few tokens, a product takes about as long as reading the weight. The copy has half the bytes, and PyTorch's product
-with it (FBGEMM's, `torch.ops.quantized.linear_dynamic_fp16`) multiplies and adds in float32. `benchmarks.serving` shows
-what that saves.
+With few tokens, a product takes about as long as reading the weight. The copy has half the bytes, and FBGEMM's product
+with it multiplies and adds in float32. `benchmarks.serving` shows what that saves. PyTorch has two names for that
+product. `torch.fbgemm_linear_fp16_weight_fp32_activation` is called, because a call of it takes 4 us, where one of
+`torch.ops.quantized.linear_dynamic_fp16` takes 19; but PyTorch may remove it, and then the other name is called.
 
 The copy of a weight that was loaded from 16 bits is exact, except that bfloat16 values below 2⁻¹⁷ (8e-6) lose bits:
 they are rounded to multiples of 2⁻²⁴ (6e-8). That is less than the rounding of a float32 product. Other float32
 weights, such as dequantised ones, are rounded to 11 bits.
 """
 
-from typing import Any, NamedTuple
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,18 +27,49 @@ _ENGINES = ("x86", "fbgemm")
 """PyTorch's quantisation engines (`torch.backends.quantized.engine`) that have the product."""
 
 
-class _Copy(NamedTuple):
+Product = Callable[[Tensor, Tensor | None], Tensor]
+"""x (..., i), b (o,) -> x Wᵀ + b (..., o) with a packed weight."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Copy:
     """A packed float16 copy of a weight, and the state of the weight of which it is a copy."""
 
-    weight: Tensor
+    weight: Tensor | None
     version: int
     """In-place changes of the weight (count)."""
     address: int
     """Where the weight's values are in memory."""
-    packed: Any
+    product: Any
+    """Its `Product`; None in a duplicate of the layer."""
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "_Copy":
+        return cls(weight, weight._version, weight.data_ptr(), _product_with(weight.detach()))
 
     def is_current(self, weight: Any) -> bool:
         return weight is self.weight and weight._version == self.version and weight.data_ptr() == self.address
+
+    def __reduce__(self) -> Any:
+        """Leave the packed weight out of deep copies and pickles of the layer; they use the float32 weight."""
+        return _no_copy, ()
+
+
+def _no_copy() -> _Copy:
+    return _Copy(None, 0, 0, None)
+
+
+def _product_with(weight: Tensor) -> Product:
+    """Return the product with a float16 copy of a weight (o, i)."""
+    if not hasattr(torch, "fbgemm_linear_fp16_weight_fp32_activation"):
+        dynamic, packed = torch.ops.quantized.linear_dynamic_fp16, torch.ops.quantized.linear_prepack_fp16(weight, None)
+        return lambda x, bias: dynamic(x, packed) if bias is None else dynamic(x, packed).add_(bias)
+    linear = torch.fbgemm_linear_fp16_weight_fp32_activation
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # deprecated; PyTorch says so once, at the first call of each function
+        packed = torch.fbgemm_pack_gemm_matrix_fp16(weight)
+        linear(weight[:1], packed, None)
+    return lambda x, bias: linear(x, packed, bias)
 
 
 class Float16CopyLinear(nn.Linear):
@@ -55,9 +90,7 @@ class Float16CopyLinear(nn.Linear):
         for name, parameter in layer._parameters.items():
             self.register_parameter(name, parameter)
         self.train(layer.training)
-        weight = layer.weight
-        packed = torch.ops.quantized.linear_prepack_fp16(weight.detach(), None)
-        self._copy = _Copy(weight, weight._version, weight.data_ptr(), packed)
+        self._copy = _Copy.of(layer.weight)
 
     def forward(self, input: Tensor) -> Tensor:
         y = self.short_output(input)
@@ -78,8 +111,7 @@ class Float16CopyLinear(nn.Linear):
             or torch._C._are_functorch_transforms_active()
         ):
             return None
-        y = torch.ops.quantized.linear_dynamic_fp16(x, self._copy.packed)
-        return y if bias is None else y.add_(bias)
+        return self._copy.product(x, bias)
 
 
 @register_storage("peftcore.Float16CopyLinear")
@@ -92,6 +124,10 @@ class Float16CopyWeight(LinearWeight):
     def product(self, x: Tensor) -> Tensor:
         y = self.layer.short_output(x)
         return super().product(x) if y is None else y
+
+    def plain_output(self, x: Tensor) -> Tensor | None:
+        y = self.layer.short_output(x) if type(self.layer) is Float16CopyLinear else None
+        return super().plain_output(x) if y is None else y
 
 
 def can_copy(layer: nn.Module) -> bool:

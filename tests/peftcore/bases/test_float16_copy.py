@@ -1,6 +1,7 @@
 """Float16 copies of linear layers: the numbers of float32, and never of a weight that has changed."""
 
 import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -54,6 +55,22 @@ def test_the_output_is_that_of_float32(shape: tuple[int, ...], bias: bool, produ
     y = Float16CopyLinear(plain(bias))(x)
     assert y.shape == (*shape, 48) and len(products) == 1
     assert (y - expected).abs().max() <= ROUNDING * expected.abs().max()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@torch.no_grad()
+def test_pytorchs_two_names_of_the_product_agree(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(3, 5, 128)[:, -1:, ::2]  # as an output head gets the last tokens: not contiguous
+    y = Float16CopyLinear(plain(bias))(x)
+    monkeypatch.delattr(torch, "fbgemm_linear_fp16_weight_fp32_activation")
+    assert torch.equal(Float16CopyLinear(plain(bias))(x), y)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+@torch.no_grad()
+def test_a_duplicate_takes_its_own_float32_weight(duplicate: Callable[[Any], Any], products: list[int]) -> None:
+    layer, x = Float16CopyLinear(plain()), torch.randn(2, 64)
+    assert torch.equal(duplicate(layer)(x), plain()(x)) and not products
 
 
 CASES: dict[str, Callable[[Any], Any]] = {
