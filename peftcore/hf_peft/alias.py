@@ -28,6 +28,12 @@ SUBMODULES = (
 """Submodules of HF PEFT that `peftcore` has under the same name, besides `config`."""
 _PARTS = ("config", "layer", "model", "utils")
 """Submodules of methods in HF PEFT."""
+_OTHER_PLACES = {
+    **dict.fromkeys((f"optimizers.{name}" for name in ("lorafa", "loraplus", "riemannian")), "optimizers"),
+    **dict.fromkeys((f"tuners.lora.{name}" for name in (*_PARTS, "bnb", "conversion", "eva")), "tuners.lora"),
+    "tuners.adamss.asa_callback": "tuners.asa_callback",
+}
+"""{module of HF PEFT: the module here that has its names}"""
 
 
 class _AliasLoader:
@@ -114,16 +120,16 @@ def _from_root(root: ModuleType, module: ModuleType, name: str) -> Any:
 
 
 class MethodFinder:
-    """Finder of `peftcore.hf_peft.tuners.METHOD` and of its submodules in `_PARTS`."""
+    """Finder of `peftcore.hf_peft.tuners.METHOD`, of its submodules in `_PARTS`, and of `_OTHER_PLACES`."""
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> Any:
-        """Return the spec of a method's module; None for every other module."""
+        """Return the spec of one of these modules; None for every other module."""
         start = f"{PACKAGE}.tuners."
+        if place := _OTHER_PLACES.get(fullname.removeprefix(f"{PACKAGE}.")):
+            return ModuleSpec(fullname, _loader(_AliasLoader(f"{PACKAGE}.{place}")))
         if not fullname.startswith(start):
             return None
         method, *parts = fullname[len(start) :].split(".")
-        if method == "lora" and parts:
-            return ModuleSpec(fullname, _loader(_AliasLoader(f"{start}lora"))) if parts[0] in _PARTS else None
         if parts and (len(parts) > 1 or parts[0] not in _PARTS):
             return None
         from peftcore.registry import methods

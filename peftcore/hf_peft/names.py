@@ -162,7 +162,9 @@ NAMES = [
 
 _TASK_CLASS = "same; answers `isinstance` by the first adapter's task, and is not a base class"
 _LEARNER = "for `isinstance`; get_peft_model makes the prompt"
+_VIEW = "same; a view on the model, which keeps its class"
 DIFFERENT = {
+    "AdaLoraModel": f"{_VIEW}; the model's loss lacks the regulariser, which `model.adapter_regularizer()` returns",
     "CPTEmbedding": _LEARNER,
     "CartridgeEncoder": _LEARNER,
     "PeftMixedModel": "every PeftModel can mix methods; answers `isinstance` for models of several methods",
@@ -190,9 +192,7 @@ def name_table() -> str:
     root = import_module("peftcore")
     lines = ["| name | here |", "|---|---|"]
     for name in NAMES:
-        if name.endswith("Model") and root._MODULES[name] == "peftcore.hf_peft.tuner_models":
-            status = "same; a view on the model, which keeps its class"
-        else:
-            status = DIFFERENT.get(name, "same")
+        is_view = name.endswith("Model") and root._MODULES[name] == "peftcore.hf_peft.tuner_models"
+        status = DIFFERENT.get(name, _VIEW if is_view else "same")
         lines.append(f"| `{name}` | {status} |")
     return "\n".join(lines) + "\n"

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from peftcore.train.optimizers import LoraFa
 
 __all__ = ["create_lorafa_optimizer", "create_loraplus_optimizer", "create_riemannian_optimizer"]
+__path__: list[str] = []  # makes this module a package, because HF PEFT has submodules here; see `alias`
 
 
 def create_loraplus_optimizer(

@@ -26,6 +26,11 @@ class InspectionMethods(AdaptedModule):
         return self.peft_config[self.active_adapter]
 
     @property
+    def peft_type(self) -> str:
+        """Method of the first adapter, such as `PeftType.LORA`, which is a string; '' without an adapter."""
+        return next((config.peft_type for config in self.peft_config.values()), "")
+
+    @property
     def modules_to_save(self) -> set[str] | None:
         """Names of the modules that adapters train in full; None if there are none."""
         names = {name for config in self.peft_config.values() for name in config.modules_to_save or ()}

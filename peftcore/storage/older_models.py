@@ -10,38 +10,55 @@ Shapes: e experts, i in_features, o out_features, r rank.
 import dataclasses
 import re
 import warnings
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from peftcore.bases import ParameterWeight, base_weight
-from peftcore.config import PeftConfig, TunerConfig, first_match
+from peftcore.config import ALL_LINEAR, PeftConfig, TunerConfig, first_match
 from peftcore.errors import CheckpointError, TargetError
 from peftcore.files.tensors import PREFIX
 from peftcore.injection.module_index import ModuleIndex
+from peftcore.injection.targets import matches_targets, named
 from peftcore.layers.wrapper import unwrapped
 from peftcore.storage.adapter_state import AdapterState
 
+C = TypeVar("C", bound=PeftConfig)
+
 _TOKENS = "token_adapter."
 """First part of the keys of single embedding rows, after the embedding's path."""
+_OF_LAYERS = (
+    *("lora_dropout", "use_dora", "lora_bias", "use_qalora", "use_bdlora", "alora_invocation_tokens"),
+    *("arrow_config", "kasa_config", "monteclora_config", "velora_config"),
+)
+"""Options of LoRA that do not fit parameters."""
+_STARTS_OF_PARAMETERS = (True, False, "gaussian", "eva")
+"""Values of `init_lora_weights` that fit parameters; EVA's data change layers only."""
 
 
 class _Fusion(NamedTuple):
     """Layers of the experts that have become one parameter."""
 
-    sources: list[re.Pattern[str]]
-    """Regular expressions of a layer's path, in the order of the parameter's rows; groups: path before, expert."""
+    sources: list[tuple[str, str]]
+    """Parts of a layer's path before and after the expert's number, such as (".experts", "w1"), in the order of the
+    parameter's rows."""
     target: str
     """End of the parameter's path, such as ".experts.gate_up_proj"."""
 
     def parameter_of(self, path: str) -> tuple[str, int, int] | None:
         """Return (path of the parameter, index of the source, expert) of a former layer; None for other layers."""
-        for index, source in enumerate(self.sources):
-            if match := source.fullmatch(path):
+        for index, (before, after) in enumerate(self.sources):
+            if match := re.fullmatch(rf"(.*){re.escape(before)}\.(\d+)\.{re.escape(after)}", path):
                 return f"{match[1]}{self.target}", index, int(match[2])
         return None
+
+    def layers_of(self, parameter: str) -> list[str]:
+        """Return the former layers of the first expert in a parameter; [] if the parameter is not of this fusion."""
+        if not parameter.endswith(self.target):
+            return []
+        return [f"{parameter.removesuffix(self.target)}{before}.0.{after}" for before, after in self.sources]
 
 
 class _Changes(NamedTuple):
@@ -84,9 +101,9 @@ def _target(pattern: str) -> str:
     return f".{pattern.removeprefix('.')}"
 
 
-def _source(pattern: str) -> re.Pattern[str]:
+def _source(pattern: str) -> tuple[str, str]:
     before, after = _target(pattern).removesuffix(".weight").split(".*.")
-    return re.compile(rf"(.*){re.escape(before)}\.(\d+)\.{re.escape(after)}")
+    return before, after
 
 
 # -- keys of renamed modules -----------------------------------------------------------------------------------------
@@ -150,6 +167,85 @@ def for_present_modules(config: PeftConfig, keys: Iterable[str], model: nn.Modul
     return _with_targets(config, modules, new_of, fused) if is_older else config
 
 
+def with_fused_targets(config: C, model: nn.Module) -> C:
+    """Return a new LoRA's configuration with parameters in place of the experts' former layers that it names.
+
+    As in HF PEFT, `w1` and `w3` of Mixtral become `gate_up_proj` in `target_parameters`, with the sum of their ranks.
+    The router's layer becomes its weight. Targets that also name present layers keep these. "all-linear" and default
+    targets stay as they are. If a parameter cannot take the place of the layers, a warning says that the experts are
+    left out.
+
+    Args:
+        config: The configuration.
+        model: The model, with or without adapters.
+    """
+    if not isinstance(config, TunerConfig) or config.peft_type != "LORA" or config.target_modules in (None, ALL_LINEAR):
+        return config
+    changes = _changes(model)
+    if changes is None or not changes.fusions:
+        return config
+    modules, lora = ModuleIndex(model).modules, cast(Any, config)
+    is_plain = lora.init_lora_weights in _STARTS_OF_PARAMETERS and not any(getattr(lora, name) for name in _OF_LAYERS)
+    fused: list[str] = []
+    ranks: dict[str, int] = {}
+    alphas: dict[str, float] = {}
+    for path in _parameters(modules):
+        layers = next((layers for fusion in changes.fusions if (layers := fusion.layers_of(path))), [])
+        chosen = [layer for layer in layers if matches_targets(config, layer)]
+        if not chosen or named(path, lora.target_parameters):
+            continue
+        rank, scalings = _fused_rank(lora, layers)
+        if chosen != layers or len(scalings) > 1 or not is_plain:
+            names = [layer.rpartition(".")[2] for layer in layers]
+            warnings.warn(
+                f"target_modules: the experts are left out. Their layers {names} are one parameter now, {path}; to "
+                "adapt it, name all of them with one scaling, in a plain LoRA without dropout",
+                stacklevel=3,
+            )
+            return config
+        fused.append(path)
+        ranks[_pattern_key(path)], alphas[_pattern_key(path)] = rank, scalings.pop() * lora.denominator(rank)
+    kept, routers = _without_routers(config, modules)
+    if not is_plain or not (fused or routers):
+        return config
+    return dataclasses.replace(
+        lora,
+        target_modules=kept,
+        target_parameters=[*(lora.target_parameters or ()), *fused, *routers],
+        rank_pattern={**ranks, **(lora.rank_pattern or {})},
+        alpha_pattern={**alphas, **(lora.alpha_pattern or {})},
+    )
+
+
+def _parameters(modules: Mapping[str, nn.Module]) -> Iterator[str]:
+    """Yield the paths of all parameters of the base."""
+    for path, module in modules.items():
+        yield from (f"{path}.{name}" for name in unwrapped(module)._parameters)
+
+
+def _without_routers(config: TunerConfig, modules: Mapping[str, nn.Module]) -> tuple[list[str] | str, list[str]]:
+    """Return (targets that name layers, weights of the routers that the other targets name)."""
+    targets = config.target_modules
+    assert targets is not None
+    if isinstance(targets, str):
+        return (targets if any(named(path, targets) for path in modules) else []), []
+    kept, routers = [], []
+    for target in targets:
+        paths = [path for path in modules if named(path, [target])]
+        weights = {path: unwrapped(modules[path])._parameters.get("weight") for path in paths}
+        if any(weight is None or weight.dim() != 2 or _can_be_adapted(modules[p]) for p, weight in weights.items()):
+            kept.append(target)
+        else:
+            routers += [f"{path}.weight" for path in paths if matches_targets(config, path)]
+    return kept, routers
+
+
+def _fused_rank(config: Any, layers: Iterable[str]) -> tuple[int, set[float]]:
+    """Return (rank of one LoRA in place of those of former layers, the scalings of these)."""
+    numbers = [config.at(layer) for layer in layers]
+    return sum(rank for rank, _ in numbers), {alpha / config.denominator(rank) for rank, alpha in numbers}
+
+
 def _module_of(key: str, modules: Mapping[str, nn.Module]) -> tuple[str, list[str]]:
     """Return (path of the deepest module on the way to a tensor, the rest of the key in parts)."""
     path, rest = key.removeprefix(PREFIX), []
@@ -188,14 +284,12 @@ def _with_targets(
             matches = {path: first_match(pattern, old, None) for path, old in by_path.items()}
             values[field.name] = {_pattern_key(path): value for path, value in matches.items() if value is not None}
     for path, sources in fused.items():
-        numbers = [config.at(old) for old in sources.values()]
-        scalings = {alpha / config.denominator(rank) for rank, alpha in numbers}
+        rank, scalings = _fused_rank(config, sources.values())
         if len(scalings) > 1:
             raise CheckpointError(
                 f"{path} is one parameter now, and the adapter has different scalings for its parts "
                 f"{sorted(sources.values())}; merge the adapter with the version of transformers that trained it"
             )
-        rank = sum(rank for rank, _ in numbers)
         values["rank_pattern"][_pattern_key(path)] = rank
         values["alpha_pattern"][_pattern_key(path)] = scalings.pop() * config.denominator(rank)
     if fused or parameters:

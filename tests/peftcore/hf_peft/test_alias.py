@@ -33,7 +33,15 @@ def test_a_submodule_of_peft_is_a_submodule_of_peftcore(name: str) -> None:
         ("tuners.ia3.layer", "IA3Layer"),
         ("tuners.adalora.model", "AdaLoraModel"),
         ("tuners.prompt_tuning", "PromptTuningConfig"),
+        ("tuners.lora.bnb", "Linear4bit"),
+        ("tuners.lora.conversion", "save_as_lora"),
+        ("tuners.lora.eva", "get_eva_state_dict"),
+        ("tuners.adamss.asa_callback", "AdamssAsaCallback"),
         ("tuners.tuners_utils", "BaseTunerLayer"),
+        ("optimizers.lorafa", "create_lorafa_optimizer"),
+        ("optimizers.loraplus", "create_loraplus_optimizer"),
+        ("optimizers.riemannian", "create_riemannian_optimizer"),
+        ("config", "PeftConfig"),
         ("utils.other", "ModulesToSaveWrapper"),
         ("utils.save_and_load", "get_peft_model_state_dict"),
         ("utils.hotswap", "hotswap_adapter"),
@@ -49,6 +57,7 @@ def test_scripts_import_a_name_from_where_peft_has_it(module: str, name: str) ->
 @pytest.mark.parametrize(
     "module",
     [
+        "config",
         "mapping_func",
         "mixed_model",
         "peft_model",
@@ -90,6 +99,9 @@ def test_with_the_alias_import_peft_finds_peftcore() -> None:
         "import peftcore.as_peft, peft, peftcore, importlib.metadata as metadata\n"
         "from peft.tuners.lora import LoraLayer\n"
         "from peft import LoraConfig, get_peft_model\n"
+        "from peft.config import PeftConfigMixin\n"
+        "from peft.optimizers.loraplus import create_loraplus_optimizer\n"
+        "assert issubclass(LoraConfig, PeftConfigMixin)\n"
         "assert peft is peftcore.hf_peft and LoraConfig is peftcore.LoraConfig\n"
         "assert LoraLayer is peftcore.tuners.lora.LoraLayer\n"
         "assert peft.__version__ == '0.21.2'\n"

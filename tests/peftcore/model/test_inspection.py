@@ -32,6 +32,7 @@ def test_ranks_and_targets(model: Any) -> None:
     assert sorted(model.targeted_module_names) == sorted([*model.adapter_ranks("a"), *model.adapter_ranks("b")])
     assert model.targeted_parameter_names == []
     assert model.active_peft_config is model.peft_config["a"]
+    assert model.peft_type == "LORA"
 
 
 def test_status_of_layers_and_model(model: Any) -> None:
