@@ -106,6 +106,20 @@ def test_commands_exist(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
             parse(command, options)
 
 
+@pytest.mark.parametrize("page", [*GUIDES, *sorted((ROOT / "examples").rglob("README.md"))], ids=name_of)
+def test_a_new_project_is_committed_before_a_run_and_prepared_before_the_doctor(page: Path) -> None:
+    for code in blocks(page, "sh"):
+        missing: set[str] = set()
+        for line in code.splitlines():
+            if re.match(r"peftcore (init|import) (?!--help)", line):
+                missing = {"git commit", "dvc repro prepare"}
+            missing -= {step for step in missing if step in line}
+            if re.match("peftcore run", line):
+                assert "git commit" not in missing, line
+                missing.clear()
+            assert not (missing and line.startswith("peftcore doctor")), f"{missing} before {line}"
+
+
 def test_a_command_that_does_not_exist_is_noticed() -> None:
     (words,) = commands("KEY=1 peftcore serve --wach  # a comment")
     with pytest.raises(AssertionError, match="--wach"):

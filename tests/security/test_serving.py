@@ -35,7 +35,7 @@ def client(service: Any) -> Iterator[TestClient]:
         (b"[" * 50_000, 400),
         (b'{"model": "base", "prompt": ' + b"[" * 20_000 + b"]" * 20_000 + b"}", 400),
         (b'{"model": "base", "max_tokens": ' + b"9" * 50_000 + b"}", 400),
-        (b'{"model": "\\ud800", "prompt": "a"}', 400),
+        (b'{"model": "\\ud800", "prompt": "a"}', 404),
         (b'{"model": "base", "prompt": "a", "n": NaN}', 400),
         (b"x" * 100_001, 413),
     ],
@@ -43,7 +43,7 @@ def client(service: Any) -> Iterator[TestClient]:
 )
 def test_a_hostile_body_is_the_clients_error(body: bytes, status: int, client: TestClient) -> None:
     answer = client.post("/v1/completions", content=body, headers={"content-type": "application/json"})
-    assert answer.status_code in (status, 404) and len(answer.content) < 2000
+    assert answer.status_code == status and len(answer.content) < 2000
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "base/../../x", "a" * 5000, "a\nb", "a\x1b[2J"])
