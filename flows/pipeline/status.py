@@ -48,7 +48,7 @@ def status(params: Params, paths: Paths) -> dict[str, Any]:
         "running": list(_running(paths)),
         "last_run": last_run(paths),
         "champion": _champion(registry, params.gate.stage),
-        "candidate": _candidate(registry, paths),
+        "candidate": _candidate(registry, paths, params.gate.stage),
         "looks": _looks(registry, params),
         "retraining": {"last": _last_retraining(paths), "schedule": _schedule(paths)},
         "disk": _disk(registry.git, paths),
@@ -74,7 +74,9 @@ def next_step(facts: Mapping[str, Any]) -> str:
         return "`peftcore serve --watch` serves it, `peftcore chat` talks to it, `peftcore retrain` takes in new data"
     if candidate["verdict"] == "refused":
         return "reports/review.html shows why; change params.yaml or the data, and `peftcore run`"
-    return f"`peftcore promote` judges {candidate['version']}"
+    if candidate["verdict"] == "rolled back":
+        return "change params.yaml or the data, and `peftcore run` makes a new version"
+    return f"`peftcore promote --version {candidate['version']}` judges it"
 
 
 def _running(paths: Paths) -> Iterator[dict[str, Any]]:
@@ -116,7 +118,7 @@ def _champion(registry: RegistryReader, stage: str) -> dict[str, Any] | None:
     return {"stage": stage, "version": version, "since": _date(holder.created), "test_loss": loss}
 
 
-def _candidate(registry: RegistryReader, paths: Paths) -> dict[str, Any] | None:
+def _candidate(registry: RegistryReader, paths: Paths, stage: str) -> dict[str, Any] | None:
     """Return the newest version and its verdict, as far as this clone knows it."""
     versions = registry.versions()
     if not versions:
@@ -125,8 +127,11 @@ def _candidate(registry: RegistryReader, paths: Paths) -> dict[str, Any] | None:
     held = [stage for stage, holder in registry.stages().items() if holder.version == newest.number]
     promotions = (_json(paths.promotion), (_last_retraining(paths) or {}).get("promotion"))
     judged = next((one for one in promotions if one and one["version"] == newest.number), None)
-    verdict = "promoted" if held else judged["outcome"] if judged else "not judged here"
-    reason = (judged["report"] or {}).get("reason") if judged and not held else None
+    if not held and (lost := registry.withdrawn(stage).get(newest.number)):
+        verdict, reason = "rolled back", lost
+    else:
+        verdict = "promoted" if held else judged["outcome"] if judged else "not judged here"
+        reason = (judged["report"] or {}).get("reason") if judged and not held else None
     return {"version": newest.number, "since": _date(newest.created), "verdict": verdict, "reason": reason}
 
 

@@ -92,7 +92,7 @@ def examine_folder(folder: Path, report: dict[str, Any], tokenizer: PreTrainedTo
 def read_report(paths: Paths) -> dict[str, Any]:
     """Return the prepare stage's report. Raises StageError if there is none."""
     if not paths.data_report.exists():
-        raise StageError(f"there is no {paths.data_report}; run `peftcore stage prepare` first")
+        raise StageError(f"there is no {paths.data_report}; run `dvc repro prepare` first")
     return json.loads(paths.data_report.read_text())
 
 

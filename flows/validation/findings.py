@@ -85,7 +85,7 @@ def require_valid(paths: Paths) -> Findings:
         StageError: Nothing was prepared, or a split changed after the checks.
     """
     if not paths.data_report.exists():
-        raise StageError(f"there is no {paths.data_report}; run `peftcore stage prepare` first")
+        raise StageError(f"there is no {paths.data_report}; run `dvc repro prepare` first")
     report = json.loads(paths.data_report.read_text())
     if "doctor" not in report:
         raise StageError(

@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from flows.cli import app
-from flows.gate.promote import promote
+from flows.gate.promote import promote, roll_back
 from flows.pipeline.status import next_step, status
 from flows.runtime.last_run import running_file
 
@@ -42,10 +42,11 @@ def test_what_comes_next_follows_from_the_facts() -> None:
     facts: dict[str, Any] = {"running": [], "candidate": None}
     assert "`peftcore run` makes the first version" in next_step(facts)
     version = {"version": "v0.1.0", "verdict": "not judged here"}
-    assert next_step(facts | {"candidate": version}) == "`peftcore promote` judges v0.1.0"
+    assert next_step(facts | {"candidate": version}) == "`peftcore promote --version v0.1.0` judges it"
     changed = {"train": ["method.r"], "fetch": [], "evaluate": ["train"]}
     assert "runs train, evaluate again" in next_step(facts | {"candidate": version, "stages": changed})
     assert "review.html" in next_step(facts | {"candidate": version | {"verdict": "refused"}})
+    assert "makes a new version" in next_step(facts | {"candidate": version | {"verdict": "rolled back"}})
     assert "serve --watch" in next_step(facts | {"candidate": version | {"verdict": "promoted"}})
     assert "wait" in next_step(facts | {"running": [{"what": "run"}]})
 
@@ -61,6 +62,16 @@ def test_champion_and_newest_version_with_its_verdict(registered: Any) -> None:
     assert abs(datetime.fromisoformat(champion["since"]) - datetime.now(UTC)) < timedelta(minutes=5)
     assert (candidate["version"], candidate["verdict"]) == ("v0.1.1", "refused")
     assert candidate["reason"] == "gain in loss: 0.200 nats, at least 0.5"
+
+
+def test_a_version_that_was_rolled_back_says_so(registered: Any) -> None:
+    promote(registered.params, registered.paths)
+    registered.register(loss=1.9, weight=2.0)
+    assert promote(registered.params, registered.paths).accepted
+    roll_back(registered.params, registered.paths, reason="wrong answers")
+    candidate = look(registered)["candidate"]
+    assert (candidate["version"], candidate["verdict"]) == ("v0.1.1", "rolled back")
+    assert "wrong answers" in candidate["reason"]
 
 
 def test_a_champion_that_gto_registered_has_no_test_loss(project: Any) -> None:

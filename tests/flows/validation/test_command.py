@@ -70,4 +70,4 @@ def test_before_prepare_it_says_what_to_run(root: Path) -> None:
     (root / "artifacts" / "data" / "report.json").unlink()
     result = doctor()
     assert result.exit_code == 1
-    assert "run `peftcore stage prepare` first" in result.stderr
+    assert "run `dvc repro prepare` first" in result.stderr
