@@ -539,6 +539,9 @@ class Adapter(_Constants):
 
     # -- training --------------------------------------------------------------------------------------------------
 
+    regularizes_model_loss: ClassVar[bool] = False
+    """True if the regulariser is part of the loss that the model returns, as in HF PEFT."""
+
     @classmethod
     def regularizer(cls, config: Any, adapters: Mapping[str, "Adapter"]) -> Tensor | None:
         """Return a scalar to add to the loss once per optimiser step; None if the method has no regulariser.

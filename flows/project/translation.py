@@ -250,6 +250,11 @@ def switched_on(key: str, value_if_on: Any) -> Rule:
     return lambda value, _: {} if _is_off(value) else {key: value_if_on}
 
 
+def bfloat16(value: Any, config: Config) -> Mapping[str, Any]:
+    """Return the type of the products; "auto" takes bfloat16 where the device multiplies it fast, as in Axolotl."""
+    return switched_on("quantization.compute_dtype", "auto" if value == "auto" else "bfloat16")(value, config)
+
+
 def warmup_steps(steps: Any, _: Config) -> Mapping[str, Any]:
     """Return the number of warm-up steps; a number below 1 is a share of the steps."""
     steps = number(steps)
@@ -291,7 +296,7 @@ TRAINING: Mapping[str, Rule] = {
     "max_steps": lambda value, _: {"train.max_steps": value} if value > 0 else {},
     "seed": "project.seed",
     "save_total_limit": "train.save_checkpoints",
-    "bf16": switched_on("quantization.compute_dtype", "bfloat16"),
+    "bf16": bfloat16,
     "fp16": switched_on("quantization.compute_dtype", "float16"),
     "trust_remote_code": noted("code from the hub is never run; the base must be a model class of transformers"),
     "neftune_noise_alpha": never("noise on the embeddings is not built"),

@@ -164,7 +164,7 @@ _TASK_CLASS = "same; answers `isinstance` by the first adapter's task, and is no
 _LEARNER = "for `isinstance`; get_peft_model makes the prompt"
 _VIEW = "same; a view on the model, which keeps its class"
 DIFFERENT = {
-    "AdaLoraModel": f"{_VIEW}; the model's loss lacks the regulariser, which `model.adapter_regularizer()` returns",
+    "AdaLoraModel": f"{_VIEW}; the regulariser in the model's loss is squared, as in the paper",
     "CPTEmbedding": _LEARNER,
     "CartridgeEncoder": _LEARNER,
     "PeftMixedModel": "every PeftModel can mix methods; answers `isinstance` for models of several methods",

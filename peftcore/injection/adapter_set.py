@@ -61,6 +61,8 @@ class AdapterSet:
         """Adapters that are merged into the base now, in the order of merging."""
         self.unmerged_by = 0
         """Open `disable_adapter` contexts, of all threads, in which the unmerged weights are in place (count)."""
+        self.regularizes_model_loss = True
+        """False while the losses that the model returns are without regularisers."""
         self.saved: dict[str, SavedModule] = {}
         """{path: wrapper of a module of `modules_to_save`}"""
         self.prompts = Prompts()

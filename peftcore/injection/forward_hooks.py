@@ -121,8 +121,38 @@ def needs_call(model: nn.Module, arguments: dict[str, Any]) -> bool:
 
 def _end_call(model: nn.Module, _args: Any, outputs: Any) -> None:
     adapters: AdapterSet | None = model.__dict__.get(ATTRIBUTE)
-    if adapters is not None and not in_compiled_call():
+    if adapters is None:
+        return
+    if not in_compiled_call():
         adapters.selection.end_call(outputs)
+    if isinstance(getattr(outputs, "loss", None), Tensor):
+        _add_regularizers(adapters, outputs)
+
+
+def _add_regularizers(adapters: AdapterSet, outputs: Any) -> None:
+    """Add to the model's loss the regularisers of active adapters that train, if the method says so."""
+    if not adapters.regularizes_model_loss or adapters.selection.route is not None:
+        return
+    for name in adapters.selection.active:
+        kind = adapters.kinds[name]
+        if issubclass(kind, Adapter) and kind.regularizes_model_loss and name in adapters.trainable:
+            term = kind.regularizer(adapters.configs[name], adapters.of_method(name))
+            if term is not None:
+                outputs.loss = outputs.loss + term.to(outputs.loss)
+
+
+@contextlib.contextmanager
+def without_regularizers(model: nn.Module) -> Iterator[None]:
+    """Let a model return the loss of its task alone inside of the context; a model without adapters does so anyway."""
+    adapters: AdapterSet | None = model.__dict__.get(ATTRIBUTE)
+    if adapters is None:
+        yield
+        return
+    before, adapters.regularizes_model_loss = adapters.regularizes_model_loss, False
+    try:
+        yield
+    finally:
+        adapters.regularizes_model_loss = before
 
 
 def _check_weights_are_here(adapters: AdapterSet, route: Route | None) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import warnings
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import cache
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from peftcore._util.both_libraries import refuse_layers_of_hf_peft
+from peftcore._util.patterns import is_suffix
 from peftcore.adapter import Adapter, Shared
 from peftcore.bases import (
     BaseWeight,
@@ -138,6 +139,7 @@ def prepare_injection(
     if creation.initialise:
         _warn_of_unused(config)
     _warn_of_orientation(config, adapters)
+    _warn_of_unmatched_patterns(config, adapters)
     biases = _trained_biases(module_index, config, adapters, saved, replaced)
     if not creation.autocast_adapter_dtype:
         _narrow([*adapters.values(), *biases.values()])
@@ -231,6 +233,21 @@ def _adapters_for(
     kind.link(config, adapters)
     _set_parameter_prefixes(adapters)
     return adapters
+
+
+def _warn_of_unmatched_patterns(config: TunerConfig, paths: Iterable[str]) -> None:
+    """Warn of keys of `rank_pattern` and `alpha_pattern` that match no adapted layer, as HF PEFT does."""
+    if not hasattr(config, "alpha_pattern"):  # rank_pattern alone has other keys: masks of AdaLoRA, parts of paths
+        return
+    paths = list(paths)
+    for option in ("rank_pattern", "alpha_pattern"):
+        keys = getattr(config, option) or {}
+        if unmatched := sorted(key for key in keys if not any(is_suffix(key, path) for path in paths)):
+            warnings.warn(
+                f"{option}: {', '.join(unmatched)} match no adapted layer and have no effect; correct or remove them",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
 
 def _warn_of_orientation(config: TunerConfig, adapters: Mapping[str, Adapter]) -> None:

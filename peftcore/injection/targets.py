@@ -314,7 +314,7 @@ def _linear_names(modules: Mapping[str, nn.Module]) -> list[str]:
 
 def _in_chosen_block(path: str, config: TunerConfig) -> bool:
     chosen = config.layers_to_transform
-    if chosen is None:
+    if chosen is None or chosen == []:  # HF PEFT's files may hold an empty list
         return True
     patterns = config.layers_pattern or r"[^.]+"
     patterns = [patterns] if isinstance(patterns, str) else patterns

@@ -160,6 +160,7 @@ class AdaLora(Adapter):
 
     layer_kinds = frozenset({"linear", "conv"})
     dropout_option = "lora_dropout"
+    regularizes_model_loss = True
 
     def __init__(self, config: AdaLoraConfig, base: BaseWeight, path: str):
         super().__init__(config, base, path)

@@ -103,7 +103,8 @@ class TrainableTokens(Adapter):
     @classmethod
     def link(cls, config: Any, adapters: Mapping[str, Adapter]) -> None:
         first: dict[int, TrainableTokens] = {}
-        made = list(cast(Mapping[str, TrainableTokens], adapters).values())
+        # embeddings first, because HF PEFT saves the shared rows under the embedding's path
+        made = sorted(cast(Mapping[str, TrainableTokens], adapters).values(), key=lambda a: a.base.kind != "embedding")
         weights = [
             adapter.base.shared_weight for adapter in made
         ]  # held here, because a parametrised weight has no other owner

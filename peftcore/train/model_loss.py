@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from peftcore.files.tensors import is_sharded
+from peftcore.injection.forward_hooks import without_regularizers
 from peftcore.train.head_hooks import flat_indices
 from peftcore.train.losses import supervised_positions
 from peftcore.train.out_of_memory import split_rows
@@ -59,10 +60,15 @@ def _model_loss_is_cross_entropy(model: nn.Module, inputs: Mapping[str, object],
     if row is None:  # other processes may have labels, and then wait for this process's forward pass
         row = rows[0] | {"labels": torch.zeros_like(rows[0]["labels"])}
     row = _some_positions(row)
-    name = type(getattr(model, "module", model)).__name__
+    inner = getattr(model, "module", model)  # a model inside of DistributedDataParallel
+    name = type(inner).__name__
     devices = [] if labels.device.type == "cpu" else [labels.device]
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices, device_type=labels.device.type):
+        with (
+            torch.no_grad(),
+            without_regularizers(inner),
+            torch.random.fork_rng(devices, device_type=labels.device.type),
+        ):
             output = model(**row)
     except torch.OutOfMemoryError:
         _LOG.warning(

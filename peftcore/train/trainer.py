@@ -35,6 +35,7 @@ from transformers import Trainer, TrainerCallback, TrainerState
 
 from peftcore.bases.quantized import keep_quantized_weights_trainable
 from peftcore.errors import TrainingError
+from peftcore.injection.forward_hooks import without_regularizers
 from peftcore.model import PeftModel
 from peftcore.train.batches import LengthGroupedSampler, RightPaddingCollator
 from peftcore.train.checkpoints import TRAINER_STATE, copy_adapters, is_finished
@@ -213,12 +214,13 @@ class AdapterTrainerMixin(_Base):
     ) -> Any:
         """Return the objective's loss, or the base trainer's if the objective does not apply; add the regulariser."""
         outputs: Any = {}
-        loss = self.training_objective.loss(model, inputs, num_items_in_batch, return_outputs)
-        if loss is None:
-            result = super().compute_loss(
-                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
-            )
-            loss, outputs = cast(tuple[Any, Any], result if return_outputs else (result, outputs))
+        with without_regularizers(self.adapted_model):
+            loss = self.training_objective.loss(model, inputs, num_items_in_batch, return_outputs)
+            if loss is None:
+                result = super().compute_loss(
+                    model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
+                )
+                loss, outputs = cast(tuple[Any, Any], result if return_outputs else (result, outputs))
         if model.training and self.accelerator.sync_gradients:
             loss = self.regularizer.add_to(loss, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss

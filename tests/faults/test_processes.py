@@ -32,8 +32,6 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="needs PR_SET_PD
 
 @pytest.fixture
 def root(project: Any) -> Path:
-    path = project.root / "dvc.yaml"
-    path.write_text(path.read_text().replace("cmd: python", "cmd: exec python"))
     (project.root / "make.py").write_text(MAKE)
     return project.root
 

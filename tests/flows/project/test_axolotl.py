@@ -58,7 +58,7 @@ def test_a_qlora_file_is_translated_whole(tmp_path: Path) -> None:
         "method.name": "lora",
         "method.init": "default",
         "quantization.storage": "nf4",
-        "quantization.compute_dtype": "bfloat16",
+        "quantization.compute_dtype": "auto",
         "method.r": 32,
         "method.lora_alpha": 64.0,
         "method.lora_dropout": 0.05,

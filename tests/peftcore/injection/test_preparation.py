@@ -126,3 +126,11 @@ def test_token_rows_beside_a_raw_parameter_of_one_layer_are_refused() -> None:
     with pytest.raises(ConfigError, match="trainable_token_indices: 0 is a target itself"):
         get_peft_model(net, config)
     assert ATTRIBUTE not in vars(net)
+
+
+@pytest.mark.parametrize("config", [LoraConfig, LoHaConfig])
+def test_keys_of_patterns_that_match_no_layer_are_named(config: Any) -> None:
+    options: dict[str, Any] = {"r": 2, "target_modules": ["target"], "rank_pattern": {"target": 3, "tarquet": 4}}
+    with pytest.warns(RuntimeWarning, match="rank_pattern: tarquet match no adapted layer and have no effect"):
+        injection = prepare_injection(Net(nn.Linear(6, 4)), config(**options), "a")
+    assert sum(p.numel() for p in injection.adapters["target"].parameters()) % 3 == 0

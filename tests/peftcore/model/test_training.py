@@ -1,12 +1,25 @@
 """What a training loop calls: regularisers, the update after a step, state for checkpoints, quantised models."""
 
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from peftcore import AdaLoraConfig, LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from peftcore import AdaLoraConfig, LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+
+
+def llama() -> Any:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 20}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2)).eval()
+
+
+def rows(tokens: Tensor) -> Dataset:
+    return Dataset.from_dict({"input_ids": tokens.tolist(), "labels": tokens.tolist()})
 
 
 def adalora() -> Any:
@@ -22,6 +35,32 @@ def test_adaloras_regulariser_is_the_distance_of_its_factors_from_orthogonality(
     weight = model.peft_config["default"].orth_reg_weight
     torch.testing.assert_close(model.adapter_regularizer(), weight * torch.stack(distances).mean())
     assert model._get_kasa_loss() == model._get_monteclora_loss() == 0.0
+
+
+def test_the_models_loss_contains_adaloras_regulariser_as_in_hf_peft(tmp_path: Path) -> None:
+    config = AdaLoraConfig(target_modules=["q_proj"], init_r=4, target_r=2, tinit=0, tfinal=1, total_step=4)
+    model: Any = get_peft_model(llama(), config)
+    tokens, arguments = torch.arange(8)[None], {"logging_steps": 1, "max_steps": 1, "report_to": "none"}
+    regularizer, task = model.adapter_regularizer(), model(tokens, labels=tokens, return_dict=False)[0]
+    assert regularizer > 0.1
+    model(tokens, labels=tokens).loss.backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad()
+    (task + regularizer).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, gradients[name])
+
+    trainer = Trainer(model, TrainingArguments(str(tmp_path), use_cpu=True, **arguments), train_dataset=rows(tokens))
+    trainer.train()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx((task + regularizer).item(), abs=1e-3)
+
+    with model.disable_adapter(), torch.no_grad():
+        torch.testing.assert_close(model(tokens, labels=tokens).loss, llama()(tokens, labels=tokens).loss)
+    model.eval().requires_grad_(False)
+    model.save_pretrained(tmp_path / "adapter")
+    frozen = PeftModel.from_pretrained(llama(), tmp_path / "adapter")
+    torch.testing.assert_close(frozen(tokens, labels=tokens).loss, frozen(tokens, labels=tokens, return_dict=False)[0])
 
 
 def test_a_lora_has_no_regulariser() -> None:
@@ -40,11 +79,6 @@ def test_the_state_of_training_comes_back() -> None:
     assert any(not torch.equal(tensor, state[key]) for key, tensor in resumed.adapter_state().items())
     resumed.load_adapter_state(state)
     assert all(torch.equal(tensor, state[key]) for key, tensor in resumed.adapter_state().items())
-
-
-def llama() -> Any:
-    sizes: dict[str, Any] = {"vocab_size": 20, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
-    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=2))
 
 
 def test_a_prepared_model_is_frozen_in_float32_and_checkpoints() -> None:
