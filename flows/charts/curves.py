@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from matplotlib.ticker import MaxNLocator
 INK, SOFT, LINE = "#1f2933", "#66727f", "#e3e7eb"
 BASE, ADAPTER, VALIDATION = "#a3aeb9", "#0f766e", "#c2571a"
 SLICES_SHOWN = 24
+MOST_CHARACTERS = 60
+"""Longest name of a slice in a chart (characters)."""
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
@@ -63,8 +66,14 @@ def headline_bars(base: Mapping[str, Any], adapter: Mapping[str, Any]) -> Markup
 
 
 @matplotlib.rc_context(STYLE)
-def loss_curves(table: Path, best_step: int | None) -> Markup:
-    """Draw training and validation loss by optimiser step, with the best checkpoint, and the learning rate below."""
+def loss_curves(table: Path, best_step: int | None, unit: str) -> Markup:
+    """Draw training and validation loss by optimiser step, with the best checkpoint, and the learning rate below.
+
+    Args:
+        table: The file of the losses.
+        best_step: Step of the best checkpoint.
+        unit: Unit of the losses, such as "nats per supervised token".
+    """
     train, validation, rate = (_series(table, name) for name in ("train_loss", "validation_loss", "learning_rate"))
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     losses, rates = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
@@ -76,7 +85,7 @@ def loss_curves(table: Path, best_step: int | None) -> Markup:
             losses.axvline(step, color=VALIDATION, linewidth=1, linestyle=(0, (3, 3)))
             where = {"xytext": (-8, 22), "textcoords": "offset points", "ha": "right"}
             losses.annotate(f"best: {loss:.3f} at step {step}", (step, loss), **where, color=VALIDATION, weight="bold")
-    losses.set_ylabel("nats per supervised token")
+    losses.set_ylabel(unit)
     losses.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
     rates.fill_between(*rate, color=BASE, alpha=0.35, linewidth=0)
     rates.set_ylabel("learning rate")
@@ -140,7 +149,7 @@ def slice_dumbbells(slices: Mapping[str, Mapping[str, Any]]) -> Markup:
     rows = range(len(names))
     for key, color in (("base_loss", BASE), ("adapter_loss", ADAPTER)):
         axes.scatter([slices[name][key] for name in names], rows, color=color, s=44, zorder=3, label=key.split("_")[0])
-    axes.set_yticks(rows, [f"{name} ({slices[name]['rows']})" for name in names], fontsize=9.5)
+    axes.set_yticks(rows, [f"{_shortened(name)} ({slices[name]['rows']})" for name in names], fontsize=9.5)
     axes.set_ylim(-0.7, len(names) - 0.3)
     axes.set_xlabel("test loss, nats")
     axes.grid(axis="x", color=LINE, linewidth=0.8)
@@ -203,6 +212,12 @@ def smoothed(values: Sequence[float], memory: float = 0.85) -> list[float]:
     return smooth
 
 
+def _shortened(name: str) -> str:
+    """Return a name in one line that leaves room for the chart."""
+    line = " ".join(name.split())
+    return line if len(line) <= MOST_CHARACTERS else f"{line[: MOST_CHARACTERS - 1]}…"
+
+
 def _height(value: float | None) -> float:
     return 0.0 if value is None or not math.isfinite(value) else value
 
@@ -222,7 +237,9 @@ def svg(figure: Figure, label: str) -> Markup:
     """Return a figure as one <svg> element that scales with the page."""
     text = io.StringIO()
     # the label as salt makes the ids of two charts on one page different
-    with matplotlib.rc_context({"svg.hashsalt": label}):
+    with matplotlib.rc_context({"svg.hashsalt": label}), warnings.catch_warnings():
+        # a browser has the glyphs that matplotlib's font lacks
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
         FigureCanvasSVG(figure).print_svg(text, metadata={"Date": None, "Creator": None})
     drawn = text.getvalue()
     head, _, body = drawn[drawn.index("<svg") :].partition(">")

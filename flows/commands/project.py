@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flows.commands.common import AsJson, errors, project
-from flows.errors import ParamsError
+from flows.errors import ParamsError, RepositoryError
 from flows.project.presets import TASKS
 from flows.runtime.stage import fail
 
@@ -65,7 +65,10 @@ def init(
         root = folder.expanduser().resolve()
         asks = sys.stdin.isatty() and not as_json and not params
         new = _new_project(root, params or (), name, data, base, task, hardware, asks)
-        root.mkdir(parents=True, exist_ok=True)
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RepositoryError(f"{root} cannot be made: {error.strerror}; choose another folder") from error
         written = create_project(root, new, force)
         warn_of_new_project(root, new)
         if as_json:

@@ -9,6 +9,7 @@ Everything is checked before the first file is written, and no file that exists 
 import difflib
 import io
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -132,7 +133,7 @@ def create_project(root: Path, project: NewProject, force: bool = False) -> list
     project, copied = _with_data_in(root, project)
     remote = _default_remote(root)
     _check_params(params := params_text(project, remote))
-    files = {
+    files: dict[str, str | bytes] = {
         "params.yaml": params,
         "dvc.yaml": (pipeline := pipeline_text(project.name)),
         STAGES: stage_file(_stages(pipeline)),
@@ -142,6 +143,7 @@ def create_project(root: Path, project: NewProject, force: bool = False) -> list
     existing = [name for name in (*files, *copied) if (root / name).exists()]
     if existing and not force:
         raise RepositoryError(f"{', '.join(existing)} exist in {root}; --force overwrites them")
+    _check_writable(root, [*files, *copied, *IGNORED, "data/README.md"])
     if not is_nested and not (root / ".git").exists():
         git_output(root, "init", "--quiet")
     if not (root / ".dvc").is_dir():
@@ -158,9 +160,8 @@ def create_project(root: Path, project: NewProject, force: bool = False) -> list
     (root / "data").mkdir(exist_ok=True)
     if not any((root / "data").iterdir()):  # git keeps no empty folder, and the prepare stage depends on this one
         files["data/README.md"] = "Put the training data here, and name it in `data.source` of params.yaml.\n"
-    for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(root / name, text)
+    for name, content in files.items():
+        write_atomically(root / name, content)
     return [*copied, *files]
 
 
@@ -349,12 +350,12 @@ def _stages(pipeline: str) -> dict[str, Any]:
     return YAML(typ="safe").load(pipeline)["stages"]
 
 
-def _with_lines(file: Path, lines: Sequence[str]) -> str:
-    """Return the text of a file with the lines that it lacks added at its end."""
-    present = file.read_text() if file.is_file() else ""
-    missing = [line for line in lines if line not in present.splitlines()]
-    separator = "" if not present or present.endswith("\n") else "\n"
-    return present + separator + "".join(f"{line}\n" for line in missing)
+def _with_lines(file: Path, lines: Sequence[str]) -> bytes:
+    """Return the content of a file with the lines that it lacks added at its end; the rest keeps its bytes."""
+    present = file.read_bytes() if file.is_file() else b""
+    known = present.decode(errors="replace").splitlines()
+    separator = b"" if not present or present.endswith(b"\n") else b"\n"
+    return present + separator + "".join(f"{line}\n" for line in lines if line not in known).encode()
 
 
 # -- checks ----------------------------------------------------------------------------------------------------------
@@ -381,6 +382,22 @@ def _check_place(root: Path) -> bool:
             f"{top / PROJECTS / root.name}, or run this in {top}, or make a repository of its own here with `git init`"
         )
     return False
+
+
+def _check_writable(root: Path, names: Sequence[str]) -> None:
+    """Raise RepositoryError if a file cannot be written in the folder, because of another file or of permissions."""
+    for name in names:
+        place = root / name
+        if place.is_dir():
+            raise RepositoryError(f"{place} is a folder, and `peftcore init` writes a file there; rename the folder")
+        while not place.exists():
+            place = place.parent
+        # the last existing part is the file itself, or a folder above it
+        if place != root / name and not place.is_dir():
+            raise RepositoryError(f"{place} is a file, and `peftcore init` needs a folder there; rename the file")
+        folder = place if place.is_dir() else place.parent
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise RepositoryError(f"{folder} cannot be written; make it writable, or choose another folder")
 
 
 def _check_name_is_free(root: Path, name: str) -> None:
@@ -438,9 +455,9 @@ def _data_source(root: Path, data: str, task: Task) -> tuple[str, dict[str, Path
             f"training data {data}: there is no {', '.join(suffixes)} file at {path}; give such a file, a folder of "
             "them, or hub:NAME"
         )
-    inside = root.resolve() / "data"
+    inside = (root / "data").resolve()  # it may be a link to another disk
     if path.is_relative_to(inside):
-        return path.relative_to(root.resolve()).as_posix(), {}
+        return (Path("data") / path.relative_to(inside)).as_posix(), {}
     folder = path if path.is_dir() else path.parent
     target = Path("data") / path.name
     if path.is_file():

@@ -9,11 +9,12 @@ disk     the outputs of the stages
 
 import shutil
 import tempfile
+from configparser import RawConfigParser
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from flows.base.model import device
+from flows.base.model import compute_dtype, device, with_merged_dtype
 from flows.errors import BaseModelError, EstimateError
 from flows.params import Params
 from flows.paths import Paths
@@ -74,6 +75,8 @@ class Estimate:
     """Alternatives, the smallest saving first."""
     notes: list[str] = field(default_factory=list)
     """Assumptions behind the figures."""
+    processes: int = 1
+    """Processes that share the machine's memory; `limit` and `free` are one process's part."""
 
     @property
     def seconds(self) -> float:
@@ -90,6 +93,11 @@ class Estimate:
         """True if memory and disk suffice."""
         return self.peak - self.mapped <= self.limit and sum(self.disk.values()) <= self.disk_free
 
+    @property
+    def owner(self) -> str:
+        """Subject of sentences about the limit."""
+        return f"this {self.device}" if self.processes == 1 else f"each of {self.processes} processes on this machine"
+
     def as_dict(self) -> dict[str, Any]:
         """Return the estimate as JSON values."""
         per_step = {"seconds_per_step": self.seconds_per_step, "seconds": self.seconds} if self.time else {}
@@ -99,7 +107,7 @@ class Estimate:
         """Return the reason why the run does not fit, and an alternative that does."""
         if self.peak - self.mapped > self.limit:
             needed = gib(self.peak - self.mapped)
-            needs = f"training needs {needed} at its peak, and this {self.device} has {gib(self.limit)}"
+            needs = f"training needs {needed} at its peak, and {self.owner} has {gib(self.limit)}"
             helps = next((change for change in self.changes if change.fits), None)
             if helps is None:
                 return f"{needs}; no alternative in params.yaml fits: use a smaller base, or a larger machine"
@@ -162,7 +170,13 @@ def estimate(
     if measured:
         step = round(max(measured.peak, measured.evaluation_peak) + measured.shapes)
     rest = step - counted.peak
-    limit = memory_limit(device())
+    sharing = params.train.processes if device().type == "cpu" else 1  # on GPUs, each process has one of its own
+    if sharing > 1:
+        notes.append(
+            f"train.processes is {sharing}: memory is that of one process, and the time is longer than estimated, "
+            "because all share the cores"
+        )
+    limit = memory_limit(device()) // sharing
     return Estimate(
         model=config.architectures[0] if config.architectures else config.model_type,
         blocks=number_of_blocks(config),
@@ -174,13 +188,14 @@ def estimate(
         loading_peak=loading,
         mapped=counted.sizes.mapped,
         limit=limit,
-        free=free_memory(device()),
+        free=free_memory(device()) // sharing,
         device="GPU" if device().type == "cuda" else "machine",
         time=_time(measured, work, params) if measured else {},
-        disk=_disk(counted.sizes, params, base_is_here=config_file is None),
+        disk=_disk(counted.sizes, params, paths, base_is_here=config_file is None and paths.base.exists()),
         disk_free=shutil.disk_usage(paths.root).free,
         changes=changes(others, libraries, rest, limit),
         notes=notes,
+        processes=sharing,
     )
 
 
@@ -245,14 +260,29 @@ def _time(measured: Measured, work: Workload, params: Params) -> dict[str, float
     }
 
 
-def _disk(size: Sizes, params: Params, base_is_here: bool) -> dict[str, int]:
-    """Return the bytes that the stages write; a base that is here already does not count."""
+def _disk(size: Sizes, params: Params, paths: Paths, base_is_here: bool) -> dict[str, int]:
+    """Return the bytes that the stages write. A base that is here already does not count, except for its upload."""
     checkpoint = size.adapters + size.optimizer + SMALL
-    outputs = {"base": size.base_file, "adapter": size.adapters + SMALL, "merged model": size.unquantized}
+    merged = size.base_file // 2 * compute_dtype(with_merged_dtype(params.quantization)).itemsize
+    if params.merge.into == "requantized":
+        merged = size.quantized + size.plain
+    outputs = {"base": size.base_file, "adapter": size.adapters + SMALL, "merged model": merged}
+    if params.quantization.is_calibrated:
+        outputs["calibrated base"] = size.quantized + size.plain
     new = {name: 0 if name == "base" and base_is_here else need for name, need in outputs.items()}
+    # the first version's registration uploads all outputs, the base included; later ones find the base there
+    uploaded = new if paths.version.exists() else outputs
     return {
         **new,
         # plus one while the newest is written, and the best, which is never removed
         f"checkpoints, {params.train.save_checkpoints} kept": checkpoint * (params.train.save_checkpoints + 2),
-        "DVC's cache and remote": sum(new.values()) + new["adapter"],
+        "DVC's cache": sum(new.values()),
+        "DVC's remote": sum(uploaded.values()) if _remote_is_folder(paths.root, params.register.remote) else 0,
     }
+
+
+def _remote_is_folder(root: Path, remote: str) -> bool:
+    """Return True if a DVC remote is a folder of this machine, or is not configured yet."""
+    config = RawConfigParser()
+    config.read([root / ".dvc" / "config", root / ".dvc" / "config.local"], encoding="utf-8")
+    return "://" not in config.get(f"'remote \"{remote}\"'", "url", fallback="")

@@ -51,8 +51,6 @@ class Sizes:
     """16-bit file of the weights that were quantised, which the loader keeps mapped on a CPU."""
     dequantized: int
     """Maximum of quantised weights that are dequantised at a time."""
-    unquantized: int
-    """All base weights in the activations' dtype, as in merging and loading."""
     base_file: int
     """All base weights in 16 bits, as the fetch stage writes them."""
     largest: int
@@ -95,8 +93,9 @@ def _changed(config: PeftConfig, **values: Any) -> PeftConfig:
 
 def base_on_meta(config: Any, params: Params) -> Any:
     """Return the base without weights, in the activations' dtype."""
+    dtype = compute_dtype(params.quantization)  # measures the CPU's products, which take no time on the meta device
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=compute_dtype(params.quantization))
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
 def sizes(config: Any, params: Params, total_steps: int) -> Sizes:
@@ -104,7 +103,7 @@ def sizes(config: Any, params: Params, total_steps: int) -> Sizes:
     model = base_on_meta(config, params)
     width = compute_dtype(params.quantization).itemsize
     own = {id(parameter): parameter for parameter in model.parameters()}
-    unquantized, base_file = _bytes(own.values()), 2 * sum(parameter.numel() for parameter in own.values())
+    base_file = 2 * sum(parameter.numel() for parameter in own.values())
     codes = _codes(model, params)
     plain = _bytes(parameter for key, parameter in own.items() if key not in codes) + _bytes(model.buffers())
     try:
@@ -121,7 +120,6 @@ def sizes(config: Any, params: Params, total_steps: int) -> Sizes:
         optimizer=sum(_averages(parameter, params) for parameter in trained),
         mapped=0 if device().type == "cuda" else sum(2 * own[key].numel() for key in codes),
         dequantized=_read_together(model, codes, 4 + width if params.quantization.storage.endswith("int8") else width),
-        unquantized=unquantized,
         base_file=base_file,
         largest=2 * max(parameter.numel() for parameter in own.values()),
         trainable=sum(parameter.numel() for parameter in trained),

@@ -21,7 +21,7 @@ def print_estimate(plan: Estimate) -> None:
     memory.add_row("peak" if plan.peak > plan.loading_peak else "peak, while loading the base", gib(plan.peak))
     if plan.mapped:
         memory.add_row("of which mapped, can be dropped by the system", gib(plan.mapped))
-    memory.add_row(f"this {plan.device} has", f"{gib(plan.limit)}, {gib(plan.free)} free now")
+    memory.add_row(f"{plan.owner} has", f"{gib(plan.limit)}, {gib(plan.free)} free now")
     console.print(memory)
     if plan.time:
         time = _table(f"time: {duration(plan.seconds)}, {plan.seconds_per_step:.2f} s an optimiser step", "")

@@ -62,6 +62,7 @@ def _content(params: Params, paths: Paths) -> dict[str, Any]:
     slices, ranks = evaluation["slices"], paths.training / HEAT_MAP
     promotion = read_promotion(paths, record["version"])
     proposals = first_limits(params, paths, promotion)
+    unit = "nats per supervised token" if "perplexity" in evaluation["base"] else "nats per row"
     return {
         "record": record,
         "promotion": promotion,
@@ -83,7 +84,7 @@ def _content(params: Params, paths: Paths) -> dict[str, Any]:
         "params": params,
         "charts": {
             "headline": headline_bars(evaluation["base"], evaluation["adapter"]),
-            "loss": loss_curves(paths.loss_curve, training["best_step"]),
+            "loss": loss_curves(paths.loss_curve, training["best_step"], unit),
             "reward": reward_curve(TrainingLog(paths.training_log).records()),
             "slices": slice_dumbbells(slices),
             "reliability": reliability(calibration["base"], calibration["adapter"]) if calibration else None,

@@ -2,12 +2,15 @@
 
 import json
 import logging
+from dataclasses import replace
 from typing import Any
 
 from flows.errors import StageError
 from flows.params import Params
+from flows.params.method_fields import FIELDS
 from flows.paths import Paths
 from peftcore import PeftConfig, PeftModel
+from peftcore.injection.targets import find_targets
 
 log = logging.getLogger(__name__)
 SHAPE = ("r", "lora_alpha", "use_rslora", "use_dora", "trainable_token_indices")
@@ -20,7 +23,7 @@ def starts_warm(paths: Paths) -> bool:
 
 
 def continue_adapter(params: Params, paths: Paths, model: Any, config: PeftConfig) -> Any:
-    """Return the model with the trainable adapter of `paths.start`.
+    """Return the model with the trainable adapter of `paths.start`, and with the dropout of `config`.
 
     Args:
         params: The parameters of the run.
@@ -29,7 +32,8 @@ def continue_adapter(params: Params, paths: Paths, model: Any, config: PeftConfi
         config: The configuration of a new adapter with these parameters.
 
     Raises:
-        StageError: The configurations differ in method or shape, or the method has a schedule over one whole run.
+        StageError: The configurations differ in method, shape or layers, or the method has a schedule over one whole
+            run.
     """
     version = json.loads(paths.start_source.read_text())["version"]
     if config.has_schedule:
@@ -38,7 +42,9 @@ def continue_adapter(params: Params, paths: Paths, model: Any, config: PeftConfi
             "give null, or another method"
         )
     saved = PeftConfig.from_pretrained(paths.start_adapter)
-    names = ["peft_type", "trainable_token_indices"] if params.method.r == "auto" else ["peft_type", *SHAPE]
+    fields = FIELDS.get(params.method.name, {})
+    shape = dict.fromkeys((*SHAPE, *(fields[option] for option in ("r", "lora_alpha") if option in fields)))
+    names = ["peft_type", "trainable_token_indices"] if params.method.r == "auto" else ["peft_type", *shape]
     pairs = {name: (getattr(saved, name, None), getattr(config, name, None)) for name in names}
     if different := {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}:
         listed = ", ".join(f"{name} {there} there and {here} here" for name, (there, here) in different.items())
@@ -46,5 +52,21 @@ def continue_adapter(params: Params, paths: Paths, model: Any, config: PeftConfi
             f"train.start_from: {version} has {listed}; give method the values of {version} "
             f"(`peftcore registry show {version}`), or start anew with null"
         )
+    _check_layers(model, saved, config, version)
+    if dropout := fields.get("lora_dropout"):
+        saved = replace(saved, **{dropout: getattr(config, dropout)})
     log.info("continuing from the adapter of %s", version)
-    return PeftModel.from_pretrained(model, paths.start_adapter, is_trainable=True)
+    return PeftModel.from_pretrained(model, paths.start_adapter, is_trainable=True, config=saved)
+
+
+def _check_layers(model: Any, saved: Any, config: Any, version: str) -> None:
+    """Raise StageError if two configurations of one method adapt different layers."""
+    if not hasattr(saved, "target_modules"):
+        return
+    there, here = (set(find_targets(model, one)) for one in (saved, config))
+    if different := sorted(there ^ here):
+        raise StageError(
+            f"train.start_from: {version} adapts {len(there)} layers, and method.target_modules names {len(here)}; "
+            f"{different[0]} is one of the {len(different)} in which they differ; give the target_modules of "
+            f"{version} (`peftcore registry show {version}`), or start anew with null"
+        )

@@ -49,7 +49,7 @@ def _is_slow(dtype: torch.dtype) -> bool:
 def _product_seconds(dtype: torch.dtype) -> float:
     """Return the time of the product that a backward pass needs: no matrix transposed."""
     with torch.inference_mode():
-        one = torch.ones(SIZE, SIZE, dtype=dtype)
+        one = torch.ones(SIZE, SIZE, dtype=dtype, device="cpu")  # the default device may be another one
         start = time.perf_counter()
         torch.mm(one, one)
         return time.perf_counter() - start

@@ -1,8 +1,10 @@
 """Charts show names out of the data as they are."""
 
+from pathlib import Path
+
 import pytest
 
-from flows.charts.curves import headline_bars, reliability, reward_curve, slice_dumbbells
+from flows.charts.curves import headline_bars, loss_curves, reliability, reward_curve, slice_dumbbells
 
 
 @pytest.mark.parametrize("name", ["$x_$", "$", "a$b$c", r"\frac", "$$", "<b>&"])
@@ -10,6 +12,19 @@ def test_a_slice_s_name_is_no_mathematics(name: str) -> None:
     chart = slice_dumbbells({name: {"rows": 3, "base_loss": 2.0, "adapter_loss": 1.0}})
     shown = name.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     assert f"{shown} (3)" in chart
+
+
+def test_long_and_foreign_names_leave_room_for_the_chart() -> None:
+    figures = {"rows": 3, "base_loss": 2.0, "adapter_loss": 1.0}
+    chart = slice_dumbbells({"x" * 3000: figures, "two\nlines": figures, "日本語": figures})  # a warning is an error
+    assert f"{'x' * 59}… (3)" in chart and "two lines (3)" in chart and "日本語 (3)" in chart
+
+
+def test_losses_have_their_unit(tmp_path: Path) -> None:
+    table = tmp_path / "loss.csv"
+    table.write_text("step,train_loss,validation_loss,learning_rate\n1,2.0,1.5,0.001\n")
+    drawn = loss_curves(table, 1, "nats per row")
+    assert "nats per row" in drawn and "token" not in drawn and "best: 1.500 at step 1" in drawn
 
 
 def test_figures_of_a_search_and_a_figure_alone_are_drawn() -> None:

@@ -98,6 +98,46 @@ def test_nothing_is_overwritten_without_force(made: Path) -> None:
     assert contents(made) == before
 
 
+def test_data_behind_a_link_stays_where_it_is(tmp_path: Path) -> None:
+    file, folder = rows(tmp_path / "disk"), tmp_path / "folder"
+    folder.mkdir()
+    (folder / "data").symlink_to(tmp_path / "disk")
+    written = create_project(folder, new(folder / "data" / "rows.jsonl"))
+    assert load_params(folder / "params.yaml").data.source == "data/rows.jsonl"
+    assert "data/rows.jsonl" not in written and file.read_text() == '{"prompt": "a", "completion": "b"}\n'
+
+
+def test_a_file_in_the_way_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    data = rows(tmp_path)
+    for name in (".github", "data", ".peftcore"):
+        folder = tmp_path / name.strip(".")
+        folder.mkdir()
+        (folder / name).write_text("mine")
+        with pytest.raises(RepositoryError, match=rf"{name} is a file, and `peftcore init` needs a folder there"):
+            create_project(folder, new(data))
+        assert {file.name for file in folder.iterdir()} == {name}
+    (tmp_path / "other" / ".dvcignore").mkdir(parents=True)
+    with pytest.raises(RepositoryError, match=r"\.dvcignore is a folder, and `peftcore init` writes a file there"):
+        create_project(tmp_path / "other", new(data))
+
+
+def test_a_folder_that_cannot_be_written_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    monkeypatch.setattr("os.access", lambda path, mode: path != folder)
+    with pytest.raises(RepositoryError, match=r"folder cannot be written; make it writable"):
+        create_project(folder, new(rows(tmp_path)))
+    assert not list(folder.iterdir())
+
+
+def test_lines_of_an_existing_gitignore_keep_their_bytes(tmp_path: Path) -> None:
+    folder, mine = tmp_path / "folder", "# café\r\n*.log".encode("latin-1")
+    folder.mkdir()
+    (folder / ".gitignore").write_bytes(mine)
+    create_project(folder, new(rows(tmp_path)))
+    assert (folder / ".gitignore").read_bytes().startswith(mine + b"\n/artifacts\n")
+
+
 def test_a_project_of_texts_takes_text_files_and_packs(tmp_path: Path) -> None:
     (tmp_path / "book.txt").write_text("Once upon a time.")
     for name in ("chats", "texts"):

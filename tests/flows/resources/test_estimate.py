@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow
 import pytest
+import torch
 from pyarrow import parquet
 from resource_cases import GIB, llama_7b, params
 from typer.testing import CliRunner
@@ -95,6 +96,51 @@ def test_a_full_disk_is_foreseen(paths: Paths, monkeypatch: pytest.MonkeyPatch) 
     found = estimate(params(), paths)
     assert not found.fits
     assert "of disk, and 0 MiB are free" in found.refusal()
+
+
+def test_every_copy_of_the_outputs_takes_disk(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate_module, "changes", lambda *_: [])
+    calibrated = params(quantization={"calibration": {"method": "rounding"}})
+    disk = estimate(calibrated, paths).disk
+    made = disk["adapter"] + disk["merged model"] + disk["calibrated base"]
+    base = disk["merged model"]  # of the same weights, and here already
+    assert 0 < disk["calibrated base"] < base
+    assert (disk["DVC's cache"], disk["DVC's remote"]) == (made, made + base)
+    paths.version.write_text("{}\n")
+    assert estimate(calibrated, paths).disk["DVC's remote"] == made  # the remote has the base of an earlier version
+    (paths.root / ".dvc").mkdir()
+    (paths.root / ".dvc" / "config").write_text("['remote \"local\"']\n    url = s3://bucket/versions\n")
+    assert estimate(calibrated, paths).disk["DVC's remote"] == 0
+
+
+def test_a_merged_model_has_the_size_of_what_it_is_merged_into(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate_module, "changes", lambda *_: [])
+    weights = sum(p.numel() for p in without_weights(paths.base).parameters())
+    for dtype, width in (("auto", 2), ("float32", 4)):  # auto: 16 bits on each machine
+        disk = estimate(params(quantization={"compute_dtype": dtype}), paths).disk
+        assert disk["merged model"] == width * weights
+    assert estimate(params(merge={"into": "requantized"}), paths).disk["merged model"] < 2 * weights
+
+
+def test_a_base_that_a_path_names_is_still_written_by_the_fetch_stage(
+    paths: Paths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate_module, "changes", lambda *_: [])
+    paths.base.rename(paths.root / "source")
+    disk = estimate(params(base={"source": "path:source"}), paths).disk
+    assert disk["base"] == disk["merged model"] > 0
+
+
+def test_processes_share_the_memory_of_a_cpu(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate_module, "changes", lambda *_: [])
+    monkeypatch.setattr(estimate_module, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(estimate_module, "peak_memory", lambda device: GIB)
+    monkeypatch.setattr(estimate_module, "memory_limit", lambda device: 3 * GIB)
+    assert estimate(params(), paths).fits
+    found = estimate(params(train={"processes": 4}), paths)
+    assert (found.limit, found.fits) == (3 * GIB // 4, False)
+    assert "and each of 4 processes on this machine has 768 MiB" in found.refusal()
+    assert any(note.startswith("train.processes is 4: memory is that of one process") for note in found.notes)
 
 
 def test_a_base_that_a_path_names_needs_no_fetch(paths: Paths) -> None:

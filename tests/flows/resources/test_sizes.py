@@ -3,12 +3,14 @@
 from typing import Any
 
 import pytest
+import torch
 from resource_cases import LINEARS_7B, llama_7b, params
 from torch import Tensor
 
 from flows.base.model import load_for_training
 from flows.paths import Paths
-from flows.resources.sizes import sizes, with_blocks
+from flows.resources import sizes as sizes_module
+from flows.resources.sizes import base_on_meta, sizes, with_blocks
 from flows.stages.detect import without_weights
 
 
@@ -25,7 +27,16 @@ def test_a_7b_llama_on_paper() -> None:
     # embedding and head, 65 norms, and in float32 the frequencies of the rotary embedding, once more as they started
     assert size.plain == 2 * (2 * 32000 * 4096 + 65 * 4096) + 2 * 4 * 64
     assert size.dequantized == 2 * 3 * 4096 * 11008 - 2 * 4096 * 11008  # gate and up read one input
-    assert size.unquantized == 2 * (LINEARS_7B + 2 * 32000 * 4096 + 65 * 4096)
+    assert size.base_file == 2 * (LINEARS_7B + 2 * 32000 * 4096 + 65 * 4096)
+
+
+def test_the_type_of_the_activations_is_measured_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(quantization: object) -> torch.dtype:
+        assert torch.ones(1).device.type == "cpu"  # on the meta device, each type is fast
+        return torch.float32
+
+    monkeypatch.setattr(sizes_module, "compute_dtype", measured)
+    assert next(base_on_meta(with_blocks(llama_7b(), 1), params()).parameters()).dtype == torch.float32
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,13 @@ def test_it_needs_nothing_from_elsewhere(registered: Any) -> None:
     assert not re.search(r"@import|url\((?!#)", html)
 
 
+def test_the_loss_of_an_objective_without_tokens_is_per_row(project: Any) -> None:
+    sides = {side: {"loss": loss, "accuracy": 0.9} for side, loss in (("base", 1.1), ("adapter", 0.4))}
+    project.register(**sides)
+    text = page_of(project).text
+    assert "nats per row" in text and "nats per supervised token" not in text.partition("Digests are SHA-256")[0]
+
+
 def test_it_shows_the_run(registered: Any) -> None:
     record = json.loads(registered.paths.version.read_text())
     promote(registered.params, registered.paths)

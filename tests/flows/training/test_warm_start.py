@@ -16,7 +16,7 @@ from flows.params import Params
 from flows.paths import Paths
 from flows.stages import train
 from flows.training.warm_start import SHAPE, continue_adapter, starts_warm
-from peftcore import IA3Config, LoraConfig, get_peft_model
+from peftcore import IA3Config, LoHaConfig, LoraConfig, get_peft_model
 
 ACROSS = {"r": 4, "lora_alpha": 8.0, "target_modules": ["0", "1"]}
 
@@ -66,6 +66,31 @@ def test_another_shape_or_scaling_is_refused_with_both_values(
 def test_another_method_is_refused(start: Paths) -> None:
     with pytest.raises(StageError, match=r"peft_type LORA there and IA3 here, r 4 there and None here"):
         continue_adapter(Params(), start, small_model(), IA3Config(target_modules=["0"], feedforward_modules=[]))
+
+
+def test_the_scaling_of_other_methods_is_compared_too(start: Paths) -> None:
+    options: dict[str, Any] = {"r": 4, "target_modules": ["0", "1"]}
+    shutil.rmtree(start.start_adapter)
+    get_peft_model(small_model(), LoHaConfig(**options, alpha=8)).save_pretrained(start.start_adapter)
+    params = Params.model_validate({"method": {"name": "loha", "lora_dropout": None}})
+    with pytest.raises(StageError, match=r"v0.3.0 has alpha 8.* there and 32.* here;"):
+        continue_adapter(params, start, small_model(), LoHaConfig(**options, alpha=32))
+
+
+@pytest.mark.parametrize("targets", [["0"], "1"])
+def test_other_layers_are_refused(start: Paths, targets: Any) -> None:
+    config = LoraConfig(**ACROSS | {"target_modules": targets})
+    with pytest.raises(StageError, match=r"v0.3.0 adapts 2 layers, and method.target_modules names 1; [01] is one"):
+        continue_adapter(Params(), start, small_model(), config)
+
+
+def test_the_dropout_is_that_of_the_parameters(start: Paths) -> None:
+    config = LoraConfig(**ACROSS | {"target_modules": "[01]", "lora_dropout": 0.5})  # the same layers in other words
+    model = continue_adapter(Params(), start, small_model(), config)
+    assert model.peft_config["default"].lora_dropout == 0.5
+    rates = [module.p for module in model.modules() if isinstance(module, nn.Dropout)]
+    inputs = torch.ones(4, 6)
+    assert 0.5 in rates or not torch.equal(model(inputs), model(inputs))
 
 
 def test_searched_ranks_are_those_of_the_registered_adapter(start: Paths) -> None:
