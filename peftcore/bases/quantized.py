@@ -237,7 +237,7 @@ def _unpacked(weight: Any) -> tuple[Tensor, Any]:
     return _convert_weight_packed_for_cpu_inverse(weight.data, copy.copy(weight.quant_state))
 
 
-@register_storage("bitsandbytes.Int8Params")
+@register_storage("bitsandbytes.Int8Params", "bitsandbytes.Linear8bitLt")
 class EightBitWeight(LinearWeight):
     """`bitsandbytes.nn.Linear8bitLt`: rows scaled to int8. LLM.int8(): arXiv:2208.07339."""
 

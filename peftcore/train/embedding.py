@@ -80,7 +80,8 @@ def embed(
     hidden = getattr(model(input_ids=ids, attention_mask=mask), "last_hidden_state", None)
     if hidden is None:
         raise TrainingError(f"{type(model).__name__} returns no last_hidden_state; load the base by AutoModel")
-    return pool(hidden, mask, pooling, normalize)
+    text = hidden[:, hidden.shape[1] - mask.shape[1] :]  # a prompt's virtual tokens stand before the text
+    return pool(text, mask, pooling, normalize)
 
 
 class EmbeddingObjective(ExampleObjective):
@@ -173,7 +174,8 @@ class EmbeddingObjective(ExampleObjective):
         losses, _ = self._losses(texts, inputs)
         weights = self.example_weights(inputs).to(losses)
         padded = self.trainer.accelerator.pad_across_processes  # a batch of another process may have more negatives
-        places = {"texts": texts, _KEYS: inputs[_KEYS], "present": inputs["attention_mask"].any(-1)}
+        present = inputs["attention_mask"].any(-1).long()  # padding would turn bool into int64, in one process alone
+        places = {"texts": texts, _KEYS: inputs[_KEYS], "present": present}
         places = {name: padded(tensor, dim=1) for name, tensor in places.items()}
         return {"loss": losses * weights, WEIGHT: weights, **places}
 
@@ -185,7 +187,7 @@ class EmbeddingObjective(ExampleObjective):
             self.contrastive,
             *(torch.cat([batch[name][:, place] for batch in batches]) for name in ("texts", _KEYS) for place in (0, 1)),
             *(
-                torch.cat([batch[name][:, _NEGATIVES][batch["present"][:, _NEGATIVES]] for batch in batches])
+                torch.cat([batch[name][:, _NEGATIVES][batch["present"][:, _NEGATIVES] > 0] for batch in batches])
                 for name in ("texts", _KEYS)
             ),
         )

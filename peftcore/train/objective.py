@@ -103,8 +103,12 @@ class Objective:
         return total / (trainer.get_tp_size() * trainer.get_cp_size() * trainer.get_sp_size())
 
     def share_of_mean(self, total: Tensor, num_items: Tensor | int) -> Tensor:
-        """Return the contribution of a summed loss to the mean over the `num_items` items of the optimiser step."""
-        loss = total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
+        """Return the contribution of a summed loss to the mean over the `num_items` items of the optimiser step.
+
+        The contribution to a step without items is 0.
+        """
+        items = torch.as_tensor(num_items, device=total.device)
+        loss = total / items.where(items > 0, torch.ones_like(items))
         if self.trainer.args.average_tokens_across_devices:  # processes average their gradients
             loss = loss * (self.trainer.accelerator.num_processes // self.trainer.get_tp_size())
         return loss

@@ -3,7 +3,7 @@
 P processes that accumulate A forward passes take the steps of one process that accumulates P·A: they deal out the same
 batches in the same order, and the loss is a mean over the supervised tokens of all of them. Trainer lacks for this:
 
-- a last round of fewer than P batches is filled up with a row without labels; accelerate would repeat rows;
+- a last round of fewer than P batches is filled up with a row without labels and weights; accelerate would repeat rows;
 - DDP learns of parameters that a method replaces in training (AdaLoRA, when its budget is final);
 - DDP sends buffers only once; `PeftModel` excludes the frozen base from DDP;
 - sharded adapters are gathered before they are saved, and the base is not saved.
@@ -24,6 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from peftcore.adapter import Adapter
 from peftcore.errors import TrainingError
 from peftcore.injection.adapter_set import adapter_set
+from peftcore.train.batches import WEIGHT
 from peftcore.train.losses import IGNORED
 
 
@@ -45,8 +46,8 @@ class EpochShard(BatchSamplerShard):
 class EvenShard(EpochShard):
     """One process's batches of an epoch: every P-th batch, the same number in each process, no row twice.
 
-    If the last round has fewer than P batches, a process without a batch gets the epoch's first row; its labels are
-    removed later.
+    If the last round has fewer than P batches, a process without a batch gets the epoch's first row; its labels
+    and weights are removed later.
     """
 
     @property
@@ -93,11 +94,12 @@ class Processes:
         return trainer.args.average_tokens_across_devices and trainer.training_objective.is_sum_over_items()
 
     def without_repeated_rows(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """Yield the batches, the last one without labels if it only fills up the last round."""
+        """Yield the batches, the last one without labels and weights if it only fills up the last round."""
         for batch in batches:
             last = self.trainer.accelerator.gradient_state.end_of_dataloader
             if last and self._shard is not None and self._shard.is_filled_up:
-                batch = {**batch, "labels": torch.full_like(batch["labels"], IGNORED)}
+                blanks = {name: value for name, value in (("labels", IGNORED), (WEIGHT, 0)) if name in batch}
+                batch = {**batch, **{name: torch.full_like(batch[name], value) for name, value in blanks.items()}}
             yield batch
 
     def of_each(self, value: Any) -> list[Any]:

@@ -78,9 +78,10 @@ class ReferenceObjective(ExampleObjective):
         Args:
             model: The model as Trainer wraps it.
         """
-        if self.start_model is not None:
-            with torch.no_grad():
-                yield self.start_model
-        else:
-            with reference_acting(self.trainer.adapted_model, self.ref_adapter_name):
-                yield model
+        with self.trainer.accelerator.autocast():  # Trainer prepares only the trained model for mixed precision
+            if self.start_model is not None:
+                with torch.no_grad():
+                    yield self.start_model
+            else:
+                with reference_acting(self.trainer.adapted_model, self.ref_adapter_name):
+                    yield model

@@ -57,8 +57,12 @@ class StepGuard:
         if self.rolled_back:
             self._set_rolled_back(False)
 
-    def check_loss(self, loss: Tensor) -> Tensor:
+    def check_loss(self, loss: Tensor, num_items: Tensor | int | None = None) -> Tensor:
         """Return the loss of a micro-batch for Trainer's running sum; check the step's loss after its last micro-batch.
+
+        Args:
+            loss: The loss of the micro-batch, a scalar.
+            num_items: Summed weight of the items of the optimiser step; None if unknown.
 
         Raises:
             TrainingError: The step's loss is bad, and the policy is to stop or no rollback is left.
@@ -69,6 +73,11 @@ class StepGuard:
             step_loss, self._step_loss = self._step_loss, None
             mean = cast(Tensor, accelerator.reduce(step_loss, "mean")).item()  # all processes take the same decision
             self._check_step_loss(mean)
+            if num_items is not None and not torch.as_tensor(num_items).any():
+                _LOG.warning(
+                    "step %d: no row of its batches has a label and a weight above 0, so nothing is learned from them",
+                    self.trainer.state.global_step + 1,
+                )
         if self.policy.on_bad_loss == "stop":
             return loss
         # a value that is not finite would stay in Trainer's running sum

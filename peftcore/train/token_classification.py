@@ -39,6 +39,8 @@ def labelled_logits(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, T
     """
     labels = inputs["labels"]
     logits = model(**{name: value for name, value in inputs.items() if name not in ("labels", WEIGHT)}).logits
+    if logits.dim() == 3:
+        logits = logits[:, max(0, logits.shape[1] - labels.shape[1]) :]  # without a prompt's virtual tokens
     if logits.dim() != 3 or logits.shape[:2] != labels.shape or logits.shape[2] < 2:
         raise TrainingError(
             f"{type(model).__name__} returns logits of shape {tuple(logits.shape)} for labels of shape "

@@ -203,7 +203,7 @@ class AdapterTrainerMixin(_Base):
         """
         self.guard.start_micro_batch()
         loss = self.splitter.forward_backward(super().training_step, model, inputs, num_items_in_batch)
-        return self.guard.check_loss(loss)
+        return self.guard.check_loss(loss, num_items_in_batch)
 
     def compute_loss(
         self,

@@ -228,3 +228,19 @@ def test_it_can_be_trained_after_it_has_been_evaluated() -> None:
         net(x).sum().backward()
         weight = net[0].base.read()
         torch.testing.assert_close(x.grad, weight.sum(0).expand_as(x), rtol=0.05, atol=0.2)
+
+
+def test_a_merged_eight_bit_model_from_a_pickle_unmerges_to_the_bit() -> None:
+    torch.manual_seed(0)
+    layer: Any = bnb.nn.Linear8bitLt(48, 33, has_fp16_weights=False)
+    layer.load_state_dict(nn.Linear(48, 33).state_dict())
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    model: Any = get_peft_model(nn.Sequential(layer.to("cpu")), config).eval()
+    x = torch.randn(3, 48, dtype=torch.float16)
+    with torch.no_grad():
+        before = model(x)
+        model.merge_adapter()
+        copy = pickle.loads(pickle.dumps(model))  # torch pickles the weight as an ordinary parameter
+        assert torch.equal(copy(x), model(x))
+        copy.unmerge_adapter()
+        assert torch.equal(copy(x), before)

@@ -11,12 +11,21 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from quiet_training import trained
+from quiet_training import quiet_arguments, trained, without_printing
 from tiny_training import adapted, rows, trainer
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments
+from transformers import BertConfig, BertForSequenceClassification, BertModel, Trainer, TrainingArguments
 
-from peftcore.train import PackedCollator, Packs, RightPaddingCollator
+from peftcore import LoraConfig, get_peft_model
+from peftcore.train import (
+    EmbeddingCollator,
+    EmbeddingTrainer,
+    PackedCollator,
+    Packs,
+    RerankingCollator,
+    RerankingTrainer,
+    RightPaddingCollator,
+)
 
 STEPS = 4
 """Three are an epoch."""
@@ -54,7 +63,7 @@ def outcome(made: Any, model: Any) -> Outcome:
     return {
         "losses": [record["loss"] for record in made.state.log_history if "loss" in record],
         "adapter": trained(model),
-        "evaluation": (metrics["eval_loss"], metrics.get("eval_tokens")),
+        "evaluation": (metrics["eval_loss"], metrics.get("eval_tokens", 0)),
         "kept": {path: a.kept.tolist() for path, a in model_adapters(model).items() if hasattr(a, "kept")},
     }
 
@@ -113,10 +122,54 @@ def plain_loop(folder: Path, accumulation: int) -> Outcome:
     return {"losses": rounds.tolist(), "adapter": trained(model), "evaluation": None, "kept": {}}
 
 
+_ENCODER = BertConfig(
+    vocab_size=60,
+    hidden_size=16,
+    intermediate_size=16,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    hidden_dropout_prob=0.0,
+    attention_probs_dropout_prob=0.0,
+    num_labels=1,
+)
+
+
+def retrieval(trainer_class: Any, base_class: Any, collator: Any, folder: Path, accumulation: int) -> Outcome:
+    """A trainer whose batches have no labels; 9 rows with different numbers of passages do not come out even."""
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"target_modules": ["query", "value"], "init_lora_weights": False}
+    model = get_peft_model(base_class(_ENCODER), LoraConfig(r=2, **options)).double()
+    data = [
+        {
+            "query_input_ids": [2, 10 + n],
+            "positive_input_ids": [2, 10 + n, 3],
+            "negatives_input_ids": [[2, 10 + n, 5 + k] for k in range(n % 3)],
+            "pairs_input_ids": [[2, 10 + n, 3 + k] for k in range(1 + n % 3)],
+            "weight": 1.0 + n,
+        }
+        for n in range(9)
+    ]
+    batches: dict[str, Any] = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2, "max_steps": STEPS}
+    sampling = {"gradient_accumulation_steps": accumulation, "train_sampling_strategy": "sequential"}
+    made = without_printing(
+        trainer_class(
+            model=model,
+            args=quiet_arguments(folder, **batches, **sampling),
+            train_dataset=data,
+            eval_dataset=data,
+            data_collator=collator,
+        )
+    )
+    made.train()
+    return outcome(made, model)
+
+
 EQUAL: dict[str, Callable[[Path, int], Outcome]] = {
     **{kind: partial(run, kind) for kind in ("grouped", "random", "padding_free", "packed")},
     "checkpointed activations": partial(run, "grouped", activation_checkpointing=True),
     "adalora": partial(run, "grouped", method="adalora", max_steps=8),
+    "embeddings": partial(retrieval, EmbeddingTrainer, BertModel, EmbeddingCollator(0)),
+    "reranking": partial(retrieval, RerankingTrainer, BertForSequenceClassification, RerankingCollator(0)),
     "plain Trainer": plain_trainer,
     "plain loop": plain_loop,
 }

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, LlamaModel
 
-from peftcore import LoraConfig, PeftModel, TaskType, TrainingError, get_peft_model
+from peftcore import LoraConfig, PeftModel, PromptTuningConfig, TaskType, TrainingError, get_peft_model
 from peftcore.train import Contrastive, EmbeddingCollator, EmbeddingTrainer, embed
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -85,6 +85,18 @@ def test_a_batch_has_the_loss_and_gradients_of_its_texts_one_by_one(
     assert any(gradient is not None and gradient.any() for gradient in sides[0])
     for one, other in zip(*sides, strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize(("base", "pooling"), [(encoder, "mean"), (encoder, "cls"), (decoder, "last")])
+def test_an_embedding_behind_a_prompt_is_that_of_the_text(base: Callable[[], Any], pooling: Any) -> None:
+    prompt = PromptTuningConfig(task_type=TaskType.FEATURE_EXTRACTION, num_virtual_tokens=3)
+    model = get_peft_model(base(), prompt).double().eval()
+    ids, mask = torch.tensor([[2, 10, 3, 4], [2, 11, 0, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    vectors = embed(model, ids, mask, pooling)
+    for vector, row, length in zip(vectors, ids, mask.sum(1).tolist(), strict=True):
+        text = model(input_ids=row[None, :length]).last_hidden_state[0, 3:]
+        expected = {"mean": text.mean(0), "cls": text[0], "last": text[-1]}[pooling]
+        torch.testing.assert_close(vector, F.normalize(expected, dim=-1))
 
 
 def test_weights_count_rows_over_the_accumulated_batch(tmp_path: Path) -> None:

@@ -48,3 +48,15 @@ def test_a_trained_or_unknown_reference_adapter_is_refused(tmp_path: Path) -> No
         trainer(adapted(), tmp_path, answers(2), ref_adapter_name="default")
     with pytest.raises(Exception, match="champion"):
         trainer(adapted(), tmp_path, answers(2), ref_adapter_name="champion")
+
+
+@pytest.mark.parametrize("reference", ["start", "base"])
+def test_mixed_precision_computes_the_reference_as_it_computes_the_model(tmp_path: Path, reference: Any) -> None:
+    model = adapted().eval()
+    objective = trainer(model, tmp_path, answers(4), reference=reference, bf16=True).training_objective
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        start = model(IDS).logits
+        with model.disable_adapter():
+            base = model(IDS).logits
+    with objective.reference_in_effect(model) as reference_model:
+        assert torch.equal(reference_model(IDS).logits, start if reference == "start" else base)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from process_faults import BAD_STEP, bad_loss_in_one, out_of_memory_in_one
 from process_groups import together
 from quiet_training import trained
@@ -194,3 +195,24 @@ def test_all_processes_roll_back_for_the_loss_of_one(tmp_path: Path) -> None:
 def test_one_process_out_of_memory_ends_all_with_what_to_lower(tmp_path: Path) -> None:
     with pytest.raises(ProcessRaisedException, match=r"out of memory on one of several processes.*lower per_device"):
         together(out_of_memory_in_one, tmp_path)
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 1.0], [0.0, 1.0]])
+def test_a_step_without_labels_changes_nothing_and_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, weights: list[float] | None
+) -> None:
+    first = [-100, -100, -100, -100] if weights is None or weights[0] else [-100, -100, 3, 4]
+    data: dict[str, Any] = {"input_ids": [[1, 2, 3, 4]] * 2, "labels": [first, [-100, -100, 3, 4]]}
+    dataset = Dataset.from_dict(data if weights is None else data | {"weight": weights})
+    options: dict[str, Any] = {"per_device_train_batch_size": 1, "train_sampling_strategy": "sequential"}
+    model = adapted()
+    before = trained(model)
+    with caplog.at_level(logging.WARNING):
+        made = trainer(model, tmp_path, dataset, max_steps=1, **options)
+        made.train()
+    assert_same(trained(model), before)
+    assert records(made)[0]["loss"] == 0 and "step 1: no row of its batches has a label" in caplog.text
+    caplog.clear()
+    made = trainer(model, tmp_path, dataset, max_steps=2, **options)
+    made.train()
+    assert records(made)[1]["loss"] > 1 and "step 2" not in caplog.text

@@ -16,7 +16,7 @@ from transformers import (
     LlamaForTokenClassification,
 )
 
-from peftcore import LoraConfig, PeftModel, TaskType, TrainingError, get_peft_model
+from peftcore import LoraConfig, PeftModel, PromptTuningConfig, TaskType, TrainingError, get_peft_model
 from peftcore.train import TokenClassificationCollator, TokenClassificationTrainer, entity_counts, summed_counts
 
 TAGS = ["O", "B-X", "I-X"]
@@ -126,6 +126,16 @@ def test_without_weights_the_loss_is_the_models_own(tmp_path: Path) -> None:
     batch = TokenClassificationCollator(0)(data)
     own = model(**{name: t for name, t in batch.items() if name != "weight"}).loss
     assert made.compute_loss(model, batch).item() == pytest.approx(own.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("make", [decoder, encoder])
+def test_words_behind_a_prompt_have_the_models_own_loss(tmp_path: Path, make: Any) -> None:
+    prompt = PromptTuningConfig(task_type=TaskType.TOKEN_CLS, num_virtual_tokens=3)
+    model = get_peft_model(make(), prompt).double().eval()
+    made = trainer(model, tmp_path, rows(4))
+    batch = TokenClassificationCollator(0)(rows(1))
+    own = model(**{name: value for name, value in batch.items() if name != "weight"}).loss
+    assert made.compute_loss(model, batch).item() == pytest.approx(own.item(), rel=1e-5)  # a decoder's is in float32
 
 
 def test_a_row_without_a_label_has_no_part_in_the_loss(tmp_path: Path) -> None:
