@@ -68,7 +68,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_extra_is_a_part_of_the_ones_above_it() -> None:
     extras = PROJECT["optional-dependencies"]
     assert "peftcore[export,quant,serve,train]" in extras["pipeline"]
-    assert "peftcore[docs,pipeline,scorers]" in extras["dev"] and "peftcore[pipeline]" in extras["scale"]
+    assert "peftcore[docs,pipeline,scorers,structured]" in extras["dev"] and "peftcore[pipeline]" in extras["scale"]
 
 
 @pytest.mark.slow

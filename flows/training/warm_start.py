@@ -10,7 +10,7 @@ from flows.params import Params
 from flows.params.method_fields import FIELDS
 from flows.paths import Paths
 from peftcore import PeftConfig, PeftModel
-from peftcore.injection.targets import find_targets
+from peftcore.injection import find_targets
 
 log = logging.getLogger(__name__)
 SHAPE = ("r", "lora_alpha", "use_rslora", "use_dora", "trainable_token_indices")

@@ -138,8 +138,8 @@ def prepare_injection(
     _check_new_bases(module_index, adapters, replaced)
     if creation.initialise:
         _warn_of_unused(config)
+        _warn_of_unmatched_patterns(config, adapters)
     _warn_of_orientation(config, adapters)
-    _warn_of_unmatched_patterns(config, adapters)
     biases = _trained_biases(module_index, config, adapters, saved, replaced)
     if not creation.autocast_adapter_dtype:
         _narrow([*adapters.values(), *biases.values()])

@@ -2,12 +2,14 @@
 
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file, save_file
 from vllm_models import adapted
 
 from peftcore.export import check_vllm, export_vllm
 
 
+@pytest.mark.filterwarnings("ignore:(rank|alpha)_pattern.* match no adapted layer:RuntimeWarning")
 def test_each_broken_rule_is_listed(tmp_path: Path) -> None:
     adapted(bias="all", modules_to_save=["norm"], alpha_pattern={"q_proj": 2}).save_pretrained(tmp_path)
     found = "\n".join(check_vllm(tmp_path, max_lora_rank=4))

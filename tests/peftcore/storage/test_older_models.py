@@ -153,6 +153,7 @@ def test_dropout_of_fused_experts_is_dropped_with_a_warning(tmp_path: Path) -> N
     assert model.peft_config["default"].lora_dropout == 0
 
 
+@pytest.mark.filterwarnings("ignore:(rank|alpha)_pattern.* match no adapted layer:RuntimeWarning")
 def test_experts_that_cannot_be_fused(tmp_path: Path) -> None:
     directory = old_mixtral(tmp_path / "old", alpha_pattern={"w1": 2})
     with pytest.raises(CheckpointError, match="different scalings for its parts"):
@@ -268,6 +269,7 @@ def test_target_parameters_have_precedence_over_the_former_layers_of_experts() -
     assert get_peft_model(mixtral(), config).peft_config["default"].target_parameters == ["experts.down_proj"]
 
 
+@pytest.mark.filterwarnings("ignore:alpha_pattern.* match no adapted layer:RuntimeWarning")
 @pytest.mark.parametrize(
     "options",
     [

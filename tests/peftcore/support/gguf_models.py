@@ -185,6 +185,9 @@ def furthest(one: Callable[[Sequence[int]], Tensor], other: Callable[[Sequence[i
     return max(float((one(prompt) - other(prompt)).abs().max()) for prompt in PROMPTS)
 
 
+DOWN = r"down_proj|mlp\.c_proj"
+
+
 def adapted(family: str, config: PeftConfig | None = None, **options: Any) -> Any:
     """A tiny model with a random adapter that changes what it says."""
     model = tiny(family, **options)
@@ -194,8 +197,8 @@ def adapted(family: str, config: PeftConfig | None = None, **options: Any) -> An
         lora_alpha=7,
         use_rslora=True,
         target_modules="all-linear",
-        rank_pattern={"down_proj": 2},
-        alpha_pattern={"down_proj": 3},
+        rank_pattern={DOWN: 2},
+        alpha_pattern={DOWN: 3},
         init_lora_weights=False,
     )
     model = get_peft_model(model, config).eval()
