@@ -250,9 +250,9 @@ def switched_on(key: str, value_if_on: Any) -> Rule:
     return lambda value, _: {} if _is_off(value) else {key: value_if_on}
 
 
-def bfloat16(value: Any, config: Config) -> Mapping[str, Any]:
+def bfloat16(value: Any, _: Config) -> Mapping[str, Any]:
     """Return the type of the products; "auto" takes bfloat16 where the device multiplies it fast, as in Axolotl."""
-    return switched_on("quantization.compute_dtype", "auto" if value == "auto" else "bfloat16")(value, config)
+    return {} if _is_off(value) else {"quantization.compute_dtype": "auto" if value == "auto" else "bfloat16"}
 
 
 def warmup_steps(steps: Any, _: Config) -> Mapping[str, Any]:
