@@ -15,7 +15,10 @@ class TrainingMethods(AdaptedModule):
     """Methods of `PeftModel` that a training loop calls."""
 
     def adapter_regularizer(self) -> Tensor | None:
-        """Return the sum of the active adapters' regularisers, to add to each step's loss; None if there is none."""
+        """Return the sum of the active adapters' regularisers, a scalar; None if there is none.
+
+        Add it to each step's loss. The loss that the model returns (`outputs.loss`) contains AdaLoRA's already.
+        """
         return self._sum_of_regularizers(adapter_set(self._module).selection.active)
 
     def _sum_of_regularizers(self, names: Iterable[str]) -> Tensor | None:
