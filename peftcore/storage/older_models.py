@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from peftcore._util.patterns import is_suffix
 from peftcore.bases import ParameterWeight, base_weight
 from peftcore.config import ALL_LINEAR, PeftConfig, TunerConfig, first_match
 from peftcore.errors import CheckpointError, TargetError
@@ -187,6 +188,7 @@ def with_fused_targets(config: C, model: nn.Module) -> C:
     modules, lora = ModuleIndex(model).modules, cast(Any, config)
     is_plain = lora.init_lora_weights in _STARTS_OF_PARAMETERS and not any(getattr(lora, name) for name in _OF_LAYERS)
     fused: list[str] = []
+    former: list[str] = []
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for path in _parameters(modules):
@@ -204,6 +206,7 @@ def with_fused_targets(config: C, model: nn.Module) -> C:
             )
             return config
         fused.append(path)
+        former += layers
         ranks[_pattern_key(path)], alphas[_pattern_key(path)] = rank, scalings.pop() * lora.denominator(rank)
     kept, routers = _without_routers(config, modules)
     if not is_plain or not (fused or routers):
@@ -212,9 +215,16 @@ def with_fused_targets(config: C, model: nn.Module) -> C:
         lora,
         target_modules=kept,
         target_parameters=[*(lora.target_parameters or ()), *fused, *routers],
-        rank_pattern={**ranks, **(lora.rank_pattern or {})},
-        alpha_pattern={**alphas, **(lora.alpha_pattern or {})},
+        rank_pattern=ranks | _without_former(lora.rank_pattern, former, modules),
+        alpha_pattern=alphas | _without_former(lora.alpha_pattern, former, modules),
     )
+
+
+def _without_former(pattern: Mapping[str, Any] | None, former: Collection[str], present: Collection[str]) -> Any:
+    """Return a pattern without the keys that match former layers alone, whose values the parameters have now."""
+    keys = {key for key in pattern or () if any(is_suffix(key, path) for path in former)}
+    gone = {key for key in keys if not any(is_suffix(key, path) for path in present)}
+    return {key: value for key, value in (pattern or {}).items() if key not in gone}
 
 
 def _parameters(modules: Mapping[str, nn.Module]) -> Iterator[str]:

@@ -258,6 +258,14 @@ def test_new_targets_that_name_former_layers_of_experts_mean_what_they_mean_in_h
     torch.testing.assert_close(*loaded)
 
 
+def test_patterns_of_former_layers_move_to_the_parameters_without_a_warning() -> None:
+    patterns: dict[str, Any] = {"rank_pattern": {"w1": 3, "w3": 3}, "alpha_pattern": {"w1": 12, "w3": 12}}
+    model = get_peft_model(mixtral(), LoraConfig(r=2, target_modules=["w1", "w3"], **patterns))
+    config = model.peft_config["default"]
+    assert set(config.rank_pattern.values()) == {6} and set(config.alpha_pattern.values()) == {24}
+    assert set(model.adapter_ranks().values()) == {6}
+
+
 def test_new_targets_of_experts_keep_the_layers_beside_them() -> None:
     model = get_peft_model(qwen(), LoraConfig(target_modules=["down_proj"], rank_pattern={"down_proj": 3}))
     ranks = {path.removeprefix("model.layers.0.mlp."): rank for path, rank in model.adapter_ranks().items()}
