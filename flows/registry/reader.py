@@ -268,14 +268,18 @@ class RegistryReader(ABC):
         return self._decided[event.tag]
 
     def _events(self) -> list[_Event]:
-        """Return all events of this name in the order of their numbers; a tag's date may be a little in the future."""
+        """Return all events of this name in the order of their numbers.
+
+        Of two events with one number, the withdrawal is the later one, whatever its date: `Git.create_tag` may date a
+        tag a little into the future, and the tag that withdraws a version is often made by hand within that second.
+        """
         events = []
         for tag in self.tags(f"{self.name}@*", f"{self.name}#*"):
             match = _TAG.fullmatch(tag.name)
             if match:
                 number = int(match["event"] or 0)
                 events.append(_Event(tag, match["version"], match["stage"], bool(match["cancelled"]), number))
-        return sorted(events, key=lambda event: (event.number, event.tag.created))
+        return sorted(events, key=lambda event: (event.number, event.cancelled, event.tag.created))
 
 
 class RegistrySnapshot(RegistryReader):

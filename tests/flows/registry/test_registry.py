@@ -189,6 +189,14 @@ def test_what_gto_takes_back_is_gone_here_too(registry: Registry) -> None:
     assert registry.versions() == [version]
 
 
+def test_a_withdrawal_counts_although_its_date_is_before_the_version_s(registry: Registry) -> None:
+    version = add(registry, "v0.1.0")
+    date = f"{version.created - 1} +0000"
+    registry.git.run("tag", "--annotate", "--message=withdrawn", f"{version.tag}!", version.commit,
+                     GIT_COMMITTER_DATE=date, GIT_COMMITTER_NAME="a", GIT_COMMITTER_EMAIL="a@b")  # fmt: skip
+    assert registry.is_withdrawn(version) and registry.versions() == []
+
+
 def test_other_names_and_foreign_tags_do_not_count(registry: Registry) -> None:
     add(registry, "v0.1.0")
     for name in ("docstrings2@v0.5.0", "docstrings@latest", "release-1"):
