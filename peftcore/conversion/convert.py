@@ -109,7 +109,9 @@ def add_as_lora(
     plain.config.inference_mode = not is_trainable
     injection = prepare_injection(model, plain.config, new_name, Creation(initialise=False))
     state = AdapterState(injection.adapters, injection.biases, injection.copies, None)
-    state.read(state.with_our_keys(plain.tensors, state.tensors(), new_name))
+    # an adapter that does not train may keep the tensors that it reads, and exact factors are the adapter's own
+    own = {key: tensor.detach().clone() for key, tensor in plain.tensors.items()}
+    state.read(state.with_our_keys(own, state.tensors(), new_name))
     commit_injection(model, injection, is_trainable)
     return plain.report
 

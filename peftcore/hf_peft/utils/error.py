@@ -1,9 +1,5 @@
 """`peft.utils.error`."""
 
-from peftcore.hf_peft.utils import (
-    PeftError,
-)
+from peftcore.errors import NoMatchingPeftModuleError, PeftError
 
-__all__ = [
-    "PeftError",
-]
+__all__ = ["NoMatchingPeftModuleError", "PeftError"]

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from peftcore.errors import ConfigError
 from peftcore.hf_peft.utils import (
@@ -29,6 +29,7 @@ __all__ = [
     "fsdp_auto_wrap_policy",
     "infer_device",
     "prepare_model_for_kbit_training",
+    "transpose",
 ]
 
 
@@ -56,3 +57,15 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., Any]:
             "FSDP_TRANSFORMER_CLS_TO_WRAP to the class of its blocks"
         )
     return functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={present[name] for name in named})
+
+
+def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
+    """Return the weight of a layer as (outputs, inputs), or as the layer stores it.
+
+    Args:
+        weight: a matrix; a parameter stays one.
+        fan_in_fan_out: True to transpose it, for layers that store (inputs, outputs); False returns the weight itself.
+    """
+    if not fan_in_fan_out:
+        return weight
+    return nn.Parameter(weight.T, weight.requires_grad) if isinstance(weight, nn.Parameter) else weight.T

@@ -43,6 +43,19 @@ def test_any_mergeable_method_becomes_a_lora_of_its_model(method: str) -> None:
         assert (model(TOKENS).logits - expected).abs().max() > 3e-4
 
 
+@pytest.mark.filterwarnings("ignore:.*is a plain LoRA already")
+def test_training_the_adapter_later_leaves_the_lora_as_it_was() -> None:
+    model = random_adapter(LoraConfig(target_modules=["q_proj"], r=2))
+    expected = model(TOKENS).logits
+    add_as_lora(model, "default", "plain")
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".default." in name:
+                parameter += 1.0
+    model.set_adapter("plain")
+    torch.testing.assert_close(model(TOKENS).logits, expected)
+
+
 @pytest.mark.filterwarnings("ignore")  # the oracle's own
 @pytest.mark.parametrize(
     "config",

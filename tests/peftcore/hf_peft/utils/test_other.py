@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peftcore.utils.other import fsdp_auto_wrap_policy
+from peftcore.utils.other import fsdp_auto_wrap_policy, transpose
 from quiet_training import tiny_llama
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
@@ -33,3 +33,11 @@ def test_a_model_without_named_blocks_is_one_unit(monkeypatch: pytest.MonkeyPatc
     torch.manual_seed(0)
     model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
     assert wrapped(fsdp_auto_wrap_policy(model), model) == set()
+
+
+def test_a_weight_is_transposed_for_layers_that_store_their_inputs_first() -> None:
+    weight = nn.Parameter(torch.randn(2, 3), requires_grad=False)
+    assert transpose(weight, fan_in_fan_out=False) is weight
+    turned = transpose(weight, fan_in_fan_out=True)
+    assert isinstance(turned, nn.Parameter) and torch.equal(turned, weight.T) and not turned.requires_grad
+    assert type(transpose(weight.detach(), True)) is torch.Tensor

@@ -1,0 +1,108 @@
+"""`peft.utils.integrations`: the weights of quantised layers, and DeepSpeed's sharded parameters."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from peftcore.bases import base_weight
+from peftcore.errors import ConfigError, require_extra
+
+__all__ = [
+    "check_deepspeed_zero3_enabled",
+    "dequantize_bnb_weight",
+    "dequantize_module_weight",
+    "gather_params_ctx",
+    "get_bnb_param_type",
+    "init_empty_weights",
+]
+
+
+def dequantize_module_weight(module: nn.Module) -> Tensor:
+    """Return the weight of a layer as it is stored, without quantisation; a plain layer's own parameter.
+
+    Args:
+        module: a layer. The linear layers of bitsandbytes, GPTQ, AWQ, HQQ and torchao give (out_features, in_features).
+
+    Raises:
+        TargetError: a layer without a weight, or of an unknown storage.
+    """
+    weight = getattr(module, "weight", None)
+    if type(weight) is nn.Parameter:
+        return weight
+    return base_weight(module, type(module).__name__).read()
+
+
+def dequantize_bnb_weight(weight: nn.Parameter, state: Any = None) -> Tensor:
+    """Return a weight of bitsandbytes (out_features, in_features) without quantisation.
+
+    Args:
+        weight: a `Params4bit` or an `Int8Params`.
+        state: the layer's `state`, for an `Int8Params`; its `SCB` is the scale of each row.
+
+    Raises:
+        ConfigError: the weight is of another type, or its scales are not known.
+    """
+    bits = get_bnb_param_type(weight)
+    scales = next((one for one in (getattr(state, "SCB", None), getattr(weight, "SCB", None)) if one is not None), None)
+    if not bits or (bits == "8bit" and scales is None):
+        raise ConfigError(
+            f"dequantize_bnb_weight takes a weight of bitsandbytes, of 8 bits with its layer's state; got "
+            f"{type(weight).__name__}; try dequantize_module_weight(layer)"
+        )
+    import bitsandbytes.functional as bnb  # here, because the package is optional
+
+    if bits == "4bit":
+        return bnb.dequantize_4bit(weight.data, weight.quant_state)
+    return bnb.int8_vectorwise_dequant(weight.data, scales.to(weight.device))
+
+
+def get_bnb_param_type(param: nn.Parameter) -> Literal[False, "4bit", "8bit"]:
+    """Return how bitsandbytes stores a parameter; False if it is not one of its own."""
+    kinds: dict[str, Literal["4bit", "8bit"]] = {"Params4bit": "4bit", "Int8Params": "8bit"}
+    return kinds.get(type(param).__name__, False)
+
+
+def check_deepspeed_zero3_enabled() -> bool:
+    """Return True if transformers runs under DeepSpeed ZeRO-3, which divides parameters among processes."""
+    from transformers.integrations import is_deepspeed_zero3_enabled  # here, because it imports much
+
+    return is_deepspeed_zero3_enabled()
+
+
+@contextlib.contextmanager
+def gather_params_ctx(
+    param: nn.Parameter | Iterable[nn.Parameter], modifier_rank: int | None = 0, fwd_module: nn.Module | None = None
+) -> Iterator[None]:
+    """Make parameters whole inside of the context under DeepSpeed ZeRO-3; otherwise do nothing.
+
+    Args:
+        param: one parameter or several.
+        modifier_rank: process whose changes are sent to the others; None: changes are lost.
+        fwd_module: module that gets the parameters.
+    """
+    if not check_deepspeed_zero3_enabled():
+        yield
+        return
+    import deepspeed  # pyright: ignore[reportMissingImports]
+
+    with deepspeed.zero.GatheredParameters(param, modifier_rank=modifier_rank, fwd_module=fwd_module):
+        yield
+
+
+@contextlib.contextmanager
+def init_empty_weights(include_buffers: bool | None = None) -> Iterator[None]:
+    """Make modules inside of the context on the meta device, which has no memory.
+
+    Args:
+        include_buffers: True for their buffers, too.
+
+    Raises:
+        MissingExtraError: accelerate is not installed.
+    """
+    require_extra("train", "init_empty_weights", "accelerate")
+    from accelerate import init_empty_weights as on_meta_device  # here, because it imports much
+
+    with on_meta_device(include_buffers=include_buffers):
+        yield

@@ -1,0 +1,5 @@
+"""`peft.utils.warning`."""
+
+from peftcore.errors import PeftWarning
+
+__all__ = ["PeftWarning"]
