@@ -34,6 +34,9 @@ class Pair:
     module: str
     line: int
 
+_BLOCKS = ("body", "handlers", "cases", "orelse", "finalbody")
+"""Fields of a node that hold statements, in source order."""
+
 
 def read(system_prompt: str | None, library: Path | None = None) -> list[Example]:
     """Return all pairs as examples, ordered by module and line.
@@ -124,10 +127,11 @@ def without_docstring(function: ast.FunctionDef | ast.AsyncFunctionDef, lines: l
 
 def _functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
     """Yield functions and methods, nested ones too, in source order."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            yield node
-        yield from _functions(node)
+    for name in _BLOCKS:
+        for node in getattr(tree, name, ()):  # statements alone: expressions are most of the nodes, and hold no function
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                yield node
+            yield from _functions(node)
 
 
 def _module(relative: Path) -> str:
