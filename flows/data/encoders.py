@@ -465,8 +465,8 @@ def _first_supervised(tokens: Tokens) -> int:
 
 
 def _is_number(name: str) -> bool:
-    return name.lstrip("-").isdecimal()
+    return name.removeprefix("-").isdecimal()
 
 
-def _as_number(name: str) -> Any:
-    return int(name)
+def _as_number(name: str) -> tuple[int, str]:
+    return int(name), name  # 01 and 1 are two names

@@ -31,6 +31,11 @@ _OFTEN_ROWS = {
     **dict.fromkeys((".tsv", ".xls", ".xlsx", ".ods", ".arrow", ".feather", ".orc", ".avro", ".pkl"), _CONVERT),
 }
 """{suffix of files that often hold rows: how to make them readable}"""
+_TURNS = (
+    *("messages", "conversations", "tools", "functions", "prompt", "completion", "chosen", "rejected"),
+    *("input", "preferred_output", "non_preferred_output"),
+)
+"""Columns of turns and tools, which the model sees with all their fields."""
 _BATCH = 256
 """Parquet rows that are read at a time."""
 
@@ -150,8 +155,21 @@ def _csv(path: Path, name: str) -> Iterator[Row]:
                 if None in row or None in row.values():
                     raise DataError(f"{name}:{line}: its columns differ from the header's; correct the line")
                 yield f"{name}:{line}", row
-    except (csv.Error, UnicodeDecodeError) as error:
+    except csv.Error as error:
         raise DataError(f"{name}:{line + 1}: not CSV in UTF-8 ({error}); correct the line") from error
+    except UnicodeDecodeError:
+        _refuse_other_encoding(path, name)
+        raise
+
+
+def _refuse_other_encoding(path: Path, name: str) -> None:
+    """Raise DataError with the first line that is not UTF-8; a text file is decoded lines ahead of the one in use."""
+    with path.open("rb") as file:
+        for number, line in enumerate(_lines(file, name), start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                raise DataError(f"{name}:{number}: not UTF-8 ({error}); write the file in UTF-8") from error
 
 
 def _delimiter(header: str) -> str:
@@ -170,13 +188,21 @@ def _parquet(path: Path, name: str) -> Iterator[Row]:
                     raise DataError(f"{name}: its {path.stat().st_size:,} bytes unpack to over {limit:,}; split it")
                 for row in batch.to_pylist():
                     number += 1
-                    yield f"{name} row {number}", row
+                    turns = {column: _without_nulls(row[column]) for column in _TURNS if column in row}
+                    yield f"{name} row {number}", row | turns
     except DataError:
         raise
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         if is_disk_full(error):
             raise
         raise DataError(f"{name}: not Parquet ({error}); write it again") from error
+
+
+def _without_nulls(value: Any) -> Any:
+    """Return a value without the null fields of its objects: each object has the fields of all others in Parquet."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(field) for name, field in value.items() if field is not None}
+    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
 def _text(path: Path, name: str) -> Iterator[Row]:

@@ -1,7 +1,8 @@
 """Formats of a row: chats in the formats of OpenAI, ShareGPT and Alpaca, preferences, labelled texts, tags, queries.
 
 Each function takes a row's columns and raises FaultyRow with the problem and what fits. A null column or field counts
-as absent, because Parquet gives every row all columns. `flows.data.turns` reads the turns of a chat.
+as absent, because Parquet gives every row all columns, and so does an empty cell of an optional column, because CSV
+does. `flows.data.turns` reads the turns of a chat.
 """
 
 import json
@@ -233,9 +234,9 @@ def retrieval(row: dict[str, Any]) -> tuple[str, str, tuple[str, ...]]:
     if others and row[others[0]] != row[query]:
         raise FaultyRow(f"its {query} and {others[0]} differ; give one of them")
     negatives: list[Any] = []
-    if row.get("negatives") is not None:
+    if not _is_absent(row.get("negatives")):
         negatives += _texts(row["negatives"])
-    negatives += [value for name, value in row.items() if _NEGATIVE.fullmatch(str(name)) and value is not None]
+    negatives += [value for name, value in row.items() if _NEGATIVE.fullmatch(str(name)) and not _is_absent(value)]
     numbered = {f"negatives[{number}]": value for number, value in enumerate(negatives)}
     texts = tuple(_text(numbered, name) for name in numbered)
     positive = _text(row, "positive")
@@ -275,9 +276,7 @@ def spelled_otherwise(row: dict[str, Any], known: Iterable[str]) -> str:
 
 def weight(row: dict[str, Any]) -> float:
     """Return the factor of the row's loss; 1 without a `weight`."""
-    number = row.get("weight")
-    if number is None:
-        return 1.0
+    number = 1.0 if _is_absent(row.get("weight")) else row["weight"]
     try:
         value = math.nan if isinstance(number, bool) else float(number)
     except (TypeError, ValueError, OverflowError):
@@ -285,6 +284,11 @@ def weight(row: dict[str, Any]) -> float:
     if not 0 <= value < math.inf:
         raise FaultyRow(f"its weight is {number!r:.80}; give a number of at least 0")
     return value
+
+
+def _is_absent(value: Any) -> bool:
+    """Return True for the value of an optional column that a row does not have: null, or an empty cell of CSV."""
+    return value is None or value == ""
 
 
 def margin(row: dict[str, Any], column: str) -> float:
@@ -306,11 +310,11 @@ def margin(row: dict[str, Any], column: str) -> float:
 def tools(row: dict[str, Any]) -> list[dict[str, Any]] | None:
     """Return the functions that the chat may call: `tools`, or `functions` as OpenAI wrote them before."""
     row = _openai_preference(row)
-    if row.get("functions") is not None:
-        if row.get("tools") is not None:
+    if not _is_absent(row.get("functions")):
+        if not _is_absent(row.get("tools")):
             raise FaultyRow("it has tools and functions; write all of them as tools")
         functions = [{"type": "function", "function": one} for one in listed(row["functions"], "its functions are")]
-    elif row.get("tools") is not None:
+    elif not _is_absent(row.get("tools")):
         functions = listed(row["tools"], "its tools are")
     else:
         return None

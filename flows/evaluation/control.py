@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 
 from flows.base.folder import padding_id
 from flows.errors import DataError
-from flows.evaluation.scoring import RowLosses, row_losses
+from flows.evaluation.scoring import RowLosses, row_losses, words_of
 from flows.params import Control
 from flows.params.scorers import WATCHED
 from flows.runtime.progress import progress
@@ -49,18 +49,23 @@ def evaluate_control(
         The CONTROL table, and {"base_loss", "adapter_loss", "rows"} with means over all tokens (nats).
 
     Raises:
-        DataError: The source cannot be read, or has no text of at least two words.
+        DataError: The source cannot be read, or has no text of at least two words and two tokens.
     """
-    texts = control_texts(control, root)
-    encoded = [tokenizer(text, truncation=True, max_length=control.max_length)["input_ids"] for text in texts]
-    rows: list[dict[str, Any]] = [{"input_ids": ids, "labels": ids} for ids in encoded]
+    encoded = {
+        text: tokenizer(text, truncation=True, max_length=control.max_length)["input_ids"]
+        for text in control_texts(control, root)
+    }
+    encoded = {text: ids for text, ids in encoded.items() if len(ids) > 1}  # the first token is not predicted
+    if not encoded:
+        raise DataError(f"evaluate.control.source {control.source}: each text is a single token; give longer texts")
+    rows: list[dict[str, Any]] = [{"input_ids": ids, "labels": ids} for ids in encoded.values()]
     losses: dict[str, RowLosses] = {}
     with progress(2 * len(rows), "control set", "text") as bar:
         for name, context in (("base", model.disable_adapter()), ("adapter", contextlib.nullcontext())):
             with context:
                 losses[name] = row_losses(model, rows, padding_id(tokenizer), batch_size, bar)
     columns = {
-        "id": [hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts],
+        "id": [hashlib.sha256(text.encode()).hexdigest()[:16] for text in encoded],
         "tokens": losses["base"].tokens,
         **{f"{name}_loss": side.means for name, side in losses.items()},
     }
@@ -80,7 +85,7 @@ def control_texts(control: Control, root: Path) -> list[str]:
     """
     assert control.source is not None
     candidates = _topics() if control.source == TOPICS else _read(root, control.source)
-    texts = list(dict.fromkeys(text for text in candidates if len(text.split()) > 1))
+    texts = [text for text in dict.fromkeys(candidates) if len(text.split()) > 1 or len(words_of(text)) > 1]
     if not texts:
         raise DataError(
             f"evaluate.control.source {control.source}: it has no text of at least two words; give another source"

@@ -1,10 +1,13 @@
 """Losses and log-probabilities of held-out rows, and ROUGE-L of generated answers."""
 
 import math
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
+import regex
 import torch
 from torch import Tensor, nn
 
@@ -277,8 +280,21 @@ def pairs_rewards(model: nn.Module, rows: Sequence[Row], pad: int, batch_size: i
 
 
 def rouge_l(references: Sequence[str], answers: Sequence[str]) -> list[float]:
-    """Return the ROUGE-L F-measure (0 to 1) of each answer: longest common subsequence of lower-cased words."""
+    """Return the ROUGE-L F-measure (0 to 1) of each answer: longest common subsequence of `words_of` both texts."""
     from rouge_score.rouge_scorer import RougeScorer  # imports nltk, which takes over a second
 
-    scorer = RougeScorer(["rougeL"], use_stemmer=False)
-    return [scorer.score(r, a)["rougeL"].fmeasure for r, a in zip(references, answers, strict=True)]
+    # rouge_score's own tokenizer knows the letters a to z only; on ASCII texts both give the same
+    scorer = RougeScorer(["rougeL"], tokenizer=SimpleNamespace(tokenize=words_of))
+    return [float(scorer.score(r, a)["rougeL"].fmeasure) for r, a in zip(references, answers, strict=True)]
+
+
+_UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+_WORD = regex.compile(rf"[{_UNSPACED}]\p{{M}}*|[^\W_{_UNSPACED}]+")
+
+
+def words_of(text: str) -> list[str]:
+    """Return the lower-cased words of a text, without punctuation.
+
+    In scripts without spaces between words, such as Chinese, each character is a word.
+    """
+    return _WORD.findall(unicodedata.normalize("NFC", text).lower())

@@ -62,13 +62,15 @@ def _content(params: Params, paths: Paths) -> dict[str, Any]:
     slices, ranks = evaluation["slices"], paths.training / HEAT_MAP
     promotion = read_promotion(paths, record["version"])
     proposals = first_limits(params, paths, promotion)
-    unit = "nats per supervised token" if "perplexity" in evaluation["base"] else "nats per row"
+    base = evaluation["base"]
+    unit = "token" if "perplexity" in base else "word" if "entity_f1" in base else "row"
     return {
         "record": record,
         "promotion": promotion,
         "limits": as_yaml(proposals) if proposals else None,
         "judge": _judge(paths, promotion),
         "evaluation": evaluation,
+        "unit": unit,
         "scorers": evaluation.get("scorers") or {},
         "calibration": calibration,
         "best_of_n": evaluation.get("best_of_n"),
@@ -84,7 +86,9 @@ def _content(params: Params, paths: Paths) -> dict[str, Any]:
         "params": params,
         "charts": {
             "headline": headline_bars(evaluation["base"], evaluation["adapter"]),
-            "loss": loss_curves(paths.loss_curve, training["best_step"], unit),
+            "loss": loss_curves(
+                paths.loss_curve, training["best_step"], f"nats per {unit.replace('token', 'supervised token')}"
+            ),
             "reward": reward_curve(TrainingLog(paths.training_log).records()),
             "slices": slice_dumbbells(slices),
             "reliability": reliability(calibration["base"], calibration["adapter"]) if calibration else None,

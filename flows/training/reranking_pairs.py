@@ -15,6 +15,8 @@ from flows.data.rows import Row
 from flows.errors import StageError
 from peftcore.train import PAIRS_COLUMN, TYPES_COLUMN
 
+LONGEST = 2**31 - 1
+"""Maximum tokens of a pair; the context of a base without a limit (1e30) is more than a fast tokenizer can count."""
 log = logging.getLogger(__name__)
 
 
@@ -47,18 +49,19 @@ def with_pairs(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, negative
                     "give negatives, or more rows"
                 )
             texts += others[:negatives]
+    longest = min(tokenizer.model_max_length, LONGEST)
     queries = [row["query"] for row, texts in zip(rows, candidates, strict=True) for _ in texts]
     encoded = tokenizer(
         queries,
         [text for texts in candidates for text in texts],
         truncation="longest_first",
-        max_length=tokenizer.model_max_length,
+        max_length=longest,
         return_token_type_ids="token_type_ids" in tokenizer.model_input_names,
     )
     ids, types = encoded["input_ids"], encoded.get("token_type_ids")
-    cut = sum(len(one) == tokenizer.model_max_length for one in ids)
+    cut = sum(len(one) == longest for one in ids)
     if cut:
-        log.warning("%d of %d pairs are cut to the base's %d tokens", cut, len(ids), tokenizer.model_max_length)
+        log.warning("%d of %d pairs are cut to the base's %d tokens", cut, len(ids), longest)
     result, start = [], 0
     for row, texts in zip(rows, candidates, strict=True):
         stop = start + len(texts)

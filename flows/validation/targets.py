@@ -5,7 +5,7 @@ import numpy
 from flows.data.tokens import IGNORED
 from flows.validation.findings import Finding, make_finding
 from flows.validation.prepared import SHOWN, Prepared
-from flows.validation.template import spread
+from flows.validation.template import spread, visible
 
 
 def ends(prepared: Prepared) -> Finding:
@@ -33,7 +33,7 @@ def texts(prepared: Prepared) -> Finding:
         rows = spread(len(table.ids))
         ids = [table.columns["labels"][row].tolist() for row in rows]
         for row, decoded in zip(rows, prepared.tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
-            differs = "".join(table.answers[row].split()) != "".join(decoded.split())
+            differs = visible(table.answers[row]) != visible(decoded)
             checked, other = checked + 1, other + differs
             examples += (table.ids[row],) if differs and len(examples) < SHOWN else ()
     return make_finding(

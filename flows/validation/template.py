@@ -1,5 +1,7 @@
 """Checks that tokens and text agree: generation starts from the tokens of training, and no text is lost."""
 
+import unicodedata
+
 import numpy
 
 from flows.validation.findings import Finding, make_finding
@@ -74,7 +76,7 @@ def round_trip(prepared: Prepared) -> Finding:
         for row, decoded in zip(rows, _decoded(prepared, sequences, rows), strict=True):
             text = "" if kind == "retrieval" else table.questions[row]
             text += "" if kind in ("classification", "token_classification", "seq2seq") else sequences.answers[row]
-            differs = "".join(text.split()) != "".join(decoded.split())
+            differs = visible(text) != visible(decoded)
             checked, other = checked + 1, other + differs
             examples += (table.ids[row],) if differs and len(examples) < 5 else ()
     return make_finding(
@@ -97,6 +99,11 @@ def _decoded(prepared: Prepared, sequences: Sequences, rows: list[int]) -> list[
     if prepared.data.kind in ("classification", "token_classification", "seq2seq", "text", "retrieval"):
         return prepared.tokenizer.batch_decode([sequences.row(row) for row in rows], skip_special_tokens=True)
     return prepared.tokenizer.batch_decode([sequences.row(row)[:-1] for row in rows])
+
+
+def visible(text: str) -> str:
+    """Return a text for comparison: without white space, in composed form (NFC), which some tokenizers write."""
+    return unicodedata.normalize("NFC", "".join(text.split()))
 
 
 def spread(count: int) -> list[int]:

@@ -9,6 +9,9 @@ from typing import Any
 from flows.errors import StageError
 from flows.evaluation.scorers.texts import Score
 
+TOKENIZERS = ("13a", "intl", "zh", "char")
+"""sacrebleu's divisions of texts into words that need no further package."""
+
 
 def chrf(*, word_order: int = 0) -> Score:
     """Return a scorer: chrF of the answer; 2 as `word_order` gives chrF++.
@@ -20,9 +23,19 @@ def chrf(*, word_order: int = 0) -> Score:
     return _of_sentences(metric.sentence_score)
 
 
-def bleu() -> Score:
-    """Return a scorer: BLEU of the answer. An order without any n-gram in a short answer does not count."""
-    return _of_sentences(_metrics().BLEU(effective_order=True).sentence_score)
+def bleu(*, tokenize: str = "13a") -> Score:
+    """Return a scorer: BLEU of the answer. An order without any n-gram in a short answer does not count.
+
+    Args:
+        tokenize: How sacrebleu divides texts into words: "13a" (European languages), "intl" (all scripts with spaces
+            between words), "zh" (Chinese) or "char" (single characters).
+
+    Raises:
+        StageError: There is no such division, or sacrebleu is not installed.
+    """
+    if tokenize not in TOKENIZERS:
+        raise StageError(f"the scorer bleu has tokenize {', '.join(TOKENIZERS)}; got {tokenize!r}")
+    return _of_sentences(_metrics().BLEU(effective_order=True, tokenize=tokenize).sentence_score)
 
 
 def _of_sentences(score: Callable) -> Score:

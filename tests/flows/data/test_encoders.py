@@ -87,10 +87,20 @@ def test_a_text_that_holds_a_special_token_is_refused(tokenizer: PreTrainedToken
 
 @pytest.mark.parametrize(
     ("labels", "names"),
-    [(["b", "a", "b"], ["a", "b"]), (["10", "9", "-1"], ["-1", "9", "10"]), (["1", "x"], ["1", "x"])],
+    [
+        (["b", "a", "b"], ["a", "b"]),
+        (["10", "9", "-1"], ["-1", "9", "10"]),
+        (["1", "x"], ["1", "x"]),
+        (["--1", "2"], ["--1", "2"]),
+    ],
 )
 def test_classes_are_numbered_by_value_or_by_name(labels: list[str], names: list[str]) -> None:
     assert label_names([Labelled("t", label, **ORIGIN) for label in labels]) == names
+
+
+def test_the_order_of_classes_of_one_value_is_that_of_their_names() -> None:
+    names = ["".join(zeros) + "1" for zeros in (["0"] * count for count in range(12, -1, -1))]
+    assert label_names([Labelled("t", label, **ORIGIN) for label in reversed(names)]) == names
 
 
 @pytest.mark.parametrize("limit", [8, 9, 10, 11, 1000])

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from flows.data.files import read_rows
 from flows.errors import DataError
@@ -73,6 +75,32 @@ def test_bad_csv_is_told_by_its_line(tmp_path: Path, text: str, fault: str) -> N
     path.write_text(text)
     with pytest.raises(DataError, match=rf"^rows\.csv:{fault}"):
         rows(path)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_csv_of_another_encoding_is_told_by_its_line(tmp_path: Path, encoding: str) -> None:
+    lines = ["text,label", *(f"row {number},1" for number in range(2000))]
+    lines[1500] = "café,1"
+    (tmp_path / "rows.csv").write_text("\n".join(lines), encoding=encoding)
+    line = {"latin-1": 1501, "utf-16": 1}[encoding]
+    with pytest.raises(DataError, match=rf"^rows\.csv:{line}: not UTF-8 .*; write the file in UTF-8"):
+        rows(tmp_path / "rows.csv")
+
+
+def test_arguments_of_calls_in_parquet_are_those_of_the_call(tmp_path: Path) -> None:
+    def calls(name: str, arguments: dict) -> dict:
+        return {"role": "assistant", "tool_calls": [{"function": {"name": name, "arguments": arguments}}]}
+
+    def tool(name: str, properties: dict) -> dict:
+        return {"function": {"name": name, "parameters": {"properties": properties}}}
+
+    tools = [tool("weather", {"city": {"type": "string"}}), tool("mail", {"to": {"enum": ["a", "b"]}})]
+    written = [
+        {"messages": [calls("weather", {"city": "Oslo"})], "tools": tools, "extra": [{"a": 1, "b": None}]},
+        {"messages": [calls("mail", {"to": "a"})], "tools": tools, "extra": [{"a": None, "b": 2}]},
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(written), tmp_path / "rows.parquet")
+    assert [row for _, row in rows(tmp_path / "rows.parquet")] == written
 
 
 def test_columns_of_csv_without_a_name_may_be_several(tmp_path: Path) -> None:

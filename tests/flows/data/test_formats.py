@@ -144,7 +144,7 @@ def test_a_labelled_text_that_cannot_be_used(row: dict[str, Any]) -> None:
         formats.labelled(row)
 
 
-@pytest.mark.parametrize(("given", "value"), [(None, 1.0), (0, 0.0), ("2.5", 2.5), (3, 3.0)])
+@pytest.mark.parametrize(("given", "value"), [(None, 1.0), ("", 1.0), (0, 0.0), ("2.5", 2.5), (3, 3.0)])
 def test_weights(given: Any, value: float) -> None:
     assert formats.weight({"weight": given}) == value
 
@@ -396,8 +396,15 @@ def test_queries_with_passages(row: dict[str, Any]) -> None:
     assert (query, positive, set(negatives)) == ("q", "p", {"n", "m"})
 
 
-def test_a_query_needs_no_negatives() -> None:
-    assert formats.retrieval({"query": "q", "positive": "p", "negatives": None}) == ("q", "p", ())
+@pytest.mark.parametrize("absent", [None, ""])
+def test_a_query_needs_no_negatives(absent: str | None) -> None:
+    row = {"query": "q", "positive": "p", "negatives": absent, "negative_1": "n", "negative_2": absent}
+    assert formats.retrieval(row) == ("q", "p", ("n",))
+
+
+@pytest.mark.parametrize("absent", [None, ""])
+def test_a_chat_needs_no_tools(absent: str | None) -> None:
+    assert formats.tools({"tools": absent, "functions": absent}) is None
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,21 @@ def test_what_is_no_control_set_is_named(tmp_path: Path, name: str, content: str
         control_texts(Control(source=name), tmp_path)
 
 
+def test_texts_without_spaces_are_texts(tmp_path: Path, tokenizer) -> None:
+    text = "北京是中国的首都。"
+    (tmp_path / "a.txt").write_text(f"{text}\n\n北京")
+    assert control_texts(Control(source="a.txt"), tmp_path) == [text, "北京"]
+    config = LlamaConfig(vocab_size=len(tokenizer) + 1, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                         num_attention_heads=2)  # fmt: skip
+    model = get_peft_model(LlamaForCausalLM(config).eval(), LoraConfig(r=2, target_modules=["q_proj"]))
+    tokenizer.add_tokens(["北京"])  # so that the second text has one token, which nothing predicts
+    table, _ = evaluate_control(Control(source="a.txt"), tmp_path, model, tokenizer, 2)
+    assert table.column("tokens").to_pylist() == [len(tokenizer(text)["input_ids"]) - 1]
+    (tmp_path / "a.txt").write_text("北京")
+    with pytest.raises(DataError, match=r"a\.txt: each text is a single token"):
+        evaluate_control(Control(source="a.txt"), tmp_path, model, tokenizer, 2)
+
+
 def test_losses_are_of_every_token_but_the_first(tmp_path: Path, tokenizer) -> None:
     torch.manual_seed(1)
     config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=1,

@@ -1,10 +1,13 @@
 import math
+import random
+import string
 
 import pytest
 import torch
+from rouge_score.tokenizers import DefaultTokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from flows.evaluation.scoring import RowLosses, by_length, rouge_l, row_losses
+from flows.evaluation.scoring import RowLosses, by_length, rouge_l, row_losses, words_of
 
 
 def model() -> LlamaForCausalLM:
@@ -62,3 +65,26 @@ def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence() -> None:
     # 3 words in common, in order, of 4 in the reference and of 6 in the answer: P = 1/2, R = 3/4, F = 2PR/(P+R)
     assert rouge_l(["Return the file position."], ["This will return the current position"]) == [pytest.approx(0.6)]
     assert rouge_l(["a b", "a"], ["a b", ""]) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("reference", "answer", "value"),
+    [
+        ("北京是中国的首都", "上海是中国的城市", 4 / 8),  # a character is a word: 是中国的
+        ("สวัสดี", "สวัสดี", 1.0),
+        ("Привет, мир 5", "пока свет 5", 1 / 3),  # one of three words, although only 5 is ASCII
+        ("مرحبا بالعالم", "مرحبا", 2 / 3),
+        ("हिन्दी में", "हिन्दी", 2 / 3),
+        ("Café", "cafe\u0301", 1.0),
+        ("café", "caf", 0.0),
+    ],
+)
+def test_rouge_l_knows_the_words_of_every_script(reference: str, answer: str, value: float) -> None:
+    assert rouge_l([reference], [answer]) == [pytest.approx(value)]
+
+
+def test_rouge_l_of_ascii_texts_is_that_of_rouge_score() -> None:
+    tokenizer, characters = DefaultTokenizer(use_stemmer=False), random.Random(0)
+    for _ in range(300):
+        text = "".join(characters.choices(string.printable, k=40))
+        assert words_of(text) == tokenizer.tokenize(text)

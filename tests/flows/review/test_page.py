@@ -69,6 +69,17 @@ def test_the_loss_of_an_objective_without_tokens_is_per_row(project: Any) -> Non
     assert "nats per row" in text and "nats per supervised token" not in text.partition("Digests are SHA-256")[0]
 
 
+def test_the_figures_of_a_token_classifier_are_of_words(project: Any) -> None:
+    bins = [{"share": 1.0, "accuracy": 0.8, "confidence": 0.9}]
+    calibration = {side: {"ece": 0.1, "brier": 0.3, "predictions": 1234, "bins": bins} for side in ("base", "adapter")}
+    sides = {side: {"loss": loss, "entity_f1": 0.5} for side, loss in (("base", 1.1), ("adapter", 0.4))}
+    project.register(**sides, calibration=calibration)
+    words = " ".join(page_of(project).text.split())
+    for fact in ("nats per word", "predicts the tag frequencies of the training rows", "for 1,234 words"):
+        assert fact in words, fact
+    assert "nats per row" not in words
+
+
 def test_it_shows_the_run(registered: Any) -> None:
     record = json.loads(registered.paths.version.read_text())
     promote(registered.params, registered.paths)

@@ -36,6 +36,12 @@ def test_negatives_are_drawn_from_other_rows_by_the_seed_and_the_row(tokenizer: 
     assert with_pairs(data, tokenizer, 3, 1) != first
 
 
+def test_a_base_without_a_limit_cuts_nothing(tokenizer: PreTrainedTokenizerBase) -> None:
+    expected = with_pairs(rows(4), tokenizer, 2, 0)
+    tokenizer.model_max_length = int(1e30)  # as transformers has it for a tokenizer without one
+    assert with_pairs(rows(4), tokenizer, 2, 0) == expected
+
+
 def test_a_row_alone_has_nothing_to_be_compared_with(tokenizer: PreTrainedTokenizerBase) -> None:
     with pytest.raises(StageError, match="a row without negatives is alone in its split: give negatives"):
         with_pairs(rows(1), tokenizer, 4, 0)

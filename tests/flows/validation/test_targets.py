@@ -28,6 +28,14 @@ def test_tokens_of_another_text_are_a_warning(patient: Any) -> None:
     assert found.severity == "warning" and "59 of 60" in found.figure and len(found.examples) == 1
 
 
+def test_composed_accents_are_the_text_itself(patient: Any) -> None:
+    well = patient("seq2seq")
+    accent = well.tokenizer("é", add_special_tokens=False)["input_ids"]
+    well.change("test", "target", lambda rows: [row + "e\u0301" for row in rows])
+    well.change("test", "labels", lambda rows: [[*row[:-1], *accent, row[-1]] for row in rows])
+    assert well.look(texts).severity == "ok"
+
+
 def test_a_target_beyond_the_limit_is_an_error(patient: Any) -> None:
     ill = patient("seq2seq")
     ill.change("test", "labels", lambda rows: [rows[0] * 200, *rows[1:]])

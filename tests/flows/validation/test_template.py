@@ -21,6 +21,16 @@ def test_other_text_than_the_tokens_is_an_error(patient: Any) -> None:
     assert ill.look(round_trip).value == 1
 
 
+def test_composed_accents_are_the_text_itself(patient: Any) -> None:
+    well = patient()
+    well.change("train", "completion", lambda rows: [row + "e\u0301" for row in rows])
+    assert well.look(round_trip).severity == "error"
+    accent = well.tokenizer("é", add_special_tokens=False)["input_ids"]
+    for column in ("input_ids", "labels"):
+        well.change("train", column, lambda rows: [[*row[:-1], *accent, row[-1]] for row in rows])
+    assert well.look(round_trip).severity == "ok"
+
+
 def test_a_tokenizer_that_changes_texts_to_classify_is_a_warning(patient: Any) -> None:
     ill = patient("classification")
     ill.change("train", "text", lambda rows: [row.upper() for row in rows])

@@ -27,3 +27,12 @@ def test_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sacrebleu", None)
     with pytest.raises(StageError, match=r"need sacrebleu .*pip install 'peftcore\[scorers\]'"):
         translation.chrf()
+
+
+def test_bleu_of_chinese_counts_characters() -> None:
+    pytest.importorskip("sacrebleu", reason="sacrebleu is not installed (extra scorers)")
+    answer, reference = "今天天气很好", "今天天气不好"
+    assert translation.bleu()("", answer, reference, {}) == pytest.approx(0, abs=1e-6)  # one long word
+    assert translation.bleu(tokenize="zh")("", answer, reference, {}) > 30
+    with pytest.raises(StageError, match="tokenize 13a, intl, zh, char; got 'ja'"):
+        translation.bleu(tokenize="ja")
