@@ -7,6 +7,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peftcore.bases.base import BaseWeight
+from peftcore.bases.called_layers import calls_layer
 from peftcore.bases.compute_dtype import fast_dtype
 from peftcore.bases.dequantize import replace_quantized
 from peftcore.bases.float16_copy import Float16CopyLinear, add_float16_copies
@@ -28,7 +29,7 @@ __all__ = [
     "QuantizedLinear",
     "add_float16_copies",
     "base_weight",
-    "calls_its_layers",
+    "calls_layer",
     "dequantize_model",
     "fast_dtype",
     "has_uncast_inputs",
@@ -50,8 +51,13 @@ _PLAIN = {
     nn.Embedding: EmbeddingWeight,
 }
 
+_OTHER_OUTPUTS = {"DeepseekV4GroupedLinear", "Llama4Router", "PhimoeTopKRouter"}
+"""Subclasses of nn.Linear whose output is not x Wᵀ + b: routers return a tuple, grouped layers a block product."""
+
 
 def _class_for(layer: nn.Module) -> type[BaseWeight] | None:
+    if _OTHER_OUTPUTS & {base.__name__ for base in type(layer).__mro__}:
+        return None
     if (registered := registered_view(layer)) is not None:
         return None if registered.refusal(layer) else registered
     plain = next((view for layer_class, view in _PLAIN.items() if isinstance(layer, layer_class)), None)
@@ -72,15 +78,6 @@ def refusal(layer: nn.Module) -> str | None:
     """Return the reason why a layer of a registered storage cannot be adapted; None for every other layer."""
     view = registered_view(layer)
     return None if view is None else view.refusal(layer)
-
-
-_READS_WEIGHTS = {"MultiheadAttention", "WavLMAttention"}
-"""Classes whose forward passes the weights of their child layers to one function and never calls the children."""
-
-
-def calls_its_layers(parent: nn.Module) -> bool:
-    """Return True if a module calls its child layers; otherwise an adapter on a child would have no effect."""
-    return not _READS_WEIGHTS & {base.__name__ for base in type(parent).__mro__}
 
 
 def raw_projections(layer: nn.Module) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """Plain layers in place of quantised ones, with the weights that the quantised layers compute with."""
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -26,6 +27,23 @@ def replace_quantized(model: nn.Module, bases: Mapping[str, BaseWeight], dtype: 
         modules[owner]._modules[name] = plain[id(base.layer)]
     if quantized:
         _forget_quantisation(model)
+
+
+def unquantized_dtype(modules: Iterable[nn.Module]) -> torch.dtype | None:
+    """Return the dtype of most weights outside of quantised layers, which is that of the model's activations.
+
+    Args:
+        modules: Modules of a model, without quantised layers and without adapters.
+
+    Returns:
+        The dtype; None if the modules have no floating-point parameters.
+    """
+    weights: Counter[torch.dtype] = Counter()
+    for module in modules:
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.is_floating_point():
+                weights[parameter.dtype] += parameter.numel()
+    return max(weights, key=lambda dtype: weights[dtype], default=None)
 
 
 def _plain(base: BaseWeight, dtype: torch.dtype | None) -> nn.Linear:

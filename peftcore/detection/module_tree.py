@@ -13,7 +13,7 @@ from functools import cache, cached_property
 
 from torch import nn
 
-from peftcore.bases import base_weight, calls_its_layers, is_adaptable
+from peftcore.bases import base_weight, calls_layer, is_adaptable
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,8 @@ class ModuleTree:
             if id(module) not in seen:
                 seen.add(id(module))
                 self.modules[path] = module
-                if path and is_adaptable(module) and calls_its_layers(self.modules[path.rpartition(".")[0]]):
+                parent, _, name = path.rpartition(".")
+                if path and is_adaptable(module) and calls_layer(self.modules[parent], name):
                     base = base_weight(module, path)
                     if base.kind == "norm":
                         self.norms[path] = int(base.in_features)

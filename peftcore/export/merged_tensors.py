@@ -26,23 +26,24 @@ def merged_tensors(
 ) -> dict[str, Output]:
     """Return {key: tensor to write} of a mapped model with one adapter merged, rounded to `dtype` if it is not None.
 
-    The result has the keys of the base's `tensors`, plus the output head's if the merge unties it from the embeddings.
+    The result has the keys of the base's `tensors`, plus those of all tied weights if the merge changes one of them
+    and not the others: the option `tie_word_embeddings` is one for all.
     """
     still_tied = _still_tied(adapters, name)
     changes = {
         path: change for path, change in _changes(model, adapters, name, dtype).items() if path not in still_tied
     }
     outputs = {key: _unchanged(tensor, dtype) for key, tensor in tensors.items()}
-    for target, source in model.all_tied_weights_keys.items():
-        key = key_of(source, model, tensors)
-        unties = (target in changes or source in changes) and not {target, source} & still_tied
-        if target not in tensors and key is not None and unties:
-            outputs[target] = outputs[key]
+    tied = model.all_tied_weights_keys
+    unties = any({*pair} & changes.keys() and not {*pair} & still_tied for pair in tied.items())
+    added = {target: key_of(source, model, tensors) for target, source in tied.items() if target not in tensors}
+    added = {target: key for target, key in added.items() if key is not None and unties}
+    outputs |= {target: outputs[key] for target, key in added.items()}
     for path, compute in changes.items():
         key = path if path in outputs else key_of(path, model, tensors)
         assert key is not None
         outputs[key] = Output(outputs[key].header, lambda key=key, compute=compute: _finite(key, compute()))
-    return outputs
+    return outputs | {target: outputs[key] for target, key in added.items() if target in still_tied}
 
 
 def _unchanged(tensor: Tensor, dtype: torch.dtype | None) -> Output:

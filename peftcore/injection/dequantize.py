@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from peftcore.bases import BaseWeight, base_weight, is_adaptable
-from peftcore.bases.dequantize import replace_quantized
+from peftcore.bases.dequantize import replace_quantized, unquantized_dtype
 from peftcore.errors import MergeError, TargetError
+from peftcore.injection.module_index import ModuleIndex
 from peftcore.layers.adapter_layer import AdapterLayer
-from peftcore.layers.wrapper import LayerWrapper
+from peftcore.layers.wrapper import LayerWrapper, unwrapped
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -24,8 +25,8 @@ def dequantize_base(model: Model, dtype: torch.dtype | None = None) -> Model:
 
     Args:
         model: A model with quantised layers, with or without adapters.
-        dtype: Dtype of the new layers; None for the dtype in which each quantised layer multiplies, float32 for
-            bitsandbytes' 8-bit layers.
+        dtype: Dtype of the new layers; None for the dtype of the model's other weights, or of a model of quantised
+            layers only, for the dtype in which each layer multiplies (float32 for bitsandbytes' 8-bit layers).
 
     Returns:
         The model.
@@ -44,7 +45,9 @@ def dequantize_base(model: Model, dtype: torch.dtype | None = None) -> Model:
                 f"dequantize_base: {list(module.merged)} are merged into the quantised layer {path}; call "
                 "unmerge_adapter first, and merge after dequantize_base"
             )
-    replace_quantized(model, quantized, dtype)
+    layers = {id(base.layer) for base in quantized.values()}
+    others = [layer for layer in map(unwrapped, ModuleIndex(model).modules.values()) if id(layer) not in layers]
+    replace_quantized(model, quantized, dtype or unquantized_dtype(others))
     return model
 
 

@@ -386,12 +386,27 @@ def unload(model: nn.Module) -> nn.Module:
 
 
 def _note_untied_embeddings(model: nn.Module) -> None:
-    """Set `tie_word_embeddings` to False after a merge into one of two tied weights; else loading ties them again."""
-    config = getattr(model, "config", None)
-    if config is None or not getattr(config, "tie_word_embeddings", False):
-        return
-    pair = (getattr(model, name, lambda: None)() for name in ("get_input_embeddings", "get_output_embeddings"))
-    source, head = (getattr(module, "weight", None) for module in pair)
-    if source is not None and head is not None and source is not head:
+    """Set `tie_word_embeddings` to False where tied weights differ after a merge; else loading ties them again.
+
+    The option is one for all tied weights of a transformers model: embeddings of encoder, decoder and head in BART.
+    Those that are still one parameter get their own copies, because a shared parameter is saved at one path only.
+    """
+    for path, owner in list(model.named_modules()):
+        config: Any = getattr(owner, "config", None)
+        tied: Any = getattr(owner, "all_tied_weights_keys", None)
+        if tied is None or not getattr(config, "tie_word_embeddings", False):
+            continue
+        parameters = dict(owner.named_parameters(remove_duplicate=False))
+        present = {target: source for target, source in tied.items() if {target, source} <= parameters.keys()}
+        pairs = [(target, parameters[target], parameters[source]) for target, source in present.items()]
+        if all(one is other for _, one, other in pairs):
+            continue
+        seen = {id(other) for _, _, other in pairs}
+        for target, one, _ in pairs:
+            if id(one) in seen:
+                parent, _, name = target.rpartition(".")
+                copy = nn.Parameter(one.detach().clone(), requires_grad=one.requires_grad)
+                owner.get_submodule(parent)._parameters[name] = copy
+            seen.add(id(one))
         config.tie_word_embeddings = False
-        logger.info("input embeddings and output head differ after the merge: tie_word_embeddings is now False")
+        logger.info(f"tied weights of {path or 'the model'} differ after the merge: tie_word_embeddings is now False")

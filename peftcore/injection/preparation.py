@@ -208,7 +208,7 @@ def _adapters_for(
 ) -> dict[str, Adapter]:
     """Make {path: adapter} for the targets of a configuration; those at `separate` follow no tied weight."""
     kind = method_of(config).adapter
-    targets = checked_targets(module_index, config, paths)
+    targets = checked_targets(module_index, config, paths, is_saved=not creation.initialise)
     if creation.initialise:
         warn_of_unused_exclusions(config, paths)
     if kind.follows_ties or config.ensure_weight_tying:

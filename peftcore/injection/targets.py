@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from peftcore._util.patterns import matched
-from peftcore.bases import base_weight, calls_its_layers, is_adaptable, raw_projections
+from peftcore.bases import base_weight, calls_layer, is_adaptable, raw_projections
 from peftcore.config import ALL_LINEAR, BLOCK, PromptLearningConfig, TaskType, TunerConfig
 from peftcore.detection import detect
 from peftcore.detection.defaults import GIVEN_TARGETS
@@ -88,13 +88,16 @@ def warn_of_unused_exclusions(config: TunerConfig, paths: Collection[str]) -> No
         )
 
 
-def checked_targets(module_index: ModuleIndex, config: TunerConfig, paths: list[str]) -> dict[str, nn.Module]:
+def checked_targets(
+    module_index: ModuleIndex, config: TunerConfig, paths: list[str], is_saved: bool = False
+) -> dict[str, nn.Module]:
     """Return the layers at `paths` without the excluded ones, after checking that each can be adapted.
 
     Args:
         module_index: the model's modules.
         config: the configuration.
         paths: what `target_paths` returned for this configuration.
+        is_saved: True for a saved adapter: a layer that the model never calls is then a warning, no error.
 
     Returns:
         {path: layer}; the wrapper in place of a layer that has one.
@@ -115,7 +118,7 @@ def checked_targets(module_index: ModuleIndex, config: TunerConfig, paths: list[
         warnings.warn(f"{message}; only target_parameters have an effect", RuntimeWarning, stacklevel=2)
     for path, layer in targets.items():
         _check_kind(path, layer)
-    _check_called(module_index, targets)
+    _check_called(module_index, targets, is_saved)
     return targets
 
 
@@ -299,7 +302,7 @@ def _all_linear(module_index: ModuleIndex, config: TunerConfig) -> list[str]:
         if _is_linear(module)
         and module is not output
         and not named(path, heads)
-        and calls_its_layers(module_index.parent(path))
+        and calls_layer(module_index.parent(path), path.rpartition(".")[2])
     ]
 
 
@@ -315,6 +318,9 @@ def _linear_names(modules: Mapping[str, nn.Module]) -> list[str]:
 def _in_chosen_block(path: str, config: TunerConfig) -> bool:
     chosen = config.layers_to_transform
     if chosen is None or chosen == []:  # HF PEFT's files may hold an empty list
+        return True
+    names = config.target_modules
+    if names and not isinstance(names, str) and path in names:  # as in HF PEFT, a whole path is never left out
         return True
     patterns = config.layers_pattern or r"[^.]+"
     patterns = [patterns] if isinstance(patterns, str) else patterns
@@ -333,14 +339,18 @@ def _check_kind(path: str, layer: nn.Module) -> None:
         base_weight(layer, path)
 
 
-def _check_called(module_index: ModuleIndex, targets: Iterable[str]) -> None:
-    for path in {path.rpartition(".")[0]: path for path in targets}.values():  # one path per parent
+def _check_called(module_index: ModuleIndex, targets: Iterable[str], is_saved: bool) -> None:
+    """Raise TargetError, or warn of a saved adapter, if the model reads the weight of a target and never calls it."""
+    for path in targets:
         owner = module_index.parent(path)
-        if not calls_its_layers(owner):
+        if calls_layer(owner, path.rpartition(".")[2]):
+            continue
+        message = f"{path} belongs to {type(owner).__name__}, whose forward reads the weight and never calls the layer"
+        if not is_saved:
             raise TargetError(
-                f"{path} belongs to {type(owner).__name__}, whose forward reads the weight and never calls the layer, "
-                "so an adapter there would do nothing; exclude it, or name an nn.MultiheadAttention itself"
+                f"{message}, so an adapter there would do nothing; exclude it, or name an nn.MultiheadAttention itself"
             )
+        warnings.warn(f"{message}, so the adapter there has no effect before it is merged", stacklevel=2)
 
 
 def _nothing_matched(modules: Mapping[str, nn.Module], paths: list[str], config: TunerConfig) -> str:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicCache, EncoderDecoderCache, StaticLayer
 
 from peftcore.detection import detect
 from peftcore.errors import ConfigError
@@ -33,9 +33,27 @@ def cache_of(model: nn.Module, inputs: dict[str, Any]) -> Any:
     return cache
 
 
+def has_length(cache: Any) -> bool:
+    """Return False for a cache of recurrent states only (Mamba), which does not count its tokens."""
+    layers = getattr(cache, "layers", ())
+    return not layers or any(isinstance(layer, CacheLayerMixin) for layer in layers)
+
+
 def is_empty(cache: Any) -> bool:
     """Return True if there is no cache or the cache is empty, so that this call is the first of its text."""
-    return cache is None or bool(cache.get_seq_length() == 0)
+    if cache is None:
+        return True
+    return bool(cache.get_seq_length() == 0) if has_length(cache) else not cache.has_previous_state()
+
+
+def has_states(inputs: dict[str, Any], cache: Any) -> bool:
+    """Return True if a call goes on from recurrent states that do not count their tokens.
+
+    Args:
+        inputs: The call's arguments by name; RWKV's states are in "state".
+        cache: The call's cache, or None.
+    """
+    return inputs.get("state") is not None or not (has_length(cache) or is_empty(cache))
 
 
 def lacks_prompt(mask: Tensor, cache: Any, new: int) -> bool:
@@ -43,9 +61,11 @@ def lacks_prompt(mask: Tensor, cache: Any, new: int) -> bool:
 
     Args:
         mask: The mask (B, ·).
-        cache: The cache, which contains the prompt.
+        cache: The cache, which contains the prompt; None for a model that keeps its states elsewhere.
         new: Number of tokens of this call.
     """
+    if cache is None or not has_length(cache):
+        return False  # a mask of the new tokens only
     past = cache.get_seq_length()
     return not isinstance(past, int) or mask.shape[1] < past + new  # a tensor (static cache) is not read: no GPU sync
 

@@ -29,7 +29,7 @@ from peftcore.detection import detect
 from peftcore.errors import ConfigError, TargetError, suggestion
 from peftcore.kernels.start_values import bias_, kaiming_uniform_
 from peftcore.prompts.blocks import chosen_blocks
-from peftcore.prompts.cache import cache_of
+from peftcore.prompts.cache import cache_of, has_states, is_empty
 from peftcore.prompts.learner import PromptLearner, is_encoder_decoder
 from peftcore.prompts.placement import check_not_packed, mask_of, tokens_of
 from peftcore.registry import register
@@ -203,7 +203,10 @@ class LoReft(PromptLearner):
 
     def before_forward(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         text, cache, lengths = tokens_of(inputs), cache_of(model, inputs), inputs.get("prompt_lengths")
-        past = 0 if cache is None else int(cache.get_seq_length())
+        if has_states(inputs, cache):  # decoding: the prompt is in the states
+            self._tokens = ()
+            return
+        past = 0 if is_empty(cache) else int(cache.get_seq_length())
         end = past + text.shape[1]
         generated: Any = self._generated
         width, mask = generated or (0 if past else end, None)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftcore.errors import RoutingError
-from peftcore.prompts.cache import cache_of, is_empty
+from peftcore.prompts.cache import cache_of, has_states, is_empty
 from peftcore.prompts.key_value_prefix import KeyValuePrefix, tokens_read
 from peftcore.prompts.learner import PromptLearner, accepts, is_encoder_decoder
 from peftcore.prompts.placement import Placement, mask_of, placement, text_positions, tokens_of
@@ -88,6 +88,8 @@ def _add_mask(model: nn.Module, inputs: dict[str, Any], side: str, in_cache: int
         in_cache: Number of cache entries that are not text.
     """
     text, cache = tokens_read(inputs, side), cache_of(model, inputs)
+    if has_states(inputs, cache):
+        return  # the filler is not in the states
     past = 0 if is_empty(cache) else int(cache.get_seq_length()) - in_cache
     if mask_of(inputs, f"{side}attention_mask") is None:
         inputs[f"{side}attention_mask"] = _ones(text, past + text.shape[1])

@@ -63,7 +63,7 @@ class Placement:
         filler = self.filler
         if self.pads is None and (filler is None or not self.filler_behind):
             return joined  # filler in front needs no reordering
-        rows, length = (len(joined), text.shape[axis])
+        rows, length = (joined.shape[axis - 1], text.shape[axis])
         # sort keys: 0 padding and filler in front, 1 prompt, 2 text, 3 filler behind
         keys = torch.full((rows, self.count + length), 2, device=joined.device)
         keys[:, : self.count] = 1
@@ -72,7 +72,7 @@ class Placement:
         if self.pads is not None:
             keys[:, self.count :].masked_fill_(self.pads, 0)
         order = keys.argsort(dim=1, stable=True)
-        return joined.take_along_dim(order.unsqueeze(-1) if axis == 1 else order, dim=axis)
+        return joined.take_along_dim(order.unsqueeze(-1) if axis == 1 else order.expand(joined.shape), dim=axis)
 
     def extend(self, text: Tensor, value: int) -> Tensor:
         """Return a mask or token types (B, N) for `text` (B, T), with `value` at virtual tokens and 0 at filler."""

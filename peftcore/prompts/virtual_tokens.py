@@ -14,8 +14,9 @@ from torch.nn import functional as F
 
 from peftcore.config import TaskType
 from peftcore.errors import ConfigError
-from peftcore.prompts.cache import cache_of, is_empty, lacks_prompt, make_room
+from peftcore.prompts.cache import cache_of, has_states, is_empty, lacks_prompt, make_room
 from peftcore.prompts.learner import PromptLearner, accepts, is_causal, is_encoder_decoder, model_sizes
+from peftcore.prompts.per_layer_inputs import per_layer_inputs
 from peftcore.prompts.placement import Placement, check_not_packed, mask_of, placement, text_positions, tokens_of
 
 IGNORED = -100
@@ -96,7 +97,7 @@ class VirtualTokens(PromptLearner):
             self._before_encoder_decoder(model, inputs)
             return
         cache, mask = cache_of(model, inputs), mask_of(inputs, "attention_mask")
-        if is_empty(cache):
+        if is_empty(cache) and not has_states(inputs, cache):
             check_not_packed(inputs)
             self._read_first(model, inputs, mask, cache)
             return
@@ -133,7 +134,9 @@ class VirtualTokens(PromptLearner):
         if embedded is None:
             embedded = reader.get_input_embeddings()(inputs[f"{prefix}input_ids"])
         prompts = self.prompts(inputs, len(embedded))[:, part]
-        inputs.pop(f"{prefix}input_ids", None)
+        ids = inputs.pop(f"{prefix}input_ids", None)
+        if ids is not None and (vectors := per_layer_inputs(reader, ids, place)) is not None:
+            inputs["per_layer_inputs"] = vectors
         inputs[f"{prefix}inputs_embeds"] = place.insert(prompts, embedded)
 
     def _shift_targets(self, inputs: dict[str, Any], place: Placement, length: int) -> None:

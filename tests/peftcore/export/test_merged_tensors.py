@@ -2,11 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from streamed_models import saved, tensors_of, trained
+from tiny_models import tiny
 from transformers import (
     AutoModelForCausalLM,
 )
@@ -15,6 +17,7 @@ from peftcore import (
     LoraConfig,
     MergeError,
     PeftModel,
+    get_peft_model,
 )
 from peftcore.export import merge_streaming
 from peftcore.files import sha256
@@ -37,6 +40,33 @@ def test_in_shards_and_untied_and_with_trained_biases(kind: str, tmp_path: Path)
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
     assert found.keys() == expected.keys() and all(torch.equal(found[key], value) for key, value in expected.items())
     assert sha256(base / "model.safetensors") == before
+
+
+@pytest.mark.parametrize("model_type", ["bart", "t5"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["lm_head"]},
+        {"target_modules": ["shared"]},
+        {"target_modules": ["shared"], "ensure_weight_tying": True},
+        {"target_modules": ["embed_tokens"]},
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:.*share a weight, and the adapter changes:UserWarning")
+def test_all_of_several_tied_weights_are_written_if_one_differs(
+    model_type: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = tiny(model_type, "cpu").eval()
+    model.save_pretrained(tmp_path / "base")
+    model = get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, **options))
+    model.save_pretrained(tmp_path / "adapter")
+    merge_streaming(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
+    merged = model.merge_and_unload()
+    loaded = dict(type(model).from_pretrained(tmp_path / "out").named_parameters(remove_duplicate=False))
+    for path, weight in merged.named_parameters(remove_duplicate=False):
+        assert torch.equal(loaded[path], weight), path
 
 
 def test_another_type_is_rounded_to_once(tmp_path: Path) -> None:

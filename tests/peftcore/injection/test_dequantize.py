@@ -35,6 +35,21 @@ def test_the_dtype_is_the_layers_own_or_the_one_asked_for(kind: str, default: to
     assert plain.weight.dtype == plain.bias.dtype == torch.bfloat16 and not plain.training
 
 
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize("has_adapter", [False, True])
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt:UserWarning")
+def test_the_default_dtype_is_that_of_the_layers_around(kind: str, has_adapter: bool) -> None:
+    around = nn.Linear(64, 64).bfloat16()
+    model: Any = nn.Sequential(around, quantised(kind))  # the quantised layer multiplies in float32
+    if has_adapter:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["0", "1"]))
+    x = torch.randn(3, 64, dtype=torch.bfloat16)
+    expected = model(x)
+    plain = dequantize_base(model)(x)
+    assert plain.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(plain, expected, rtol=0.1, atol=0.1)
+
+
 def test_merged_adapters_and_plain_models_are_refused() -> None:
     model: Any = get_peft_model(nn.Sequential(quantised("nf4")), LORA)
     model.merge_adapter()

@@ -15,6 +15,7 @@ import pytest
 import torch
 from method_example import examples, randomise
 from quantised_layers import quantised
+from tiny_models import tiny
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -268,6 +269,25 @@ def test_a_pair_that_is_merged_alike_stays_tied(config: Any, tmp_path: Path) -> 
     assert merged.config.tie_word_embeddings and merged.lm_head.weight is merged.model.embed_tokens.weight
     merged.save_pretrained(tmp_path)
     torch.testing.assert_close(LlamaForCausalLM.from_pretrained(tmp_path)(TOKENS).logits, adapted)
+
+
+@pytest.mark.parametrize("model_type", ["bart", "t5", "marian"])
+@pytest.mark.parametrize("targets", [["lm_head"], ["shared"], ["embed_tokens"]], ids=str)
+@pytest.mark.filterwarnings("ignore:.*share a weight, and the adapter changes:UserWarning")
+def test_a_merge_into_some_of_several_tied_weights_is_saved(
+    model_type: str, targets: list[str], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    base = tiny(model_type, "cpu").eval()
+    base.save_pretrained(tmp_path / "base")
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=targets, init_lora_weights=False)).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    inputs = {"input_ids": TOKENS, "decoder_input_ids": TOKENS}
+    with torch.no_grad():
+        merged = model.merge_and_unload()
+        expected = merged(**inputs).logits
+        merged.save_pretrained(tmp_path / "merged")
+        assert torch.equal(type(base).from_pretrained(tmp_path / "merged").eval()(**inputs).logits, expected)
 
 
 def test_a_tied_base_that_keeps_its_weights_stays_tied() -> None:

@@ -3,8 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from method_example import randomise
+from tiny_models import tiny
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
@@ -81,7 +84,7 @@ def test_modules_to_save_match_whole_segments() -> None:
         ({"target_modules": ["haed"]}, "match no layer.*did you mean 'head'"),
         ({"target_modules": ["norm"]}, "LORA does not adapt norm layers such as block.norm"),
         ({"target_modules": ["head"], "exclude_modules": ["head"]}, "exclude all of them"),
-        ({"target_modules": ["head"], "layers_to_transform": [7]}, "exclude all of them"),
+        ({"target_modules": r".*head", "layers_to_transform": [7]}, "exclude all of them"),
         ({"target_modules": ["head"], "modules_to_save": ["tail"]}, "modules_to_save"),
     ],
 )
@@ -107,6 +110,24 @@ def test_attention_that_reads_weights_directly_is_refused() -> None:
 def test_all_linear_leaves_such_attention_out() -> None:
     model = get_peft_model(nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16)), LoraConfig(target_modules="all-linear"))
     assert model.peft_config["default"].target_modules == {"linear1", "linear2"}
+
+
+def test_a_subclass_of_linear_with_another_output_is_refused() -> None:
+    with pytest.raises(TargetError, match=r"feed_forward\.router is a Llama4Router, which cannot be adapted"):
+        get_peft_model(tiny("llama4_text"), LoraConfig(target_modules=["router"]))
+    adapted = get_peft_model(tiny("llama4_text"), LoraConfig(target_modules="all-linear"))
+    assert "router" not in adapted.peft_config["default"].target_modules
+
+
+@pytest.mark.parametrize("model_type, name", [("phimoe", "router"), ("deepseek_v4", "o_a_proj")])
+def test_its_weight_is_adapted_where_names_of_routers_are(model_type: str, name: str) -> None:
+    torch.manual_seed(0)
+    base, text = tiny(model_type, "cpu").eval(), torch.arange(10, 18)[None]
+    model = get_peft_model(base, LoraConfig(target_modules=[name])).eval()
+    randomise(model, 0.3)
+    with torch.no_grad():
+        expected = model(text).logits
+        torch.testing.assert_close(model.merge_and_unload()(text).logits, expected)
 
 
 def test_one_module_at_two_paths_is_adapted_at_both() -> None:
@@ -228,3 +249,14 @@ def test_feedforward_modules_of_a_long_list_stay_among_its_names(tmp_path: Path)
 def test_excluded_paths_and_other_blocks_are_left_out() -> None:
     config = LoraConfig(target_modules=["q"], exclude_modules=["head.q"], layers_to_transform=[1])
     assert without_excluded(["layers.0.q", "layers.1.q", "head.q"], config) == ["layers.1.q"]
+
+
+def test_a_whole_path_among_the_names_is_adapted_outside_of_the_chosen_blocks(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"target_modules": ["head.k", "layers.0.q", "k"], "layers_to_transform": [1]}
+    named: Any = blocks(2)
+    theirs = peft.get_peft_model(nn.ModuleDict({"inner": named}), peft.LoraConfig(**options))
+    assert theirs.targeted_module_names == ["inner.layers.1.k"], "these names are no whole paths"
+    theirs = peft.get_peft_model(blocks(2), peft.LoraConfig(**options, layers_pattern="layers"))
+    theirs.save_pretrained(tmp_path)
+    ours = PeftModel.from_pretrained(blocks(2), tmp_path)
+    assert ours.targeted_module_names == theirs.targeted_module_names == ["layers.0.q", "layers.1.k", "head.k"]

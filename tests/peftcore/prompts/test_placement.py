@@ -41,6 +41,13 @@ def test_positions_count_prompt_and_text() -> None:
     assert positions[0].tolist()[2:] == [0, 1, 2, 3, 4] and positions[1].tolist() == [0, 1, 2, 3, 4, 5, 6]
 
 
+def test_positions_of_several_axes_are_those_of_each() -> None:  # time, height and width in Qwen2-VL
+    axes = torch.stack([text_positions(MASK), text_positions(MASK) + 1, text_positions(MASK) + 2])
+    place = placement(MASK, 2)
+    expected = torch.stack([place.extend_positions(positions) for positions in axes])
+    assert torch.equal(place.extend_positions(axes), expected)
+
+
 def test_prepared_masks_and_packed_rows_are_refused() -> None:
     with pytest.raises(ConfigError, match="cannot be extended by a prompt"):
         mask_of({"attention_mask": torch.ones(1, 1, 4, 4)}, "attention_mask")

@@ -208,9 +208,7 @@ CASES = {
         {
             "in_proj": "mixer",
             "x_proj": "mixer",
-            "dt_proj": "mixer",
             "out_proj": "mixer",
-            "conv1d": "grouped_convolution",
             "lm_head": "head",
         },
     ),

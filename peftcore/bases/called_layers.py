@@ -1,0 +1,74 @@
+"""Detection of child layers whose weight a module reads without calling the layer.
+
+An adapter on such a layer has no effect in the forward pass and changes the output once it is merged.
+"""
+
+import dis
+import functools
+import inspect
+import re
+from collections.abc import Iterator
+from types import CodeType, FunctionType
+
+from torch import nn
+
+_CALLS_NONE = "WavLMAttention"
+"""Class that calls only one small layer, which scales relative positions and is not worth an adapter."""
+_CALLED_IF_QUANTIZED = {("FalconMambaMixer", "dt_proj"), ("JambaMambaMixer", "dt_proj")}
+"""(class, child): the forward calls the child in a quantised model and reads its weight in any other model."""
+_TENSORS = {"weight", "bias"}
+_METADATA = {"dtype", "device", "shape", "data_ptr"}
+"""Attributes of a weight that say nothing about its use."""
+
+
+def calls_layer(parent: nn.Module, name: str) -> bool:
+    """Return True if a module calls its child `name`, or if another module may call the child.
+
+    Args:
+        parent: The module.
+        name: The child's name in the module.
+
+    Returns:
+        False if the methods of the module's class use the child's weight and never the child itself.
+    """
+    classes = {base.__name__ for base in type(parent).__mro__}
+    if any(base in classes and name == child for base, child in _CALLED_IF_QUANTIZED):
+        return hasattr(getattr(parent, "config", None), "_is_quantized")
+    return _CALLS_NONE not in classes and not _only_reads(type(parent), name)
+
+
+@functools.lru_cache(maxsize=1024)
+def _only_reads(parent_class: type, name: str) -> bool:
+    """Return True if a class uses the weight of its child `name` and never the child itself."""
+    classes = [base for base in parent_class.__mro__ if base not in nn.Module.__mro__]
+    uses = {use for base in classes for method in _methods(base) for use in _uses(method, name)}
+    return uses == {"weight"}
+
+
+def _methods(base: type) -> Iterator[CodeType]:
+    """Yield the code of a class's methods, except those that create, initialise or tie weights."""
+    for name, attribute in vars(base).items():
+        function = inspect.unwrap(attribute) if callable(attribute) else None
+        if isinstance(function, FunctionType) and not re.search("init|reset|tie", name):
+            yield function.__code__
+
+
+def _uses(code: CodeType, name: str) -> Iterator[str]:
+    """Yield how code uses an attribute of this name: "weight" for the values of its weight, "layer" for anything else.
+
+    Reads of the bias, and of metadata such as the weight's dtype, are left out.
+    """
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _uses(inner, name)
+    if name not in code.co_names:
+        return
+    steps = [(step.opname in ("LOAD_ATTR", "LOAD_METHOD"), step.argval) for step in dis.get_instructions(code)]
+    steps += [(False, None)] * 2
+    for (is_read, attribute), following, last in zip(steps, steps[1:], steps[2:], strict=False):
+        if not is_read or attribute != name:
+            continue
+        if not following[0] or following[1] not in _TENSORS:
+            yield "layer"
+        elif following[1] == "weight" and not (last[0] and last[1] in _METADATA):
+            yield "weight"

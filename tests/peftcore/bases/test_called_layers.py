@@ -1,0 +1,83 @@
+"""Layers whose weight a module reads: no adapter goes there, so that merging changes no output."""
+
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import tiny
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peftcore import LoraConfig, PeftModel, get_peft_model
+from peftcore.bases import calls_layer
+from peftcore.errors import TargetError
+
+
+class Mixer(nn.Module):
+    """Uses its children in several ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.called, self.cast, self.read, self.conv, self.hidden, self.elsewhere, self.started = (
+            nn.Linear(4, 4) for _ in range(7)
+        )
+        self.inside = nn.Sequential(self.elsewhere, self.started)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.started.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.called(x) if x.dtype == self.called.weight.dtype else F.linear(x, self.called.weight)
+        x = self.cast.forward(x.to(self.cast.weight.dtype))
+        x = F.linear(x, self.read.weight, None if self.read.bias is None else self.read.bias)
+        x = self.inside(x.to(self.elsewhere.weight.dtype))
+
+        def inner() -> Tensor:
+            return self.hidden(x @ self.hidden.weight)
+
+        return self.convolved(inner())
+
+    def convolved(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.conv.weight.squeeze(1))
+
+
+def test_a_layer_is_read_only_where_no_method_uses_anything_but_its_weight() -> None:
+    children = [name for name, _ in Mixer().named_children()]
+    assert [name for name in children if not calls_layer(Mixer(), name)] == ["read", "conv"]
+
+
+def test_a_quantised_model_calls_the_time_step_of_its_mixers() -> None:
+    mixer: Any = tiny("falcon_mamba").get_submodule("backbone.layers.0.mixer")
+    assert not calls_layer(mixer, "dt_proj")
+    mixer.config._is_quantized = True
+    assert calls_layer(mixer, "dt_proj") and not calls_layer(mixer, "conv1d")
+
+
+# the last three have subclasses of nn.Linear whose output is not that of a linear layer
+@pytest.mark.parametrize("model_type", ["mamba", "falcon_mamba", "jamba", "llama4_text", "phimoe", "deepseek_v4"])
+def test_all_linear_merges_into_what_it_computed(model_type: str) -> None:
+    torch.manual_seed(0)
+    model = get_peft_model(tiny(model_type, "cpu"), LoraConfig(target_modules="all-linear", init_lora_weights=False))
+    model.eval()
+    tokens = torch.arange(10, 18)[None]
+    with torch.no_grad():
+        expected = model(input_ids=tokens).logits
+        merged = model.merge_and_unload()(input_ids=tokens).logits
+    torch.testing.assert_close(merged, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["dt_proj", "conv1d"])
+def test_a_layer_that_is_read_is_refused_by_name(name: str) -> None:
+    with pytest.raises(TargetError, match=rf"mixer\.{name} belongs to MambaMixer, whose forward reads the weight"):
+        get_peft_model(tiny("mamba"), LoraConfig(target_modules=[name]))
+
+
+def test_a_saved_adapter_of_such_a_layer_loads_with_a_warning(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = LoraConfig(r=2, target_modules=["dt_proj"])
+    with monkeypatch.context() as patch:
+        patch.setattr("peftcore.injection.targets.calls_layer", lambda parent, name: True)
+        get_peft_model(tiny("mamba", "cpu"), config).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="the adapter there has no effect before it is merged"):
+        loaded = PeftModel.from_pretrained(tiny("mamba", "cpu"), tmp_path)
+    assert loaded.peft_config["default"].target_modules == {"dt_proj"}
