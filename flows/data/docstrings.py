@@ -34,6 +34,7 @@ class Pair:
     module: str
     line: int
 
+
 _BLOCKS = ("body", "handlers", "cases", "orelse", "finalbody")
 """Fields of a node that hold statements, in source order."""
 
@@ -128,7 +129,7 @@ def without_docstring(function: ast.FunctionDef | ast.AsyncFunctionDef, lines: l
 def _functions(tree: ast.AST) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
     """Yield functions and methods, nested ones too, in source order."""
     for name in _BLOCKS:
-        for node in getattr(tree, name, ()):  # statements alone: expressions are most of the nodes, and hold no function
+        for node in getattr(tree, name, ()):  # not expressions, which are most of the nodes and hold none
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 yield node
             yield from _functions(node)

@@ -25,6 +25,7 @@ from peftcore.injection.adapter_set import ATTRIBUTE, AdapterSet, shared_by
 from peftcore.layers.active import in_compiled_call
 from peftcore.layers.forward_paths import contiguous_input
 from peftcore.layers.wrapper import unwrapped
+from peftcore.prompts.cache import is_empty
 from peftcore.prompts.learner import PromptLearner, is_encoder_decoder
 from peftcore.prompts.mixed import mixed_learners
 
@@ -396,7 +397,7 @@ def _check_cache(model: nn.Module, adapters: AdapterSet, arguments: dict[str, An
     cache = arguments.get("cache", arguments.get("past_key_values"))
     learners = _prompts(adapters, is_encoder_decoder(model))
     has_prompt = any(learner.exclusive and not learner.adapts_blocks for learner in learners)
-    if has_prompt and cache is not None and cache.get_seq_length():
+    if has_prompt and not is_empty(cache):
         raise ConfigError(
             "generate counts the cache's entries as tokens of the text, and a prompt adds entries; give the whole text "
             "and no cache, or an empty one"
