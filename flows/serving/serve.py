@@ -4,6 +4,7 @@ import contextlib
 import logging
 import os
 import tempfile
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +46,7 @@ def serve(options: ServeOptions) -> None:
     model, tokenizer, base = in_own_thread(_load_base, options).result()
     tokenizer.chat_template = template or tokenizer.chat_template
     store = AdapterStore(model, options.max_loaded)
+    served_name = options.name or options.base.resolve().name
     with tempfile.TemporaryDirectory(prefix="peftcore-serve-") as folder:
         if options.adapters is not None:
             calibrated = calibrated_identity(options.base) if base is None else base.calibrated
@@ -53,13 +55,13 @@ def serve(options: ServeOptions) -> None:
         if options.project is not None and base is not None:
             paths, params = options.project
             name = params.project.name
+            _check_is_free(name, [served_name, *compositions, *store.names()])
             check = partial(check_servable, model, name)
             watcher = ChampionWatcher(
                 paths, name, params.gate.stage, store, base, Path(folder), options.seconds, check, options.git_remote
             )
             in_own_thread(watcher.check).result()
         _check_adapters_exist(compositions, store)
-        served_name = options.name or options.base.resolve().name
         warnings: dict[str, str] = {} if watcher is None else watcher.warnings
         recorder = None
         if options.record is not None:
@@ -121,6 +123,15 @@ def _load_base(options: ServeOptions) -> tuple[Any, Any, ServedBase | None]:
         except RegistryError as error:  # the watcher's first check repeats the warning in /ready
             logger.warning("%s", error)
     return load_evaluated_base(options.base, paths, registry, params)
+
+
+def _check_is_free(project: str, names: Sequence[str]) -> None:
+    """Raise ConfigError if another model has the project's name, under which the promoted version is served."""
+    if project in names:
+        raise ConfigError(
+            f"--watch serves the promoted version as {project!r}, and another model has this name; rename the adapter "
+            "or the composition, or give the base another name with --name"
+        )
 
 
 def _check_adapters_exist(compositions: "dict[str, Composition]", store: "AdapterStore") -> None:

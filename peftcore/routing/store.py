@@ -7,6 +7,7 @@ the same configuration, its weights are copied into that slot, which is several 
 
 import contextlib
 import dataclasses
+import re
 import statistics
 import threading
 import time
@@ -223,11 +224,11 @@ class AdapterStore:
                 if (lease := self._lease_if_loaded(name)) is not None:  # loaded by another thread in the meantime
                     return lease
                 entry = self._entry(name)
-                self._counts.misses += 1
             started = time.perf_counter()
             with self._counting_failures():
                 slot = self._load(entry, timeout)
             with self._lock:
+                self._counts.misses += 1
                 self._counts.seconds = [*self._counts.seconds[1 - RECORDED_LOADS :], time.perf_counter() - started]
                 slot.leases += 1
                 if self._entries.get(name) is entry:
@@ -285,8 +286,11 @@ class AdapterStore:
 
     @contextlib.contextmanager
     def _counting_failures(self) -> Iterator[None]:
+        """Count an error as a failure of an adapter, but not the lack of room: the caller may try again."""
         try:
             yield
+        except AdapterStoreError:
+            raise
         except BaseException:
             with self._lock:
                 self._counts.failures += 1
@@ -318,6 +322,9 @@ class AdapterStore:
 
     def _load(self, entry: Entry, timeout: float | None) -> Slot:
         """Load an adapter into the model; slots that were evicted for it stay empty if loading fails."""
+        with self._lock:  # before the files are read, because a server asks again and again
+            if not timeout and len(self._slots) >= self._max_loaded and not self._idle():
+                raise self._no_room(entry.name)
         config, tensors = entry.read(self._base)
         slot = self._fill_slot(entry, config, tensors, timeout)
         entry.config = config
@@ -332,7 +339,7 @@ class AdapterStore:
             checkpoint.load_adapter_weights(self._model, entry.directory, reused.name, tensors, False)
             return reused
         self._slots_created += 1
-        name = f"{entry.name}@{self._slots_created}".replace(".", "-")
+        name = re.sub(r"[./]", "-", f"{entry.name}@{self._slots_created}")
         checkpoint.load_adapter(self._model, entry.directory, name, False, config, tensors, False)
         adapters = adapter_set(self._model)
         slot = Slot(name, config, sum(p.nbytes for p in adapters.parameters(name)))
@@ -350,14 +357,11 @@ class AdapterStore:
         deadline = time.monotonic() + (timeout or 0)
         with self._lock:
             while not self._has_room(size):
-                idle = [slot for slot in self._slots.values() if self._is_idle(slot)]
+                idle = self._idle()
                 if not idle:
                     left = deadline - time.monotonic()
                     if left <= 0 or not self._lock.wait(left):
-                        raise AdapterStoreError(
-                            f"no room for adapter {name!r}: all {len(self._slots)} loaded adapters are in use; release "
-                            "some, wait (timeout=), or give a larger max_loaded or max_bytes"
-                        )
+                        raise self._no_room(name)
                     continue
                 slot = idle[0]
                 self._counts.evictions += slot.entry is not None
@@ -375,8 +379,16 @@ class AdapterStore:
             return False
         return self._max_bytes is None or sum(slot.size for slot in other_slots) + size <= self._max_bytes
 
-    def _is_idle(self, slot: Slot) -> bool:
-        return not slot.leases and adapter_set(self._model).selection.in_use[slot.name] <= 0
+    def _idle(self) -> list[Slot]:
+        """Return the slots that may be evicted, the least recently used first."""
+        in_use = adapter_set(self._model).selection.in_use
+        return [slot for slot in self._slots.values() if not slot.leases and in_use[slot.name] <= 0]
+
+    def _no_room(self, name: str) -> AdapterStoreError:
+        return AdapterStoreError(
+            f"no room for adapter {name!r}: all {len(self._slots)} loaded adapters are in use; release some, wait "
+            "(timeout=), or give a larger max_loaded or max_bytes"
+        )
 
     def _empty(self, slot: Slot) -> None:
         if slot.entry is not None:

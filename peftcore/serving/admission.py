@@ -55,6 +55,8 @@ class Admission:
         self._loaded: deque[Generation] = deque()
         self._full = False
         """True if adapters in use fill the model, and none has been released since."""
+        self._one_at_a_time = False
+        """True after two requests may have taken each other's room; then nothing else loads beside the next one."""
         self._loaders = threading.BoundedSemaphore(2 * rows)
         """Limits the threads that load at the same time."""
         self._closed = False
@@ -131,6 +133,12 @@ class Admission:
             self._loaded.remove(generation)
         self._forget(generations)
 
+    def take_loaded(self) -> list[Generation]:
+        """Remove and return all requests that are ready for a row."""
+        loaded = list(self._loaded)
+        self.take(loaded)
+        return loaded
+
     def _forget(self, generations: Iterable[Generation]) -> None:
         with self._lock:
             self._requests.difference_update(generations)
@@ -163,6 +171,7 @@ class Admission:
 
     def _start_loading(self, room: int, running: Sequence[Generation]) -> list[Future[ModelLease]]:
         loading: list[Future[ModelLease]] = []
+        room = min(room, 1) if self._one_at_a_time else room
         while len(self._loading) + len(self._loaded) < room:
             if (generation := self._next(running)) is None:
                 break
@@ -193,11 +202,13 @@ class Admission:
         return generation
 
     def _settle(self, generation: Generation, future: "Future[ModelLease]", others: bool) -> None:
+        was_alone, self._one_at_a_time = self._one_at_a_time, False
         try:
             generation.lease = future.result()
         except NoRoomError as error:
-            if others or self._loading or self._loaded:
-                self._full = True
+            others = others or bool(self._loading or self._loaded)
+            if others or not was_alone:
+                self._full, self._one_at_a_time = True, not others
                 with self._lock:
                     self._waiting.setdefault(generation.model, deque()).appendleft(generation)
             else:

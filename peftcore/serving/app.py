@@ -196,7 +196,7 @@ def _add_errors(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def other(_: Request, error: HTTPException) -> Response:
-        return JSONResponse(BadRequestError(str(error.detail)).body(), error.status_code)
+        return JSONResponse(BadRequestError(str(error.detail)).body(), error.status_code, error.headers)
 
     @app.exception_handler(ClientGoneError)
     async def gone(_: Request, __: ClientGoneError) -> Response:

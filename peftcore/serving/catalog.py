@@ -45,7 +45,7 @@ class Catalog:
         compositions: {name: composition of adapters}.
 
     Raises:
-        ConfigError: A composition has the name of the base model or of an adapter.
+        ConfigError: Two models have the same name.
     """
 
     def __init__(
@@ -53,6 +53,8 @@ class Catalog:
     ):
         self.base, self.store, self.compositions = base, store, dict(compositions or {})
         self._model = model
+        if base in store.names():
+            raise ConfigError(f"the base model and an adapter are named {base!r}; rename one of them (`serve --name`)")
         for name in self.compositions:
             if name == base or name in store.names():
                 raise ConfigError(

@@ -174,6 +174,7 @@ class Engine:
             except Exception:
                 logger.exception("the engine failed; all running requests fail")
                 self._fail_rows(ServingError("internal error; see the server's log"))
+                self.wake()  # for the waiting requests
         error = ShuttingDownError("the server was shut down before the request was complete; use another server")
         self._fail_rows(error)
         self._admission.fail(error)
@@ -313,7 +314,7 @@ class Engine:
 
     def _fail_rows(self, error: ServingError) -> None:
         prefill = [] if self._prefill is None else self._prefill.generations
-        for generation in [*self._rows, *prefill]:
+        for generation in [*self._rows, *prefill, *self._admission.take_loaded()]:
             generation.fail(error)
         self._rows, self._prefill, self._cache = [], None, KVCache.empty(0)
         self._admission.released()

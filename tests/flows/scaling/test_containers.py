@@ -14,6 +14,7 @@ from check_jsonschema import main as check_schema
 from ruamel.yaml import YAML
 
 from flows.cli import app
+from peftcore.serving import Limits
 
 ROOT = Path(__file__).parents[3]
 DEPLOYMENT = ROOT / "deployment"
@@ -96,6 +97,11 @@ def test_services_wait_for_services_that_say_when_they_are_ready() -> None:
     mounted = [volume for service in SERVICES.values() for volume in service.get("volumes", [])]
     used = {volume.partition(":")[0] for volume in mounted if not volume.startswith("$")}
     assert used == set(COMPOSE["volumes"])
+
+
+def test_a_stopped_server_has_time_for_its_running_requests() -> None:
+    stop = re.fullmatch(r"(\d+)s", SERVICES["serve"]["stop_grace_period"])
+    assert stop is not None and int(stop[1]) > Limits().grace
 
 
 def test_ports_are_open_on_this_machine_alone() -> None:

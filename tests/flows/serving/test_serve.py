@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from flows.cli import app
-from flows.serving.serve import _chat_template
+from flows.serving.serve import _chat_template, _check_is_free
 from peftcore import ConfigError, LoraConfig, get_peft_model
 from peftcore.serving import Records
 
@@ -140,6 +140,12 @@ def test_what_a_killed_server_has_accepted_is_there_for_the_next_one(
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 0
     assert len(list(Records(tmp_path / "r"))) == 11 and not list((tmp_path / "r").glob("*.part"))
+
+
+def test_another_model_may_not_have_the_name_of_the_watched_project() -> None:
+    with pytest.raises(ConfigError, match="--watch serves the promoted version as 'tickets', and another model has"):
+        _check_is_free("tickets", ["base", "tickets"])
+    _check_is_free("tickets", ["base", "mix"])
 
 
 def test_folders_without_a_model_or_adapters_are_named(base: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from peftcore.errors import AdapterNameError, AdapterStoreError, CheckpointError
 from peftcore.files import MANIFEST
 from peftcore.files.tensors import WEIGHTS_NAME
 from peftcore.routing import AdapterStore
+from peftcore.routing.entries import Entry
 
 TOKENS = torch.arange(3, 31).view(4, 7)
 
@@ -153,6 +154,22 @@ def test_where_all_are_held_it_waits_or_says_so(folder: Path) -> None:
         assert store.loaded() == ["b"]
     lease.release()  # a second time does nothing
     assert store.statistics()["in_use"] == 0
+
+
+def test_a_request_without_room_reads_no_file_and_is_no_failure(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, store = store_of(folder, max_loaded=1)
+    lease = store.acquire("a")
+    before = store.statistics()
+    with monkeypatch.context() as patch:
+        patch.setattr(Entry, "read", lambda *_: pytest.fail("it was read"))
+        for _ in range(3):
+            with pytest.raises(AdapterStoreError, match="no room for adapter 'b'"):
+                store.acquire("b")
+    after = store.statistics()
+    assert (after["misses"], after["failures"]) == (before["misses"], before["failures"]) == (1, 0)
+    lease.release()
+    store.acquire("b").release()
+    assert store.statistics()["misses"] == 2
 
 
 def test_a_new_version_comes_while_the_old_one_is_in_use(

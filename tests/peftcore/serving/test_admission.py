@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from peftcore.composition import Weighted
 from peftcore.serving import Limits, admission
 from peftcore.serving.admission import MAX_RETRY
 from peftcore.serving.errors import NoRoomError, QueueFullError, ServingError
@@ -39,6 +40,33 @@ def test_a_composition_that_never_fits_is_refused(serving: Callable[..., Any]) -
     served = serving(max_loaded=1)
     assert isinstance(served.begin("mix", [5], 3).result(), NoRoomError)
     assert served.begin("sql", [5], 3).result()[0] == served.world.expected("sql", [5], 3)
+
+
+def test_two_compositions_that_fit_only_one_after_the_other_are_both_answered(
+    serving: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each holds one of the two places when it asks for its second adapter, until both have been refused."""
+    served, running = serving(max_loaded=2), list[bool]()
+    catalog, both = served.service.catalog, threading.Barrier(2)
+    original, meets = catalog.store.acquire, {"chat", "dora", "sql", "ia3"}
+
+    def acquire(name: str) -> Any:
+        try:
+            return original(name)
+        finally:  # also after the refusal of the second one
+            if running and name in meets:
+                meets.remove(name)
+                both.wait(20)
+
+    monkeypatch.setattr(catalog.store, "acquire", acquire)
+    catalog.compositions.update(ab=Weighted({"chat": 0.5, "sql": 0.5}), cd=Weighted({"dora": 0.5, "ia3": 0.5}))
+    assert len(served.begin("sql", [5], 1).result()) == 3  # the very first adapter is waited for
+    running.append(True)
+    asked = [served.begin(name, [5, 6], 3) for name in ("ab", "cd")]
+    results = [one.result() for one in asked]
+    assert not [one for one in results if isinstance(one, ServingError)]
+    served.wait(lambda: served.service.engine.idle)
+    assert catalog.store.statistics()["in_use"] == 0
 
 
 def test_a_request_is_always_counted_between_the_queue_and_its_row(

@@ -158,6 +158,9 @@ def test_adapters_are_loaded_and_unloaded_as_in_vllm(served: Any, world: Any) ->
     code, text = post(load, lora_name="x", lora_path="newer")
     assert code == 400 and "load_inplace" in text
     assert post(load, lora_name="x", lora_path="newer", load_inplace=True)[0] == 200
+    assert post(load, lora_name="org/x.1", lora_path="new")[0] == 200
+    named = client.completions.create(**given | {"model": "org/x.1"}).choices[0].text
+    assert named == world.expected("new", [5, 6], 9) and client.models.retrieve("org/x.1").id == "org/x.1"
     assert client.completions.create(**given).choices[0].text == world.expected("newer", [5, 6], 9)
     for name, path, expected, said in (
         ("base", "new", 400, "is the base model"),
@@ -194,6 +197,7 @@ def test_what_cannot_be_answered_says_why(served: Any) -> None:
     reply = httpx.post(f"{served.url}/v1/completions", content=b"{no json")
     assert (reply.status_code, reply.json()["error"]["type"]) == (400, "invalid_request_error")
     assert httpx.get(f"{served.url}/v1/nothing").json()["error"]["message"] == "Not Found"
+    assert httpx.get(f"{served.url}/v1/completions").headers["allow"] == "POST"
 
 
 def test_a_broken_adapter_is_500_and_its_neighbours_are_answered(serving: Callable[..., Any], world: Any) -> None:

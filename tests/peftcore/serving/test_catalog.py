@@ -63,3 +63,12 @@ def test_a_composition_may_not_have_another_model_s_name(world: Any) -> None:
     for name in ("sql", "base"):
         with pytest.raises(ConfigError, match=f"the composition '{name}' has the name"):
             make_service(world.model, world.tokenizer, store, "base", {name: None})  # type: ignore[dict-item]
+
+
+def test_an_adapter_may_not_have_the_base_s_name(world: Any) -> None:
+    from peftcore.routing import AdapterStore
+
+    store = AdapterStore(world.model)
+    store.register("sql", world.folder / "sql")
+    with pytest.raises(ConfigError, match="the base model and an adapter are named 'sql'"):
+        make_service(world.model, world.tokenizer, store, "sql")

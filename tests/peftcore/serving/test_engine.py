@@ -18,6 +18,7 @@ from peftcore import LoraConfig
 from peftcore.errors import ConfigError
 from peftcore.prompts.adaption_prompt import AdaptionPromptConfig
 from peftcore.serving import Limits
+from peftcore.serving.engine import Prefill
 from peftcore.serving.errors import (
     AdapterFailedError,
     GrammarError,
@@ -25,6 +26,7 @@ from peftcore.serving.errors import (
     ShuttingDownError,
 )
 from peftcore.serving.forward import RoutedForward
+from peftcore.serving.sampling import next_tokens
 
 NAMES = ("base", "sql", "chat", "dora", "ia3", "mix")
 LORA: dict[str, Any] = {"r": 2, "init_lora_weights": False, "target_modules": "all-linear"}
@@ -281,6 +283,46 @@ def test_a_bug_in_a_turn_ends_its_requests_and_not_the_engine(
         patch.setattr("peftcore.serving.engine.next_tokens", lambda *_: 1 / 0)
         found = served.begin("sql", [5, 6], 4).result()
     assert type(found) is ServingError and "see the server's log" in str(found)
+    assert served.begin("sql", [5, 6], 4).result()[0] == served.world.expected("sql", [5, 6], 4)
+    assert served.service.catalog.store.statistics()["in_use"] == 0
+
+
+def test_waiting_requests_are_answered_after_a_bug_in_a_turn(
+    serving: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = serving(limits=Limits(max_batch=1))
+    original, fails = next_tokens, threading.Event()
+
+    def failing(*arguments: Any) -> Any:
+        if fails.is_set():
+            fails.clear()
+            raise ZeroDivisionError
+        return original(*arguments)
+
+    monkeypatch.setattr("peftcore.serving.engine.next_tokens", failing)
+    served.slow_down(0.02)
+    running = served.begin("sql", [5, 6], 100)
+    running.first()
+    waiting = served.begin("sql", [5, 6], 4)
+    time.sleep(0.1)  # the engine has seen it
+    fails.set()
+    assert type(running.result()) is ServingError
+    assert waiting.result()[1:] == ("length", 4)
+
+
+def test_a_request_that_cannot_begin_fails_and_the_next_one_is_answered(
+    serving: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = serving()
+    original = Prefill
+
+    def failing(generations: Any, *rest: Any) -> Any:
+        if any(len(one.prompt) == 3 for one in generations):
+            raise MemoryError
+        return original(generations, *rest)
+
+    monkeypatch.setattr("peftcore.serving.engine.Prefill", failing)
+    assert type(served.begin("sql", [5, 6, 7], 4).result()) is ServingError
     assert served.begin("sql", [5, 6], 4).result()[0] == served.world.expected("sql", [5, 6], 4)
     assert served.service.catalog.store.statistics()["in_use"] == 0
 
