@@ -19,6 +19,7 @@ from peftcore.errors import AdapterNameError, ConfigError, MergeError, PeftError
 from peftcore.files.tensors import PREFIX
 from peftcore.injection import forward_hooks
 from peftcore.injection.adapter_set import ATTRIBUTE, PROMPTS, AdapterSet, adapter_set
+from peftcore.injection.former_experts import with_fused_targets
 from peftcore.injection.module_index import ModuleIndex
 from peftcore.injection.preparation import (
     DEFAULT_CREATION,
@@ -323,6 +324,7 @@ def inject_untrained(
     Raises:
         ConfigError, TargetError, AdapterNameError: see `inject_adapter_in_model`.
     """
+    config = with_fused_targets(config, model)
     if ATTRIBUTE in model.__dict__ and name in adapter_set(model).configs:
         with deepened(model, config), _generators_kept(model):
             prepare_injection(model, config, name, creation, replaces=True)  # so that errors come before the deletion
@@ -403,6 +405,7 @@ def add_adapter(model: nn.Module, config: PeftConfig, name: str, creation: Creat
         TargetError: no layer matches, or a matching layer cannot be adapted.
         AdapterNameError: the name is not valid, or taken.
     """
+    config = with_fused_targets(config, model)
     with deepened(model, config) as replication:
         injection = prepare_injection(model, config, name, creation)
         warn_of_separated_ties(injection)

@@ -20,7 +20,6 @@ from peftcore.injection.preparation import Creation
 from peftcore.model.adapted_module import AdaptedModule
 from peftcore.storage import checkpoint
 from peftcore.storage.hotswap import hotswap_adapter, hotswaps, prepare_model_for_compiled_hotswap
-from peftcore.storage.older_models import with_fused_targets
 from peftcore.storage.reading import IncompatibleKeys, Reading, check_offload
 
 
@@ -65,7 +64,7 @@ class LoadingMethods(AdaptedModule):
                 f"{peft_config!r:.200}"
             )
         creation = Creation(autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage)
-        inject.add_adapter(self._module, with_fused_targets(config, self._module), name, creation)
+        inject.add_adapter(self._module, config, name, creation)
         if in_transformers_order:
             activation.set_adapter(self._module, name)
         else:

@@ -28,7 +28,6 @@ from peftcore.model.merging import MergingMethods
 from peftcore.model.saving import SavingMethods
 from peftcore.model.training import TrainingMethods
 from peftcore.storage import checkpoint
-from peftcore.storage.older_models import with_fused_targets
 from peftcore.storage.reading import Reading, check_offload
 from peftcore.storage.trainer_checkpoints import teach_trainer
 
@@ -361,7 +360,7 @@ def get_peft_model(
     if name and isinstance(peft_config, PeftConfig) and peft_config.base_model_name_or_path is None:
         peft_config = dataclasses.replace(peft_config, base_model_name_or_path=name)
     creation = Creation(autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage)
-    inject.inject_untrained(model, with_fused_targets(peft_config, model), adapter_name, creation)
+    inject.inject_untrained(model, peft_config, adapter_name, creation)
     if mixed:
         vars(model)[IS_MIXED] = True
     return _as_peft_model(model)
