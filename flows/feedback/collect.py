@@ -90,7 +90,11 @@ def collect(
             path.touch(exist_ok=False)
         except FileExistsError as error:  # another process has chosen the same name meanwhile
             raise DataError(f"{path} exists already; run this again, or give another name") from error
-        write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.rows))
+        try:
+            write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows.rows))
+        except BaseException:
+            path.unlink()  # an empty file would be in the way of the next try
+            raise
     labels = Counter(str(row["label"]).lower() for row in rows.rows if "label" in row)
     return Report(
         kind,

@@ -33,7 +33,7 @@ from flows.runtime.stage_code import FILE as STAGES
 from flows.runtime.stage_code import stage_file
 from flows.runtime.stage_dependencies import PACKAGES, module_of
 from peftcore.errors import require_extra
-from peftcore.files import write_atomically
+from peftcore.files import file_written_atomically, write_atomically
 
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 _MORE_SUFFIXES = {"text": (".txt",), "token_classification": (".conll",)}
@@ -144,25 +144,27 @@ def create_project(root: Path, project: NewProject, force: bool = False) -> list
     if existing and not force:
         raise RepositoryError(f"{', '.join(existing)} exist in {root}; --force overwrites them")
     _check_writable(root, [*files, *copied, *IGNORED, "data/README.md"])
+    written = list[str]()
     if not is_nested and not (root / ".git").exists():
         git_output(root, "init", "--quiet")
     if not (root / ".dvc").is_dir():
         dvc(root, "init", "--quiet", *(["--subdir"] if is_nested else []))
-        files[".dvc/config"] = DVC_CONFIG
+        # before the data, whose copy may fail: without a remote this command could not be repeated
+        write_atomically(root / ".dvc" / "config", DVC_CONFIG)
+        written.append(".dvc/config")
     if not (root / "README.md").exists():
         files["README.md"] = readme_text(project)
     for name, lines in IGNORED.items():
         files[name] = _with_lines(root / name, lines)
     for name, file in copied.items():
-        target = root / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, target)
+        with file_written_atomically(root / name) as target:
+            shutil.copyfile(file, target)
     (root / "data").mkdir(exist_ok=True)
     if not any((root / "data").iterdir()):  # git keeps no empty folder, and the prepare stage depends on this one
         files["data/README.md"] = "Put the training data here, and name it in `data.source` of params.yaml.\n"
     for name, content in files.items():
         write_atomically(root / name, content)
-    return [*copied, *files]
+    return [*written, *copied, *files]
 
 
 def values_of(file: Path) -> dict[str, Any]:

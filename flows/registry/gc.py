@@ -104,8 +104,8 @@ def collect_garbage(
         if remote and not exclusive:
             _check_alone(repos, registry, params.register.remote)
         kept, used, removable, lost = _decide(registry, repos, keep, forget_past, remote, mark=remote and not dry_run)
-        if push_to is not None and remote and removable and not dry_run:
-            git.push_tags(push_to, [_mark(registry, version) for version in removable])
+        if push_to is not None and remote and not dry_run:
+            _push_marks(registry, push_to)
         freed = _free_cache(repos[0], used, dry_run)
         freed_remote = _free_remote(repos[0], params.register.remote, used, dry_run) if remote else None
     numbers = [version.number for version in removable]
@@ -184,6 +184,14 @@ def _decide(
 
 def _mark(registry: Registry, version: Version) -> str:
     return COLLECTED.format(name=registry.name, version=version.number)
+
+
+def _push_marks(registry: Registry, remote: str) -> None:
+    """Push the marks that a git remote lacks, also those of an earlier collection that did not end."""
+    marks = [tag.name for tag in registry.collected().values()]
+    at_remote = registry.git.remote_objects(remote, marks) if marks else {}
+    if missing := [mark for mark in marks if mark not in at_remote]:
+        registry.git.push_tags(remote, missing)
 
 
 def _outputs(registry: RegistryReader, version: Version) -> set[str]:

@@ -53,14 +53,14 @@ def _synchronise(registry: Registry, remote: str) -> dict[str, str]:
     displaced = [version for version in ours if version.tag in clashing and not registry.is_withdrawn(version)]
     # before their tags are replaced, so that an error or a kill in between loses no version
     renumbered = {version.number: _register_again(registry, version, clashing) for version in displaced}
+    for version in displaced:
+        _drop_stages(registry, version, remote_tags)
     for name in sorted(clashing):
         if name.startswith(f"{registry.name}#"):
             logger.warning("the remote's %s replaces the tag of this clone, which was never pushed", name)
         elif name not in {version.tag for version in displaced}:
             continue  # the registry changes no other tags
         registry.git.set_reference(f"refs/tags/{name}", remote_tags[name], before=local_tags[name])
-    for version in displaced:
-        _drop_stages(registry, version, remote_tags)
     return renumbered
 
 

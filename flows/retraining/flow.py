@@ -22,7 +22,7 @@ from ruamel.yaml import YAML
 
 from flows.base.identity import is_base
 from flows.errors import ParamsError, PipelineError, RegistryConflict
-from flows.gate.promote import Promotion, last_version, promote
+from flows.gate.promote import Promotion, last_record, last_version, promote
 from flows.gate.reevaluation import measured_with
 from flows.params import Params, left_over, load_params
 from flows.params.train import WITH_CLASSES
@@ -39,6 +39,7 @@ from flows.retraining.history import Entry, append, entries
 from flows.retraining.notice import notify
 from flows.retraining.page import write_history_page
 from flows.retraining.tree import (
+    forget_unfinished,
     is_unfinished,
     note_unfinished,
     only_one,
@@ -162,8 +163,9 @@ class Retraining:
         self.registry = registry_of(self.params, root, sign=True)
         self.unfinished = is_unfinished(root)
         self.tree = Paths(working_tree(root))
-        # an interrupted retraining has changed the parameters
-        Git(self.tree.root).run("checkout", "--quiet", "HEAD", "--", self.tree.params.name)
+        # an interrupted retraining has changed the parameters and removed files of rows that may be trusted since
+        everything = (".", f":(exclude){LOCK}")  # the lock has the stages that the interrupted retraining has run
+        Git(self.tree.root).run("checkout", "--quiet", Git(root).head(), "--", *everything)
         check_artifact_name(self.tree.root, self.params.project.name)
         for warning in left_over(self.params):
             logger.warning("%s", warning)
@@ -174,6 +176,8 @@ class Retraining:
         """Run all steps, from new data to a verdict."""
         if self.push_to is not None:
             self._run("fetch tags", self._fetch_tags, self.push_to)
+        if self.unfinished and self._has_promoted():
+            self._end_interrupted()
         entry, champion = self.entry, champion_of(self.registry, self.params.gate.stage)
         entry.champion = champion.number if champion else None
         collected: Collected = self._run("collect", self._collect, champion)
@@ -214,6 +218,22 @@ class Retraining:
                 exclude(self.paths, {name: collected.files[name]}, why)
         self._run("report", self._report)
         remove_working_tree(self.paths.root)
+
+    def _has_promoted(self) -> bool:
+        """Return True if the candidate of the interrupted retraining has the stage."""
+        champion = champion_of(self.registry, self.params.gate.stage)
+        if champion is None or not self.tree.version.exists():
+            return False
+        record = last_record(self.tree)
+        return (record["version"], record["adapter"]["content"]) == (champion.number, champion.content)
+
+    def _end_interrupted(self) -> None:
+        """End a retraining that was interrupted after its promotion; otherwise it would train its own candidate."""
+        if self.push_to is not None:
+            self._run("promote", self._promote)  # pushes the promotion if the interrupted process did not
+        forget_unfinished(self.paths.root)
+        self.tree.version.unlink()
+        self.unfinished = False
 
     def _fetch_tags(self, remote: str) -> None:
         """Take in the tags of a git remote."""

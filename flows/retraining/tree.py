@@ -54,6 +54,7 @@ def working_tree(root: Path) -> Path:
     interrupted = json.loads(note.read_text()) if note.exists() and (folder / ".git").exists() else None
     if interrupted == {"commit": commit}:
         return project
+    note.unlink(missing_ok=True)  # a tree that is half removed or half made is not used again
     checkpoints = Paths(project).checkpoints
     if checkpoints.is_dir():
         shutil.rmtree(saved, ignore_errors=True)
@@ -67,7 +68,7 @@ def working_tree(root: Path) -> Path:
 
 
 def note_unfinished(root: Path, started: str) -> None:
-    """Record that a retraining trains, until `remove_working_tree`. started: the time of its entry in the history."""
+    """Record that a retraining trains, until `forget_unfinished`. started: the time of its entry in the history."""
     write_atomically(home(root) / "unfinished", f"{started}\n")
 
 
@@ -82,8 +83,13 @@ def is_unfinished(root: Path) -> bool:
     return (home(root) / "unfinished").exists()
 
 
+def forget_unfinished(root: Path) -> None:
+    """Record that the last retraining has a verdict."""
+    (home(root) / "unfinished").unlink(missing_ok=True)
+
+
 def remove_working_tree(root: Path) -> None:
     """Remove the working tree; the retraining's results are in the registry and in DVC's cache."""
+    forget_unfinished(root)
+    (home(root) / "tree.json").unlink(missing_ok=True)  # a tree that is half removed is not used again
     remove_worktree(root, home(root) / "tree")
-    for name in ("tree.json", "unfinished"):
-        (home(root) / name).unlink(missing_ok=True)

@@ -7,7 +7,7 @@ the repository's.
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
@@ -55,8 +55,11 @@ def add_worktree(root: Path, folder: Path, commit: str) -> Path:
 
 def remove_worktree(root: Path, folder: Path) -> None:
     """Remove a working tree with its files and git's entry."""
+    git = Git(root)
     shutil.rmtree(folder, ignore_errors=True)
-    Git(root).run("worktree", "prune")
+    with suppress(GitError):  # it is not locked, unless `git worktree add` was killed while it made the tree
+        git.run("worktree", "unlock", str(folder))
+    git.run("worktree", "prune")
 
 
 def leftovers() -> list[Path]:

@@ -14,6 +14,7 @@ from flows.params import check_overrides, load_params, parameter_sets, source_na
 from flows.paths import Paths
 from flows.runtime.git import Git
 from flows.runtime.inputs import check_source_is_tracked
+from flows.runtime.prefect_server import tie_temporary_server
 from flows.scaling.ranking import ranked, write_ranking
 from flows.scaling.trial import SweepSettings, Trial, run_trial, snapshot
 
@@ -47,19 +48,25 @@ def run_sweep(
     for source in source_names(load_params(Paths(root).params).data.model_dump()):
         check_source_is_tracked(Git(root), source, "a sweep, which works in copies of git's files,")
     settings = SweepSettings(root, snapshot(root), stage_timeout, limit)
+    tie_temporary_server()
     trials = ranked(sweep.with_options(task_runner=_RUNNERS[runner](jobs))(settings, sets))
     write_ranking(Paths(root), trials)
-    for trial in trials:
-        if trial.lock is not None and trial.params is not None:
-            note_trial(Paths(root), trial.lock, trial.params)
     return trials
 
 
 @flow(name="sweep", validate_parameters=False)
 def sweep(settings: SweepSettings, sets: list[tuple[str, ...]]) -> list[Trial]:
     """Run one trial for each set of parameters; the results are in the order of `sets`."""
-    trial = Task(run_trial, name="trial", task_run_name="{overrides}", cache_policy=NO_CACHE)
+    trial = Task(_noted_trial, name="trial", task_run_name="{overrides}", cache_policy=NO_CACHE)
     return trial.map(unmapped(settings), sets).result()
+
+
+def _noted_trial(settings: SweepSettings, overrides: tuple[str, ...]) -> Trial:
+    """Run a trial and count it at once, so that a sweep that is killed later has counted its trials."""
+    trial = run_trial(settings, overrides)
+    if trial.lock is not None and trial.params is not None:
+        note_trial(Paths(settings.root), trial.lock, trial.params)
+    return trial
 
 
 def _threads(jobs: int) -> TaskRunner[Any]:

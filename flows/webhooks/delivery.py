@@ -12,13 +12,13 @@ import hmac
 import logging
 import math
 import os
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
 from flows.errors import ParamsError, PipelineError
 from flows.params import Endpoint, Params
@@ -104,7 +104,7 @@ def try_to_deliver(params: Params, root: Path) -> None:
         return
     try:
         result = deliver(params, root)
-    except PipelineError as error:
+    except (PipelineError, OSError) as error:  # OSError: a full disk has no place for a lock
         logger.warning("webhooks: %s", error)
         return
     for failure in result.failures:
@@ -125,8 +125,7 @@ def in_words(failure: Failure, waiting: Sequence[Delivery]) -> str:
 
 def shown(url: str) -> str:
     """Return an address without its query, which may hold a token."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc}{parts.path}"
+    return re.split("[?#]", url)[0]
 
 
 def read_secret(source: str, root: Path) -> bytes:
@@ -185,10 +184,12 @@ def _deliver_to(
     sent, failure = 0, None
     try:
         secret = read_secret(endpoint.secret, root)
-    except ParamsError as error:
+        client = httpx.Client(timeout=SECONDS, follow_redirects=False)
+    # variables such as SSL_CERT_FILE and ALL_PROXY can have values that httpx cannot use
+    except (ParamsError, httpx.InvalidURL, ImportError, OSError, ValueError) as error:
         reason = f"is not called: {error}"
         return 0, Failure(due[0], reason, outbox.note_failed(due[0], reason, now))
-    with httpx.Client(timeout=SECONDS, follow_redirects=False) as client:
+    with client:
         for one in due:
             if time.time() > until:
                 break
@@ -218,7 +219,7 @@ def _post(client: "httpx.Client", delivery: Delivery, secret: bytes) -> tuple[st
     try:
         with client.stream("POST", delivery.url, content=body, headers=headers) as response:  # the answer is not read
             status, words = response.status_code, response.reason_phrase
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+    except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:  # ValueError: host names without meaning
         return f"cannot be reached ({str(error) or type(error).__name__})", True
     if 200 <= status < 300:
         return None, False

@@ -59,8 +59,12 @@ class Delivery:
 
 
 def outbox_path(root: Path) -> Path:
-    """Return the outbox of the repository at `root`, shared by all of its working trees."""
-    return Path(os.environ.get(LOCATION) or Git(root).common_folder() / "peftcore" / "webhooks.sqlite")
+    """Return the outbox of the project at `root`, shared by all working trees of the repository."""
+    if location := os.environ.get(LOCATION):
+        return Path(location)
+    git = Git(root)
+    # projects of one repository may have different secrets for one receiver
+    return git.common_folder() / "peftcore" / git.prefix / "webhooks.sqlite"
 
 
 class Outbox:

@@ -1,5 +1,6 @@
 """From records to a file that retrainings quarantine."""
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,15 @@ def test_no_rows_are_no_file(records: Path, tmp_path: Path) -> None:
     out = tmp_path / "week.jsonl"
     report = collect(records, "preference", Policy(), out, None)
     assert (report.path, report.rows, out.exists()) == (None, 0, False) and report.rows_left_out
+
+
+def test_a_full_disk_leaves_no_empty_file(records: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "week.jsonl"
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space"):
+        full = OSError(errno.ENOSPC, "No space left on device")
+        patched.setattr(module, "write_atomically", lambda *_: (_ for _ in ()).throw(full))
+        collect(records, "unpaired_preference", Policy(), out, None)
+    assert collect(records, "unpaired_preference", Policy(), out, None).rows == 3
 
 
 @pytest.fixture

@@ -1,7 +1,9 @@
 """`peftcore init` makes a project of a folder, and changes nothing if something is in its way."""
 
+import errno
 import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -149,6 +151,22 @@ def test_a_project_of_texts_takes_text_files_and_packs(tmp_path: Path) -> None:
     assert (params.data.source, params.data.kind, params.train.batching) == ("data/book.txt", "text", "packed")
     assert params.train.pack_tokens >= params.data.max_length
     assert (tmp_path / "texts" / "data" / "book.txt").read_text() == "Once upon a time."
+
+
+def test_after_a_full_disk_the_same_command_makes_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project, root = new(rows(tmp_path / "elsewhere")), tmp_path / "tickets"
+    root.mkdir()
+
+    def full(_: Path, target: Path) -> None:
+        target.write_text('{"prompt": "a')
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space"):
+        patched.setattr(shutil, "copyfile", full)
+        create_project(root, project)
+    create_project(root, project)
+    assert (root / "data" / "rows.jsonl").read_text() == rows(tmp_path / "elsewhere").read_text()
+    assert dvc(root, "remote", "list").startswith("local")
 
 
 def test_files_of_the_user_stay(tmp_path: Path) -> None:

@@ -181,6 +181,20 @@ def test_as_a_command_with_what_the_registry_then_shows(versions: Any, monkeypat
     assert "it had no stage" in runner.invoke(app, ["registry", "show", REFUSED]).stdout
 
 
+def test_marks_that_were_not_pushed_are_pushed_by_the_next_collection(
+    versions: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = str(tmp_path / "shared.git")
+    versions.git("init", "--quiet", "--bare", shared)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Git, "push_tags", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        collect(versions, remote=True, push_to=shared)
+    assert there(versions, ".dvc-remote") == ALL
+    collect(versions, remote=True, push_to=shared)
+    assert there(versions, ".dvc-remote") == ALL | {REFUSED: False}
+    assert f"collected/docstrings/{REFUSED}" in versions.git("ls-remote", "--tags", shared)
+
+
 def test_a_remote_that_another_repository_uses_too_is_left_alone(versions: Any) -> None:
     stranger = versions.root / ".dvc-remote" / "files" / "md5" / "ab" / ("c" * 30)
     stranger.parent.mkdir(parents=True, exist_ok=True)

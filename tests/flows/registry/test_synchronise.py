@@ -124,6 +124,24 @@ def test_a_version_outlives_a_kill_while_it_makes_way(diverged: Any, monkeypatch
     assert numbers(second) == {**numbers(first), "v0.2.0": content[:8]}, "it is registered anew once"
 
 
+def test_a_stage_is_given_up_before_its_version_makes_way(diverged: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = diverged
+    promote(second.params, second.paths)  # in this clone alone
+    first.git("push", "--quiet", "origin", "docstrings@v0.1.0")
+    registry, point = registry_of(second), Git.set_reference
+
+    def killed(*arguments: Any, **options: Any) -> None:
+        point(*arguments, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Git, "set_reference", killed)
+        synchronise(registry, "origin")
+    synchronise(registry, "origin")
+    assert registry.stages() == {}
+    assert promote(second.params, second.paths).outcome == "promoted"
+
+
 def test_a_withdrawal_is_of_the_remote_s_version_and_not_of_another_with_its_number(diverged: tuple[Any, Any]) -> None:
     first, second = diverged
     first.git("tag", "--annotate", "--message=withdrawn", "docstrings@v0.1.0!", "docstrings@v0.1.0^{}")

@@ -17,7 +17,7 @@ from flows.retraining import flow
 from flows.retraining.data import Collected, Source
 from flows.retraining.drift import DriftReport
 from flows.retraining.history import Entry, entries
-from flows.retraining.tree import home, note_unfinished, only_one
+from flows.retraining.tree import home, is_unfinished, note_unfinished, only_one
 from flows.retraining.trust import exclude, read_excluded, trust
 from flows.runtime.git import Git
 from flows.runtime.project import dvc
@@ -404,20 +404,26 @@ def test_a_file_that_is_left_out_is_not_named_as_quarantined(weekly: Any) -> Non
     assert work.params.data.quarantined == ["a.jsonl", "d.jsonl"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kept_by", ["git", "dvc"])
-def test_a_file_that_is_set_aside_is_out_of_tracked_data_as_well(weekly: Any, kept_by: str) -> None:
-    rows = weekly.root / "data" / "rows"
+def keep_rows(project: Any, kept_by: str) -> Path:
+    """Commit two weeks in data/rows, by git alone or by DVC, in place of the incoming folder; returns their folder."""
+    rows = project.root / "data" / "rows"
     rows.mkdir()
     for name in ("week1.jsonl", "week2.jsonl"):
         (rows / name).write_text(f"{name}\n")
     if kept_by == "dvc":
-        dvc(weekly.root, "add", "data/rows")
-        dvc(weekly.root, "push", "data/rows.dvc")
-    text = weekly.paths.params.read_text().replace(f"incoming: {weekly.incoming}", "incoming: null")
-    weekly.paths.params.write_text(text)
-    weekly.git("add", "--all", "data", "params.yaml")
-    weekly.git("commit", "--quiet", "--message=Rows")
+        dvc(project.root, "add", "data/rows")
+        dvc(project.root, "push", "data/rows.dvc")
+    text = project.paths.params.read_text().replace(f"incoming: {project.incoming}", "incoming: null")
+    project.paths.params.write_text(text)
+    project.git("add", "--all", "data", "params.yaml")
+    project.git("commit", "--quiet", "--message=Rows")
+    return rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept_by", ["git", "dvc"])
+def test_a_file_that_is_set_aside_is_out_of_tracked_data_as_well(weekly: Any, kept_by: str) -> None:
+    rows = keep_rows(weekly, kept_by)
     exclude(weekly.paths, {"week2.jsonl": sha256(rows / "week2.jsonl")}, "by hand")
     told = retrain(weekly)
     assert (told.outcome, told.files) == ("promoted", 1)
@@ -479,6 +485,35 @@ def test_a_failure_is_told_and_the_next_one_goes_on_in_the_same_tree(
     assert entries(weekly.paths)[-1].start == "v0.1.0"
     asked = load_params(home(weekly.root) / "tree" / "params.yaml")
     assert (asked.train.start_from, asked.data.new_files, asked.data.replay_share) == ("v0.1.0", ["week3.jsonl"], 0.5)
+
+
+@pytest.mark.slow
+def test_a_retraining_that_was_killed_after_its_promotion_does_not_train_its_own_candidate(
+    weekly: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit(weekly, ("retry_delay", "start: champion, retry_delay"))
+    drop(weekly, "week1.jsonl")
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(flow, "write_review", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        retrain(weekly)
+    after = retrain(weekly)
+    assert (after.outcome, after.champion, after.start) == ("unchanged", "v0.1.0", None)
+    assert not (home(weekly.root) / "tree").exists() and not is_unfinished(weekly.root)
+
+
+@pytest.mark.parametrize("kept_by", ["git", pytest.param("dvc", marks=pytest.mark.slow)])
+def test_a_file_that_is_trusted_after_a_failure_is_used_by_the_next_retraining(
+    weekly: Any, monkeypatch: pytest.MonkeyPatch, kept_by: str
+) -> None:
+    rows = keep_rows(weekly, kept_by)
+    exclude(weekly.paths, {"week2.jsonl": sha256(rows / "week2.jsonl")}, "by hand")
+    monkeypatch.setattr(flow.Retraining, "_stages", lambda *_: (_ for _ in ()).throw(StageError("a cable was pulled")))
+    for files in (1, 2):
+        with pytest.raises(StageError):
+            retrain(weekly)
+        assert entries(weekly.paths)[-1].files == files
+        if files == 1:
+            trust(weekly.params, weekly.paths, "week2.jsonl")
 
 
 def test_one_at_a_time(weekly: Any) -> None:

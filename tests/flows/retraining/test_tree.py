@@ -1,5 +1,6 @@
 """The working tree of a retraining: found again, and its checkpoints with it."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,3 +46,17 @@ def test_checkpoints_outlive_another_commit(project: Any, monkeypatch: pytest.Mo
     remove_working_tree(project.root)
     assert unfinished_since(project.root) is None
     assert not is_unfinished(project.root) and not tree.exists() and not (home(project.root) / "checkpoints").exists()
+
+
+def test_a_tree_that_is_half_removed_is_not_used_again(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tree = working_tree(project.root)
+
+    def killed(_: Any, folder: Path) -> None:
+        (folder / "dvc.yaml").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(module, "remove_worktree", killed)
+        remove_working_tree(project.root)
+    assert working_tree(project.root) == tree
+    assert (tree / "dvc.yaml").exists()

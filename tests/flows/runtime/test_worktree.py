@@ -8,7 +8,7 @@ import pytest
 from flows.errors import RepositoryError
 from flows.runtime.git import Git
 from flows.runtime.project import dvc
-from flows.runtime.worktree import worktree_at
+from flows.runtime.worktree import add_worktree, remove_worktree, worktree_at
 
 
 def test_it_has_the_commits_files_and_shares_cache_and_remote(project: Any) -> None:
@@ -45,3 +45,13 @@ def test_local_settings_hold_there_too(project: Any) -> None:
         assert dvc(tree, "config", "remote.local.jobs").strip() == "3"
         assert Path(dvc(tree, "config", "remote.local.url").strip()).resolve() == project.root / ".dvc-remote"
         assert (tree / ".dvc" / "config.local").stat().st_mode & 0o077 == 0
+
+
+def test_a_tree_whose_making_was_killed_can_be_made_again(project: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "tree"
+    add_worktree(project.root, folder, "HEAD")
+    # `git worktree add` locks the tree until it has written all files
+    project.git("worktree", "lock", "--reason", "initializing", str(folder))
+    remove_worktree(project.root, folder)
+    assert project.git("worktree", "list").count("\n") == 1
+    assert (add_worktree(project.root, folder, "HEAD") / "params.yaml").exists()

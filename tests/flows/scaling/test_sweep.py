@@ -4,8 +4,10 @@ import json
 import os
 import subprocess
 import sys
+import time
 from typing import Any
 
+import psutil
 import pytest
 from sweep_cases import worked
 
@@ -44,6 +46,26 @@ def test_threads_map_the_grid_and_a_failed_trial_is_told(swept: Any) -> None:
     assert found == [pytest.approx(2.12), pytest.approx(2.14), None]
     (trials,) = json.loads(swept.paths.trials.read_text()).values()
     assert len(trials) == 2, "those that ran, for the versions to come on these data"
+
+
+@pytest.mark.proof
+def test_a_sweep_that_is_killed_has_counted_its_trials_and_leaves_no_process(swept: Any) -> None:
+    make = swept.root / "make.py"
+    waits = "if train['batch_size'] == 2:\n    import time; time.sleep(600)\nshutil.copytree"
+    make.write_text(make.read_text().replace("shutil.copytree", waits, 1))
+    swept.git("commit", "--quiet", "--all", "--message=The second trial waits")
+    command = [sys.executable, "-m", "flows.cli", "sweep", "-S", "train.batch_size=4,2"]
+    with subprocess.Popen(command, cwd=swept.root, stderr=subprocess.DEVNULL) as process:
+        started = time.monotonic()
+        try:
+            while not swept.paths.trials.exists() and time.monotonic() < started + 300:
+                time.sleep(0.5)
+            children = psutil.Process(process.pid).children(recursive=True)
+        finally:
+            process.kill()
+    (trials,) = json.loads(swept.paths.trials.read_text()).values()
+    assert len(trials) == 1
+    assert psutil.wait_procs(children, timeout=30)[1] == []
 
 
 @pytest.mark.proof

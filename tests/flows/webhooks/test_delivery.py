@@ -138,6 +138,26 @@ def test_an_event_that_is_refused_for_ever_holds_up_no_other(
     assert (waiting.type, waiting.attempts, waiting.error) == ("candidate", 1, "answers 400 Bad Request")
 
 
+@pytest.mark.parametrize("url", ["http://hooks..example/", "http://[::1/"])
+def test_an_address_without_meaning_fails_no_command(
+    repository: Path, receiver: Receiver, params_of: Make, url: str
+) -> None:
+    announce(params_of(url, receiver.url), repository, event("v0.1.0"))
+    assert len(receiver.accepted) == 1
+    (waiting,) = Outbox(outbox_path(repository)).waiting()
+    assert waiting.url == url and "cannot be reached" in str(waiting.error)
+
+
+@pytest.mark.parametrize(("variable", "value"), [("SSL_CERT_FILE", "/nowhere"), ("HTTP_PROXY", "socks4://localhost:1")])
+def test_an_environment_that_httpx_cannot_use_fails_no_command(
+    repository: Path, receiver: Receiver, params_of: Make, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    monkeypatch.setenv(variable, value)
+    announce(params_of(), repository, event("v0.1.0"))
+    (waiting,) = Outbox(outbox_path(repository)).waiting()
+    assert "is not called" in str(waiting.error)
+
+
 @pytest.mark.parametrize("status", [301, 307, 404, 410])
 def test_only_a_status_of_200_to_299_is_an_acceptance(
     repository: Path, receiver: Receiver, params_of: Make, status: int

@@ -1,11 +1,15 @@
 """The outbox keeps each event until each receiver has it."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from webhook_receiver import Receiver
 
 from flows.errors import RepositoryError
 from flows.runtime.git import Git
+from flows.webhooks.announce import announce
+from flows.webhooks.delivery import Result, deliver, signature
 from flows.webhooks.events import Event, TagProof
 from flows.webhooks.outbox import Outbox, outbox_path
 
@@ -74,3 +78,19 @@ def test_all_working_trees_share_one_outbox(repository: Path, tmp_path: Path, mo
     assert outbox_path(repository).is_relative_to(repository / ".git")
     monkeypatch.setenv("PEFTCORE_OUTBOX", str(tmp_path / "elsewhere"))
     assert outbox_path(repository) == tmp_path / "elsewhere"
+
+
+def test_projects_of_one_repository_have_outboxes_of_their_own(
+    two_projects: Any, receiver: Receiver, params_of: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mail, sql = (project.root for project in two_projects)
+    for name in ("mail", "sql"):
+        monkeypatch.setenv(name, f"the secret of the project {name}")
+    receiver.status = 500
+    announce(params_of(secret="env:sql"), sql, Event("candidate", "sql", "v0.1.0", {}))
+    receiver.status, before = 200, len(receiver.requests)
+    assert deliver(params_of(secret="env:mail"), mail, at_once=True) == Result(0, (), ())
+    assert deliver(params_of(secret="env:sql"), sql, at_once=True).sent == 1
+    ((headers, body),) = receiver.requests[before:]
+    identity, time = headers["webhook-id"], int(headers["webhook-timestamp"])
+    assert headers["webhook-signature"] == signature(b"the secret of the project sql", identity, time, body)
