@@ -626,7 +626,7 @@ class TunerConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     """Modules that train in full, one copy per adapter, and are saved with the adapter."""
     layers_to_transform: list[int] | int | None = None
-    """Indices of the blocks whose targets are adapted; None: all blocks."""
+    """Indices of the blocks whose targets are adapted; None: all blocks. A whole path in target_modules always is."""
     layers_pattern: list[str] | str | None = None
     """Name of the block list that layers_to_transform indexes, such as "layers"; None: derived from the path."""
 

@@ -126,11 +126,11 @@ class AdapterState:
             key: PEFT's key of a tensor on disk.
             name: The adapter's name.
         """
-        if self.prompt is not None:
-            return f"prompt_encoder.{name}.{key}"
         for prefix, module in self.copies.items():
             if key.startswith(prefix) and key.removeprefix(prefix) in module.state_dict():
                 return f"{prefix}modules_to_save.{name}.{key.removeprefix(prefix)}"
+        if self.prompt is not None:
+            return f"prompt_encoder.{name}.{key}"
         if key in self.bias_keys:
             return key
         prefix = next((prefix for prefix, _, own in self.entries if key.removeprefix(prefix) in own), SHARED_PREFIX)

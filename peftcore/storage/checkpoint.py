@@ -7,7 +7,7 @@ on disk is `base_model.model.` + the module's path + the parameter, without the 
 import dataclasses
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from peftcore._util.both_libraries import refuse_hf_peft
-from peftcore.config import CONFIG_NAME, PeftConfig
+from peftcore.config import CONFIG_NAME, PeftConfig, TaskType
 from peftcore.errors import CheckpointError, ConfigError, PeftError, SizeMismatchError, TargetError
 from peftcore.files import MANIFEST, damaged_files, files_written_together, manifest_text, sha256, whole_files
 from peftcore.files.tensors import (
@@ -46,6 +47,8 @@ from peftcore.storage.embedding_rows import EmbeddingLoader, SaveEmbeddings, emb
 from peftcore.storage.older_models import for_present_modules, under_new_names, with_fused_experts
 from peftcore.storage.reading import IncompatibleKeys, Reading
 
+_GENERATION = "text-generation"
+"""The hub's name of a causal language model's task."""
 _LARGE = 4096
 """Sizes up to this one are not checked before memory is allocated."""
 
@@ -54,8 +57,7 @@ MODEL_CARD = "README.md"
 _CARD = """\
 ---
 library_name: peft
-{base}tags: [{method}]
----
+{fields}---
 
 # {method} adapter
 
@@ -152,7 +154,7 @@ def save_adapter(
             save_file(state, fresh / PROMPT_STATE, metadata={"format": "pt"})
         (fresh / MANIFEST).write_text(manifest_text({file.name: sha256(file) for file in sorted(fresh.iterdir())}))
         if not (directory / MODEL_CARD).exists():
-            (fresh / MODEL_CARD).write_text(_card(_base_name(model, config), config.peft_type.lower()))
+            (fresh / MODEL_CARD).write_text(_card(model, config))
 
 
 def _base_name(model: nn.Module, config: PeftConfig) -> str | None:
@@ -162,9 +164,21 @@ def _base_name(model: nn.Module, config: PeftConfig) -> str | None:
     )
 
 
-def _card(base: str | None, method: str) -> str:
-    named, trained = (f"base_model: {base}\n", f"Trained on `{base}`. ") if base else ("", "")
-    return _CARD.format(base=named, trained=trained, method=method)
+def _card(model: nn.Module, config: PeftConfig) -> str:
+    base = _base_name(model, config)
+    fields = [f"base_model: {base}"] if base else []
+    if config.task_type == TaskType.CAUSAL_LM:
+        fields.append(f"pipeline_tag: {_GENERATION}")
+    fields += ["tags:", *(f"- {tag}" for tag in _tags(model, [config], base))]
+    trained = f"Trained on `{base}`. " if base else ""
+    return _CARD.format(fields="\n".join(fields) + "\n", trained=trained, method=config.peft_type.lower())
+
+
+def _tags(model: nn.Module, configs: Iterable[PeftConfig], base: str | None) -> list[str]:
+    """Return the tags by which the hub finds the adapter of a base, as HF PEFT writes them, and its methods."""
+    tags = {config.peft_type.lower() for config in configs}
+    tags |= {"transformers"} if isinstance(model, PreTrainedModel) else set()
+    return sorted(tags | ({f"base_model:adapter:{base}"} if base else set()))
 
 
 def _auto_mapping(model: nn.Module) -> dict[str, str]:
@@ -209,9 +223,11 @@ def update_model_card(model: nn.Module, directory: Path) -> None:
     card = ModelCard.load(directory / MODEL_CARD)
     data: Any = card.data
     data.library_name = "peft"
-    if base := _base_name(model, config):
+    if (base := _base_name(model, config)) is not None:
         data.base_model = base
-    data.tags = sorted({*(data.tags or []), *(c.peft_type.lower() for c in adapters.configs.values())})
+    if config.task_type == TaskType.CAUSAL_LM and not data.pipeline_tag:
+        data.pipeline_tag = _GENERATION
+    data.tags = sorted({*(data.tags or []), *_tags(model, adapters.configs.values(), base)})
     card.save(directory / MODEL_CARD)
 
 

@@ -132,8 +132,6 @@ def _write(
     state_tensors = {with_prefix(key, state): tensor for key, tensor in peft_model_state_dict.items()}
     state_tensors = dict(state.with_our_keys(state_tensors))
     present = state.tensors()
-    if state.prompt is not None:
-        present = state.prompt.checkpoint_tensors()
     of_base = _of_base(model, state_tensors.keys() - present.keys() - state.repeated())
     unexpected = sorted(state_tensors.keys() - present.keys() - state.repeated() - of_base.keys())
     here = present | of_base

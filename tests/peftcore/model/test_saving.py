@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from quiet_training import tiny_llama
 
-from peftcore import AdapterNameError, ConfigError, LoraConfig
+from peftcore import AdapterNameError, ConfigError, LoraConfig, get_peft_model
 from peftcore.files.tensors import PREFIX
 
 
@@ -47,3 +49,17 @@ def test_the_model_card_names_the_library(model: Any, tmp_path: Path) -> None:
     card.write_text("---\nlicense: mit\n---\nmy words")
     model.create_or_update_model_card(tmp_path)
     assert all(words in card.read_text() for words in ("library_name: peft", "license: mit", "my words"))
+
+
+@pytest.mark.filterwarnings("ignore:the base model's config.json is not found:UserWarning")
+def test_the_hub_finds_the_card_of_an_adapter_by_its_base_and_its_task(tmp_path: Path) -> None:
+    config = LoraConfig(r=2, task_type="CAUSAL_LM", base_model_name_or_path="org/base")
+    model: Any = get_peft_model(tiny_llama(), config)
+    model.save_pretrained(tmp_path / "new")
+    (tmp_path / "README.md").write_text("---\ntags: [mine]\n---\nmy words")
+    model.create_or_update_model_card(tmp_path)
+    found = {"base_model:adapter:org/base", "lora", "transformers"}
+    for card, tags in ((tmp_path / "new" / "README.md", found), (tmp_path / "README.md", {*found, "mine"})):
+        data = ModelCard.load(card).data
+        assert (data.library_name, data.base_model, data.pipeline_tag) == ("peft", "org/base", "text-generation")
+        assert set(data.tags or ()) == tags

@@ -73,6 +73,31 @@ def test_a_prompt_has_a_state_dict() -> None:
     assert all((tensor == 0.5).all() for tensor in get_peft_model_state_dict(ours).values())
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # PEFT's own call
+def test_the_head_that_trains_beside_a_prompt_is_part_of_its_state_dict() -> None:
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    sizes = {
+        "vocab_size": 8,
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    options: dict[str, Any] = {"task_type": "SEQ_CLS", "num_virtual_tokens": 3}
+    config = LlamaConfig(**sizes, pad_token_id=0)
+    theirs = peft.get_peft_model(LlamaForSequenceClassification(config), peft.PromptTuningConfig(**options))
+    ours = get_peft_model(LlamaForSequenceClassification(config), peftcore.PromptTuningConfig(**options))
+    values = peft.get_peft_model_state_dict(theirs)
+    assert set_peft_model_state_dict(ours, values) == ([], [])
+    written = get_peft_model_state_dict(ours)
+    assert written.keys() == values.keys() == {"base_model.score.weight", "prompt_embeddings"}
+    assert all(torch.equal(tensor, values[key]) for key, tensor in written.items())
+    partial = {"prompt_embeddings": torch.zeros(3, 8)}
+    assert set_peft_model_state_dict(ours, partial) == (["base_model.score.modules_to_save.default.weight"], [])
+    assert torch.equal(get_peft_model_state_dict(ours)["base_model.score.weight"], values["base_model.score.weight"])
+
+
 def test_what_is_missing_or_unexpected_is_returned_and_the_rest_is_written() -> None:
     model = get_peft_model(base(), LoraConfig(**OPTIONS), "other")
     state_dict = {
