@@ -25,7 +25,6 @@ from peftcore.injection.module_index import ModuleIndex
 from peftcore.layers.wrapper import unwrapped
 from peftcore.storage.adapter_state import AdapterState
 
-
 _TOKENS = "token_adapter."
 """First part of the keys of single embedding rows, after the embedding's path."""
 # -- keys of renamed modules -----------------------------------------------------------------------------------------
