@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from flows.commands import completion
-from flows.commands.common import AsJson, at_stage, errors, project, warn_of_uncommitted
+from flows.commands.common import AsJson, at_stage, errors, project, warn_of_uncommitted, writable
 from flows.errors import PipelineError
 
 
@@ -49,7 +49,10 @@ def ci(
     report: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", envvar="PEFTCORE_CI_REPORT", help="The Markdown report; default: `reports/gate.md`."
+            metavar="FILE",
+            envvar="PEFTCORE_CI_REPORT",
+            callback=writable,
+            help="The Markdown report; default: `reports/gate.md`.",
         ),
     ] = None,
     as_json: AsJson = False,

@@ -1,6 +1,7 @@
 """Shared code of the commands: options, the project of the current folder, errors as exit codes."""
 
 import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.errors import PipelineError, RegistryError
+from flows.errors import BaseModelError, PipelineError, RegistryError
 from flows.paths import Paths
 from flows.runtime.project import find_root
 from flows.runtime.stage import fail, is_disk_full
@@ -46,11 +47,23 @@ BaseFolder = Annotated[
 ]
 
 
+def writable(file: Path | None) -> Path | None:
+    """Return the file that an option names. A file that cannot be written is typer's usage error, before any work."""
+    if file is None:
+        return None
+    folder = next(one for one in file.absolute().parents if os.access(one, os.F_OK))
+    if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
+        raise typer.BadParameter(f"{file} cannot be written, because {folder} is no folder that you can write to")
+    if file.is_dir():
+        raise typer.BadParameter(f"{file} is a folder; give a file")
+    return file
+
+
 def adapter_and_base(adapter: Path | None, base: Path | None) -> tuple[Path, Path]:
     """Return the adapter's and the base's folder; a folder that is None is replaced by the pipeline's.
 
     Raises:
-        BaseModelError: The adapter was trained on another calibrated base.
+        BaseModelError: The adapter was trained on another calibrated base, or the base has not been fetched.
     """
     from flows.base.calibrated import calibrated_identity, check_adapter
 
@@ -62,8 +75,19 @@ def adapter_and_base(adapter: Path | None, base: Path | None) -> tuple[Path, Pat
 
 
 def pipeline_base(paths: Paths) -> Path:
-    """Return the folder of the pipeline's calibrated base, or of its base as fetched if there is none."""
-    return paths.calibrated if is_calibrated(paths.calibrated) else paths.base
+    """Return the folder of the pipeline's calibrated base, or of its base as fetched if there is none.
+
+    Raises:
+        BaseModelError: The base has not been fetched.
+    """
+    return paths.calibrated if is_calibrated(paths.calibrated) else fetched_base(paths)
+
+
+def fetched_base(paths: Paths) -> Path:
+    """Return the folder of the pipeline's base as fetched. Raises BaseModelError if it has not been fetched."""
+    if not paths.base.is_dir():
+        raise BaseModelError(f"there is no {paths.base}; run `peftcore stage fetch`")
+    return paths.base
 
 
 def is_calibrated(base: Path) -> bool:

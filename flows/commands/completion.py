@@ -66,13 +66,15 @@ def _yaml(name: str) -> Mapping[str, Any]:
 
     root = _root()
     try:
-        return (YAML(typ="safe").load(root / name) if root else None) or {}
-    except (OSError, YAMLError):
+        values = YAML(typ="safe").load(root / name) if root else None
+    except (OSError, ValueError, YAMLError):
         return {}
+    return values if isinstance(values, dict) else {}
 
 
 def _name() -> str:
-    return (_yaml("params.yaml").get("project") or {}).get("name", "docstrings")
+    section = _yaml("params.yaml").get("project")
+    return section.get("name", "docstrings") if isinstance(section, dict) else "docstrings"
 
 
 def _git(*arguments: str) -> list[str]:
@@ -81,7 +83,7 @@ def _git(*arguments: str) -> list[str]:
 
 
 def _keys(tree: Any, before: str = "") -> Iterator[str]:
-    for key, value in tree.items():
+    for key, value in tree.items() if isinstance(tree, dict) else ():
         if isinstance(value, dict):
             yield from _keys(value, f"{before}{key}.")
         else:
@@ -89,4 +91,4 @@ def _keys(tree: Any, before: str = "") -> Iterator[str]:
 
 
 def _fitting(words: Any, incomplete: str) -> list[str]:
-    return [word for word in words if word.startswith(incomplete)]
+    return [word for word in map(str, words) if word.startswith(incomplete)]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flows.commands.common import AsJson, errors
-from flows.commands.project import hardware_here, print_next_steps
+from flows.commands.project import hardware_here, make_folder, print_next_steps
 
 if TYPE_CHECKING:
     from flows.project.translation import Translation
@@ -60,7 +60,7 @@ def import_project(
             if key not in chosen:
                 raise ParamsError(f"{file} names no {key}; give {option}")
         root = folder.expanduser().resolve()
-        root.mkdir(parents=True, exist_ok=True)
+        make_folder(root)
         project = NewProject(
             name or name_from(root), chosen[DATA], chosen[BASE], chosen[TASK], hardware, translation.values  # type: ignore[arg-type]
         )  # fmt: skip

@@ -12,6 +12,7 @@ from flows.commands.common import (
     BaseFolder,
     adapter_and_base,
     errors,
+    fetched_base,
     is_calibrated,
     one_document,
     pipeline_base,
@@ -286,4 +287,4 @@ def serve(
 def _served_base(watch: bool) -> Path:
     """Return the pipeline's base; with --watch the base as fetched, whose calibration each version's record names."""
     paths = Paths(find_root())
-    return paths.base if watch else pipeline_base(paths)
+    return fetched_base(paths) if watch else pipeline_base(paths)

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from flows.commands import completion
-from flows.commands.common import SIX_HOURS, AsJson, PushTo, StageTimeout, errors, one_document, project
+from flows.commands.common import SIX_HOURS, AsJson, PushTo, StageTimeout, errors, one_document, project, writable
 from flows.errors import StageError
 from flows.runtime.project import changed_stages, set_prefect_environment, stage_order, stage_states
 from flows.runtime.stage import fail
@@ -76,7 +76,7 @@ def status(
         bool, typer.Option("--all", help="Show one line for each project of the git repository, without stages.")
     ] = False,
     page: Annotated[
-        Path | None, typer.Option(dir_okay=False, metavar="FILE", help="With --all: also write the table as HTML.")
+        Path | None, typer.Option(callback=writable, metavar="FILE", help="With --all: also write the table as HTML.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -165,16 +165,17 @@ def doctor(
     figure and its fix. The train stage refuses data with an error. Exit code 1: a check found an error.
     """
     with errors(), project() as (params, paths):
-        from flows.data.rows import read_rows
-        from flows.evaluation.reward_check import reward_findings
-        from flows.params import left_over
-        from flows.validation.examination import examine, load_tokenizer
-        from flows.validation.preview import findings_table, preview
+        with one_document(as_json):  # the imports print too
+            from flows.data.rows import read_rows
+            from flows.evaluation.reward_check import reward_findings
+            from flows.params import left_over
+            from flows.validation.examination import examine, load_tokenizer
+            from flows.validation.preview import findings_table, preview
 
-        findings, demonstration = examine(paths, params), left_over(params)
-        if params.train.objective == "grpo":
-            rewarded = read_rows(paths.split("train"))
-            findings = findings.plus(reward_findings(params.train.grpo.rewards, rewarded, paths.root))
+            findings, demonstration = examine(paths, params), left_over(params)
+            if params.train.objective == "grpo":
+                rewarded = read_rows(paths.split("train"))
+                findings = findings.plus(reward_findings(params.train.grpo.rewards, rewarded, paths.root))
         if as_json:
             result = findings.as_dict() | {"demonstration": demonstration}
             print(json.dumps(result, indent=2, ensure_ascii=False))

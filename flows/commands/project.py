@@ -65,10 +65,7 @@ def init(
         root = folder.expanduser().resolve()
         asks = sys.stdin.isatty() and not as_json and not params
         new = _new_project(root, params or (), name, data, base, task, hardware, asks)
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RepositoryError(f"{root} cannot be made: {error.strerror}; choose another folder") from error
+        make_folder(root)
         written = create_project(root, new, force)
         warn_of_new_project(root, new)
         if as_json:
@@ -148,6 +145,14 @@ def _chosen(option: str, given: str | None, values: tuple[str, ...], default: st
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ParamsError(f"--{option} must be one of {', '.join(values)}; got {chosen!r}{hint}")
     return chosen
+
+
+def make_folder(root: Path) -> None:
+    """Make the project's folder, unless it exists. Raises RepositoryError if it cannot be made."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RepositoryError(f"{root} cannot be made: {error.strerror}; choose another folder") from error
 
 
 def warn_of_new_project(root: Path, new: "NewProject") -> None:

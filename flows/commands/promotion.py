@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from flows.commands import completion
-from flows.commands.common import AsJson, PushTo, at_stage, errors, newest, project, warn_of_uncommitted
+from flows.commands.common import AsJson, PushTo, at_stage, errors, newest, project, warn_of_uncommitted, writable
 from flows.errors import GateError
 from flows.runtime.stage import fail
 from peftcore.files import write_atomically
@@ -38,7 +38,7 @@ def promote(
     as_json: AsJson = False,
     markdown: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Also write the verdict and its checks as Markdown."),
+        typer.Option(metavar="FILE", callback=writable, help="Also write the verdict and its checks as Markdown."),
     ] = None,
     push_to: PushTo = None,
     stage: Stage = None,

@@ -170,6 +170,8 @@ def gc(
     them. Versions of other clones are known if their tags are here (`--push-to` fetches them first). A remote with
     objects that this repository has never referred to is refused unless `--exclusive` is given.
     """
+    if exclusive and not remote:
+        raise typer.BadParameter("it has no effect without --remote; leave it out", param_hint="--exclusive")
     with errors(), project() as (params, paths):
         from flows.registry.gc import collect_garbage
 

@@ -41,7 +41,9 @@ def retrain(
         set_prefect_environment(paths.root)
         if release is not None:
             print("warning: --release is deprecated; use --trust", file=sys.stderr)
-        if (name := trust or release) is not None:
+        if (name := release if trust is None else trust) is not None:
+            if force or push_to is not None:
+                raise typer.BadParameter("it only trusts a file; leave --force and --push-to out", param_hint="--trust")
             from flows.retraining.committed import head_params
             from flows.retraining.trust import trust as trust_file
             from flows.runtime.git import Git

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from flows.commands.common import AsJson, errors, one_document, project
+from flows.commands.common import AsJson, errors, one_document, project, writable
 
 
 def review(
@@ -24,7 +24,12 @@ def review(
         typer.Option("--project", metavar="ENTITY/PROJECT", help="Also compare the runs of a project at a W&B server."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The page to write; default: `reports/comparison.html`.")
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            callback=writable,
+            help="With runs to compare: the page to write; default: `reports/comparison.html`.",
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -34,6 +39,10 @@ def review(
     answers. Every page is one file that needs no network.
     """
     names = [*(runs or []), *([f"wandb:{of_project}"] if of_project else [])]
+    if not names and out is not None:
+        raise typer.BadParameter(
+            "it needs runs to compare; the last run's page is reports/review.html", param_hint="--out"
+        )
     if not names:
         with errors(), project() as (params, paths):
             from flows.review.page import write_review

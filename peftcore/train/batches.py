@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from peftcore.train.losses import IGNORED
@@ -66,7 +66,7 @@ class LengthGroupedSampler(Sampler[int]):
 class RightPaddingCollator:
     """Collator of rows {"input_ids", "labels"} into tensors (B, T), T the longest row's length.
 
-    If rows have a "weight", the batch has `weight` (B, 1).
+    If a row has a "weight", the batch has `weight` (B, 1), 1 for rows without one.
 
     Args:
         pad_token_id: Any valid token id; padding is masked by attention_mask and labelled -100.
@@ -77,10 +77,10 @@ class RightPaddingCollator:
     multiple: int = 8
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Return `input_ids`, `labels`, `attention_mask` (B, T) and, if rows have one, `weight` (B, 1)."""
+        """Return `input_ids`, `labels`, `attention_mask` (B, T) and, if a row has one, `weight` (B, 1)."""
         batch = self._padded(rows)
-        if WEIGHT in rows[0]:
-            batch[WEIGHT] = torch.tensor([[row[WEIGHT]] for row in rows], dtype=torch.float32)
+        if any(WEIGHT in row for row in rows):
+            batch[WEIGHT] = row_weights(rows)[:, None]
         return batch
 
     def _padded(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -95,6 +95,22 @@ class RightPaddingCollator:
             labels[i, : len(row["labels"])] = torch.as_tensor(row["labels"])
             attention_mask[i, :length] = 1
         return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
+
+
+def with_model_padding(model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a batch whose padding is the model's own padding token, whatever token the collator has padded with.
+
+    A sequence classifier over a decoder reads the last token that is not its padding token.
+
+    Args:
+        model: The model as Trainer wraps it.
+        inputs: `input_ids` and `attention_mask` (B, T), and further arguments of the forward.
+    """
+    config = getattr(model, "config", None) or getattr(getattr(model, "module", None), "config", None)
+    pad = getattr(config, "pad_token_id", None)
+    if pad is None or pad < 0 or "input_ids" not in inputs or "attention_mask" not in inputs:
+        return dict(inputs)
+    return {**inputs, "input_ids": inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, pad)}
 
 
 @dataclass
@@ -113,7 +129,7 @@ class PreferenceCollator(RightPaddingCollator):
             for side in ("chosen", "rejected")
         ]
         batch = {name: tensor.unflatten(0, (len(rows), 2)) for name, tensor in self._padded(sides).items()}
-        batch[WEIGHT] = _weights(rows)
+        batch[WEIGHT] = row_weights(rows)
         for column in REFERENCE_COLUMNS:
             if column in rows[0]:
                 batch[column] = torch.tensor([row[column] for row in rows])
@@ -137,7 +153,7 @@ class UnpairedPreferenceCollator(RightPaddingCollator):
         """Return the padded rows, `desirable` and `weight` (E,), and the mismatched rows under MISMATCHED names."""
         batch = self._padded(rows)
         batch["desirable"] = torch.tensor([bool(row["desirable"]) for row in rows])
-        batch[WEIGHT] = _weights(rows)
+        batch[WEIGHT] = row_weights(rows)
         if f"{MISMATCHED}input_ids" in rows[0]:
             others = [{name: row[f"{MISMATCHED}{name}"] for name in ("input_ids", "labels")} for row in rows]
         else:
@@ -196,7 +212,7 @@ class ClassificationCollator(RightPaddingCollator):
         """Return `input_ids` and `attention_mask` (B, T), `labels` and `weight` (B,)."""
         batch = self._padded([{"input_ids": row["input_ids"], "labels": []} for row in rows])
         batch["labels"] = torch.tensor([row["label"] for row in rows], dtype=torch.long)
-        return batch | {WEIGHT: _weights(rows)}
+        return batch | {WEIGHT: row_weights(rows)}
 
 
 @dataclass
@@ -207,7 +223,7 @@ class SequenceToSequenceCollator(RightPaddingCollator):
         """Return `input_ids` and `attention_mask` (B, S), `labels` (B, T) and `weight` (B,)."""
         batch = self._padded([{"input_ids": row["input_ids"], "labels": []} for row in rows])
         targets = self._padded([{"input_ids": row["labels"], "labels": row["labels"]} for row in rows])
-        return batch | {"labels": targets["labels"], WEIGHT: _weights(rows)}
+        return batch | {"labels": targets["labels"], WEIGHT: row_weights(rows)}
 
 
 @dataclass
@@ -216,8 +232,10 @@ class TokenClassificationCollator(RightPaddingCollator):
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Return `input_ids`, `labels` and `attention_mask` (B, T), and `weight` (B,)."""
-        return self._padded(rows) | {WEIGHT: _weights(rows)}
+        return self._padded(rows) | {WEIGHT: row_weights(rows)}
 
 
-def _weights(rows: Sequence[Mapping[str, Any]]) -> Tensor:
-    return torch.tensor([row.get(WEIGHT, 1.0) for row in rows], dtype=torch.float32)
+def row_weights(rows: Sequence[Mapping[str, Any]]) -> Tensor:
+    """Return the weights (B,) of rows, 1 for rows without one."""
+    weights = [row.get(WEIGHT) for row in rows]
+    return torch.tensor([1.0 if weight is None else weight for weight in weights], dtype=torch.float32)

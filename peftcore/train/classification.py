@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import Trainer
 
 from peftcore.errors import TrainingError
-from peftcore.train.batches import WEIGHT
+from peftcore.train.batches import WEIGHT, with_model_padding
 from peftcore.train.example_objective import ExampleObjective
 from peftcore.train.trainer import AdapterTrainerMixin
 
@@ -85,7 +85,8 @@ class ClassificationObjective(ExampleObjective):
     def _classify(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Return losses and predicted classes, each (E,)."""
         labels = inputs["labels"]
-        logits = model(**{name: value for name, value in inputs.items() if name not in ("labels", WEIGHT)}).logits
+        arguments = {name: value for name, value in inputs.items() if name not in ("labels", WEIGHT)}
+        logits = model(**with_model_padding(model, arguments)).logits
         if logits.dim() != 2 or len(logits) != len(labels) or logits.shape[1] < 2:
             raise TrainingError(
                 f"{type(model).__name__} returns logits of shape {tuple(logits.shape)} for {len(labels)} texts; a "

@@ -82,6 +82,8 @@ class DistillationObjective(TokenObjective):
         on_policy: Sampling of answers by the student. None: the answers of the rows.
     """
 
+    returns_outputs = False
+
     def __init__(
         self,
         trainer: Any,
@@ -142,7 +144,8 @@ class DistillationObjective(TokenObjective):
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restore the sums since the last training record."""
         if "sums" in state:  # a checkpoint of an earlier version lacks them
-            self._sums.extend(state["sums"][self.trainer.accelerator.process_index])
+            for sums in self.trainer.processes.share_of(state["sums"]):
+                self._sums.extend(sums)
 
     @contextmanager
     def _teacher_in_effect(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -182,6 +185,10 @@ class DistillationObjective(TokenObjective):
             self._sums[-1] = torch.cat([self._sums[-1], weights.sum()[None]])
         total = (losses * weights).sum()
         return total / weights.sum() if num_items is None else self.share_of_mean(total, num_items)
+
+    def unrecorded(self) -> list[Any]:
+        """Return the sums of the forward passes since the last training record."""
+        return self._sums
 
     def record(self) -> dict[str, float]:
         """Return the mean `nll` and `divergence` (nats per token) since the last training record. A collective call."""

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import Trainer
 
 from peftcore.errors import TrainingError
-from peftcore.train.batches import WEIGHT, LengthGroupedSampler, RightPaddingCollator
+from peftcore.train.batches import WEIGHT, LengthGroupedSampler, RightPaddingCollator, row_weights
 from peftcore.train.contrastive import Contrastive, Pooling, false_negatives, pool
 from peftcore.train.example_objective import ExampleObjective
 from peftcore.train.ranking import ranking_metrics, retrieval_ranks
@@ -57,7 +57,7 @@ class EmbeddingCollator(RightPaddingCollator):
         del batch["labels"]
         batch[_KEYS] = torch.tensor([hash(tuple(ids)) for ids in texts])  # of integers, so the same in each process
         batch = {name: tensor.unflatten(0, (len(rows), 2 + most)) for name, tensor in batch.items()}
-        return batch | {WEIGHT: torch.tensor([row.get(WEIGHT, 1.0) for row in rows], dtype=torch.float32)}
+        return batch | {WEIGHT: row_weights(rows)}
 
 
 def embed(

@@ -24,6 +24,7 @@ class ExampleObjective(Objective):
     """Weighted mean over examples. A subclass defines `example_losses`; its collator's batches have `weight` (E,)."""
 
     collator_name = "RightPaddingCollator"
+    returns_outputs = False
 
     def __init__(self, trainer: Any) -> None:
         super().__init__(trainer)
@@ -50,7 +51,8 @@ class ExampleObjective(Objective):
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restore the sums since the last training record."""
-        self._metric_sums.extend(state["metric_sums"][self.trainer.accelerator.process_index])
+        for sums in self.trainer.processes.share_of(state["metric_sums"]):
+            self._metric_sums.extend(sums)
 
     def example_losses(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return losses (E,), and detached metrics (E,) to log. `inputs` is a batch on the model's device."""
@@ -87,6 +89,10 @@ class ExampleObjective(Objective):
     def batch_weight(self, batch: Any) -> Tensor:
         """Return the summed weight of a batch's examples, a scalar."""
         return self.example_weights(batch).sum()
+
+    def unrecorded(self) -> list[Any]:
+        """Return the sums of the forward passes since the last training record."""
+        return self._metric_sums
 
     def record(self) -> dict[str, float]:
         """Return each metric's mean over the examples since the last training record whose weight is not 0."""

@@ -127,7 +127,9 @@ class GrpoObjective(ReferenceObjective):
         super().load_state(state)
         self._groups = list(state["groups"])
         self.sampler.rows_at_once = state["rows_at_once"]
-        self._reused = state["reused"][self.trainer.accelerator.process_index]
+        reused = state["reused"]
+        if len(reused) == self.trainer.accelerator.num_processes:  # else this step samples new answers
+            self._reused = reused[self.trainer.accelerator.process_index]
 
     # -- sampling ----------------------------------------------------------------------------------------------
 

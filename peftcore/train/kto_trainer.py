@@ -60,10 +60,11 @@ class KtoObjective(ReferenceObjective):
         inputs = dict(trainer._prepare_inputs(inputs))
         with trainer.compute_loss_context_manager():
             ratios = self.mismatched_log_ratios(model, inputs)
-        mean = ratios.mean() if len(ratios) else ratios.new_zeros(())
         inputs = {name: value for name, value in inputs.items() if not name.startswith(MISMATCHED)}
-        mean = cast(Tensor, trainer.accelerator.reduce(mean, "mean"))  # over processes
-        return inputs | {_POINT: kto_reference_point(mean[None])}
+        # A process without mismatched answers adds nothing. One dtype, because `ratios` is float32 there.
+        sums = torch.stack([ratios.sum(), torch.tensor(len(ratios)).to(ratios)]).float()
+        total, count = cast(Tensor, trainer.accelerator.reduce(sums, "sum")).unbind()
+        return inputs | {_POINT: kto_reference_point(total[None] / count.clamp(min=1))}
 
     def mismatched_log_ratios(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         """Return the log-ratios of the mismatched answers, (E,) without gradients; (0,) if the loss needs none."""

@@ -12,7 +12,7 @@ Shapes: B rows, T positions, n_b supervised tokens of row b.
 
 import math
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,9 @@ from peftcore.train.supervised_head import is_compiled
 
 class Objective:
     """Interface between a trainer and its loss. An item is a supervised token, or an example."""
+
+    returns_outputs: ClassVar[bool] = True
+    """True if `compute_loss` can also return the model's outputs, from which Trainer takes predictions."""
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
@@ -113,6 +116,10 @@ class Objective:
             loss = loss * (self.trainer.accelerator.num_processes // self.trainer.get_tp_size())
         return loss
 
+    def unrecorded(self) -> list[Any]:
+        """Return the list to which forward passes of training append; a rollback removes what its step appended."""
+        return []
+
     def record(self) -> dict[str, float]:
         """Return metrics of the steps since the last training record, and forget those steps. A collective call."""
         return {}
@@ -187,8 +194,9 @@ class TokenObjective(Objective):
         return losses.mean() if num_items is None else self.share_of_mean(losses.sum(), num_items)
 
     def batch_weight(self, batch: Any) -> Tensor:
-        """Return the summed weight of a batch's supervised tokens, a scalar."""
-        return token_weights(batch[WEIGHT], supervised_positions(batch["labels"])).sum()
+        """Return the summed weight of a batch's supervised tokens, a scalar; without weights, each token weighs 1."""
+        mask = supervised_positions(batch["labels"])
+        return token_weights(batch[WEIGHT], mask).sum() if WEIGHT in batch else mask.sum().float()
 
     def evaluates_rows(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
         """Return True if the model's own loss of this batch is the mean over its supervised tokens."""
@@ -212,8 +220,7 @@ class TokenObjective(Objective):
         tokens = sum(int(batch["tokens"].sum()) for batch in batches)
         if not tokens:
             raise TrainingError("the evaluation set has no supervised token; check its labels")
-        weighted = any(WEIGHT in batch for batch in batches)
-        weight = sum(batch[WEIGHT].double().sum().item() for batch in batches) if weighted else tokens
+        weight = sum(batch.get(WEIGHT, batch["tokens"]).double().sum().item() for batch in batches)
         return {"loss": loss / weight if weight else math.nan, "tokens": tokens}
 
 

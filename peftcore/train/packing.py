@@ -22,7 +22,7 @@ from peftcore.detection import detect
 from peftcore.errors import TrainingError
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.model import PeftModel
-from peftcore.train.batches import WEIGHT
+from peftcore.train.batches import WEIGHT, row_weights
 from peftcore.train.losses import IGNORED
 from peftcore.train.model_loss import has_causal_loss
 
@@ -43,7 +43,7 @@ class PackedCollator:
     varlen: bool = False
 
     def __call__(self, rows: Sequence[Row | Sequence[Row]]) -> dict[str, Any]:
-        """Return `input_ids`, `labels`, `position_ids` and, if documents have one, `weight`, each (1, T)."""
+        """Return `input_ids`, `labels`, `position_ids` and, if a document has one, `weight`, each (1, T)."""
         documents = [one for row in rows for one in ([row] if isinstance(row, Mapping) else row)]
         lengths = [len(document["input_ids"]) for document in documents]
         labels = [torch.tensor(document["labels"]) for document in documents]
@@ -55,9 +55,8 @@ class PackedCollator:
             "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
             "use_cache": False,
         }
-        if WEIGHT in documents[0]:
-            weights = torch.tensor([document[WEIGHT] for document in documents], dtype=torch.float32)
-            batch[WEIGHT] = weights.repeat_interleave(torch.tensor(lengths))[None]
+        if any(WEIGHT in document for document in documents):
+            batch[WEIGHT] = row_weights(documents).repeat_interleave(torch.tensor(lengths))[None]
         if self.varlen:
             bounds = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
             batch |= {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds}

@@ -130,7 +130,8 @@ class Orpo:
         ratio = _log_odds(means.chosen) - _log_odds(means.rejected)
         losses = -means.chosen - self.beta * F.logsigmoid(ratio)
         metrics = _rewards(self.beta * means.chosen, self.beta * means.rejected) | _log_probs(policy)
-        return losses, metrics | {"nll": -means.chosen.detach(), "log_odds_ratio": ratio.detach()}
+        metrics |= {"nll": -means.chosen.detach(), "log_odds_chosen": ratio.detach()}
+        return losses, metrics | {"log_odds_ratio": F.logsigmoid(ratio).detach()}
 
 
 @dataclass(frozen=True)

@@ -106,6 +106,11 @@ class Processes:
         """Return the value of each process by its index. A collective call."""
         return gather_object([value]) if self.trainer.accelerator.num_processes > 1 else [value]
 
+    def share_of(self, values: list[Any]) -> list[Any]:
+        """Return this process's share of the values that `of_each` gave to a run with any number of processes."""
+        accelerator = self.trainer.accelerator
+        return values[accelerator.process_index :: accelerator.num_processes]
+
     # -- data parallel -------------------------------------------------------------------------------------------
 
     def start(self) -> None:

@@ -18,7 +18,13 @@ from torch.nn import functional as F
 from transformers import Trainer
 
 from peftcore.errors import ConfigError, TrainingError
-from peftcore.train.batches import WEIGHT, LengthGroupedSampler, RightPaddingCollator
+from peftcore.train.batches import (
+    WEIGHT,
+    LengthGroupedSampler,
+    RightPaddingCollator,
+    row_weights,
+    with_model_padding,
+)
 from peftcore.train.example_objective import ExampleObjective
 from peftcore.train.ranking import ranking_metrics, ranks
 from peftcore.train.trainer import AdapterTrainerMixin
@@ -46,7 +52,7 @@ class RerankingCollator(RightPaddingCollator):
             for number, ids in enumerate(types):
                 batch["token_type_ids"][number, : len(ids)] = torch.as_tensor(ids, dtype=torch.long)
         batch = {name: tensor.unflatten(0, (len(rows), most)) for name, tensor in batch.items()}
-        return batch | {WEIGHT: torch.tensor([row.get(WEIGHT, 1.0) for row in rows], dtype=torch.float32)}
+        return batch | {WEIGHT: row_weights(rows)}
 
 
 def _filled(sequences: Sequence[Sequence[int]], count: int) -> list[Sequence[int]]:
@@ -62,7 +68,7 @@ def passage_scores(model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
     mask = inputs["attention_mask"]
     present = mask.any(-1)
     names = [name for name in ("input_ids", "attention_mask", "token_type_ids") if name in inputs]
-    logits = model(**{name: inputs[name][present] for name in names}).logits
+    logits = model(**with_model_padding(model, {name: inputs[name][present] for name in names})).logits
     if logits.shape != (int(present.sum()), 1):
         raise TrainingError(
             f"{type(model).__name__} returns logits of shape {tuple(logits.shape)} for {int(present.sum())} pairs; a "

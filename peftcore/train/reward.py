@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftcore.errors import ConfigError, TrainingError
+from peftcore.train.batches import with_model_padding
 
 ADVICE = "load AutoModelForSequenceClassification.from_pretrained(..., num_labels=1)"
 
@@ -80,7 +81,8 @@ def sequence_rewards(model: nn.Module, input_ids: Tensor, attention_mask: Tensor
     Raises:
         TrainingError: The model does not have one output for each sequence.
     """
-    logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
+    inputs = with_model_padding(model, {"input_ids": input_ids, "attention_mask": attention_mask})
+    logits = model(**inputs).logits
     if logits.shape != (len(input_ids), 1):
         raise TrainingError(
             f"{type(model).__name__} returns logits of shape {tuple(logits.shape)} for {len(input_ids)} answers; a "

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from peftcore.errors import TrainingError
-from peftcore.train.batches import WEIGHT, LengthGroupedSampler, RightPaddingCollator
+from peftcore.train.batches import WEIGHT, LengthGroupedSampler, RightPaddingCollator, row_weights
 from peftcore.train.example_objective import ExampleObjective
 from peftcore.train.reward import BradleyTerry, pair_rewards
 from peftcore.train.trainer import AdapterTrainerMixin
@@ -40,7 +40,7 @@ class RewardCollator(RightPaddingCollator):
         padded = self._padded(sides)
         batch = {name: padded[name].unflatten(0, (len(rows), 2)) for name in ("input_ids", "attention_mask")}
         batch["labels"] = torch.zeros(len(rows), dtype=torch.long)
-        batch[WEIGHT] = torch.tensor([row.get(WEIGHT, 1.0) for row in rows], dtype=torch.float32)
+        batch[WEIGHT] = row_weights(rows)
         if any(row.get(MARGIN) is not None for row in rows):
             batch[MARGIN] = torch.tensor([row.get(MARGIN) or 0.0 for row in rows], dtype=torch.float32)
         return batch

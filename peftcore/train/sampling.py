@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from peftcore.errors import ConfigError
-from peftcore.train.batches import WEIGHT, RightPaddingCollator
+from peftcore.train.batches import WEIGHT, RightPaddingCollator, row_weights
 from peftcore.train.losses import IGNORED
 from peftcore.train.out_of_memory import is_out_of_memory
 from peftcore.train.reference import inference_mode
@@ -76,8 +76,8 @@ class PromptCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return the `rows`, their `weight` (B,), 1 by default, and `labels` (B, 1), which mark rows that count."""
-        weights = torch.tensor([row.get(WEIGHT, 1.0) for row in rows], dtype=torch.float32)
-        return {ROWS: [dict(row) for row in rows], WEIGHT: weights, "labels": torch.zeros(len(rows), 1).long()}
+        labels = torch.zeros(len(rows), 1).long()
+        return {ROWS: [dict(row) for row in rows], WEIGHT: row_weights(rows), "labels": labels}
 
 
 class AnswerSampler:

@@ -40,6 +40,7 @@ class StepGuard:
         self._step_loss: Tensor | None = None  # sum over the micro-batches of this step so far
         self.rolled_back = False
         """True if the present optimiser step was rolled back, and so has no gradients."""
+        self._unrecorded_before: list[int] = []  # lengths of `_unrecorded` when this step began
 
     def state(self) -> dict[str, Any]:
         """Return the values (JSON types) with which a resumed run continues."""
@@ -56,6 +57,12 @@ class StepGuard:
         """Let optimiser and schedule continue if the step before was rolled back."""
         if self.rolled_back:
             self._set_rolled_back(False)
+        if self._step_loss is None:
+            self._unrecorded_before = [len(values) for values in self._unrecorded()]
+
+    def _unrecorded(self) -> tuple[list[Any], list[Any]]:
+        """Return the lists of values since the last training record, to which each step appends."""
+        return self.trainer.regularizer.values, self.trainer.training_objective.unrecorded()
 
     def check_loss(self, loss: Tensor, num_items: Tensor | int | None = None) -> Tensor:
         """Return the loss of a micro-batch for Trainer's running sum; check the step's loss after its last micro-batch.
@@ -108,6 +115,8 @@ class StepGuard:
     def _roll_back(self, message: str) -> None:
         assert self.snapshot is not None  # taken when training began
         self.snapshot.restore(self.trainer)
+        for values, length in zip(self._unrecorded(), self._unrecorded_before, strict=True):
+            del values[length:]
         self.detector.reset(self._losses_at_snapshot)
         self.rollbacks += 1
         self.counts["rollbacks"] += 1

@@ -275,8 +275,18 @@ class AdapterTrainerMixin(_Base):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> Any:
-        """Evaluate as Trainer does; if only the loss is needed, return its mean over items, not over batches."""
+        """Evaluate as Trainer does; if only the loss is needed, return its mean over items, not over batches.
+
+        Raises:
+            TrainingError: Predictions are asked for, and the objective has none.
+        """
         loss_only = self.args.prediction_loss_only if prediction_loss_only is None else prediction_loss_only
+        if not loss_only and not self.training_objective.returns_outputs:
+            raise TrainingError(
+                f"{type(self).__name__} keeps no predictions for compute_metrics and predict; set "
+                "prediction_loss_only=True in the training arguments, with which evaluate and predict return its own "
+                "metrics, or call the model for predictions"
+            )
         output = evaluate_rows(self, dataloader, metric_key_prefix) if loss_only else None
         if output is not None:
             return output

@@ -1,6 +1,7 @@
 """What all commands share: errors as exit codes, one document on stdout, and the folders that are meant."""
 
 import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,16 @@ import pytest
 import typer
 from safetensors import SafetensorError
 
-from flows.commands.common import adapter_and_base, at_stage, errors, holders, newest, one_document, project
-from flows.errors import BusyError, DataError, GateError, RegistryConflict, RegistryError, RepositoryError
+from flows.commands.common import adapter_and_base, at_stage, errors, holders, newest, one_document, project, writable
+from flows.errors import (
+    BaseModelError,
+    BusyError,
+    DataError,
+    GateError,
+    RegistryConflict,
+    RegistryError,
+    RepositoryError,
+)
 from flows.params import Params
 from flows.paths import Paths
 from flows.registry.project_registry import registry_of
@@ -73,6 +82,9 @@ def test_folders_that_are_not_given_are_the_pipelines(tmp_path: Path, monkeypatc
     (tmp_path / "below").mkdir()
     monkeypatch.chdir(tmp_path / "below")
     paths = Paths(tmp_path)
+    with pytest.raises(BaseModelError, match="artifacts/base; run `peftcore stage fetch`"):
+        adapter_and_base(None, None)
+    paths.base.mkdir(parents=True)
     assert adapter_and_base(None, None) == (paths.adapter, paths.base)
     assert adapter_and_base(Path("a"), None) == (Path("a"), paths.base)
     assert adapter_and_base(None, Path("b")) == (paths.adapter, Path("b"))
@@ -110,3 +122,16 @@ def test_versions_and_holders_are_those_of_the_tags(project: Any) -> None:
     assert holders(project.params, project.paths) == {}
     tag("docstrings#shadow#1")
     assert holders(project.params, project.paths) == {"shadow": "v0.10.0"}
+
+
+def test_a_file_that_cannot_be_written_is_a_usage_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    for fits in (None, Path("file"), Path("new"), Path("new/folder/page.html"), tmp_path / "page.html"):
+        assert writable(fits) == fits
+    for name, message in (("", "is a folder; give a file"), ("file/page.html", "because .*file is no folder")):
+        with pytest.raises(typer.BadParameter, match=message):
+            writable(Path(name))
+    monkeypatch.setattr("os.access", lambda _, mode: mode == os.F_OK)  # a folder that is read-only
+    with pytest.raises(typer.BadParameter, match="that you can write to"):
+        writable(Path("page.html"))

@@ -66,6 +66,19 @@ def test_keys_of_parameters_and_metrics(released: Path, monkeypatch: pytest.Monk
     assert completion.params("") == []
 
 
+def test_files_of_another_form_break_nothing(released: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(released)
+    (released / "metrics.json").write_text("[1]")
+    assert completion.metrics("") == []
+    (released / "params.yaml").write_text("project: mail\n")
+    assert completion.params("") == ["project="] and "v0.1.0" in completion.versions("")
+    for text in (b"- project\n", b"project: {name: \xff}\n"):
+        (released / "params.yaml").write_bytes(text)
+        assert completion.params("") == []
+    (released / "dvc.yaml").write_text("stages: {1: {cmd: x}}\n")
+    assert completion.stages("") == ["1"]
+
+
 def test_it_loads_nothing_heavy(released: Path) -> None:
     """Neither the commands nor an answer needs a library that takes long to load."""
     loaded = released / "modules.txt"

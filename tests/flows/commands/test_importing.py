@@ -46,6 +46,13 @@ def test_a_key_without_counterpart_writes_nothing_until_it_is_left_out(rows: Pat
     assert load_params(root / "params.yaml").train.learning_rate == 5e-5
 
 
+def test_a_folder_that_cannot_be_made_is_one_message(rows: Path, tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text(AXOLOTL)
+    refused = peftcore("import", "axolotl", str(file), str(rows / "new"), "--data", str(rows), "--hardware", "cpu")
+    assert refused.exit_code == 1 and "cannot be made: Not a directory; choose another folder" in refused.stderr
+
+
 def test_a_file_without_data_needs_the_option(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(AXOLOTL)
     done = peftcore("import", "axolotl", str(tmp_path / "a.yaml"), str(tmp_path / "new"))

@@ -109,7 +109,11 @@ def test_redaction_without_a_record_is_a_usage_error(
 
 
 def test_a_watching_server_follows_the_project_here(here: Any, served: list[ServeOptions]) -> None:
-    done = peftcore("serve", "--watch", "--watch-seconds", "0.5", "--watch-remote", "origin")
+    command = ["serve", "--watch", "--watch-seconds", "0.5", "--watch-remote", "origin"]
+    early = peftcore(*command)
+    assert early.exit_code == 1 and "artifacts/base; run `peftcore stage fetch`" in early.stderr
+    here.paths.base.mkdir()
+    done = peftcore(*command)
     assert done.exit_code == 0, done.stderr
     (options,) = served
     assert options.project == (here.paths, here.params)
@@ -133,6 +137,7 @@ def test_an_option_without_the_one_that_it_belongs_to_is_a_usage_error(
 
 
 def test_a_server_that_records_or_watches_has_the_default_limits(here: Any, served: list[ServeOptions]) -> None:
+    here.paths.base.mkdir()
     done = peftcore("serve", "--watch", "--record", str(here.root / "records"))
     assert done.exit_code == 0, done.stderr
     (options,) = served

@@ -46,6 +46,15 @@ def test_a_version_is_approved_and_then_promoted(project: Any, monkeypatch: pyte
     assert peftcore("promote").exit_code == 0
 
 
+def test_a_file_that_cannot_be_written_is_refused_before_the_promotion(here: Any) -> None:
+    file = here.root / "params.yaml" / "verdict.md"
+    refused = peftcore("promote", "--markdown", str(file))
+    assert refused.exit_code == 2 and "cannot be written" in refused.stderr
+    for command in (["review", "v0.1.0", "--out"], ["status", "--all", "--page"], ["ci", "--dry-run", "--report"]):
+        assert peftcore(*command, str(file)).exit_code == 2
+    assert "nothing is promoted yet" in peftcore("status", "--no-stages").stdout
+
+
 def test_rolling_back(here: Any) -> None:
     peftcore("promote")
     assert peftcore("rollback", "--reason", "why").exit_code == 1

@@ -108,6 +108,7 @@ def test_a_remote_that_is_none_is_one_message(here: Any) -> None:
 
 def test_garbage_is_told_as_a_table_or_as_json(here: Any) -> None:
     here.register(loss=2.6, weight=2.0)
+    assert peftcore("registry", "gc", "--exclusive", "--dry-run").exit_code == 2, "it belongs to --remote"
     dry = peftcore("registry", "gc", "--keep", "1", "--dry-run")
     assert dry.exit_code == 0, dry.stderr
     assert "versions whose files would be removed: v0.1.0" in dry.stdout

@@ -24,6 +24,26 @@ def test_a_file_is_trusted_by_name_and_the_earlier_option_says_its_new_name(
     assert read_excluded(project.paths) == {} and read_trusted(project.paths) == {"a" * 64: "week2.jsonl"}
 
 
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["--trust", ""], 1, "is neither excluded nor quarantined"),
+        (["--trust", "week2.jsonl", "--force"], 2, "leave --force and --push-to out"),
+        (["--trust", "week2.jsonl", "--push-to", "origin"], 2, "leave --force and --push-to out"),
+    ],
+)
+def test_trust_never_starts_a_retraining_and_takes_no_option_of_one(
+    project: Any, monkeypatch: pytest.MonkeyPatch, arguments: list[str], status: int, message: str
+) -> None:
+    monkeypatch.chdir(project.root)
+    monkeypatch.setattr("flows.retraining.flow.run_retraining", lambda *_: pytest.fail("a retraining started"))
+    project.paths.retraining.mkdir(parents=True)
+    exclude(project.paths, {"week2.jsonl": "a" * 64}, "by hand")
+    done = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["retrain", *arguments])
+    assert done.exit_code == status and message in done.stderr, done.stderr
+    assert read_trusted(project.paths) == {}
+
+
 def test_help_shows_the_present_option_only() -> None:
     text = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["retrain", "--help"]).stdout
     assert "--trust" in text and "--release" not in text

@@ -30,6 +30,12 @@ def test_a_page_can_have_another_place_and_json_names_it(here: Any, tmp_path: Pa
     assert json.loads(peftcore("review", "--json").stdout) == {"page": str(here.paths.review)}
 
 
+def test_the_last_runs_page_has_one_place_only(here: Any, tmp_path: Path) -> None:
+    refused = peftcore("review", "--out", str(tmp_path / "mine.html"))
+    assert refused.exit_code == 2 and "it needs runs to compare" in refused.stderr
+    assert not here.paths.review.exists()
+
+
 def test_a_project_at_a_server_is_compared_with_the_runs_that_are_named(
     here: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

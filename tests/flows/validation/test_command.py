@@ -1,6 +1,8 @@
 """`peftcore doctor`: rows, findings, and exit status 1 where there is an error."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,14 @@ def test_what_is_left_of_the_demonstration_is_told(root: Path) -> None:
 def test_json_is_all_findings(root: Path) -> None:
     findings = json.loads(doctor("--json").stdout)["findings"]
     assert {finding["severity"] for finding in findings} == {"ok"}
+
+
+def test_json_is_alone_on_stdout_in_a_process_of_its_own(root: Path) -> None:
+    """transformers prints to stdout when it is imported and WANDB_MODE is offline."""
+    done = subprocess.run(
+        [sys.executable, "-m", "flows", "doctor", "--json"], cwd=root, capture_output=True, text=True, check=True
+    )
+    assert {finding["severity"] for finding in json.loads(done.stdout)["findings"]} == {"ok"}
 
 
 def test_rewards_are_tried(root: Path) -> None:

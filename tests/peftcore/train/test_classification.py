@@ -120,6 +120,14 @@ def test_without_weights_the_loss_is_the_models_own(tmp_path: Path) -> None:
     assert made.compute_loss(model, batch).item() == pytest.approx(own.item(), rel=1e-6)
 
 
+def test_the_collators_padding_token_changes_nothing(tmp_path: Path) -> None:
+    model, data = adapted().eval(), rows(4)
+    assert model.config.pad_token_id == 0
+    made = trainer(model, tmp_path, data)
+    expected, loss = (made.compute_loss(model, ClassificationCollator(pad)(data)).item() for pad in (0, 3))
+    assert loss == pytest.approx(expected, rel=1e-6)
+
+
 def test_balanced_classes_weigh_alike() -> None:
     labels = [0, 0, 0, 1, 1, 3]
     weights = balanced_class_weights(labels, 4)

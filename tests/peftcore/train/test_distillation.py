@@ -192,6 +192,14 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
         assert torch.equal(tensor, trained(resumed.model)[name]), name
 
 
+def test_a_run_resumes_with_more_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = trainer(adapted(), tmp_path, chats(2)).training_objective
+    monkeypatch.setattr(type(objective.trainer.accelerator), "num_processes", 2)
+    monkeypatch.setattr(type(objective.trainer.accelerator), "process_index", 1)
+    objective.load_state({"sums": [[torch.ones(3)]]})
+    assert objective.unrecorded() == []
+
+
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
     model = adapted()
     with pytest.raises(TrainingError, match="the teacher adapter 'default' is trained"):

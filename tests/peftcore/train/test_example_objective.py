@@ -80,7 +80,51 @@ def test_a_batch_of_another_collator_says_which_fits(tmp_path: Path) -> None:
         trainer(adapted(), tmp_path, pairs(3), data_collator=collate).train()
 
 
+def test_a_step_that_was_rolled_back_is_in_no_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options: dict[str, Any] = {"max_steps": 4, "logging_steps": 4, "faults": FaultPolicy(on_bad_loss="rollback")}
+    made = trainer(adapted(), tmp_path, pairs(8), **options)
+    real = made.training_objective.example_losses
+
+    def spoilt(model: Any, inputs: dict[str, Any]) -> Any:
+        losses, metrics = real(model, inputs)
+        factor = math.nan if made.state.global_step == 1 else 1.0
+        return losses * factor, {name: values * factor for name, values in metrics.items()}
+
+    monkeypatch.setattr(made.training_objective, "example_losses", spoilt)
+    made.train()
+    record = made.state.log_history[0]
+    assert record["rollbacks"] == 1
+    assert all(math.isfinite(record[name]) for name in ("loss", "rewards/margins", "logps/chosen"))
+
+
+def test_predictions_that_nobody_keeps_are_refused(tmp_path: Path) -> None:
+    made = trainer(adapted(), tmp_path, pairs(4), prediction_loss_only=False)
+    with pytest.raises(
+        TrainingError, match=r"no predictions for compute_metrics and predict; set prediction_loss_only"
+    ):
+        made.predict(made.train_dataset)
+    made.compute_metrics = lambda predictions: {"seen": len(predictions.predictions)}
+    with pytest.raises(TrainingError, match="PreferenceTrainer keeps no predictions"):
+        made.evaluate(made.train_dataset)
+    made.args.prediction_loss_only = True
+    assert "test_rewards/margins" in made.predict(made.train_dataset).metrics
+
+
 # -- several processes ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("before", "now", "expected"), [(1, 2, [[0], []]), (3, 2, [[0, 2], [1]])])
+def test_a_run_resumes_with_another_number_of_processes(
+    before: int, now: int, expected: list[list[int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = trainer(adapted(), tmp_path, pairs(4))
+    state = {"metric_sums": [[{"nll": torch.tensor(number)}] for number in range(before)]}
+    monkeypatch.setattr(type(made.accelerator), "num_processes", now)
+    for process, numbers in enumerate(expected):
+        monkeypatch.setattr(type(made.accelerator), "process_index", process)
+        made.training_objective.reset()
+        made.training_objective.load_state(state)
+        assert [sums["nll"].item() for sums in made.training_objective.unrecorded()] == numbers
 
 
 @pytest.fixture(scope="module")

@@ -292,6 +292,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, iterations: i
     assert len(set(losses(straight))) == 3
 
 
+def test_a_run_resumes_with_more_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    objective = trainer(adapted(), tmp_path, objective=Grpo(group_size=2, iterations=2)).training_objective
+    monkeypatch.setattr(type(objective.trainer.accelerator), "num_processes", 2)
+    monkeypatch.setattr(type(objective.trainer.accelerator), "process_index", 1)
+    sums: list[Any] = [[{"reward": torch.tensor(1.0)}]]
+    objective.load_state({"metric_sums": sums, "groups": [0, 0], "rows_at_once": None, "reused": [[{}]]})
+    assert objective.unrecorded() == [] and objective._reused == []  # so this process samples new answers
+
+
 def test_sampling_leaves_random_states_and_training_flags(tmp_path: Path) -> None:
     model = adapted(lora_dropout=0.5)
     made = trainer(model, tmp_path)

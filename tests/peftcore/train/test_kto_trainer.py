@@ -178,6 +178,19 @@ def test_a_batch_of_one_row_has_no_mismatched_answer(tmp_path: Path) -> None:
     assert [record["kl"] for record in made.state.log_history if "loss" in record][1] == 0
 
 
+def test_a_process_without_mismatched_answers_does_not_change_the_reference_point(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = trainer(adapted(), tmp_path, answers(4))
+    objective, batch = made.training_objective, UnpairedPreferenceCollator(0)(answers(4))
+    alone = objective.with_reference_point(made.model, batch)["reference_point"]
+    # a second process has a batch of one row, so it adds zeros
+    monkeypatch.setattr(made.accelerator, "reduce", lambda tensor, how: tensor / 2 if how == "mean" else tensor)
+    both = objective.with_reference_point(made.model, batch)["reference_point"]
+    assert alone > 0.01
+    torch.testing.assert_close(both, alone)
+
+
 def test_parts_of_a_batch_have_the_gradients_of_the_whole(tmp_path: Path) -> None:
     results = []
     for rows_at_once in (None, 3):

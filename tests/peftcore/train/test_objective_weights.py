@@ -78,6 +78,21 @@ def test_weights_of_one_and_no_weights_are_the_same_training(tmp_path: Path) -> 
     assert "weight" not in RightPaddingCollator(0)(rows(None)) and "weight" not in PackedCollator()(rows(None))
 
 
+@pytest.mark.parametrize("collate", [RightPaddingCollator(0), PackedCollator()], ids=["padded", "packed"])
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_rows_without_a_weight_among_others_weigh_one(tmp_path: Path, accumulation: int, collate: Any) -> None:
+    data = [row | ({"weight": 0.0} if number in (1, 2) else {}) for number, row in enumerate(rows(None))]
+    expected, weights = step_by_hand(data)
+    for given in (data, Dataset.from_list([data[1], *data]).select(range(1, 9))):  # missing, and None
+        options = {"per_device_train_batch_size": 8 // accumulation, "gradient_accumulation_steps": accumulation}
+        made = trainer(tmp_path, given, collate=collate, train_sampling_strategy="sequential", **options)
+        made.train()
+        assert made.state.log_history[0]["loss"] == pytest.approx(expected, abs=1e-5)
+        for name, tensor in trained(made.model).items():
+            torch.testing.assert_close(tensor, weights[name], rtol=1e-6, atol=1e-8)
+        assert made.evaluate(given)["eval_loss"] == pytest.approx(by_hand(made.model.eval(), data).item(), rel=1e-6)
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_evaluation_weighs_as_training_does(tmp_path: Path, batch_size: int) -> None:
     data, model = rows(WEIGHTS), adapted().double().eval()

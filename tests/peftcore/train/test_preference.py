@@ -82,7 +82,7 @@ def test_orpo_is_the_papers_formula() -> None:
     for i, loss in enumerate(losses.tolist()):
         p, q = (math.exp(POLICY[side][i] / TOKENS[side][i].item()) for side in (0, 1))
         ratio = math.log((p / (1 - p)) / (q / (1 - q)))
-        assert figures["log_odds_ratio"][i].item() == pytest.approx(ratio, rel=1e-12)
+        assert figures["log_odds_chosen"][i].item() == pytest.approx(ratio, rel=1e-12)
         assert loss == pytest.approx(-math.log(p) - 0.25 * math.log(sigmoid(ratio)), rel=1e-12)
 
 
@@ -239,11 +239,12 @@ def test_orpos_odds_are_trls(trl_trainer: Any) -> None:
         ]
         losses, figures = Orpo(beta=0.4).losses(pair_log_probs(model, PreferenceCollator(0)(rows)), None)
     fake: Any = SimpleNamespace(beta=0.4, accelerator=SimpleNamespace(device="cpu"))
-    odds, chosen, rejected, _, ratio = ORPOTrainer.odds_ratio_loss(fake, *means)
+    odds, chosen, rejected, log_odds_ratio, log_odds_chosen = ORPOTrainer.odds_ratio_loss(fake, *means)
     torch.testing.assert_close(losses, -means[0] - odds.double(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(figures["rewards/chosen"], chosen.double(), rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(figures["rewards/rejected"], rejected.double(), rtol=1e-5, atol=1e-6)
-    assert figures["log_odds_ratio"].mean().item() == pytest.approx(ratio.item(), rel=1e-5)
+    assert figures["log_odds_ratio"].mean().item() == pytest.approx(log_odds_ratio.item(), rel=1e-5)
+    assert figures["log_odds_chosen"].mean().item() == pytest.approx(log_odds_chosen.item(), rel=1e-5)
 
 
 def test_simpos_losses_are_trls() -> None:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from quiet_training import DieAt, Stop, assert_same, losses, quiet_arguments, trained, without_printing
 from torch.nn import functional as F
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
 from peftcore import ConfigError, LoraConfig, TaskType, TrainingError, get_peft_model
 from peftcore.train import RerankingCollator, RerankingTrainer, passage_scores, reranking_losses
@@ -41,6 +41,18 @@ def trainer(folder: Path, model: Any, dataset: Any, *callbacks: Any, **options: 
             data_collator=RerankingCollator(0), **own,
         )
     )  # fmt: skip
+
+
+def test_the_collators_padding_token_changes_no_score_of_a_decoder() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(LlamaConfig(vocab_size=60, num_labels=1, pad_token_id=1, **sizes)).eval()
+    data = [{"pairs_input_ids": row["pairs_input_ids"]} for row in rows(3)]
+    for row in data:
+        row["pairs_input_ids"] = [[5 if token == 1 else token for token in ids] for ids in row["pairs_input_ids"]]
+    with torch.no_grad():
+        expected, scores = (passage_scores(model, RerankingCollator(pad)(data)) for pad in (1, 0))
+    torch.testing.assert_close(scores, expected)
 
 
 def scores_by_hand(model: Any, row: dict[str, Any]) -> torch.Tensor:

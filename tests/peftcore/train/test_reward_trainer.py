@@ -118,10 +118,12 @@ def test_a_pair_without_a_margin_has_the_margin_zero() -> None:
     assert RewardCollator(0)([rows[0] | {"margin": None}, rows[1] | {"margin": 2.0}])["margin"].tolist() == [0.0, 2.0]
 
 
-def test_padding_changes_no_reward() -> None:
+@pytest.mark.parametrize("pad", [0, 3])
+def test_padding_changes_no_reward(pad: int) -> None:
     model, rows = adapted().double().eval(), answers(6)
+    assert model.config.pad_token_id == 0
     with torch.no_grad():
-        chosen, rejected = pair_rewards(model, RewardCollator(0)(rows))
+        chosen, rejected = pair_rewards(model, RewardCollator(pad)(rows))
         torch.testing.assert_close(chosen, rewards_alone(model, rows, "chosen"))
         torch.testing.assert_close(rejected, rewards_alone(model, rows, "rejected"))
 
