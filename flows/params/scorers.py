@@ -23,7 +23,7 @@ BUILT_IN: Mapping[str, tuple[str, ...]] = {
     "regex": ("pattern", "whole"),
     "json_schema": ("schema",),
     "chrf": ("word_order",),
-    "bleu": (),
+    "bleu": ("tokenize",),
     "rouge_l": (),
     "token_f1": (),
     "length": ("unit",),

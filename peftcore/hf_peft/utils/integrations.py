@@ -1,6 +1,7 @@
 """`peft.utils.integrations`: the weights of quantised layers, and DeepSpeed's sharded parameters."""
 
 import contextlib
+import importlib
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
@@ -34,7 +35,7 @@ def dequantize_module_weight(module: nn.Module) -> Tensor:
     return base_weight(module, type(module).__name__).read()
 
 
-def dequantize_bnb_weight(weight: nn.Parameter, state: Any = None) -> Tensor:
+def dequantize_bnb_weight(weight: Any, state: Any = None) -> Tensor:
     """Return a weight of bitsandbytes (out_features, in_features) without quantisation.
 
     Args:
@@ -45,7 +46,8 @@ def dequantize_bnb_weight(weight: nn.Parameter, state: Any = None) -> Tensor:
         ConfigError: the weight is of another type, or its scales are not known.
     """
     bits = get_bnb_param_type(weight)
-    scales = next((one for one in (getattr(state, "SCB", None), getattr(weight, "SCB", None)) if one is not None), None)
+    scales: Any = getattr(state, "SCB", None)
+    scales = getattr(weight, "SCB", None) if scales is None else scales
     if not bits or (bits == "8bit" and scales is None):
         raise ConfigError(
             f"dequantize_bnb_weight takes a weight of bitsandbytes, of 8 bits with its layer's state; got "
@@ -66,7 +68,7 @@ def get_bnb_param_type(param: nn.Parameter) -> Literal[False, "4bit", "8bit"]:
 
 def check_deepspeed_zero3_enabled() -> bool:
     """Return True if transformers runs under DeepSpeed ZeRO-3, which divides parameters among processes."""
-    from transformers.integrations import is_deepspeed_zero3_enabled  # here, because it imports much
+    from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled  # here, because it imports much
 
     return is_deepspeed_zero3_enabled()
 
@@ -85,8 +87,7 @@ def gather_params_ctx(
     if not check_deepspeed_zero3_enabled():
         yield
         return
-    import deepspeed  # pyright: ignore[reportMissingImports]
-
+    deepspeed: Any = importlib.import_module("deepspeed")  # installed wherever ZeRO-3 runs
     with deepspeed.zero.GatheredParameters(param, modifier_rank=modifier_rank, fwd_module=fwd_module):
         yield
 
