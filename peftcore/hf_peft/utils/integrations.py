@@ -103,7 +103,5 @@ def init_empty_weights(include_buffers: bool | None = None) -> Iterator[None]:
         MissingExtraError: accelerate is not installed.
     """
     require_extra("train", "init_empty_weights", "accelerate")
-    from accelerate import init_empty_weights as on_meta_device  # here, because it imports much
-
-    with on_meta_device(include_buffers=include_buffers):
+    with importlib.import_module("accelerate").init_empty_weights(include_buffers=include_buffers):
         yield
