@@ -449,10 +449,11 @@ class PeftConfig(SharedOptions):
             pretrained_model_name_or_path: A directory, or a hub id such as "owner/name".
             subfolder: Folder of the adapter inside of the directory or repository.
             kwargs: Options of a download: `revision`, `token`, `cache_dir`, `force_download`, `local_files_only` and
-                the others of `huggingface_hub.hf_hub_download`. Fields of the configuration are no options; assign
-                them to the result.
+                the others of `huggingface_hub.hf_hub_download`.
 
-                `trust_remote_code=True` is a warning, because a configuration of an adapter has no code.
+                Fields of the configuration do not override the file, as in HF PEFT: a value that differs from the
+                file's is a warning. `trust_remote_code=True` is one too, because a configuration of an adapter has no
+                code.
 
         Raises:
             CheckpointError: If `adapter_config.json` is absent or not valid JSON, or cannot be downloaded.
@@ -465,10 +466,22 @@ class PeftConfig(SharedOptions):
                 "no code; give it to the base model's from_pretrained",
                 stacklevel=2,
             )
-        options = hub.checked_options(f"{cls.__name__}.from_pretrained", {**kwargs, "subfolder": subfolder})
-        directory = hub.adapter_directory(pretrained_model_name_or_path, needs_weights=False, **options)
+        options, others = hub.split_options(kwargs)
+        directory = hub.adapter_directory(
+            pretrained_model_name_or_path, needs_weights=False, subfolder=subfolder, **options
+        )
         with hub.naming_download(pretrained_model_name_or_path):
-            return cls._from_directory(directory)
+            config = cls._from_directory(directory)
+        function, field_names = f"{cls.__name__}.from_pretrained", {field.name for field in dataclasses.fields(config)}
+        hub.checked_options(function, {name: value for name, value in others.items() if name not in field_names})
+        for name, value in others.items():
+            if value != getattr(config, name, None):
+                warnings.warn(
+                    f"{function}: {name}={value!r} has no effect, because {CONFIG_NAME} says "
+                    f"{getattr(config, name, None)!r}; assign it to the result: config.{name} = {value!r}",
+                    stacklevel=2,
+                )
+        return config
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> "PeftConfig":

@@ -33,7 +33,9 @@ def check_base(folder: Path) -> str:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model folder."""
+    """Load the tokenizer of a model folder. Raises BaseModelError if there is no such folder."""
+    if not folder.is_dir():
+        raise BaseModelError(f"there is no base model in {folder}; run `peftcore stage fetch` first")
     return AutoTokenizer.from_pretrained(folder)
 
 

@@ -166,10 +166,11 @@ def doctor(
     """
     with errors(), project() as (params, paths):
         with one_document(as_json):  # the imports print too
+            from flows.base.folder import load_tokenizer
             from flows.data.rows import read_rows
             from flows.evaluation.reward_check import reward_findings
             from flows.params import left_over
-            from flows.validation.examination import examine, load_tokenizer
+            from flows.validation.examination import examine
             from flows.validation.preview import findings_table, preview
 
             findings, demonstration = examine(paths, params), left_over(params)
@@ -181,7 +182,7 @@ def doctor(
             print(json.dumps(result, indent=2, ensure_ascii=False))
         else:
             console = Console(highlight=False)
-            for shown in preview(paths.split("train"), load_tokenizer(paths), params.data.kind, rows):
+            for shown in preview(paths.split("train"), load_tokenizer(paths.base), params.data.kind, rows):
                 console.print(shown)
             console.print(findings_table(findings))
             for warning in demonstration:

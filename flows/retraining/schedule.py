@@ -57,7 +57,7 @@ def serve(paths: Paths, cron: str, timezone: str, push_to: str | None) -> None:
     try:
         when = CronSchedule(cron=cron, timezone=timezone)
     except ValidationError as error:
-        reason = "; ".join(one["msg"] for one in error.errors())
+        reason = "; ".join(one["msg"].removeprefix("Value error, ") for one in error.errors())
         raise ParamsError(
             f"--cron {cron!r} in --timezone {timezone!r}: {reason}; give five fields such as '0 3 * * 1' "
             "and a zone such as Europe/Berlin"

@@ -19,6 +19,8 @@ from typing import Any
 import psutil
 
 _PR_SET_PDEATHSIG = 1
+_NO_CONTAINER = "pid:[4026531836]"
+"""The number that Linux always gives the first namespace of processes (PROC_PID_INIT_INO in its sources)."""
 # loaded here, because the dynamic loader must not run between fork and exec in a process with threads
 _PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 
@@ -67,19 +69,34 @@ def is_alive(pid: int, created: float | None = None) -> bool:
 
 @cache
 def this_host() -> str:
-    """Return the host's name and a digest of its boot and container, which make process numbers unique."""
-    parts = [socket.gethostname()]
-    boot = Path("/proc/sys/kernel/random/boot_id")
-    if boot.exists():
-        parts += [boot.read_text().strip(), str(Path("/proc/self/ns/pid").readlink())]
-    return f"{parts[0]}/{hashlib.sha256(' '.join(parts).encode()).hexdigest()[:8]}"
+    """Return the host's name and digests that make process numbers unique: `name/machine/boot`.
+
+    In a container, and where Linux gives the machine no id, it is `name/digest`, of boot and container together.
+    """
+    name = socket.gethostname()
+    boot, machine = Path("/proc/sys/kernel/random/boot_id"), Path("/etc/machine-id")
+    if not boot.exists():
+        return f"{name}/{_digest(name)}"
+    booted, container = boot.read_text().strip(), str(Path("/proc/self/ns/pid").readlink())
+    identity = machine.read_text().strip() if machine.exists() and container == _NO_CONTAINER else ""
+    if not identity:
+        return f"{name}/{_digest(name, booted, container)}"
+    return f"{name}/{_digest(name, identity)}/{_digest(name, booted)}"
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()[:8]
 
 
 def is_noted_alive(note: Mapping[str, Any]) -> bool | None:
-    """Return True if a noted process lives; None if it is on another host.
+    """Return True if a noted process lives; None if it is on another host, where that cannot be checked.
+
+    A process of an earlier boot of this machine has ended.
 
     note: `pid`, and optionally `created` (seconds since 1970) and `host`, from `this_host`.
     """
-    if note.get("host", this_host()) != this_host():
-        return None
+    host, here = str(note.get("host", this_host())), this_host()
+    if host != here:
+        is_of_this_machine = here.count("/") == 2 and host.rpartition("/")[0] == here.rpartition("/")[0]
+        return False if is_of_this_machine else None
     return is_alive(int(note["pid"]), note.get("created"))

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from socket import gethostname
 from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
@@ -17,7 +18,7 @@ from flows.runtime.git import Git, GitError
 from flows.runtime.processes import is_noted_alive, this_host
 
 PREFIX = "peftcore-worktree-"
-"""Prefix of the temporary folder; a process number and a digest of the host follow, which identify leftovers if several
+"""Prefix of the temporary folder; a process number and digests of the host follow, which identify leftovers if several
 hosts share the temporary folder."""
 
 
@@ -68,14 +69,17 @@ def leftovers() -> list[Path]:
     for folder in sorted(Path(gettempdir()).glob(f"{PREFIX}*")):
         process, *rest = folder.name.removeprefix(PREFIX).split("-")
         is_own = not folder.is_symlink() and folder.stat().st_uid == os.getuid()
-        is_of_this_host = len(rest) == 1 or rest[0] == _host()  # earlier releases noted no host
-        if is_own and is_of_this_host and process.isdigit() and is_noted_alive({"pid": process}) is False:
+        note = {"pid": process}
+        if len(rest) > 1:  # earlier releases noted no host
+            note["host"] = f"{gethostname()}/{rest[0].replace('.', '/')}"
+        if is_own and process.isdigit() and is_noted_alive(note) is False:
             folders.append(folder)
     return folders
 
 
 def _host() -> str:
-    return this_host().rpartition("/")[2]
+    """Return the digests of `this_host` as a part of a file name."""
+    return this_host().partition("/")[2].replace("/", ".")
 
 
 def _share_dvc(root: Path, folder: Path) -> None:

@@ -1,6 +1,7 @@
 """Thread that follows the registry and replaces the served champion."""
 
 import logging
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -64,6 +65,8 @@ class ChampionWatcher:
         self._folder, self._seconds, self._check, self._remote = folder, seconds, check, remote
         git = Git(paths.root)
         self._registry = Registry(git, name, decides=deciding_tags(load_params(paths.params).gate, git))
+        self._directories: list[Path] = []
+        """Directories of the served version and of the one before it, which a running request may still load."""
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="peftcore-watch", daemon=True)
 
@@ -99,9 +102,17 @@ class ChampionWatcher:
             )
         directory = adapter_files(self._paths, self._registry, version, self._folder)
         self._store.swap(name, directory, (self._stage,), self._check)
+        self._remove_older_than(directory)
         logger.info("%s is now %s, the %s", name, version.number, self._stage)
         self.version, self._commit = version.number, version.commit
         return True
+
+    def _remove_older_than(self, served: Path) -> None:
+        self._directories.append(served)
+        while len(self._directories) > 2:
+            old = self._directories.pop(0)
+            if old not in self._directories:  # else it was promoted again
+                shutil.rmtree(old, ignore_errors=True)
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from flows.base.folder import load_tokenizer
 from flows.errors import DataError, StageError
 from flows.params import Data, Params
 from flows.paths import SPLITS, Paths
@@ -78,8 +79,13 @@ CHECKS: dict[str, tuple[Check, ...]] = {
 
 
 def examine(paths: Paths, params: Params) -> Findings:
-    """Check the rows that the prepare stage wrote. Raises StageError if there are none of `data.kind`."""
-    return examine_folder(paths.data, read_report(paths), load_tokenizer(paths), params.data)
+    """Check the rows that the prepare stage wrote.
+
+    Raises:
+        StageError: There are no rows of `data.kind`.
+        BaseModelError: There is no base, whose tokenizer is needed.
+    """
+    return examine_folder(paths.data, read_report(paths), load_tokenizer(paths.base), params.data)
 
 
 def examine_folder(folder: Path, report: dict[str, Any], tokenizer: PreTrainedTokenizerBase, data: Data) -> Findings:
@@ -94,11 +100,6 @@ def read_report(paths: Paths) -> dict[str, Any]:
     if not paths.data_report.exists():
         raise StageError(f"there is no {paths.data_report}; run `dvc repro prepare` first")
     return json.loads(paths.data_report.read_text())
-
-
-def load_tokenizer(paths: Paths) -> PreTrainedTokenizerBase:
-    """Return the base's tokenizer."""
-    return AutoTokenizer.from_pretrained(paths.base)
 
 
 def _run(check: Check, prepared: Prepared) -> Finding:

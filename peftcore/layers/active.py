@@ -122,6 +122,9 @@ class Selection:
             with self._lock:
                 self._open -= 1
                 self.in_use.subtract(route.names)
+                for name in set(route.names):
+                    if not self.in_use[name]:
+                        del self.in_use[name]  # else it would keep every name that was ever routed
 
     def begin_call(self, values: Mapping[Any, Mapping[str, Any]], frame: FrameType) -> None:
         """Record the start of a model call in this thread. Sibling layers may share outputs until the call ends.

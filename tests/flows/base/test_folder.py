@@ -20,6 +20,8 @@ def test_a_damaged_or_absent_base_is_refused(tiny_base: Path) -> None:
         check_base(tiny_base)
     with pytest.raises(BaseModelError, match="run `peftcore stage fetch`"):
         check_base(tiny_base / "nothing")
+    with pytest.raises(BaseModelError, match="run `peftcore stage fetch`"):
+        load_tokenizer(tiny_base / "nothing")
 
 
 def test_padding_is_the_tokenizers_own_or_its_end(tiny_base: Path) -> None:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
+from socket import gethostname
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from flows.errors import RegistryError, RepositoryError
 from flows.registry import gc
 from flows.registry.gc import Collection, collect_garbage
 from flows.registry.registry import Registry
+from flows.runtime import processes
 from flows.runtime.git import Git
 from flows.runtime.worktree import PREFIX, worktree_at
 
@@ -151,18 +153,20 @@ def test_leftovers_of_killed_processes_go_and_those_of_living_ones_stay(
     versions: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(processes, "this_host", lambda: f"{gethostname()}/machine/boot")
     dead = subprocess.Popen(["true"])
     dead.wait()
     (tmp_path / "temporary").mkdir()
     left = tmp_path / "temporary" / f"{PREFIX}{dead.pid}-abc"
     mine = left.with_name(f"{PREFIX}{os.getpid()}-abc")
-    for folder in (left, mine):
+    rebooted = left.with_name(f"{PREFIX}{os.getpid()}-machine.earlier-abc")
+    for folder in (left, mine, rebooted):
         folder.mkdir()
         versions.git("worktree", "add", "--quiet", "--detach", str(folder / "tree"), "HEAD")
     (left / "tree" / "big").write_bytes(b"0" * 5000)
-    assert list(collect(versions, dry_run=True).leftovers) == [str(left)] and left.exists()
+    assert set(collect(versions, dry_run=True).leftovers) == {str(left), str(rebooted)} and left.exists()
     assert collect(versions).leftovers[str(left)] >= 5000
-    assert not left.exists() and mine.exists()
+    assert not left.exists() and not rebooted.exists() and mine.exists()
     assert versions.git("worktree", "list").count("\n") == 2
 
 

@@ -1,5 +1,6 @@
 """A process ends with its parent, also where the system has no `prctl`."""
 
+import os
 import subprocess
 import sys
 import time
@@ -7,6 +8,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+from flows.runtime import processes
+from flows.runtime.processes import is_noted_alive, this_host
 
 ROOT = Path(__file__).parents[3]
 
@@ -38,3 +42,36 @@ def test_a_process_goes_on_while_its_parent_lives() -> None:
         time.sleep(0.5)
         assert process.poll() is None
         process.kill()
+
+
+@pytest.mark.parametrize(
+    ("here", "noted", "alive"),
+    [
+        ("vm/machine/boot", "vm/machine/boot", True),
+        ("vm/machine/boot", "vm/machine/earlier", False),  # rebooted
+        ("vm/machine/boot", "vm/other/boot", None),
+        ("vm/machine/boot", "other/machine/boot", None),
+        ("pod/container", "pod/earlier", None),  # the same name in another container, perhaps on another machine
+        ("pod/container", "pod/machine/boot", None),
+    ],
+)
+def test_a_process_of_an_earlier_boot_has_ended_and_one_of_another_machine_is_unknown(
+    here: str, noted: str, alive: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "this_host", lambda: here)
+    assert is_noted_alive({"pid": os.getpid(), "host": noted}) is alive
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a boot id")
+def test_the_host_of_a_note_names_the_boot_apart_from_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    contents = {"/proc/sys/kernel/random/boot_id": "first boot", "/etc/machine-id": "this machine"}
+    monkeypatch.setattr(Path, "exists", lambda path: str(path) in contents)
+    monkeypatch.setattr(Path, "read_text", lambda path: contents[str(path)])
+    monkeypatch.setattr(Path, "readlink", lambda path: Path("pid:[4026531836]"))
+    first = this_host.__wrapped__()
+    contents["/proc/sys/kernel/random/boot_id"] = "second boot"
+    second = this_host.__wrapped__()
+    assert first != second and first.rpartition("/")[0] == second.rpartition("/")[0]
+
+    monkeypatch.setattr(Path, "readlink", lambda path: Path("pid:[4026532000]"))  # in a container
+    assert this_host.__wrapped__().count("/") == 1

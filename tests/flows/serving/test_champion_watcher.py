@@ -73,6 +73,23 @@ def test_each_promoted_version_takes_the_place_of_the_one_before(registered: Any
     assert store.weights[1] == (project.paths.adapter / "adapter_model.safetensors").read_bytes() != store.weights[0]
 
 
+def test_files_of_the_served_version_and_the_one_before_stay_and_older_ones_go(
+    registered: Any, followed: Any, tmp_path: Path
+) -> None:
+    project, (watch, _) = registered, followed
+    for loss in (3.0, 2.0, 1.5):
+        if loss < 3.0:
+            project.register(loss=loss, weight=loss)
+        promote(project.params, project.paths)
+        assert watch.check()
+    kept = {path.parent.name for path in (tmp_path / "kept").rglob("adapter_model.safetensors")}
+    assert kept == {"v0.1.1", "v0.1.2"}
+    for again in ("v0.1.1", "v0.1.2"):
+        run_gto(project.root, "assign", "docstrings", "--version", again, "--stage", "champion", "--force")
+        assert watch.check() and watch.version == again
+    assert {path.parent.name for path in (tmp_path / "kept").rglob("adapter_model.safetensors")} == kept
+
+
 def test_a_version_that_loses_the_stage_is_served_no_longer(registered: Any, followed: Any) -> None:
     watch, store = followed
     promote(registered.params, registered.paths)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -168,8 +169,13 @@ def test_configurations_on_disk(saved: Path, tmp_path: Path) -> None:
         LoraConfig.from_peft_type(rang=3)
     with pytest.raises(TypeError, match="no option 'push'"):
         LoraConfig().save_pretrained(tmp_path, push=True)
-    with pytest.raises(TypeError, match="'r'"):
-        PeftConfig.from_pretrained(saved, r=3)
+    with pytest.raises(TypeError, match="no option 'rang'"):
+        PeftConfig.from_pretrained(saved, rang=3)
+    with pytest.warns(UserWarning, match=r"r=3 has no effect, because adapter_config.json says 2; .*config.r = 3"):
+        assert PeftConfig.from_pretrained(saved, r=3).ranks() == [2]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        PeftConfig.from_pretrained(saved, r=2, task_type=None)
 
 
 PUSHED = "repo_id commit_message commit_description private token revision create_pr max_shard_size tags"
