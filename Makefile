@@ -34,6 +34,8 @@ faults: export OMP_NUM_THREADS ?= 1
 faults: install         ## fault tests (kill -9, full disk, damaged files, ...) and their table; PEFTCORE_FAULTS=N repeats the random ones N times
 	@$(BIN)/pytest tests/faults tests/flows tests/peftcore/train tests/peftcore/storage/test_checkpoint.py -m faults
 
+# these tests often wait for processes that they have started, so one test process more than there are cores keeps all cores busy
+slow: export PYTEST_XDIST_AUTO_NUM_WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 # a file's tests share what they set up; tests/conftest.py starts the longest files first
 slow: install           ## tests of whole pipelines, real processes and every model type
 	@$(BIN)/pytest -m slow --numprocesses auto --dist loadfile --no-loadscope-reorder
