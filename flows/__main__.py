@@ -7,6 +7,7 @@ from peftcore.errors import MissingExtraError, require_extra
 MODULES = (
     "accelerate",
     "bitsandbytes",
+    "configobj",
     "cronsim",
     "datasets",
     "datasketch",

@@ -87,6 +87,7 @@ def _share_dvc(root: Path, folder: Path) -> None:
 
     Settings of this machine (.dvc/config.local, perhaps with passwords) are copied.
     """
+    from configobj import ConfigObj
     from dvc.config import Config
 
     local = root / ".dvc" / "config.local"
@@ -95,8 +96,9 @@ def _share_dvc(root: Path, folder: Path) -> None:
         shutil.copyfile(local, target)
         target.chmod(0o600)
     config: Any = Config(str(root / ".dvc"), validate=False)
-    edited: Any
-    with Config(str(folder / ".dvc"), validate=False).edit("local") as edited:
-        edited.setdefault("cache", {})["dir"] = config["cache"].get("dir") or str(root / ".dvc" / "cache")
-        for name, remote in config["remote"].items():
-            edited.setdefault("remote", {}).setdefault(name, {})["url"] = str(remote["url"])
+    # DVC reads UTF-8, but its own `Config.edit` writes no path with other characters than ASCII
+    edited: Any = ConfigObj(str(target), encoding="utf-8", interpolation=False)
+    edited.setdefault("cache", {})["dir"] = config["cache"].get("dir") or str(root / ".dvc" / "cache")
+    for name, remote in config["remote"].items():
+        edited.setdefault(f'remote "{name}"', {})["url"] = str(remote["url"])
+    edited.write()
