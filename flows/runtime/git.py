@@ -67,6 +67,8 @@ class Git:
         except FileNotFoundError as error:
             raise RepositoryError("git is not installed; install it and run this again") from error
         except GitError as error:
+            if "not a git repository" not in str(error):  # such as a folder of another user (safe.directory)
+                raise
             raise RepositoryError(
                 f"{root} is not in a git repository; versions are git tags, so clone the repository, "
                 "or run `git init` and make a first commit"

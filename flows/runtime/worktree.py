@@ -38,9 +38,15 @@ def add_worktree(root: Path, folder: Path, commit: str) -> Path:
     """Check out `commit` in the new folder `folder`, on no branch; returns the project's folder in it.
 
     Raises:
-        RepositoryError: The working tree could not be created, or `commit` does not have the project.
+        RepositoryError: The working tree could not be created, `commit` does not have the project, or the repository
+            is a submodule.
     """
     git = Git(root)
+    if git.run("config", "--default", "", "--get", "core.worktree").strip():
+        raise RepositoryError(
+            f"{git.top} is a git submodule, and DVC cannot work in a second working tree of one; clone its repository "
+            "to a folder of its own, and run this there"
+        )
     git.run("worktree", "prune")
     try:
         git.run("worktree", "add", "--quiet", "--detach", str(folder), commit)

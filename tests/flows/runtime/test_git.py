@@ -140,6 +140,12 @@ def test_no_repository_says_what_to_do(tmp_path: Path) -> None:
         Git(tmp_path)
 
 
+def test_a_repository_of_another_user_gets_git_s_own_advice(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    with pytest.raises(RepositoryError, match=r"dubious ownership(.|\n)*--add safe.directory"):
+        Git(repository)
+
+
 def test_no_commit_says_what_to_do(tmp_path: Path) -> None:
     subprocess.run(["git", "init", "--quiet"], cwd=tmp_path, check=True)
     with pytest.raises(RepositoryError, match=r"no git commit yet.*git commit"):
