@@ -1,5 +1,7 @@
 """The command `peftcore`, also `python -m flows`: one line instead of a traceback if its packages are missing."""
 
+import io
+import os
 import sys
 
 from peftcore.errors import MissingExtraError, require_extra
@@ -7,6 +9,7 @@ from peftcore.errors import MissingExtraError, require_extra
 MODULES = (
     "accelerate",
     "bitsandbytes",
+    "configobj",
     "cronsim",
     "datasets",
     "datasketch",
@@ -46,9 +49,31 @@ def main() -> None:
         require_extra("pipeline", "the command `peftcore`", *MODULES)
     except MissingExtraError as error:
         sys.exit(f"error: {error}")
+    prepare_streams()
     from flows.cli import app
 
     app()
+
+
+def prepare_streams() -> None:
+    """Make stdout and stderr usable for every text and width.
+
+    A closed stream (`>&-`) leads to the null device, because the next opened file would get its descriptor. Characters
+    that an encoding lacks, such as the gate's marks, are written as escapes. COLUMNS=0, of terminals without a size,
+    is removed: `rich` would print nothing.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor, which is this one
+    sys.stdin = sys.stdin or open(0)  # noqa: SIM115
+    sys.stdout = sys.stdout or open(1, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if os.environ.get("COLUMNS") == "0":
+        del os.environ["COLUMNS"]
 
 
 if __name__ == "__main__":

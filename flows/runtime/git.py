@@ -13,6 +13,18 @@ from flows.errors import RepositoryError
 
 FALLBACK_IDENTITY = {"name": "peftcore", "email": "peftcore@localhost"}
 """Author of commits if git has no user.name or user.email, as on a new CI machine."""
+LOCATIONS = frozenset(
+    [
+        "GIT_COMMON_DIR",
+        "GIT_DIR",
+        "GIT_INDEX_FILE",
+        "GIT_NAMESPACE",
+        "GIT_OBJECT_DIRECTORY",
+        "GIT_PREFIX",
+        "GIT_WORK_TREE",
+    ]
+)
+"""Variables that name a repository in place of the folder. Git sets some of them for its hooks."""
 
 
 _TAG_FIELDS = (
@@ -55,6 +67,8 @@ class Git:
         except FileNotFoundError as error:
             raise RepositoryError("git is not installed; install it and run this again") from error
         except GitError as error:
+            if "not a git repository" not in str(error):  # such as a folder of another user (safe.directory)
+                raise
             raise RepositoryError(
                 f"{root} is not in a git repository; versions are git tags, so clone the repository, "
                 "or run `git init` and make a first commit"
@@ -268,11 +282,16 @@ def git_output(folder: Path, *arguments: str) -> str:
         raise RepositoryError("git is not installed; install it and run this again") from error
 
 
+def environment_without_locations() -> dict[str, str]:
+    """Return this process's environment without LOCATIONS, so that git uses the repository of its folder."""
+    return {name: value for name, value in os.environ.items() if name not in LOCATIONS}
+
+
 def _completed(
     folder: Path, arguments: Sequence[str], stdin: str | None, environment: Mapping[str, str]
 ) -> subprocess.CompletedProcess[str]:
     # without optional locks `git status` does not write the user's index file
-    everything = {**os.environ, "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C", **environment}
+    everything = {**environment_without_locations(), "GIT_OPTIONAL_LOCKS": "0", "LC_ALL": "C", **environment}
     command = ["git", "-C", str(folder), *arguments]
     with TemporaryFile("w+", encoding="utf-8", errors="replace") as given:
         given.write(stdin or "")

@@ -20,7 +20,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from flows.errors import RepositoryError
-from flows.runtime.git import git_output
+from flows.runtime.git import environment_without_locations, git_output
 
 DVC = (sys.executable, "-m", "dvc")
 """DVC of the running environment, independent of PATH."""
@@ -77,10 +77,13 @@ def project_roots(start: Path | None = None) -> list[Path]:
 
 
 def stage_environment() -> dict[str, str]:
-    """Return this process's environment with this Python's folder first in PATH, for `cmd: python -m ...`."""
+    """Return the environment of stages and of DVC: without LOCATIONS of git, and this Python's folder first in PATH.
+
+    The latter is for `cmd: python -m ...`.
+    """
     bin_folder = str(Path(sys.executable).parent)
     path = os.environ.get("PATH", os.defpath)
-    return {**os.environ, "PATH": os.pathsep.join([bin_folder, path])}
+    return {**environment_without_locations(), "PATH": os.pathsep.join([bin_folder, path])}
 
 
 def set_prefect_environment(root: Path) -> None:

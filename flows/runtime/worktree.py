@@ -38,9 +38,15 @@ def add_worktree(root: Path, folder: Path, commit: str) -> Path:
     """Check out `commit` in the new folder `folder`, on no branch; returns the project's folder in it.
 
     Raises:
-        RepositoryError: The working tree could not be created, or `commit` does not have the project.
+        RepositoryError: The working tree could not be created, `commit` does not have the project, or the repository
+            is a submodule.
     """
     git = Git(root)
+    if git.run("config", "--default", "", "--get", "core.worktree").strip():
+        raise RepositoryError(
+            f"{git.top} is a git submodule, and DVC cannot work in a second working tree of one; clone its repository "
+            "to a folder of its own, and run this there"
+        )
     git.run("worktree", "prune")
     try:
         git.run("worktree", "add", "--quiet", "--detach", str(folder), commit)
@@ -87,6 +93,7 @@ def _share_dvc(root: Path, folder: Path) -> None:
 
     Settings of this machine (.dvc/config.local, perhaps with passwords) are copied.
     """
+    from configobj import ConfigObj
     from dvc.config import Config
 
     local = root / ".dvc" / "config.local"
@@ -95,8 +102,9 @@ def _share_dvc(root: Path, folder: Path) -> None:
         shutil.copyfile(local, target)
         target.chmod(0o600)
     config: Any = Config(str(root / ".dvc"), validate=False)
-    edited: Any
-    with Config(str(folder / ".dvc"), validate=False).edit("local") as edited:
-        edited.setdefault("cache", {})["dir"] = config["cache"].get("dir") or str(root / ".dvc" / "cache")
-        for name, remote in config["remote"].items():
-            edited.setdefault("remote", {}).setdefault(name, {})["url"] = str(remote["url"])
+    # DVC reads UTF-8, but its own `Config.edit` writes no path with other characters than ASCII
+    edited: Any = ConfigObj(str(target), encoding="utf-8", interpolation=False)
+    edited.setdefault("cache", {})["dir"] = config["cache"].get("dir") or str(root / ".dvc" / "cache")
+    for name, remote in config["remote"].items():
+        edited.setdefault(f'remote "{name}"', {})["url"] = str(remote["url"])
+    edited.write()

@@ -1,6 +1,9 @@
 """The command `peftcore` without the packages of the extra `pipeline`: one line, and the command that installs them."""
 
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -32,3 +35,22 @@ def test_one_line_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     assert refusal.value.code == (
         "error: the command `peftcore` needs dvc, typer; install with: pip install 'peftcore[pipeline]'"
     )
+
+
+TEXT = "import sys; from flows.__main__ import prepare_streams; prepare_streams(); from rich.console import Console; "
+
+
+@pytest.mark.parametrize(
+    ("variables", "expected"),
+    [({"PYTHONIOENCODING": "latin-1"}, b"\\u2713\n"), ({"COLUMNS": "0"}, "\u2713\n".encode())],
+)
+def test_marks_are_printed_in_every_encoding_and_without_a_width(variables: dict[str, str], expected: bytes) -> None:
+    command = [sys.executable, "-c", TEXT + "Console().print(chr(0x2713))"]
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8"} | variables
+    assert subprocess.run(command, env=environment, capture_output=True, check=True).stdout == expected
+
+
+def test_closed_streams_keep_their_descriptors() -> None:
+    code = TEXT + "print(open(sys.executable).fileno() > 2, file=sys.stderr); print(1)"
+    for closed in (">&-", "<&- >&-", ">&- 2>&-"):
+        subprocess.run(["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, code], check=True)

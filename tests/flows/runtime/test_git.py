@@ -10,6 +10,7 @@ import pytest
 from flows.errors import RepositoryError
 from flows.runtime.git import Git, GitError
 from flows.runtime.inputs import uncommitted_files
+from flows.runtime.project import stage_environment
 
 
 @pytest.fixture
@@ -117,9 +118,32 @@ def test_identity_of_the_configuration_and_of_the_environment_wins(
     assert git.run("show", "--no-patch", "--format=%an", git.snapshot([], [], {"a": "c"}, "m")).strip() == "Grace"
 
 
+def test_a_hook_of_another_repository_leaves_the_folder_s_repository_in_use(
+    repository: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path_factory.mktemp("other")
+    subprocess.run(["git", "init", "--quiet"], cwd=other, check=True)
+    git = Git(repository)
+    with monkeypatch.context() as hook:
+        hook.setenv("GIT_DIR", str(other / ".git"))
+        hook.setenv("GIT_INDEX_FILE", str(other / ".git" / "index"))
+        (repository / "notes.txt").write_text("4\n")
+        git.commit(["notes.txt"], "Notes")
+        assert Git(repository).show("HEAD", "notes.txt") == "4\n"
+        assert "GIT_DIR" not in stage_environment()
+    assert not (other / ".git" / "index").exists()
+    assert state(repository)["status"] == ""
+
+
 def test_no_repository_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(RepositoryError, match=r"not in a git repository.*git init"):
         Git(tmp_path)
+
+
+def test_a_repository_of_another_user_gets_git_s_own_advice(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")
+    with pytest.raises(RepositoryError, match=r"dubious ownership(.|\n)*--add safe.directory"):
+        Git(repository)
 
 
 def test_no_commit_says_what_to_do(tmp_path: Path) -> None:

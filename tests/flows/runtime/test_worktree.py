@@ -47,6 +47,24 @@ def test_local_settings_hold_there_too(project: Any) -> None:
         assert (tree / ".dvc" / "config.local").stat().st_mode & 0o077 == 0
 
 
+def test_folders_with_umlauts_share_their_cache_and_remote(project: Any, tmp_path: Path) -> None:
+    root = project.root.rename(tmp_path / "Jürgens Projekt, 中文")
+    with worktree_at(root, "HEAD") as tree:
+        assert Path(dvc(tree, "config", "cache.dir").strip()) == root / ".dvc" / "cache"
+        assert Path(dvc(tree, "config", "remote.local.url").strip()).resolve() == root / ".dvc-remote"
+
+
+def test_a_submodule_is_refused(project: Any, tmp_path: Path) -> None:
+    outer = tmp_path / "outer"
+    outer.mkdir()
+    project.git("init", "--quiet", root=outer)
+    project.git(
+        *("-c", "protocol.file.allow=always", "submodule", "--quiet", "add", str(project.root), "inner"), root=outer
+    )
+    with pytest.raises(RepositoryError, match="is a git submodule"), worktree_at(outer / "inner", "HEAD"):
+        pass
+
+
 def test_a_tree_whose_making_was_killed_can_be_made_again(project: Any, tmp_path: Path) -> None:
     folder = tmp_path / "tree"
     add_worktree(project.root, folder, "HEAD")
