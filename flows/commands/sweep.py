@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from flows.commands import completion
 from flows.commands.common import SIX_HOURS, AsJson, StageTimeout, errors, project
@@ -90,7 +90,7 @@ def sweep(
         if as_json:
             print((paths.review.parent / "sweep.json").read_text(), end="")
         else:
-            table = Table(*COLUMNS)
+            table = Table(*(Column(name, overflow="fold") for name in COLUMNS))  # a value is shown whole
             for row in rows(results):
                 table.add_row(*map(escape, row))
             Console(highlight=False).print(table)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from flows.commands.common import AsJson, errors, project
 from flows.errors import RepositoryError
@@ -27,7 +27,9 @@ def list_waiting(as_json: AsJson = False) -> None:
             print(json.dumps([asdict(delivery) for delivery in waiting], indent=2))
             return
         known = {endpoint.url for endpoint in params.webhooks.endpoints}
-        table = Table("event", "type", "receiver", "failed attempts", "next attempt (UTC)", "last failure")
+        # `discard` takes the whole id
+        event = Column("event", no_wrap=True, min_width=max((len(one.event) for one in waiting), default=0))
+        table = Table(event, "type", "receiver", "failed attempts", "next attempt (UTC)", "last failure")
         for one in waiting:
             due = "now" if not one.due else datetime.fromtimestamp(one.due, UTC).strftime("%Y-%m-%d %H:%M:%S")
             due = due if one.url in known else "never: not in params.yaml"

@@ -9,6 +9,7 @@ Everything is checked before the first file is written, and no file that exists 
 import difflib
 import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
+from flows.data.files import SHOWN, why_unread
 from flows.errors import ParamsError, RepositoryError
 from flows.params import Params, load_params
 from flows.params.data import DEMONSTRATION, MIXTURE, source_names
@@ -35,6 +37,7 @@ from flows.runtime.stage_dependencies import PACKAGES, module_of
 from peftcore.errors import require_extra
 from peftcore.files import file_written_atomically, write_atomically
 
+logger = logging.getLogger("flows.project")
 SUFFIXES = (".jsonl", ".csv", ".parquet")
 _MORE_SUFFIXES = {"text": (".txt",), "token_classification": (".conll",)}
 """{data.kind: further suffixes of its files}"""
@@ -451,15 +454,18 @@ def _data_source(root: Path, data: str, task: Task) -> tuple[str, dict[str, Path
     path = Path(data).expanduser().resolve()
     files = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
     suffixes = (*SUFFIXES, *_MORE_SUFFIXES.get(task, ()))
+    unread = [f"{file.name}: {advice}" for file in files if (advice := why_unread(file)) is not None]
     files = [file for file in files if file.suffix.lower() in suffixes]
     if not files:
         raise ParamsError(
-            f"training data {data}: there is no {', '.join(suffixes)} file at {path}; give such a file, a folder of "
-            "them, or hub:NAME"
+            f"training data {data}: there is no {', '.join(suffixes)} file at {path}; "
+            + ("; ".join(unread[:SHOWN]) or "give such a file, a folder of them, or hub:NAME")
         )
     inside = (root / "data").resolve()  # it may be a link to another disk
     if path.is_relative_to(inside):
         return (Path("data") / path.relative_to(inside)).as_posix(), {}
+    for advice in unread:
+        logger.warning("training data %s: not copied: %s", data, advice)
     folder = path if path.is_dir() else path.parent
     target = Path("data") / path.name
     if path.is_file():

@@ -148,7 +148,8 @@ class RegistryReader(ABC):
             available = ", ".join(versions) or "none yet"
             raise RegistryError(
                 f"{self.name} has no version {number}; there is: {available}. "
-                "`peftcore registry fetch` gets the versions of a remote, `peftcore run` makes one"
+                "`peftcore registry fetch` gets the versions of a remote, `peftcore run` makes one, and "
+                "`peftcore stage register --force` registers the last run again if its tag was deleted"
             )
         return versions[number]
 

@@ -91,6 +91,8 @@ class Recorder:
         self._queue: queue.Queue[_Waiting | None] = queue.Queue(WAITING)
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            if not any(folder.iterdir()):  # never in a folder with files of its own
+                write_atomically(folder / ".gitignore", "*\n")  # `git add --all` must not commit texts of users
             self._lock = _locked(folder)
             self._salt = _salt(folder)
             for path in sorted(folder.glob(f"*{OPEN_SUFFIX}")):  # of a server that was killed

@@ -18,8 +18,9 @@ def signature(candidate: Candidate, gate: Gate) -> CheckResult:
     if signature is None or signature.signer is None:
         why = signature.problem if signature else "it was not read"
         return False, (
-            f"{tag} is not signed by anybody in {gate.allowed_signers} ({why}); if it can be trusted, delete the tag "
-            f"and register it again with register.signing_key or {VARIABLE} set to a key of that list"
+            f"{tag} is not signed by anybody in {gate.allowed_signers} ({why}); if it can be trusted, set "
+            f"register.signing_key or {VARIABLE} to a key of that list, delete the tag (`git tag --delete {tag}`), and "
+            "register it again (`peftcore stage register --force`)"
         )
     files = {path.name: sha256(path) for path in candidate.adapter.iterdir() if path.name != MANIFEST}
     if content_digest(files) != candidate.content:

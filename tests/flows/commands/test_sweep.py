@@ -48,6 +48,14 @@ def test_the_trials_are_a_table_and_a_failed_one_is_exit_code_1(trials: list[Any
     assert done.stderr.startswith("error: 1 of 2 trials failed; the last: stage train failed [/]: no memory")
 
 
+def test_a_long_value_is_shown_whole(trials: list[Any]) -> None:
+    value = "train.learning_rate=0.0001329291894316216"
+    trials[0] = Trial((value, "method.r=8"), 1.5, {"best_validation_loss": 2.5, "best_step": 4})
+    shown = peftcore("sweep", "-S", "method.r=8", COLUMNS="80").stdout
+    column = [line.split("│")[2].strip() for line in shown.splitlines() if line.count("│") > 2]
+    assert value in "".join(column)
+
+
 def test_json_is_the_file_that_the_sweep_wrote(project: Any, trials: list[Any]) -> None:
     done = peftcore("sweep", "-S", "train.batch_size=4", "--json")
     assert done.stdout == (project.root / "reports" / "sweep.json").read_text()

@@ -193,6 +193,21 @@ def test_a_folder_of_files_and_a_hub_name_are_data_too(tmp_path: Path) -> None:
     assert (two / "data").is_dir()
 
 
+def test_data_that_must_be_converted_first_are_named_with_the_way_to_do_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (many := tmp_path / "many").mkdir()
+    (many / "list.json").write_text('[{"prompt": "a", "completion": "b"}]')
+    (root := tmp_path / "project").mkdir()
+    for data in (many, many / "list.json"):
+        with pytest.raises(ParamsError, match=r"list\.json: write one row a line as \.jsonl \(`jq"):
+            create_project(root, new(data))
+    rows(many, "a.jsonl")
+    create_project(root, new(many))
+    assert "not copied: list.json: write one row a line" in caplog.text
+    assert not (root / "data" / "many" / "list.json").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

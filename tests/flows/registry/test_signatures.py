@@ -97,6 +97,8 @@ def test_promotion_asks_for_a_signature_and_signs_its_own_tag(
     assert refused.outcome == "refused"
     assert "signature: docstrings@v0.1.0 is not signed by anybody in ../signers" in refused.sentence
     project.git("tag", "--delete", "docstrings@v0.1.0")
+    with pytest.raises(RegistryError, match=r"`peftcore stage register --force` registers the last run again"):
+        promote(project.params, project.paths)
     monkeypatch.setenv(VARIABLE, str(key("ada")))
     project.register()
     promotion = promote(project.params, project.paths)

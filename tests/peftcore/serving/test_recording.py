@@ -66,6 +66,15 @@ def test_an_answer_and_its_rating_are_on_disk_once_the_rating_is_accepted(made: 
     assert recorder.written == {"answer": 1, "rating": 1} and not recorder.dropped
 
 
+def test_git_ignores_a_new_folder_of_records_and_no_folder_with_other_files(made: Any, tmp_path: Path) -> None:
+    made().close()
+    assert (tmp_path / "records" / ".gitignore").read_text() == "*\n"
+    (other := tmp_path / "other").mkdir()
+    (other / "notes").write_text("mine")
+    Recorder(other).close()
+    assert not (other / ".gitignore").exists()
+
+
 def test_every_text_is_redacted(made: Any, tmp_path: Path) -> None:
     recorder = made(redaction=Redaction([Rule("Ada", "<name>")]))
     recorder.answer(answer("chatcmpl-1", "Hello Ada", messages=[{"role": "user", "content": "I am Ada"}]))

@@ -18,6 +18,8 @@ def test_a_signature_has_to_be_of_this_very_adapter(make: Callable[..., Candidat
     report = judge(signed, **asked)
     assert report.passed and "ada@example.org signed docstrings@v0.2.0" in check(report, "signature")
     assert "is not signed by anybody in signers (it was not read)" in reason(judge(candidate, **asked))
+    assert "`git tag --delete docstrings@v0.2.0`" in reason(judge(candidate, **asked))
+    assert "`peftcore stage register --force`" in reason(judge(candidate, **asked))
     unknown = replace(signed, signature=Signature(None, "No principal matched"))
     assert "is not signed by anybody in signers (No principal matched)" in reason(judge(unknown, **asked))
     # files and record changed together are whole, and still not what was signed
