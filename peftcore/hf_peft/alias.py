@@ -35,6 +35,9 @@ _OTHER_PLACES = {
 }
 """{module of HF PEFT: the module here that has its names}"""
 
+_FUNCTIONS = {"LOKR": ("factorization",)}
+"""{method: functions of HF PEFT's `layer` that scripts import}; the method's own module has them"""
+
 
 class _AliasLoader:
     """Loader that returns a module which has another name, too."""
@@ -106,6 +109,8 @@ class _MethodLoader:
         layer = layer_class(f"{stem}Layer", method.name)
         vars(module).update({method.config.__name__: method.config, layer.__name__: layer})
         vars(module)["Linear"] = layer_class("Linear", method.name, "linear")
+        source = importlib.import_module(method.config.__module__)
+        vars(module).update({name: getattr(source, name) for name in _FUNCTIONS.get(self._method, ())})
         vars(module)["__getattr__"] = lambda name: _from_root(peftcore, module, name)
 
 

@@ -100,6 +100,32 @@ class VBLoRAModel(TunerModel):
 
     peft_type = "VBLORA"
 
+    def get_nb_savable_parameters(self, adapter: str = "default") -> tuple[int, int]:
+        """Return the size of what `save_pretrained` writes, as in HF PEFT.
+
+        Args:
+            adapter: the adapter.
+
+        Returns:
+            Numbers of VB-LoRA's parameters, where an index counts as a part of a float32, and of other trainable ones.
+        """
+        adapters = adapter_set(self.model)
+        layers = adapters.of_method(adapter)
+        shared = shared_by(layers)
+        bank = list(shared.parameters()) if shared is not None else []
+        saved = [*bank, *(tensor for layer in layers.values() for tensor in layer.checkpoint_tensors().values())]
+        sizes = [one.numel() * (1 if one.is_floating_point() else one.itemsize / 4) for one in saved]
+        own = {id(parameter) for layer in layers.values() for parameter in layer.parameters()}
+        others = [one for one in self.model.parameters() if one.requires_grad and id(one) not in own]
+        return int(sum(sizes)), sum(one.numel() for one in others)
+
+    def print_savable_parameters(self) -> None:
+        """Print the numbers of `get_nb_savable_parameters`."""
+        own, others = self.get_nb_savable_parameters()
+        print(
+            f"VB-LoRA params to-be-saved (float32-equivalent): {own:,d} || total params to-be-saved: {own + others:,d}"
+        )
+
 
 class MissModel(TunerModel):
     """View on a model with adapters, the first of which is of the method MISS."""

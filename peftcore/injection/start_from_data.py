@@ -92,7 +92,10 @@ def apply_start(model: nn.Module, name: str, config: LoraConfig, observer: Obser
         progress: Show a progress bar.
     """
     ranks = observer.ranks()
-    if any(rank != observer.layers[path].r for path, rank in ranks.items()):
+    has_no_values = any(
+        p.is_meta for p in adapter_set(model).parameters(name)
+    )  # get_peft_model(low_cpu_mem_usage=True)
+    if has_no_values or any(rank != observer.layers[path].r for path, rank in ranks.items()):
         _replace_adapter(model, name, config.with_ranks(ranks, observer.keeps_alpha))
     layers = cast(dict[str, Lora], adapter_set(model).of_method(name))
     for path, adapter in tqdm(layers.items(), desc=observer.title, unit="layer", disable=not progress):

@@ -16,6 +16,8 @@ from peftcore.layers.trained_bias import TrainedBias
 _CLASSES: dict[str, type["TunerModel"]] = {}
 _PREFIXES = {"ADALORA": "lora_", "LOHA": "hada_", "PVERA": "pvera_lambda_", "VERA": "vera_lambda_"}
 """{method: prefix of its parameter names}, for methods whose prefix is not the method's name"""
+_OF_THE_WHOLE_MODEL = ("num_parameters", "push_to_hub", "save_pretrained")
+"""Methods that a `TunerModel` takes from the model with its head."""
 
 SHARED_TENSORS = (
     *("frod_V", "pvera_A", "pvera_B", "randlora_A", "randlora_B", "unilora_theta_d", "vblora_vector_bank"),
@@ -32,7 +34,8 @@ def parameter_prefix(peft_type: str) -> str:
 class TunerModel:
     """A view on a model with adapters.
 
-    An attribute is read from the model without its head if it is defined there, otherwise from the model.
+    An attribute is read from the model without its head if it is defined there, otherwise from the model. Methods that
+    save or count are those of the model.
 
     Each method of HF PEFT has a subclass, such as `peftcore.LoraModel`, whose call adds an adapter to a model without
     changing the model's class: `LoraModel(model, config, "default")`.
@@ -76,7 +79,9 @@ class TunerModel:
         if name.startswith("__") or name == "model":  # `model` is not there yet while a copy is made
             raise AttributeError(name)
         model = self.model
-        if not hasattr(nn.Module, name):  # transformers reads attributes of the model without its head here
+        if (
+            not hasattr(nn.Module, name) and name not in _OF_THE_WHOLE_MODEL
+        ):  # transformers reads attributes of the model without its head here
             headless = model._modules.get(getattr(model, "base_model_prefix", ""))
             if headless is not None and hasattr(headless, name):
                 return getattr(headless, name)

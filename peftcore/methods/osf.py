@@ -101,11 +101,11 @@ class Osf(Adapter):
                 f"OSF: effective_rank={k} keeps all directions of {path}, so nothing trains there", stacklevel=2
             )
         self.init = config.init_weights
-        self.osf_U = nn.Parameter(torch.empty(o, n))
-        self.osf_S = nn.Parameter(torch.empty(n))
-        self.osf_V = nn.Parameter(torch.empty(n, i))
+        self.osf_U_low = nn.Parameter(torch.empty(o, n))
+        self.osf_S_low = nn.Parameter(torch.empty(n))
+        self.osf_V_low = nn.Parameter(torch.empty(n, i))
         for name in "USV":
-            self.register_buffer(f"start_{name}", torch.empty_like(self.get_parameter(f"osf_{name}")))
+            self.register_buffer(f"start_{name}", torch.empty_like(self.get_parameter(f"osf_{name}_low")))
         self.register_buffer("kept", torch.empty(max(o, i), 0 if o == i else k))
 
     @classmethod
@@ -118,7 +118,7 @@ class Osf(Adapter):
         k = self.effective_rank
         for name, values in {"U": u[:, k:], "S": s[k:], "V": v[k:]}.items():
             self.get_buffer(f"start_{name}").copy_(values)
-            parameter = self.get_parameter(f"osf_{name}")
+            parameter = self.get_parameter(f"osf_{name}_low")
             if self.init is False:  # PEFT draws in the weight's type and place
                 values = torch.randn(values.shape, dtype=self.base.dtype, device=parameter.device)
             parameter.copy_(values)
@@ -127,13 +127,13 @@ class Osf(Adapter):
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         """Return (2n, i) and (o, 2n), whose product is ΔW = (US − U₀S₀) V + U₀S₀ (V − V₀), exactly 0 at the start."""
-        u, v = self.osf_U, self.osf_V
+        u, v = self.osf_U_low, self.osf_V_low
         if torch.is_grad_enabled():
             o, i = len(u), v.shape[1]
             u = _Projected.apply(u, *((self.kept, True) if o > i else (self.start_U, False)))
             v = _Projected.apply(v.mT, *((self.kept, True) if i > o else (self.start_V.mT, False))).mT  # type: ignore
         start = self.start_U * self.start_S
-        return torch.cat([v, v - self.start_V]), torch.cat([u * self.osf_S - start, start], 1)
+        return torch.cat([v, v - self.start_V]), torch.cat([u * self.osf_S_low - start, start], 1)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         down, up = self._factors()
@@ -147,4 +147,4 @@ class Osf(Adapter):
         return f"effective_rank={self.effective_rank}"
 
     def checkpoint_keys(self) -> dict[str, str]:
-        return {f"osf_{name}": f"osf_svd_params.{name}_low" for name in "USV"}
+        return {f"osf_{name}_low": f"osf_svd_params.{name}_low" for name in "USV"}

@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 from collections.abc import Sequence
+from functools import wraps
 from typing import Any
 
 from peftcore._util.fingerprint import unchanging_weights
@@ -14,6 +15,7 @@ from peftcore.injection.adapter_set import adapter_set
 def generate_of(plain: Any) -> Any:
     """Return the class's own `generate` with the further argument `adapter_names`: one for all prompts, or one each."""
 
+    @wraps(plain.generate)
     def generate(self: Any, *args: Any, adapter_names: Spec | Sequence[Spec] = None, **kwargs: Any) -> Any:
         route = contextlib.nullcontext() if adapter_names is None else self.route(adapter_names)
         with route, unchanging_weights(), forward_hooks.generation(self, kwargs, *args[:1]) as arguments:

@@ -1,4 +1,4 @@
-"""Attributes of HF PEFT's models: `base_model`, `model`, `prefix` and tensors such as `vera_A`."""
+"""Attributes of HF PEFT's models: `base_model`, `model`, `prefix`, tensors and methods of `base_model`."""
 
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
@@ -21,6 +21,8 @@ _BASE_MODEL_READERS = (
     "set_input_embeddings",
 )
 """Methods of transformers that read `base_model` and mean the model without its head."""
+_METHODS_OF_VIEWS = ("get_nb_savable_parameters", "print_savable_parameters", "update_and_allocate")
+"""Methods of `base_model` that scripts also call on the model."""
 _OWN_BASE_MODEL: ContextVar[bool] = ContextVar("peftcore_own_base_model", default=False)
 """True while `base_model` is that of the model's own class."""
 
@@ -63,6 +65,11 @@ def _shared(model: Any, name: str) -> Mapping[str, Tensor] | None:
     return tensors or None
 
 
+def _method_of_view(model: Any, name: str) -> Callable[..., Any] | None:
+    view = tuner_model(model)
+    return getattr(view, name) if hasattr(type(view), name) else None
+
+
 class _FromAdapters:
     """An attribute of PEFT's models that follows from the adapters, unless the model itself has such an attribute.
 
@@ -89,8 +96,9 @@ class _FromAdapters:
 _FROM_ADAPTERS = (
     _FromAdapters("prefix", lambda model: tuner_model(model).prefix),
     *(_FromAdapters(name, partial(_shared, name=name)) for name in SHARED_TENSORS),
+    *(_FromAdapters(name, partial(_method_of_view, name=name)) for name in _METHODS_OF_VIEWS),
 )
-"""Attributes such as `prefix`, "lora_", and `vera_A`, {adapter: matrix A of all layers}."""
+"""Attributes such as `prefix`, "lora_", `vera_A`, {adapter: matrix A of all layers}, and `update_and_allocate`."""
 
 
 def _base_model_of(plain: Any) -> Any:

@@ -30,6 +30,7 @@ def test_a_submodule_of_peft_is_a_submodule_of_peftcore(name: str) -> None:
         ("tuners.lora.model", "LoraModel"),
         ("tuners.lora.variants", "get_alora_offsets_for_forward"),
         ("tuners.ia3", "IA3Config"),
+        ("tuners.lokr.layer", "factorization"),
         ("tuners.ia3.layer", "IA3Layer"),
         ("tuners.adalora.model", "AdaLoraModel"),
         ("tuners.prompt_tuning", "PromptTuningConfig"),

@@ -38,6 +38,17 @@ def test_eva_starts_from_batches() -> None:
     assert not torch.equal(model.layer.lora_A["default"].weight, before)  # type: ignore[union-attr]
 
 
+def test_eva_starts_an_adapter_without_values_as_hf_pefts_guide_does() -> None:
+    torch.manual_seed(1)
+    config = LoraConfig(r=2, target_modules=["layer"], init_lora_weights="eva")
+    base = Model()
+    model, expected = get_peft_model(copy.deepcopy(base), config, low_cpu_mem_usage=True), get_peft_model(base, config)
+    for one in (model, expected):
+        initialize_lora_eva_weights(one, batches(), show_progress_bar=False)
+    assert torch.equal(model.layer.lora_A["default"].weight, expected.layer.lora_A["default"].weight)
+    assert all(parameter.requires_grad for name, parameter in model.named_parameters() if "lora_" in name)
+
+
 def test_what_is_not_supported_is_refused() -> None:
     with pytest.raises(ConfigError, match="prepare_layer_inputs_fn must be None"):
         initialize_lora_eva_weights(eva(), prepare_layer_inputs_fn=lambda *_: None)

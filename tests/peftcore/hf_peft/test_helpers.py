@@ -1,3 +1,4 @@
+import inspect
 from typing import Any
 
 import peft
@@ -12,6 +13,7 @@ from peftcore.helpers import (
     update_signature,
 )
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftcore
 from peftcore import AdapterNameError, ConfigError, PeftError
@@ -65,6 +67,11 @@ def test_contexts_that_have_nothing_to_change() -> None:
 def test_signatures_are_those_of_the_base_already() -> None:
     model = peftcore.get_peft_model(base(), peftcore.LoraConfig(target_modules=["0"]))
     update_forward_signature(model)
+    decoder = LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=2))
+    names = [list(inspect.signature(getattr(decoder, method)).parameters) for method in ("forward", "generate")]
+    decoder = peftcore.get_peft_model(decoder, peftcore.LoraConfig())
+    update_signature(decoder)
+    assert names == [list(inspect.signature(getattr(decoder, method)).parameters) for method in ("forward", "generate")]
     with pytest.raises(ValueError, match="'forward', 'generate' or 'all'"):
         update_signature(model, "backward")
 

@@ -62,3 +62,38 @@ def test_tinyloras_vectors_can_be_drawn_again() -> None:
     model.base_model._init_tinylora_v(config, "default")  # type: ignore[operator]
     (vector,) = (parameter for parameter in model.parameters() if parameter.requires_grad)
     assert 0.4 < vector.abs().max() <= 0.5
+
+
+@pytest.mark.parametrize("only_topk", [True, False])
+def test_vbloras_saved_numbers_are_counted_as_in_hf_peft(only_topk: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = []
+    for library in (peft, peftcore):
+        config = library.VBLoRAConfig(
+            target_modules=["0"],
+            modules_to_save=["1"],
+            num_vectors=300,
+            vector_length=4,
+            topk=3,
+            save_only_topk_weights=only_topk,
+        )
+        model = library.get_peft_model(nn.Sequential(nn.Linear(8, 12), nn.Linear(12, 2)), config)
+        model.print_savable_parameters()  # type: ignore[operator]
+        printed.append((model.get_nb_savable_parameters(), capsys.readouterr().out))  # type: ignore[operator]
+    assert printed[0] == printed[1]
+
+
+def test_adalora_is_updated_by_the_model_or_by_its_base_model() -> None:
+    results = []
+    for through_model in (True, False):
+        torch.manual_seed(0)
+        config = peftcore.AdaLoraConfig(target_modules=["0"], init_r=4, target_r=1, total_step=4)
+        model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), config)
+        model(torch.randn(2, 8)).square().sum().backward()
+        (model if through_model else model.base_model).update_and_allocate(4)  # type: ignore[operator]
+        results.append(model.adapter_ranks())
+    assert results[0] == results[1] == {"0": 1}
+
+
+def test_a_model_has_only_the_methods_of_its_own_method() -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
+    assert not hasattr(model, "print_savable_parameters")

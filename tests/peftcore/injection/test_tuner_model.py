@@ -2,11 +2,13 @@
 
 import copy
 import pickle
+from pathlib import Path
 from typing import Any
 
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
@@ -93,6 +95,13 @@ def test_transformers_own_methods_see_the_model_without_its_head(kind: type) -> 
     assert model.get_encoder() is plain.get_encoder()
     assert model.get_input_embeddings() is embeddings
     assert model.unload().base_model is decoder
+
+
+def test_saving_and_counting_include_the_head(tmp_path: Path) -> None:
+    model = get_peft_model(LlamaForCausalLM(LlamaConfig(**SIZES)), LoraConfig(r=2, modules_to_save=["lm_head"]))
+    assert model.base_model.num_parameters() == model.num_parameters()
+    model.base_model.save_pretrained(tmp_path)
+    assert any("lm_head" in name for name in load_file(tmp_path / "adapter_model.safetensors"))
 
 
 def test_calling_the_class_adds_an_adapter_and_keeps_the_models_class() -> None:

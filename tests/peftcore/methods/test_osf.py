@@ -61,8 +61,8 @@ def test_training_keeps_the_largest_singular_directions(shape: tuple[int, int]) 
     close = {"rtol": 1e-5, "atol": 1e-5}  # the start is computed in float32, as in PEFT
     trained = adapter.merged_weight(weight)
     torch.testing.assert_close(u[:, :KEPT].T @ trained @ v[:KEPT].T, torch.diag(s[:KEPT]), **close)
-    torch.testing.assert_close(u[:, :KEPT].T @ adapter.osf_U, torch.zeros(KEPT, 3, dtype=torch.float64), **close)
-    torch.testing.assert_close(adapter.osf_V @ v[:KEPT].T, torch.zeros(3, KEPT, dtype=torch.float64), **close)
+    torch.testing.assert_close(u[:, :KEPT].T @ adapter.osf_U_low, torch.zeros(KEPT, 3, dtype=torch.float64), **close)
+    torch.testing.assert_close(adapter.osf_V_low @ v[:KEPT].T, torch.zeros(3, KEPT, dtype=torch.float64), **close)
 
 
 @SHAPES
@@ -72,14 +72,14 @@ def test_gradients_are_the_plain_ones_without_their_part_in_the_kept_directions(
     randomise(model, 0.1)
     adapter, x = model[0].adapters["default"], torch.randn(4, shape[1], dtype=torch.float64)
     model(x).square().sum().backward()
-    plain = [p.detach().clone().requires_grad_() for p in (adapter.osf_U, adapter.osf_S, adapter.osf_V)]
+    plain = [p.detach().clone().requires_grad_() for p in (adapter.osf_U_low, adapter.osf_S_low, adapter.osf_V_low)]
     change = (plain[0] * plain[1]) @ plain[2] - (adapter.start_U * adapter.start_S) @ adapter.start_V
     (x @ (weight + change).T + model[0].base_layer.bias).square().sum().backward()
     of_u, of_s, of_v = (p.grad for p in plain)
     close = {"rtol": 1e-4, "atol": 1e-5}
-    torch.testing.assert_close(adapter.osf_U.grad, of_u - u[:, :KEPT] @ (u[:, :KEPT].T @ of_u), **close)
-    torch.testing.assert_close(adapter.osf_S.grad, of_s, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(adapter.osf_V.grad, of_v - (of_v @ v[:KEPT].T) @ v[:KEPT], **close)
+    torch.testing.assert_close(adapter.osf_U_low.grad, of_u - u[:, :KEPT] @ (u[:, :KEPT].T @ of_u), **close)
+    torch.testing.assert_close(adapter.osf_S_low.grad, of_s, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(adapter.osf_V_low.grad, of_v - (of_v @ v[:KEPT].T) @ v[:KEPT], **close)
 
 
 def test_training_gives_pefts_weights() -> None:
@@ -130,7 +130,7 @@ def test_the_rank_is_a_count_or_a_share_and_patterns_are_searched_for(options: d
     base = nn.ModuleDict({"lin0": nn.Linear(10, 20), "lin1": nn.Linear(20, 13)})
     model: Any = get_peft_model(base, OSFConfig(target_modules=["lin0", "lin1"], **options))
     assert [model[name].effective_rank["default"] for name in base] == kept
-    assert [len(model[name].adapters["default"].osf_S) for name in base] == [10 - kept[0], 13 - kept[1]]
+    assert [len(model[name].adapters["default"].osf_S_low) for name in base] == [10 - kept[0], 13 - kept[1]]
 
 
 def test_a_layer_whose_directions_all_stay_is_a_warning_and_can_be_saved(tmp_path: Path) -> None:
@@ -178,3 +178,13 @@ def test_impossible_ranks(rank: Any) -> None:
     for options in ({"effective_rank": rank}, {"rank_pattern": {"0": rank}}):
         with pytest.raises(ConfigError, match=r"positive|must be"):
             OSFConfig(**options)
+
+
+def test_parameters_have_the_names_by_which_scripts_group_them_for_the_optimizer() -> None:
+    model, _ = net()
+    base = peft.get_peft_model(
+        nn.Sequential(nn.Linear(6, 8)), peft.OSFConfig(target_modules=["0"], effective_rank=KEPT)
+    )
+    for part in ("U_low", "S_low", "V_low"):
+        ours, theirs = ([p.shape for n, p in one.named_parameters() if part in n] for one in (model, base))
+        assert ours == theirs and ours
