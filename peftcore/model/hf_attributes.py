@@ -11,6 +11,7 @@ from torch.compiler import is_compiling
 from peftcore.injection.adapter_set import ATTRIBUTE
 from peftcore.injection.base_view import view_of
 from peftcore.injection.tuner_model import SHARED_TENSORS, SharedTensors, tuner_model
+from peftcore.injection.xlora_model import XLoraModel
 
 _BASE_MODEL_READERS = (
     "get_decoder",
@@ -86,11 +87,18 @@ class _FromAdapters:
         return value
 
 
+def _of_xlora(model: Any, name: str) -> Any:
+    """Return a method of `XLoraModel`; None if the model's first adapter is of another method."""
+    tuner = tuner_model(model) if ATTRIBUTE in model.__dict__ else None
+    return getattr(tuner, name) if isinstance(tuner, XLoraModel) else None
+
+
 _FROM_ADAPTERS = (
     _FromAdapters("prefix", lambda model: tuner_model(model).prefix),
     *(_FromAdapters(name, partial(_shared, name=name)) for name in SHARED_TENSORS),
+    *(_FromAdapters(name, partial(_of_xlora, name=name)) for name, own in vars(XLoraModel).items() if callable(own)),
 )
-"""Attributes such as `prefix`, "lora_", and `vera_A`, {adapter: matrix A of all layers}."""
+"""Attributes such as `prefix`, "lora_", `vera_A`, {adapter: matrix A of all layers}, and X-LoRA's `set_topk_lora`."""
 
 
 def _base_model_of(plain: Any) -> Any:
