@@ -369,6 +369,7 @@ def generation(model: nn.Module, arguments: dict[str, Any], inputs: Any = None) 
     adapters: AdapterSet = model.__dict__[ATTRIBUTE]
     names = frozenset().union(*adapters.forward_arguments.values())
     _check_cache(model, adapters, arguments)
+    _check_chunks(model, adapters, arguments)
     before, route = adapters.generate_arguments, adapters.selection.route
     kinds = (adapters.kinds[name] for name in adapters.selection.in_effect)
     fixed = {key: value for kind in kinds for key, value in kind.generate_arguments.items()}
@@ -391,6 +392,18 @@ def generation(model: nn.Module, arguments: dict[str, Any], inputs: Any = None) 
         adapters.generate_arguments = before
         if route is not None:
             route.repeats = False
+
+
+def _check_chunks(model: nn.Module, adapters: AdapterSet, arguments: dict[str, Any]) -> None:
+    """Raise ConfigError if the prompt would be read in parts while an aLoRA is in effect."""
+    options = [arguments.get("generation_config"), getattr(model, "generation_config", None)]
+    sizes = [arguments.get("prefill_chunk_size"), *(getattr(one, "prefill_chunk_size", None) for one in options)]
+    aloras = [name for name, own in adapters.forward_arguments.items() if "alora_offsets" in own]
+    if any(sizes) and not set(aloras).isdisjoint(adapters.selection.in_effect_anywhere):
+        raise ConfigError(
+            "generate: aLoRA looks for its invocation in the whole prompt, and prefill_chunk_size gives it in parts; "
+            "leave prefill_chunk_size out"
+        )
 
 
 def _check_cache(model: nn.Module, adapters: AdapterSet, arguments: dict[str, Any]) -> None:

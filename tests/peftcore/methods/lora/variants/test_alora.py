@@ -11,7 +11,7 @@ from method_example import randomise
 from routed_models import TOKENS, adapted, assert_rows_as_alone, lora
 from torch import nn
 
-from peftcore import LoraConfig, MergeError, get_peft_model
+from peftcore import ConfigError, LoraConfig, MergeError, get_peft_model
 from peftcore.composition import Stack
 from peftcore.errors import RoutingError
 
@@ -61,6 +61,25 @@ def test_alora_generates_what_repeated_forwards_give(beams: int) -> None:
     assert torch.equal(cached[1], base[0])
     given = model.generate(prompt, attention_mask=torch.ones_like(prompt), alora_offsets=[3, None], **options)
     assert torch.equal(given, cached)
+
+
+def test_alora_is_invoked_behind_a_cache_of_the_base_whatever_was_called_before() -> None:
+    model, start = alora(), INVOKED[:1, :4]
+    expected = model(INVOKED[:1]).logits[:, 4:]
+    for earlier in (INVOKED[1:], INVOKED[:1], INVOKED):  # not invoked, invoked elsewhere, another number of rows
+        model(earlier)
+        with model.disable_adapter():
+            cache = model(start, use_cache=True).past_key_values
+        found = model(INVOKED[:1, 4:], past_key_values=cache).logits
+        torch.testing.assert_close(found, expected)
+
+
+def test_alora_takes_no_prompt_in_parts() -> None:
+    model = alora()
+    with pytest.raises(ConfigError, match="prefill_chunk_size"):
+        model.generate(INVOKED, prefill_chunk_size=3, max_new_tokens=2)
+    with model.disable_adapter():
+        model.generate(INVOKED, prefill_chunk_size=3, max_new_tokens=2)
 
 
 def test_alora_acts_nowhere_in_embeddings_and_says_so() -> None:
