@@ -394,16 +394,22 @@ def generation(model: nn.Module, arguments: dict[str, Any], inputs: Any = None) 
             route.repeats = False
 
 
+_NOT_WITH_ALORA = ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_model")
+"""Options of `generate` with which a call gets a part of the prompt, or guessed tokens behind it."""
+
+
 def _check_chunks(model: nn.Module, adapters: AdapterSet, arguments: dict[str, Any]) -> None:
-    """Raise ConfigError if the prompt would be read in parts while an aLoRA is in effect."""
-    options = [arguments.get("generation_config"), getattr(model, "generation_config", None)]
-    sizes = [arguments.get("prefill_chunk_size"), *(getattr(one, "prefill_chunk_size", None) for one in options)]
+    """Raise ConfigError if an aLoRA is in effect, and calls would get something else than the prompt."""
     aloras = [name for name, own in adapters.forward_arguments.items() if "alora_offsets" in own]
-    if any(sizes) and not set(aloras).isdisjoint(adapters.selection.in_effect_anywhere):
-        raise ConfigError(
-            "generate: aLoRA looks for its invocation in the whole prompt, and prefill_chunk_size gives it in parts; "
-            "leave prefill_chunk_size out"
-        )
+    if set(aloras).isdisjoint(adapters.selection.in_effect_anywhere):
+        return
+    sources = [arguments.get("generation_config"), getattr(model, "generation_config", None)]
+    for option in _NOT_WITH_ALORA:
+        if arguments.get(option) or any(getattr(source, option, None) for source in sources):
+            raise ConfigError(
+                f"generate: aLoRA looks for its invocation in the whole prompt alone, and {option} gives calls a part "
+                f"of it or guessed tokens; leave {option} out"
+            )
 
 
 def _check_cache(model: nn.Module, adapters: AdapterSet, arguments: dict[str, Any]) -> None:

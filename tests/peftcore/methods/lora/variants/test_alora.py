@@ -74,12 +74,14 @@ def test_alora_is_invoked_behind_a_cache_of_the_base_whatever_was_called_before(
         torch.testing.assert_close(found, expected)
 
 
-def test_alora_takes_no_prompt_in_parts() -> None:
+@pytest.mark.parametrize("option", ["prefill_chunk_size", "prompt_lookup_num_tokens"])
+def test_alora_takes_no_prompt_in_parts_and_no_guessed_tokens(option: str) -> None:
     model = alora()
-    with pytest.raises(ConfigError, match="prefill_chunk_size"):
-        model.generate(INVOKED, prefill_chunk_size=3, max_new_tokens=2)
+    options: dict[str, Any] = {option: 3, "max_new_tokens": 2}
+    with pytest.raises(ConfigError, match=option):
+        model.generate(INVOKED[:1], **options)
     with model.disable_adapter():
-        model.generate(INVOKED, prefill_chunk_size=3, max_new_tokens=2)
+        model.generate(INVOKED[:1], **options)
 
 
 def test_alora_acts_nowhere_in_embeddings_and_says_so() -> None:
