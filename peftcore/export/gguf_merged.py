@@ -117,6 +117,11 @@ def _merges_of_model(model: nn.Module, adapter_name: str, layout: GgufLayout) ->
             "the adapter's directory holds embeddings of the base that differ from the base's own; use "
             "merge_and_unload and save_pretrained, and export the saved model by llama.cpp's convert_hf_to_gguf.py"
         )
+    if adapters.replication is not None:
+        raise ExportError(
+            f"layer_replication of adapter {adapters.replication[0]!r} adds layers that the base does not have; use "
+            "merge_and_unload and save_pretrained, and export the saved model by llama.cpp's convert_hf_to_gguf.py"
+        )
     config: Any = getattr(model, "config", None)
     if layout_of(config).architecture != layout.architecture:
         raise ExportError(

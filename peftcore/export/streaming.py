@@ -62,7 +62,7 @@ def merge_streaming(
         `out_folder`.
 
     Raises:
-        ExportError: the base cannot be streamed.
+        ExportError: the base cannot be streamed, or the adapter replicates layers.
         CheckpointError: the adapter does not fit the base.
         MergeError: the adapter has no merged weight, or a merged weight is not finite. After every error nothing has
             been written.
@@ -84,6 +84,11 @@ def merge_streaming(
         if storage is not None:
             tensors = dequantised_tensors(model, tensors, storage, double_quant, fresh)
         adapters = load_adapter(model, Path(adapter_directory), _NAME, False, None).adapters
+        if adapters.replication is not None:
+            raise ExportError(
+                f"layer_replication of {adapter_directory} adds layers that the base does not have; load the model and "
+                "use merge_and_unload and save_pretrained"
+            )
         check_mergeable(model, [_NAME])
         outputs = merged_tensors(model, adapters, _NAME, tensors, DTYPES.get(dtype or ""))
         _write(fresh, outputs, max_shard_bytes, progressbar)

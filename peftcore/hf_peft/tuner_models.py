@@ -6,6 +6,7 @@ from torch import nn
 
 from peftcore.injection.adapter_set import adapter_set, shared_by
 from peftcore.injection.tuner_model import TunerModel
+from peftcore.injection.xlora_model import XLoraModel as XLoraModel
 
 if TYPE_CHECKING:
     from peftcore.methods.tinylora import TinyLoraConfig
@@ -81,12 +82,6 @@ class FourierFTModel(TunerModel):
     """View on a model with adapters, the first of which is of the method FOURIERFT."""
 
     peft_type = "FOURIERFT"
-
-
-class XLoraModel(TunerModel):
-    """View on a model with adapters, the first of which is of the method XLORA."""
-
-    peft_type = "XLORA"
 
 
 class HRAModel(TunerModel):

@@ -55,7 +55,7 @@ def activate(model: nn.Module, names: str | list[str]) -> None:
 
 
 def delete_adapter(model: nn.Module, *names: str) -> None:
-    """Delete adapters. If all active ones are deleted, the first remaining adapter becomes active, as in HF PEFT.
+    """Delete adapters. If all active ones are deleted, another one becomes active, as in HF PEFT.
 
     The parameters of that adapter then train, unless its configuration says `inference_mode`.
 

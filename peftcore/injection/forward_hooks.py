@@ -369,6 +369,7 @@ def generation(model: nn.Module, arguments: dict[str, Any], inputs: Any = None) 
     adapters: AdapterSet = model.__dict__[ATTRIBUTE]
     names = frozenset().union(*adapters.forward_arguments.values())
     _check_cache(model, adapters, arguments)
+    _check_chunks(model, adapters, arguments)
     before, route = adapters.generate_arguments, adapters.selection.route
     kinds = (adapters.kinds[name] for name in adapters.selection.in_effect)
     fixed = {key: value for kind in kinds for key, value in kind.generate_arguments.items()}
@@ -391,6 +392,24 @@ def generation(model: nn.Module, arguments: dict[str, Any], inputs: Any = None) 
         adapters.generate_arguments = before
         if route is not None:
             route.repeats = False
+
+
+_NOT_WITH_ALORA = ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_model")
+"""Options of `generate` with which a call gets a part of the prompt, or guessed tokens behind it."""
+
+
+def _check_chunks(model: nn.Module, adapters: AdapterSet, arguments: dict[str, Any]) -> None:
+    """Raise ConfigError if an aLoRA is in effect, and calls would get something else than the prompt."""
+    aloras = [name for name, own in adapters.forward_arguments.items() if "alora_offsets" in own]
+    if set(aloras).isdisjoint(adapters.selection.in_effect_anywhere):
+        return
+    sources = [arguments.get("generation_config"), getattr(model, "generation_config", None)]
+    for option in _NOT_WITH_ALORA:
+        if arguments.get(option) or any(getattr(source, option, None) for source in sources):
+            raise ConfigError(
+                f"generate: aLoRA looks for its invocation in the whole prompt alone, and {option} gives calls a part "
+                f"of it or guessed tokens; leave {option} out"
+            )
 
 
 def _check_cache(model: nn.Module, adapters: AdapterSet, arguments: dict[str, Any]) -> None:

@@ -524,7 +524,9 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 
 
 def delete_adapter_and_activate(model: nn.Module, *names: str) -> None:
-    """Delete adapters. If all active ones are deleted, the first remaining adapter becomes active, as in HF PEFT.
+    """Delete adapters. If all active ones are deleted, another one becomes active, as in HF PEFT.
+
+    That is the first remaining adapter by name, or after a prompt the one that was added first.
 
     Args:
         model: the model with adapters.
@@ -536,10 +538,11 @@ def delete_adapter_and_activate(model: nn.Module, *names: str) -> None:
     adapters = adapter_set(model)
     check_deletable(model, *names)
     active = [name for name in names if name in adapters.selection.active]
+    by_age = any(name in adapters.prompts for name in active)
     for name in sorted(dict.fromkeys(names), key=adapters.deepened_by):  # `layer_replication`'s adapter last
         delete_adapter(model, name)
     if active and adapters.configs and not adapters.selection.active:
-        first = next(iter(adapters.configs))
+        first = next(iter(adapters.configs)) if by_age else min(adapters.configs)
         adapters.selection.active = (first,)
         if not adapters.configs[first].inference_mode:
             adapters.set_requires_grad([first], True)

@@ -124,7 +124,7 @@ def _basis(layers: list[BaseWeight], ridge: float) -> Tensor:
     if len(stacked) < size:
         return torch.linalg.svd(stacked, full_matrices=True)[2].T.to(dtype)
     q, r = torch.linalg.qr(stacked)
-    eye = torch.eye(size, device="cpu")
+    eye = torch.eye(size, dtype=torch.float32, device="cpu")
     grams = [part.T @ part + ridge * eye for part in q.split([len(weight) for weight in weights])]
     mean = torch.stack([torch.linalg.inv(gram) for gram in grams]).sum(0) / len(grams)
     return (r.T @ torch.linalg.eigh(mean)[1]).to(dtype)

@@ -11,6 +11,7 @@ from torch.compiler import is_compiling
 from peftcore.injection.adapter_set import ATTRIBUTE
 from peftcore.injection.base_view import view_of
 from peftcore.injection.tuner_model import SHARED_TENSORS, SharedTensors, tuner_model
+from peftcore.injection.xlora_model import XLoraModel
 
 _BASE_MODEL_READERS = (
     "get_decoder",
@@ -21,7 +22,12 @@ _BASE_MODEL_READERS = (
     "set_input_embeddings",
 )
 """Methods of transformers that read `base_model` and mean the model without its head."""
-_METHODS_OF_VIEWS = ("get_nb_savable_parameters", "print_savable_parameters", "update_and_allocate")
+_METHODS_OF_VIEWS = (
+    "get_nb_savable_parameters",
+    "print_savable_parameters",
+    "update_and_allocate",
+    *(name for name, own in vars(XLoraModel).items() if callable(own)),
+)
 """Methods of `base_model` that scripts also call on the model."""
 _OWN_BASE_MODEL: ContextVar[bool] = ContextVar("peftcore_own_base_model", default=False)
 """True while `base_model` is that of the model's own class."""
@@ -66,7 +72,7 @@ def _shared(model: Any, name: str) -> Mapping[str, Tensor] | None:
 
 
 def _method_of_view(model: Any, name: str) -> Callable[..., Any] | None:
-    view = tuner_model(model)
+    view = tuner_model(model) if ATTRIBUTE in model.__dict__ else None
     return getattr(view, name) if hasattr(type(view), name) else None
 
 

@@ -163,8 +163,8 @@ class LoadingMethods(AdaptedModule):
     def delete_adapter(self, adapter_name: str | list[str]) -> None:
         """Delete adapters; layers without an adapter become plain layers again.
 
-        If all active adapters are deleted, the first remaining one becomes active, with a warning. An error leaves all
-        adapters in place.
+        If all active adapters are deleted, the first remaining one by name becomes active, with a warning; after a
+        prompt, the oldest one. An error leaves all adapters in place.
 
         Args:
             adapter_name: one name or several.

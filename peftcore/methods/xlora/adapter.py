@@ -65,8 +65,7 @@ class XLora(Adapter):
             raise ConfigError("XLORA weights every token in each call, so it takes no cache; give use_cache=False")
         hidden = shared.first_pass(model, inputs)
         scalings = shared.internal_xlora_classifier(hidden.to(next(shared.parameters()).device))
-        if shared.log is not None:
-            shared.log.append(scalings.detach())
+        shared.record(scalings)
         shared.scalings = shared.chosen(scalings)
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:

@@ -47,12 +47,16 @@ class XLoraConfig(TunerConfig):
         self.probability("xlora_dropout_p")
         if self.softmax_temperature <= 0:
             raise ConfigError(f"XLoraConfig: softmax_temperature must be above 0; got {self.softmax_temperature}")
-        if self.top_k_lora is not None and self.adapters and not 1 <= self.top_k_lora <= len(self.adapters):
-            raise ConfigError(f"XLoraConfig: top_k_lora must be 1 to {len(self.adapters)}; got {self.top_k_lora}")
+        self.check_top_k(self.top_k_lora)
         if self.enable_softmax and self.enable_softmax_topk:
             warnings.warn(
                 "XLoraConfig: a softmax over a softmax flattens the weights; set enable_softmax=False", stacklevel=3
             )
+
+    def check_top_k(self, value: int | None) -> None:
+        """Raise ConfigError if this value of `top_k_lora` does not fit the number of LoRAs."""
+        if value is not None and self.adapters and not 1 <= value <= len(self.adapters):
+            raise ConfigError(f"XLoraConfig: top_k_lora must be 1 to {len(self.adapters)}; got {value}")
 
     def check_complete(self) -> None:
         super().check_complete()

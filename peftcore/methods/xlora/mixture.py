@@ -47,8 +47,11 @@ class Mixture(Shared):
     def __init__(self, config: XLoraConfig, bases: Mapping[str, BaseWeight]):
         super().__init__()
         self.config, self.numbers = config, {path: number for number, path in enumerate(bases)}
-        self.log: list[Tensor] | None = None
-        """If a list is assigned here, the classifier's weights of every forward pass are appended."""
+        self.latest: Tensor | None = None
+        """The classifier's weights (b, t, l, n) of the latest forward pass, without gradients."""
+        self.logs = False
+        """True: every forward pass appends these weights to `log`."""
+        self.log: list[Tensor] = []
         experts: list[dict[str, nn.Module]] = [{} for _ in bases]
         for n, directory in enumerate(config.directories()):
             for path, expert in read_lora(directory, bases).items():
@@ -98,6 +101,12 @@ class Mixture(Shared):
             found = "no hidden_states" if not states else f"hidden states of size {states[-1].shape[-1]}"
             raise ConfigError(f"XLORA: {type(model).__name__} gives {found}; hidden_size={self.config.hidden_size}")
         return states[-1]
+
+    def record(self, scalings: Tensor) -> None:
+        """Keep the classifier's weights (b, t, l or 1, n) for those who want to see them."""
+        self.latest = scalings.detach().expand(-1, -1, len(self.numbers), -1)
+        if self.logs:
+            self.log.append(self.latest)
 
     def chosen(self, scalings: Tensor) -> Tensor:
         """Return the weights after `top_k_lora` and the softmax over the selected ones."""

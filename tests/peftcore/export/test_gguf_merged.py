@@ -118,6 +118,8 @@ def test_what_llama_cpp_cannot_take_is_refused_and_nothing_is_written(tmp_path: 
     refused("aLoRA", adapted("llama", alora), merged=True, error=MergeError)
     saved = LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"])
     refused("holds trained modules", adapted("llama", saved), merged=True)
+    replicated = LoraConfig(target_modules=["q_proj"], layer_replication=[(0, 2), (0, 2)], layers_to_transform=[0])
+    refused("adds layers that the base does not have", adapted("llama", replicated), merged=True)
     config = AutoConfig.for_model(
         "gpt_neox", hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=30
     )

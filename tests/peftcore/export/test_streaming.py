@@ -133,6 +133,9 @@ def test_nothing_is_left_of_what_is_refused(tmp_path: Path) -> None:
 
     refused(MergeError, "prompts", PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     refused(MergeError, "aLoRA", LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[3]))
+    for layers in (None, [0]):  # with and without an adapter at the added layers
+        deeper = LoraConfig(target_modules=["q_proj"], layer_replication=[(0, 2), (0, 2)], layers_to_transform=layers)
+        refused(ExportError, "layer_replication", deeper)
     refused(ExportError, "dtype must be", METHODS["lora"], dtype="int8")
     refused(ExportError, "storage must be", METHODS["lora"], storage="int8")
     gpt2 = saved(tmp_path / "gpt2", kind="gpt2")

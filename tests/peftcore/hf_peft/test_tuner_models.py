@@ -10,7 +10,11 @@ from peftcore import LoraConfig, PeftConfig, get_peft_model
 from peftcore.hf_peft import tuner_models
 from peftcore.injection.tuner_model import TunerModel
 
-CLASSES = {name: kind for name, kind in vars(tuner_models).items() if isinstance(kind, type) and kind is not TunerModel}
+CLASSES = {
+    name: kind
+    for name, kind in vars(tuner_models).items()
+    if isinstance(kind, type) and issubclass(kind, TunerModel) and kind is not TunerModel
+}
 
 
 @pytest.mark.parametrize("name", CLASSES)

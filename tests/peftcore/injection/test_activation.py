@@ -1,15 +1,19 @@
 """Which adapters act and train; the cost of switching."""
 
 import contextlib
+import copy
 import threading
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from routed_models import TOKENS, llama, mixture
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import peftcore
 from peftcore import (
     AdapterNameError,
     ConfigError,
@@ -146,6 +150,22 @@ def test_another_adapter_is_active_after_the_active_one_is_deleted() -> None:
     model.add_adapter("e", lora("0"))
     model.delete_adapter("e")
     assert model.active_adapters == [], "nothing was active before"
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("prompts", "expected"), [(False, "a"), (True, "b")])
+def test_it_is_the_adapter_that_hf_peft_activates(prompts: bool, expected: str) -> None:
+    sizes: Any = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 1, "num_hidden_layers": 1}
+    for library in (peft, peftcore):
+        if prompts:
+            config = library.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=1)
+        else:
+            config = library.LoraConfig(r=1, target_modules=["q_proj"])
+        model: Any = library.get_peft_model(LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=8)), config, "z")
+        for name in ("b", "a"):
+            model.add_adapter(name, copy.deepcopy(config))
+        model.delete_adapter("z")
+        assert model.active_adapters == [expected]
 
 
 def test_a_store_that_evicts_activates_nothing(tmp_path: Path) -> None:

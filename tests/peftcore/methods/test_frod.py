@@ -1,5 +1,6 @@
 """What the FRoD paper says: a basis for all layers of one role, trained lengths and a sparse trained rotation."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -208,3 +209,15 @@ def test_offloading_says_that_it_does_nothing() -> None:
 def test_impossible_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         FrodConfig(**options)
+
+
+def test_the_basis_does_not_depend_on_pytorchs_default_type() -> None:
+    base = Blocks()
+    config = FrodConfig(target_modules=["up"], sparse_rate=0.1, **QUIET)
+    expected = layers(get_peft_model(copy.deepcopy(base), config))["layers.0.up"].shared.frod_V.state_dict()
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = layers(get_peft_model(base, config))["layers.0.up"].shared.frod_V.state_dict()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)

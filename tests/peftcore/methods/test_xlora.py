@@ -51,6 +51,33 @@ def test_parity_both_ways(family: str, case: str, tmp_path: Path) -> None:
     agree(model(tokens()).logits, there(input_ids=tokens()).logits, "XLORA", family, made_by="peftcore")
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_the_methods_of_hf_pefts_model(tmp_path: Path) -> None:
+    loras = trained_loras(tmp_path / "loras", "llama")
+    model: Any = mixed(loras, layerwise_scalings=True)
+    model.save_pretrained(tmp_path / "mixture")
+    there: Any = peft.PeftModel.from_pretrained(build("llama"), tmp_path / "mixture").eval()
+    changes: list[tuple[str, Any]] = [
+        ("set_topk_lora", 2),
+        ("set_global_scaling_weight", 0.5),
+        ("set_scaling_pass_value", 0.3),
+        ("set_scaling_pass_value", None),
+        ("set_topk_lora", None),
+    ]
+    for name, value in changes:
+        getattr(model, name)(value)
+        getattr(there, name)(value)
+        before = model(tokens()).logits
+        torch.testing.assert_close(before, there(input_ids=tokens()).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(model.get_latest_scalings(), there.get_latest_scalings())
+    config = model.peft_config["default"]
+    assert (config.top_k_lora, config.global_scaling_weight, config.scaling_pass_value) == (None, 0.5, 1 / 3)
+    assert model.get_global_scaling_weight() == there.get_global_scaling_weight() == 0.5
+    with pytest.raises(ConfigError, match="top_k_lora must be 1 to 3; got 4"):
+        model.set_topk_lora(4)
+    assert not hasattr(get_peft_model(llama(), LoraConfig()), "set_topk_lora")
+
+
 def test_save_and_load_keeps_the_classes_in_order(loras: dict[str, str], tmp_path: Path) -> None:
     names = {"10": loras["1"], "9": loras["0"], "11": loras["2"]}
     assert [str(d) for d in config(names).directories()] == list(loras.values())

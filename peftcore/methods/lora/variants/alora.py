@@ -73,7 +73,11 @@ def _mask(shared: Invocation, h: Tensor) -> Tensor:
 
 
 def _locate(shared: Invocation, tokens: list[int], inputs: dict[str, Any]) -> None:
-    """Find the invocation in each row, or take `alora_offsets`; a decoding step keeps the state of its prompt."""
+    """Find the invocation in each row, or take `alora_offsets`; a decoding step keeps the state of its prompt.
+
+    In several tokens behind a cache, such as a prompt whose beginning another call has read, the invocation is looked
+    for, too. Rows without one there keep their state.
+    """
     ids, offsets = inputs.get("input_ids"), inputs.get("alora_offsets")
     tokens_in = next((inputs[k] for k in ("input_ids", "inputs_embeds") if inputs.get(k) is not None), None)
     if offsets is not None:
@@ -91,11 +95,16 @@ def _locate(shared: Invocation, tokens: list[int], inputs: dict[str, Any]) -> No
         )
         shared.last_positions = None if tokens_in is None else torch.zeros(len(tokens_in), dtype=torch.long)
         return
-    cache = inputs.get("cache", inputs.get("past_key_values"))
-    if cache is not None and cache.get_seq_length() > 0 and shared.last_positions is not None:
-        shared.last_positions = (shared.last_positions > 0) * ids.shape[1]
+    cache, before = inputs.get("cache", inputs.get("past_key_values")), shared.last_positions
+    if cache is None or cache.get_seq_length() == 0 or before is None:
+        shared.last_positions = last_positions(ids, tokens)
         return
-    shared.last_positions = last_positions(ids, tokens)
+    continued = (before > 0) * ids.shape[1]
+    if ids.shape[1] > 1:
+        found = last_positions(ids, tokens)
+        same_rows = len(found) == len(before)
+        continued = torch.where(found > 0, found, continued.to(found.device)) if same_rows else found
+    shared.last_positions = continued
 
 
 def last_positions(ids: Tensor, tokens: list[int]) -> Tensor:

@@ -59,10 +59,22 @@ def test_copies_after_a_forward_with_gradients(loras: dict[str, str]) -> None:
 
 def test_the_log_gathers_weights(loras: dict[str, str]) -> None:
     model = mixed(loras)
-    mixture(model).log = []
+    assert model.get_latest_scalings() is None
     model(tokens())
-    model(tokens()[:1, :3])
-    assert [tuple(s.shape) for s in mixture(model).log or []] == [(2, 7, 1, 3), (1, 3, 1, 3)]
+    model.enable_scalings_logging()
+    for call in (tokens(), tokens()[:1, :3], tokens()):
+        model(call)
+    model.disable_scalings_logging()
+    model(tokens())
+    log = model.get_scalings_log()
+    assert [tuple(one.shape) for one in log] == [(2, 7, 7, 3), (1, 3, 7, 3), (2, 7, 7, 3)]
+    assert {length: positions for length, (positions, _) in model.get_bucketed_scalings_log().items()} == {
+        7: [0, 2],
+        3: [1],
+    }
+    assert torch.equal(model.get_latest_scalings(), log[0]) and not log[0].requires_grad
+    model.clear_scalings_log()
+    assert model.base_model.get_scalings_log() == [] and len(log) == 3
 
 
 @pytest.mark.filterwarnings("ignore")

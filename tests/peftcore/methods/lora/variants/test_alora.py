@@ -11,7 +11,7 @@ from method_example import randomise
 from routed_models import TOKENS, adapted, assert_rows_as_alone, lora
 from torch import nn
 
-from peftcore import LoraConfig, MergeError, get_peft_model
+from peftcore import ConfigError, LoraConfig, MergeError, get_peft_model
 from peftcore.composition import Stack
 from peftcore.errors import RoutingError
 
@@ -61,6 +61,27 @@ def test_alora_generates_what_repeated_forwards_give(beams: int) -> None:
     assert torch.equal(cached[1], base[0])
     given = model.generate(prompt, attention_mask=torch.ones_like(prompt), alora_offsets=[3, None], **options)
     assert torch.equal(given, cached)
+
+
+def test_alora_is_invoked_behind_a_cache_of_the_base_whatever_was_called_before() -> None:
+    model, start = alora(), INVOKED[:1, :4]
+    expected = model(INVOKED[:1]).logits[:, 4:]
+    for earlier in (INVOKED[1:], INVOKED[:1], INVOKED):  # not invoked, invoked elsewhere, another number of rows
+        model(earlier)
+        with model.disable_adapter():
+            cache = model(start, use_cache=True).past_key_values
+        found = model(INVOKED[:1, 4:], past_key_values=cache).logits
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("option", ["prefill_chunk_size", "prompt_lookup_num_tokens"])
+def test_alora_takes_no_prompt_in_parts_and_no_guessed_tokens(option: str) -> None:
+    model = alora()
+    options: dict[str, Any] = {option: 3, "max_new_tokens": 2}
+    with pytest.raises(ConfigError, match=option):
+        model.generate(INVOKED[:1], **options)
+    with model.disable_adapter():
+        model.generate(INVOKED[:1], **options)
 
 
 def test_alora_acts_nowhere_in_embeddings_and_says_so() -> None:
