@@ -92,9 +92,8 @@ def apply_start(model: nn.Module, name: str, config: LoraConfig, observer: Obser
         progress: Show a progress bar.
     """
     ranks = observer.ranks()
-    has_no_values = any(
-        p.is_meta for p in adapter_set(model).parameters(name)
-    )  # get_peft_model(low_cpu_mem_usage=True)
+    # of get_peft_model(low_cpu_mem_usage=True)
+    has_no_values = any(parameter.is_meta for parameter in adapter_set(model).parameters(name))
     if has_no_values or any(rank != observer.layers[path].r for path, rank in ranks.items()):
         _replace_adapter(model, name, config.with_ranks(ranks, observer.keeps_alpha))
     layers = cast(dict[str, Lora], adapter_set(model).of_method(name))

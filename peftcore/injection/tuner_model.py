@@ -79,9 +79,8 @@ class TunerModel:
         if name.startswith("__") or name == "model":  # `model` is not there yet while a copy is made
             raise AttributeError(name)
         model = self.model
-        if (
-            not hasattr(nn.Module, name) and name not in _OF_THE_WHOLE_MODEL
-        ):  # transformers reads attributes of the model without its head here
+        # transformers reads other attributes of the model without its head here
+        if not hasattr(nn.Module, name) and name not in _OF_THE_WHOLE_MODEL:
             headless = model._modules.get(getattr(model, "base_model_prefix", ""))
             if headless is not None and hasattr(headless, name):
                 return getattr(headless, name)
