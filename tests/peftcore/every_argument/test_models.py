@@ -10,6 +10,7 @@ import torch
 from argument_checks import checks
 from argument_nets import Plain, X, lora, net, same, tensors_of, trained
 from torch import nn
+from xlora_models import mixed, tokens, trained_loras
 
 import peftcore
 from peftcore import (
@@ -191,6 +192,36 @@ def test_delete_adapter() -> None:
         functional.delete_adapter(model, "e", layer_cls=nn.Linear)
     assert functional.delete_adapter(model, "e", prefix="lora_", layer_cls=BaseTunerLayer) == ["a"]
     assert list(model.peft_config) == ["a"]
+
+
+@checks("XLoraModel.set_topk_lora", "value")
+@checks("XLoraModel.set_global_scaling_weight", "weight")
+@checks("XLoraModel.set_scaling_pass_value", "value")
+@pytest.mark.filterwarnings("ignore")
+def test_weights_of_an_xlora(tmp_path: Path) -> None:
+    view = mixed(trained_loras(tmp_path, "llama")).base_model
+    before = view(tokens()).logits
+    for setter, value in (
+        (view.set_topk_lora, 1),
+        (view.set_global_scaling_weight, 0.5),
+        (view.set_scaling_pass_value, 3),
+    ):
+        setter(value)
+        after = view(tokens()).logits
+        assert not torch.equal(before, after)
+        before = after
+
+
+@checks("VBLoRAModel.get_nb_savable_parameters", "adapter")
+def test_numbers_of_one_of_two_vbloras() -> None:
+    small, large = (
+        peftcore.VBLoRAConfig(target_modules=["0"], r=r, num_vectors=300, vector_length=4, save_only_topk_weights=True)
+        for r in (2, 4)
+    )
+    model: Any = get_peft_model(nn.Sequential(nn.Linear(8, 12)), small)
+    model.add_adapter("large", large)
+    (few, _), (many, _) = (model.get_nb_savable_parameters(name) for name in ("default", "large"))
+    assert 0 < few < many
 
 
 @checks("PeftModel.__call__", "args adapter_names kwargs")
