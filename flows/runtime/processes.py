@@ -20,7 +20,7 @@ import psutil
 
 _PR_SET_PDEATHSIG = 1
 _NO_CONTAINER = "pid:[4026531836]"
-"""The number that Linux always gives the first namespace of processes (PROC_PID_INIT_INO in its sources)."""
+"""Target of the link /proc/self/ns/pid outside of containers. Linux fixes the number (PROC_PID_INIT_INO)."""
 # loaded here, because the dynamic loader must not run between fork and exec in a process with threads
 _PRCTL = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 

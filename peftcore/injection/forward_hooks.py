@@ -369,7 +369,7 @@ def generation(model: nn.Module, arguments: dict[str, Any], inputs: Any = None) 
     adapters: AdapterSet = model.__dict__[ATTRIBUTE]
     names = frozenset().union(*adapters.forward_arguments.values())
     _check_cache(model, adapters, arguments)
-    _check_chunks(model, adapters, arguments)
+    _check_whole_prompt(model, adapters, arguments)
     before, route = adapters.generate_arguments, adapters.selection.route
     kinds = (adapters.kinds[name] for name in adapters.selection.in_effect)
     fixed = {key: value for kind in kinds for key, value in kind.generate_arguments.items()}
@@ -395,11 +395,11 @@ def generation(model: nn.Module, arguments: dict[str, Any], inputs: Any = None) 
 
 
 _NOT_WITH_ALORA = ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_model")
-"""Options of `generate` with which a call gets a part of the prompt, or guessed tokens behind it."""
+"""Options of `generate` with which a call of the model gets only a part of the prompt, or guessed tokens after it."""
 
 
-def _check_chunks(model: nn.Module, adapters: AdapterSet, arguments: dict[str, Any]) -> None:
-    """Raise ConfigError if an aLoRA is in effect, and calls would get something else than the prompt."""
+def _check_whole_prompt(model: nn.Module, adapters: AdapterSet, arguments: dict[str, Any]) -> None:
+    """Raise ConfigError if an aLoRA is in effect and an option splits the prompt or adds guessed tokens to it."""
     aloras = [name for name, own in adapters.forward_arguments.items() if "alora_offsets" in own]
     if set(aloras).isdisjoint(adapters.selection.in_effect_anywhere):
         return
@@ -407,8 +407,8 @@ def _check_chunks(model: nn.Module, adapters: AdapterSet, arguments: dict[str, A
     for option in _NOT_WITH_ALORA:
         if arguments.get(option) or any(getattr(source, option, None) for source in sources):
             raise ConfigError(
-                f"generate: aLoRA looks for its invocation in the whole prompt alone, and {option} gives calls a part "
-                f"of it or guessed tokens; leave {option} out"
+                "generate: aLoRA finds its invocation only if one call gets the whole prompt and nothing else, which "
+                f"{option} prevents; leave {option} out"
             )
 
 
