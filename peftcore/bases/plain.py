@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from peftcore.bases.base import BaseWeight
+from peftcore.bases.onednn import linear
 
 
 def current_parameter(module: nn.Module, name: str) -> Tensor | None:
@@ -74,13 +75,13 @@ class LinearWeight(BaseWeight):
 
     def product(self, x: Tensor) -> Tensor:
         bias = current_parameter(self.layer, "bias")
-        return F.linear(x, self._weight().to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return linear(x, self._weight().to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     def plain_output(self, x: Tensor) -> Tensor | None:
         weight, bias = self.layer._parameters.get("weight"), self.layer._parameters.get("bias")
         if type(self.layer) is not nn.Linear or type(weight) is not nn.Parameter or weight.dtype != x.dtype:
             return super().plain_output(x)
-        return None if torch._C._is_any_autocast_enabled() or weight.is_meta else F.linear(x, weight, bias)
+        return None if torch._C._is_any_autocast_enabled() or weight.is_meta else linear(x, weight, bias)
 
     def weight_for_backward(self) -> Tensor | None:
         return self._weight()

@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from peftcore.adapter import Adapter, FactorNames
+from peftcore.bases.onednn import linear
 from peftcore.bases.plain import LinearWeight
 from peftcore.composition.route import Route
 from peftcore.kernels.maths import scaled
@@ -165,7 +166,7 @@ def _base_output(layer: "AdapterLayer", plan: DecodingPlan, x: Tensor) -> Tensor
     weight = parameters.get("weight")
     if type(weight) is not nn.Parameter or weight.dtype is not x.dtype or weight.is_meta:
         return layer.base.plain_output(x)
-    return F.linear(x, weight, parameters.get("bias"))
+    return linear(x, weight, parameters.get("bias"))
 
 
 def _add(
