@@ -393,6 +393,11 @@ class Adapter(_Constants):
             inputs: the call's arguments by name, including `forward_arguments`; may be changed in place.
         """
 
+    @classmethod
+    def refused_generate_options(cls, config: Any) -> Mapping[str, str]:
+        """Return {option of `generate` that may not be set while the adapter is active: reason}."""
+        return {}
+
     # -- merging ---------------------------------------------------------------------------------------------------
 
     def replaced_rows(self) -> Collection[int]:

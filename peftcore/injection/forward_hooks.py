@@ -364,12 +364,12 @@ def generation(model: nn.Module, arguments: dict[str, Any], inputs: Any = None) 
         The arguments for the model's own `generate`.
 
     Raises:
-        ConfigError: a prompt is in effect, and the cache is not empty.
+        ConfigError: a prompt is in effect, and the cache is not empty; or an option does not fit an active adapter.
     """
     adapters: AdapterSet = model.__dict__[ATTRIBUTE]
     names = frozenset().union(*adapters.forward_arguments.values())
     _check_cache(model, adapters, arguments)
-    _check_whole_prompt(model, adapters, arguments)
+    _check_options(model, adapters, arguments)
     before, route = adapters.generate_arguments, adapters.selection.route
     kinds = (adapters.kinds[name] for name in adapters.selection.in_effect)
     fixed = {key: value for kind in kinds for key, value in kind.generate_arguments.items()}
@@ -394,22 +394,15 @@ def generation(model: nn.Module, arguments: dict[str, Any], inputs: Any = None) 
             route.repeats = False
 
 
-_NOT_WITH_ALORA = ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_model")
-"""Options of `generate` with which a call of the model gets only a part of the prompt, or guessed tokens after it."""
-
-
-def _check_whole_prompt(model: nn.Module, adapters: AdapterSet, arguments: dict[str, Any]) -> None:
-    """Raise ConfigError if an aLoRA is in effect and an option splits the prompt or adds guessed tokens to it."""
-    aloras = [name for name, own in adapters.forward_arguments.items() if "alora_offsets" in own]
-    if set(aloras).isdisjoint(adapters.selection.in_effect_anywhere):
-        return
+def _check_options(model: nn.Module, adapters: AdapterSet, arguments: dict[str, Any]) -> None:
+    """Raise ConfigError if an option of `generate` does not fit one of the adapters in effect."""
     sources = [arguments.get("generation_config"), getattr(model, "generation_config", None)]
-    for option in _NOT_WITH_ALORA:
-        if arguments.get(option) or any(getattr(source, option, None) for source in sources):
-            raise ConfigError(
-                "generate: aLoRA finds its invocation only if one call gets the whole prompt and nothing else, which "
-                f"{option} prevents; leave {option} out"
-            )
+    for name in adapters.selection.in_effect_anywhere:
+        kind = adapters.kinds[name]
+        refused = kind.refused_generate_options(adapters.configs[name]) if issubclass(kind, Adapter) else {}
+        for option, reason in refused.items():
+            if arguments.get(option) or any(getattr(source, option, None) for source in sources):
+                raise ConfigError(f"generate: {option} does not fit {name!r}: {reason}; leave {option} out")
 
 
 def _check_cache(model: nn.Module, adapters: AdapterSet, arguments: dict[str, Any]) -> None:

@@ -287,6 +287,14 @@ class Lora(Adapter):
         for variant in config.variants():
             variant.before_forward(config, shared, inputs)
 
+    @classmethod
+    def refused_generate_options(cls, config: LoraConfig) -> Mapping[str, str]:
+        return {
+            option: reason
+            for variant in config.variants()
+            for option, reason in variant.refused_generate_options.items()
+        }
+
     # -- merged ----------------------------------------------------------------------------------------------
 
     def check_mergeable(self) -> None:

@@ -59,6 +59,8 @@ class Variant:
     """True if `Adapter.beside` must hold the adapters of the layer."""
     is_additive: ClassVar[bool] = True
     """True if the adapter still computes y + f(x), with f independent of the arguments of the model's call."""
+    refused_generate_options: ClassVar[Mapping[str, str]] = {}
+    """{option of `generate` that may not be set while the adapter is active: reason}."""
     beyond_low_rank: ClassVar[str] = ""
     """Reason why two factors per layer cannot express the adapter, for export errors; "" if they can."""
 

@@ -29,6 +29,9 @@ class Invocation(Shared):
     """(b,); None: the adapter acts nowhere."""
 
 
+_WHOLE_PROMPT = "aLoRA finds its invocation only if one call of the model gets the whole prompt and nothing else"
+
+
 @register_variant
 class Alora(Variant):
     """Variant for `alora_invocation_tokens=[...]`: the adapter acts from the last occurrence of these tokens on."""
@@ -37,6 +40,9 @@ class Alora(Variant):
     layer_kinds = frozenset({"linear", "conv", "embedding"})
     stands_alone = True
     is_additive = False
+    refused_generate_options = dict.fromkeys(
+        ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_model"), _WHOLE_PROMPT
+    )
     beyond_low_rank = "aLoRA acts at some positions only, which this format does not say; train a plain LoRA"
 
     def is_chosen(self, config: "LoraConfig") -> bool:
