@@ -54,14 +54,14 @@ def made(tmp_path: Path) -> Iterator[Callable[..., Recorder]]:
 
 def test_an_answer_and_its_rating_are_on_disk_once_the_rating_is_accepted(made: Any, tmp_path: Path) -> None:
     recorder = made()
-    recorder.answer(answer("chatcmpl-1", user="ada"))
-    recorder.rating(rating("chatcmpl-1", comment="fine", user="ada")).result(10)
+    recorder.answer(answer("chatcmpl-1", user="nadia"))
+    recorder.rating(rating("chatcmpl-1", comment="fine", user="nadia")).result(10)
     first, second = Records(tmp_path / "records")
     assert (first["kind"], first["id"], first["choices"][0]["text"]) == ("answer", "chatcmpl-1", "It.")
     assert (second["kind"], second["rating"], second["comment"]) == ("rating", 1.0, "fine")
     assert first["user"] == second["user"] and len(first["user"]) == 16, "one user has one pseudonym"
     content = b"".join(path.read_bytes() for path in (tmp_path / "records").iterdir())
-    assert b"ada" not in content
+    assert b"nadia" not in content  # a name that no hexadecimal number contains
     assert (tmp_path / "records").stat().st_mode & 0o077 == 0
     assert recorder.written == {"answer": 1, "rating": 1} and not recorder.dropped
 
