@@ -191,8 +191,9 @@ def reliability(base: Mapping[str, Any], adapter: Mapping[str, Any]) -> Markup:
 
 
 def largest(slices: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return the names of the slices with the most rows, at most SLICES_SHOWN."""
-    return sorted(slices, key=lambda name: (-slices[name]["rows"], name))[:SLICES_SHOWN]
+    """Return the names of the slices with the most rows, at most SLICES_SHOWN; none without a loss."""
+    measured = [name for name, figures in slices.items() if figures["base_loss"] is not None]
+    return sorted(measured, key=lambda name: (-slices[name]["rows"], name))[:SLICES_SHOWN]
 
 
 def _series(table: Path, column: str) -> tuple[list[int], list[float]]:

@@ -1,5 +1,7 @@
 """Result of an evaluation: metrics, a table of rows, and samples."""
 
+import logging
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ import pyarrow as pa
 from flows.data.rows import Row
 from flows.evaluation.scoring import RowLosses
 
+log = logging.getLogger(__name__)
 COMMON = (
     ("id", pa.string()),
     ("slice", pa.string()),
@@ -60,6 +63,8 @@ def common_metrics(
 ) -> dict[str, Any]:
     """Return the metrics of base and adapter, the gain of the adapter in each, and the losses of each slice.
 
+    The losses of a slice are None if all its rows have weight 0; a warning names such slices.
+
     Args:
         rows: The test rows.
         losses: {"base": losses of the rows, "adapter": losses of the rows}.
@@ -71,17 +76,21 @@ def common_metrics(
     members: dict[str, list[int]] = defaultdict(list)
     for i, row in enumerate(rows):
         members[row["slice"]].append(i)
+    slices = {name: _slice_losses(losses, indices) for name, indices in sorted(members.items())}
+    if weightless := [name for name, figures in slices.items() if figures["base_loss"] is None]:
+        log.warning(
+            "slices without a test loss, because all their rows have weight 0: %s",
+            ", ".join(name or "rows without a slice" for name in weightless),
+        )
     return {
         "base": dict(base),
         "adapter": dict(adapter),
         "gain": {"loss": base["loss"] - adapter["loss"], **{name: adapter[name] - base[name] for name in gains}},
         "rows": len(rows),
-        "slices": {
-            name: {
-                "rows": len(indices),
-                "base_loss": losses["base"].of(indices).loss,
-                "adapter_loss": losses["adapter"].of(indices).loss,
-            }
-            for name, indices in sorted(members.items())
-        },
+        "slices": slices,
     }
+
+
+def _slice_losses(losses: Mapping[str, RowLosses], indices: Sequence[int]) -> dict[str, Any]:
+    means = {f"{side}_loss": losses[side].of(indices).loss for side in ("base", "adapter")}
+    return {"rows": len(indices), **{name: None if math.isnan(mean) else mean for name, mean in means.items()}}

@@ -143,7 +143,8 @@ def roll_back(
     """Give the stage back to a version that had it before, without the gate.
 
     The version's files have to be the registered ones. The tag keeps the author, the reason, the replaced version, and
-    the gate's report from the version's own promotion.
+    the gate's report from the version's own promotion. If an earlier call with the same reason was killed after it had
+    made its tag, this call completes that rollback.
 
     Args:
         params: the parameters; `gate.stage` is the stage.
@@ -163,6 +164,8 @@ def roll_back(
     holder = state.stages().get(stage)
     if holder is None:
         raise RegistryError(f"nothing is {stage}, so there is nothing to roll back; use `peftcore promote`")
+    if _is_interrupted_rollback(registry, paths, holder, reason, version):
+        return _completed_rollback(params, paths, registry, state, holder, push_to)
     earlier = [one for one in state.holders(stage) if one.version not in (None, holder.version)]
     target = next((one for one in reversed(earlier) if version in (None, one.version)), None)
     if target is None or target.version is None:
@@ -180,7 +183,7 @@ def roll_back(
         f"{registry.name} {chosen.number} becomes {stage} again, in place of {holder.version or holder.commit}",
         "",
     ]
-    lines += [f"Reason: {' '.join(reason.split())}", ""]
+    lines += [_reason_line(reason), ""]
     lines += [] if report is None else [_REPORT + json.dumps(report.as_dict())]
     tag = registry.assignment_tag(stage, state.last_event() + 1)
     promotion = Promotion(registry.name, chosen.number, stage, "rolled back", tag, report)
@@ -190,6 +193,36 @@ def roll_back(
     _mirror(params, paths.root, state, chosen)
     write_atomically(paths.promotion, json.dumps(promotion.as_dict(), indent=2) + "\n")
     return promotion
+
+
+def _is_interrupted_rollback(
+    registry: Registry, paths: Paths, holder: Assignment, reason: str, version: str | None
+) -> bool:
+    """Return True if the holder comes from a rollback for the same reason of which no outcome was written here."""
+    if holder.version is None or version not in (None, holder.version):
+        return False
+    outcome = read_promotion(paths, holder.version)
+    is_known = outcome is not None and outcome.tag == registry.assignment_tag(holder.stage, holder.event)
+    return not is_known and _reason_line(reason) in holder.message.splitlines()
+
+
+def _completed_rollback(
+    params: Params, paths: Paths, registry: Registry, state: RegistryReader, holder: Assignment, push_to: str | None
+) -> Promotion:
+    assert holder.version is not None
+    version, tag = state.version(holder.version), registry.assignment_tag(holder.stage, holder.event)
+    if push_to is not None:
+        registry.push_again(push_to, version, holder)
+    try_to_deliver(params, paths.root)
+    _mirror(params, paths.root, state, version)
+    promotion = Promotion(registry.name, version.number, holder.stage, "rolled back", tag, _report_of(holder))
+    write_atomically(paths.promotion, json.dumps(promotion.as_dict(), indent=2) + "\n")
+    return promotion
+
+
+def _reason_line(reason: str) -> str:
+    """Return the line of a rollback's tag that keeps the reason."""
+    return f"Reason: {' '.join(reason.split())}"
 
 
 def last_version(registry: RegistryReader, paths: Paths) -> Version:

@@ -13,13 +13,13 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
-from zoneinfo import ZoneInfo
 
 from flows.gate.sequence import look_of
 from flows.params import Params
 from flows.paths import Paths
 from flows.registry.project_registry import registry_of
 from flows.registry.reader import RegistryReader
+from flows.runtime.cron import next_time
 from flows.runtime.git import Git
 from flows.runtime.inputs import unused_changes
 from flows.runtime.last_run import last_run, running
@@ -152,16 +152,14 @@ def _last_retraining(paths: Paths) -> dict[str, Any] | None:
 
 def _schedule(paths: Paths) -> dict[str, Any] | None:
     """Return the schedule and its next time; `alive` is None if the scheduler's process is on another host."""
-    from cronsim import CronSim
-
     schedule = _json(paths.schedule)
     if schedule is None:
         return None
-    following = next(CronSim(schedule["cron"], datetime.now(ZoneInfo(schedule["timezone"]))))
+    following = next_time(schedule["cron"], schedule["timezone"], datetime.now(UTC))
     return {
         **{key: schedule[key] for key in ("cron", "timezone", "pid")},
         "alive": is_noted_alive(schedule),
-        "next": following.astimezone(UTC).isoformat(timespec="seconds"),
+        "next": following.isoformat(timespec="seconds"),
     }
 
 

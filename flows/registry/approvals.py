@@ -69,7 +69,7 @@ def approve(
         version: the version.
         note: the reason, which the tag keeps.
         allowed: the list of signers; None if signatures are not required.
-        push_to: a git remote that gets the tag.
+        push_to: a git remote that gets the tag; also the tag of an earlier approval with this note that it lacks.
 
     Raises:
         RegistryError: the note is empty, git has no e-mail, or the approval would not count; no tag is left.
@@ -86,6 +86,11 @@ def approve(
         )
     tag = APPROVED.format(name=registry.name, version=version.number, who=_slug(email))
     if git.tags(tag):
+        earlier = next((one for one in approvals(registry, version, allowed) if one.tag == tag), None)
+        is_same = earlier is not None and earlier.note == " ".join(note.split())
+        if earlier is not None and is_same and push_to is not None and not git.remote_objects(push_to, [tag]):
+            registry.push(push_to, [version.tag, tag])  # made without a push, or killed before it
+            return earlier
         raise RegistryConflict(
             f"{email} has approved {registry.name} {version.number} already; "
             f"`git tag --delete {tag}` removes that approval"

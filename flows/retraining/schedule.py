@@ -23,6 +23,7 @@ import httpx
 from flows.errors import ParamsError, RepositoryError, StageError
 from flows.paths import Paths
 from flows.retraining.committed import last_readable_params
+from flows.runtime.cron import next_time
 from flows.runtime.git import Git
 from flows.runtime.processes import die_with_parent, this_host
 from flows.webhooks import Event, try_to_announce, try_to_deliver
@@ -56,8 +57,10 @@ def serve(paths: Paths, cron: str, timezone: str, push_to: str | None) -> None:
 
     try:
         when = CronSchedule(cron=cron, timezone=timezone)
-    except ValidationError as error:
-        reason = "; ".join(one["msg"].removeprefix("Value error, ") for one in error.errors())
+        next_time(cron, timezone, datetime.now(UTC))  # Prefect also takes expressions such as @daily
+    except ValueError as error:
+        faults = error.errors() if isinstance(error, ValidationError) else [{"msg": str(error)}]
+        reason = "; ".join(one["msg"].removeprefix("Value error, ") for one in faults)
         raise ParamsError(
             f"--cron {cron!r} in --timezone {timezone!r}: {reason}; give five fields such as '0 3 * * 1' "
             "and a zone such as Europe/Berlin"

@@ -79,6 +79,7 @@ def _content(params: Params, paths: Paths) -> dict[str, Any]:
         "training": training,
         "slices": sorted(slices.items(), key=lambda item: (-item[1]["rows"], item[0])),
         "slices_in_chart": len(largest(slices)),
+        "unmeasured_slices": sorted(name for name, figures in slices.items() if figures["base_loss"] is None),
         "samples": read_json(paths.samples),
         "data": read_json(paths.data_report),
         "merge": read_json(paths.merge_report),

@@ -8,6 +8,7 @@ import errno
 import logging
 import os
 import random
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -32,6 +33,7 @@ QUIET_ENVIRONMENT = {
 }
 """Defaults that keep libraries offline; variables that are already set do not change."""
 
+_NUMPY_WROTE_LESS = re.compile(r"\d+ requested and \d+ written")
 logger = logging.getLogger(__name__)
 
 
@@ -86,11 +88,13 @@ def set_seed(seed: int) -> None:
 def is_disk_full(error: BaseException) -> bool:
     """Return True if an exception, or one in its chain, says that no space (or quota) is left.
 
-    Rust libraries (safetensors) raise their own type with the system's error as text.
+    Rust libraries (safetensors) raise their own type with the system's error as text. NumPy, with which GGUF files are
+    written, raises an OSError that has the numbers of elements only.
     """
     full = (errno.ENOSPC, errno.EDQUOT)
     return any(
-        (isinstance(one, OSError) and one.errno in full) or os.strerror(errno.ENOSPC) in str(one)
+        (isinstance(one, OSError) and (one.errno in full or _NUMPY_WROTE_LESS.fullmatch(str(one))))
+        or os.strerror(errno.ENOSPC) in str(one)
         for one in _chain(error)
     )
 

@@ -25,6 +25,7 @@ from flows.base.heads import ranks_passages
 from flows.base.identity import base_identity
 from flows.base.model import load_dequantized
 from flows.data.rows import Row, read_rows
+from flows.errors import StageError
 from flows.evaluation.benchmarks import Harness, model_digests
 from flows.evaluation.best_of_n import measure_best_of_n
 from flows.evaluation.calibration import token_calibration
@@ -59,6 +60,11 @@ def run(params: Params, paths: Paths) -> None:
     manifest = check_base(paths.base)
     check_split(params, paths.split("test"))
     rows = read_rows(paths.split("test"), limit=params.evaluate.rows)
+    if not any(row.get("weight", 1.0) for row in rows):
+        raise StageError(
+            f"all {len(rows)} test rows to evaluate have weight 0, so there is no test loss; give some of them a "
+            "weight above 0, or a larger evaluate.rows"
+        )
     scorers = load_scorers(params.scorers, paths.root)
     suites = load_suites(params.evaluate, params.data.system_prompt, paths.root)
     result, control, answered = _evaluate(params, paths, rows, suites, scorers)

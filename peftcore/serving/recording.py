@@ -263,10 +263,15 @@ class Recorder:
         if self._file is None:
             return
         path = Path(self._folder / f"{self._number:06d}{OPEN_SUFFIX}")
+        is_empty = os.fstat(self._file.fileno()).st_size == 0
         self._file.close()
         self._file = None
         try:
-            path.rename(path.with_name(path.name.removesuffix(".part")))
+            if is_empty:  # otherwise each record that finds the disk full would leave a file
+                path.unlink()
+                self._number -= 1
+            else:
+                path.rename(path.with_name(path.name.removesuffix(".part")))
             flush_to_disk(self._folder)
         except OSError as error:  # the next start closes it
             logger.warning("%s could not be closed: %s", path, error)

@@ -285,6 +285,29 @@ def test_an_earlier_one_by_number_and_back_again(champions: Any) -> None:
     assert champion(champions) == "v0.1.2"
 
 
+@pytest.mark.parametrize("to", [None, "v0.1.1"])
+def test_a_rollback_that_was_killed_before_its_push_is_completed_and_not_undone(
+    champions: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, to: str | None
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill(*_: Any) -> None:
+        raise Killed
+
+    remote = tmp_path / "origin.git"
+    champions.git("clone", "--quiet", "--bare", str(champions.root), str(remote))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Registry, "_push_or_delete", kill)
+        roll_back(champions.params, champions.paths, "it swears", push_to=str(remote))
+    assert champion(champions) == "v0.1.1" and "#4" not in champions.git("tag", root=remote)
+    again = roll_back(champions.params, champions.paths, "it  swears", to, str(remote))
+    assert (again.version, again.tag, champion(champions)) == ("v0.1.1", "docstrings#champion#4", "v0.1.1")
+    assert champions.git("tag", root=remote) == champions.git("tag")
+    assert read_promotion(champions.paths, "v0.1.1") == again
+    assert roll_back(champions.params, champions.paths, "it swears", push_to=str(remote)).version == "v0.1.2"
+
+
 def test_what_cannot_be_rolled_back_to_is_named(registered: Any) -> None:
     project = registered
     with pytest.raises(RegistryError, match="nothing is champion"):

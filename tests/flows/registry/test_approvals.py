@@ -83,6 +83,21 @@ def test_where_signatures_count_only_the_signer_is_somebody(
     assert [one.who for one in approvals(of(project), version, signers)] == ["grace@example.org"]
 
 
+def test_an_approval_that_never_reached_the_remote_is_pushed_by_the_same_command(project: Any, tmp_path: Path) -> None:
+    registry = of(project)
+    version = add(registry)
+    remote = tmp_path / "remote.git"
+    project.git("clone", "--quiet", "--bare", ".", str(remote))
+    be(project, "Grace")
+    made = approve(registry, version, "read the\nsamples", None)  # as after a kill between tag and push
+    with pytest.raises(RegistryConflict, match="already"):
+        approve(registry, version, "another note", None, push_to=str(remote))
+    assert approve(registry, version, "read the samples", None, push_to=str(remote)) == made
+    assert project.git("tag", root=remote) == project.git("tag")
+    with pytest.raises(RegistryConflict, match="already"):
+        approve(registry, version, "read the samples", None, push_to=str(remote))
+
+
 def test_promotion_waits_for_approvals(project: Any, tmp_path: Path) -> None:
     text = "project: {name: docstrings}\nregister: {remote: local}\ngate: {approvals: 1}\n"
     (project.root / "params.yaml").write_text(text)

@@ -106,7 +106,16 @@ def test_a_scheduled_retraining_runs_is_told_of_and_ends_in_order(
         httpx.get(f"{note['server']}/health", timeout=5)
 
 
-@pytest.mark.parametrize(("cron", "zone"), [("every monday", "UTC"), ("0 3 * * 1", "Mars/Olympus")])
+@pytest.mark.parametrize(
+    ("cron", "zone"),
+    [
+        ("every monday", "UTC"),
+        ("0 3 * * 1", "Mars/Olympus"),
+        ("@daily", "UTC"),
+        ("0 3 31 2 *", "UTC"),
+        ("0 3 * * 1", ""),
+    ],
+)
 def test_a_schedule_that_is_none_is_said(project: Any, cron: str, zone: str) -> None:
     with pytest.raises(ParamsError, match="give five fields"):
         serve(project.paths, cron, zone, None)

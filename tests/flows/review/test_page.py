@@ -169,6 +169,19 @@ def test_scorers_have_a_table_and_columns_of_the_slices(project: Any) -> None:
     assert re.search(r"&lt;ssl&gt;\|\|10\|\|3.800\|\|[\d.]+\|\|[+\d.]+\|\|–\|\|–\|", cells), "it has no answers"
 
 
+def test_a_slice_of_weight_0_has_a_dash_and_the_reason(project: Any) -> None:
+    project.register()
+    metrics = json.loads(project.paths.evaluation_metrics.read_text())
+    metrics["slices"]["<ssl>"] |= {"base_loss": None, "adapter_loss": None}
+    project.paths.evaluation_metrics.unlink()  # a link into DVC's cache
+    project.paths.evaluation_metrics.write_text(json.dumps(metrics))
+    words = " ".join(page_of(project).text.split())
+    assert "Test loss of the 1 largest of 2 slices" in words
+    assert "All rows of <ssl> have weight 0, so there is no loss." in words
+    cells = re.sub(r"\s*<[^>]*>\s*", "|", project.paths.review.read_text())
+    assert "&lt;ssl&gt;||10||–||–||–|" in cells
+
+
 def test_suites_show_failing_prompts_with_their_answers(project: Any) -> None:
     project.register(suites={"support": suite_result({"b": "it lacks 'x'"}), "safety": suite_result()})
     page = page_of(project)

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 
@@ -93,6 +94,13 @@ def test_a_full_disk_is_known_by_its_text_and_through_other_errors() -> None:
     wrapped.__cause__ = OSError(errno.EDQUOT, "quota")
     assert stage.is_disk_full(wrapped)
     assert not stage.is_disk_full(OSError(errno.ENOENT, "no such file"))
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_known_from_numpy() -> None:
+    with Path("/dev/full").open("wb") as file, pytest.raises(OSError) as full:
+        numpy.zeros(100_000).tofile(file)
+    assert full.value.errno is None and stage.is_disk_full(full.value)
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "flows" / "stages").glob("*.py")), ids=lambda file: file.stem)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
 import torch
@@ -128,6 +129,35 @@ def test_a_damaged_or_unsafe_adapter_is_refused_and_the_old_results_stay(
 def test_without_test_rows_the_stage_says_what_to_run(trained: Paths, tiny_params) -> None:
     trained.split("test").unlink()
     with pytest.raises(StageError, match="prepare"):
+        evaluate.run(tiny_params(), trained)
+
+
+def with_weights(paths: Paths, weigh: Callable[[str], float]) -> None:
+    """Give each test row a slice, a or b in turn, and the weight of its slice."""
+    table = parquet.read_table(paths.split("test"))
+    slices = ["ab"[row % 2] for row in range(table.num_rows)]
+    for name, values in (("slice", slices), ("weight", [weigh(one) for one in slices])):
+        column = pa.array(values, table.schema.field(name).type)
+        table = table.set_column(table.column_names.index(name), table.schema.field(name), column)
+    parquet.write_table(table, paths.split("test"))
+
+
+def test_a_slice_of_weight_0_has_no_loss_and_metrics_stay_json(
+    trained: Paths, tiny_params, caplog: pytest.LogCaptureFixture
+) -> None:
+    with_weights(trained, lambda name: float(name == "a"))
+    evaluate.run(tiny_params(), trained)
+    text = trained.evaluation_metrics.read_text()
+    slices = json.loads(text, parse_constant=pytest.fail)["slices"]
+    assert slices["b"]["rows"] > 0 and slices["b"]["base_loss"] is None and slices["b"]["adapter_loss"] is None
+    assert slices["a"]["base_loss"] == pytest.approx(metrics_of(trained)["base"]["loss"])
+    assert "slices without a test loss, because all their rows have weight 0: b" in caplog.text
+
+
+def test_test_rows_of_weight_0_are_refused_before_the_model_is_loaded(trained: Paths, tiny_params) -> None:
+    with_weights(trained, lambda name: 0.0)
+    shutil.rmtree(trained.adapter)
+    with pytest.raises(StageError, match=r"all \d+ test rows to evaluate have weight 0.*give some of them a weight"):
         evaluate.run(tiny_params(), trained)
 
 

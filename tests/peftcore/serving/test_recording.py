@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -172,14 +173,20 @@ def test_a_full_disk_loses_no_earlier_record(made: Any, tmp_path: Path, monkeypa
     recorder.answer(answer("chatcmpl-1"))
     recorder.rating(rating("chatcmpl-1")).result(10)
 
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def full(descriptor: int) -> None:
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(recording.os, "fsync", full)
         with pytest.raises(RecordingStoppedError, match="No space left"):
             recorder.rating(rating("chatcmpl-1", rating=0.0)).result(10)
-    assert recorder.dropped == {"disk": 1} and "No space left" in warnings["recording"]
+        before = sorted((tmp_path / "records").iterdir())
+        for _ in range(3):
+            with pytest.raises(RecordingStoppedError, match="No space left"):
+                recorder.rating(rating("chatcmpl-1", rating=0.0)).result(10)
+        assert sorted((tmp_path / "records").iterdir()) == before, "records that do not fit leave no files"
+    assert recorder.dropped == {"disk": 4} and "No space left" in warnings["recording"]
     recorder.rating(rating("chatcmpl-1", rating=0.5)).result(10)
     assert not warnings
     records = Records(tmp_path / "records")
