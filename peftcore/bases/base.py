@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from peftcore.bases.grid import Grid
+from peftcore.bases.offload import execution_device, offload_hook, offloaded_tensor, replace_offloaded
 from peftcore.errors import MergeError
 
 
@@ -126,8 +127,10 @@ class BaseWeight(ABC):
 
     @property
     def device(self) -> torch.device:
-        """Device of the weight."""
-        return self.layer.weight.device
+        """Device of the weight; of an offloaded weight, the device on which the layer computes."""
+        device = self.layer.weight.device
+        hook = offload_hook(self.layer) if device.type == "meta" else None
+        return device if hook is None else execution_device(hook)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -147,7 +150,9 @@ class BaseWeight(ABC):
 
     def read(self) -> Tensor:
         """Return the current dense weight in canonical orientation; it may share memory with the layer."""
-        return self.read_from({"weight": self.layer.weight})
+        weight = self.layer.weight
+        hook = offload_hook(self.layer) if weight.is_meta else None
+        return self.read_from({"weight": weight if hook is None else offloaded_tensor(hook, "weight")})
 
     @abstractmethod
     def read_from(self, state: Mapping[str, Any]) -> Tensor:
@@ -259,21 +264,25 @@ class BaseWeight(ABC):
                 "similar hook computes it before each forward. Call remove_weight_norm before get_peft_model, or keep "
                 "the adapter unmerged"
             )
+        elif stored.is_meta and (hook := offload_hook(self.layer)) is not None:
+            replace_offloaded(self.layer, hook, name, values)
         else:
             self.layer._parameters[name] = nn.Parameter(values.contiguous(), requires_grad=False)
 
     def state(self) -> dict[str, Any]:
         """Return references to the parameters that `write` and `write_bias` replace, by name.
 
-        Nothing is copied, and `restore` of this value is exact to the bit.
+        Nothing is copied, and `restore` of this value is exact to the bit. Of an offloaded layer, the values are read.
         """
         state: dict[str, Any] = {}
+        hook = offload_hook(self.layer)
         for name in ("weight", "bias"):
             stored = _stored_parameter(self.layer, name)
             if isinstance(stored, ParametrizationList):
                 state[name] = dict(stored._parameters)
             elif name in self.layer._parameters:
-                state[name] = stored
+                is_offloaded = hook is not None and stored is not None and stored.is_meta
+                state[name] = offloaded_tensor(hook, name) if is_offloaded else stored
         return state
 
     def move_state(self, state: dict[str, Any]) -> None:  # noqa: B027
@@ -281,9 +290,12 @@ class BaseWeight(ABC):
 
     def restore(self, state: dict[str, Any]) -> None:
         """Put the parameters of a state back into the layer."""
+        hook = offload_hook(self.layer)
         for name, value in state.items():
             if isinstance(value, dict):
                 self.layer.parametrizations[name]._parameters.update(value)
+            elif hook is not None and value is not None and self.layer._parameters[name].is_meta:
+                replace_offloaded(self.layer, hook, name, value)
             else:
                 self.layer._parameters[name] = value
 

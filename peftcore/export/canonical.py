@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from peftcore.config import PeftConfig
 from peftcore.conversion.layer_factors import exact_factors
-from peftcore.errors import CheckpointError, ExportError
+from peftcore.errors import CheckpointError, ConversionError, ExportError, MergeError
 from peftcore.files.tensors import PREFIX, read_tensors
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.kernels.factors import Factors, padded
@@ -57,7 +57,8 @@ def canonicalise(
 
     Raises:
         ExportError: the adapter is not a LoRA of linear layers and embeddings alone (DoRA, aLoRA, saved modules,
-            trained biases, experts, convolutions, other methods). The message says what to do instead.
+            trained biases, experts, convolutions, prompts, other methods), or is merged now. The message says what to
+            do instead.
     """
     if isinstance(source, nn.Module):
         config = adapter_set(source).configs.get(adapter_name)
@@ -93,7 +94,10 @@ def _of_model(model: nn.Module, name: str) -> tuple[dict[str, Factors], set[str]
     config: Any = adapters.configs[name]
     own = adapters.adapters(name)
     check_plain(config)
-    check_convertible(model, name)
+    try:
+        check_convertible(model, name)
+    except (ConversionError, MergeError) as error:
+        raise ExportError(f"no LoRA equals the adapter: {error}") from error
     if adapters.copies(name) or adapters.biases(name):
         raise ExportError(_SAVED_MODULES)
     layers = {}

@@ -37,6 +37,8 @@ _OTHER_PLACES = {
 
 _FUNCTIONS = {"LOKR": ("factorization",)}
 """{method: functions of HF PEFT's `layer` that scripts import}; the method's own module has them"""
+_LAYERS = {"ADALORA": {"SVDLinear": "linear", "SVDConv2d": "conv"}}
+"""{method: {class of HF PEFT's `layer` besides `Linear`: kind of layer}}"""
 
 
 class _AliasLoader:
@@ -108,7 +110,8 @@ class _MethodLoader:
         module.__doc__ = f"Classes of {method.name} under HF PEFT's names."
         layer = layer_class(f"{stem}Layer", method.name)
         vars(module).update({method.config.__name__: method.config, layer.__name__: layer})
-        vars(module)["Linear"] = layer_class("Linear", method.name, "linear")
+        for name, kind in {"Linear": "linear", **_LAYERS.get(self._method, {})}.items():
+            vars(module)[name] = layer_class(name, method.name, kind)
         source = importlib.import_module(method.config.__module__)
         vars(module).update({name: getattr(source, name) for name in _FUNCTIONS.get(self._method, ())})
         vars(module)["__getattr__"] = lambda name: _from_root(peftcore, module, name)

@@ -30,7 +30,7 @@ from peftcore.storage.older_models import under_new_names, with_fused_experts
 from peftcore.storage.reading import Reading
 from peftcore.storage.state_dict import with_prefix
 
-_SAME = (
+SAME_OPTIONS = (
     "use_rslora",
     "lora_dropout",
     "use_dora",
@@ -244,7 +244,7 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
                 f"{config1.peft_type}; use delete_adapter and load_adapter"
             )
     old, new = cast(LoraConfig, config0), cast(LoraConfig, config1)
-    for name in _SAME:
+    for name in SAME_OPTIONS:
         values = [_comparable(getattr(config, name)) for config in (old, new)]
         if values[0] != values[1]:
             raise HotswapError(

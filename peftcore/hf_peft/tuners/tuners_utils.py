@@ -1,16 +1,26 @@
 """`peft.tuners.tuners_utils`: the classes of layers with adapters, and functions on models with such layers."""
 
+import contextlib
 import dataclasses
-from collections.abc import Collection, Mapping
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
+from peftcore.bases.offload import offload_hook, replace_offloaded
 from peftcore.config import TunerConfig
-from peftcore.errors import TargetError
+from peftcore.errors import OptionTypeError, TargetError
 from peftcore.files.tensors import PREFIX
 from peftcore.hf_peft.classes import BaseTunerLayer
 from peftcore.hf_peft.functional import cast_adapter_dtype, delete_adapter, set_adapter, set_requires_grad
+from peftcore.hf_peft.utils import _get_submodules
+from peftcore.hf_peft.utils.constants import (
+    DUMMY_MODEL_CONFIG,
+    INCLUDE_LINEAR_LAYERS_SHORTHAND,
+    MIN_TARGET_MODULES_FOR_OPTIMIZATION,
+)
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.injection.module_index import ModuleIndex
 from peftcore.injection.targets import ALL_LINEAR, is_within, matches_targets, shortest_names, target_paths
@@ -21,12 +31,18 @@ from peftcore.storage.adapter_state import SHARED_PREFIX, adapter_state_of
 from peftcore.storage.state_dict import has_prefix
 
 __all__ = [
+    "DUMMY_MODEL_CONFIG",
+    "INCLUDE_LINEAR_LAYERS_SHORTHAND",
+    "MIN_TARGET_MODULES_FOR_OPTIMIZATION",
     "BaseTuner",
     "BaseTunerLayer",
+    "_get_submodules",
     "cast_adapter_dtype",
+    "check_adapters_to_merge",
     "check_target_module_exists",
     "delete_adapter",
     "inspect_matched_modules",
+    "onload_layer",
     "set_adapter",
     "set_requires_grad",
 ]
@@ -40,6 +56,50 @@ def check_target_module_exists(config: TunerConfig, key: str) -> bool:
         key: the path of a module, such as "model.layers.0.self_attn.q_proj".
     """
     return matches_targets(config, key)
+
+
+def check_adapters_to_merge(module: Any, adapter_names: Sequence[str] | None = None) -> list[str]:
+    """Return the adapters of a layer that are not merged yet, with a warning if some are.
+
+    Args:
+        module: a layer with adapters.
+        adapter_names: the adapters to merge; None for the active ones.
+
+    Raises:
+        OptionTypeError: one name was given in place of a list.
+    """
+    if isinstance(adapter_names, str):
+        raise OptionTypeError(f"adapter_names must be a list of names; got {adapter_names!r}; try [{adapter_names!r}]")
+    merged = list(module.merged_adapters)
+    names = [name for name in adapter_names or module.active_adapters if name not in merged]
+    if merged and names:
+        warnings.warn(f"{', '.join(merged)} are merged already; {', '.join(names)} are merged too", stacklevel=2)
+    elif merged:
+        warnings.warn("all of these adapters are merged already", stacklevel=2)
+    return names
+
+
+@contextlib.contextmanager
+def onload_layer(layer: nn.Module) -> Iterator[None]:
+    """Have the weights of a layer that accelerate has offloaded in its parameters; changes of them are kept.
+
+    Does nothing for other layers.
+
+    Args:
+        layer: a layer with adapters, or a plain one.
+    """
+    base: nn.Module = getattr(layer, "base_layer", layer)
+    hook = offload_hook(base)
+    if hook is None:
+        yield
+        return
+    hook.pre_forward(base)
+    try:
+        yield
+    finally:
+        for name, parameter in base.named_parameters(recurse=False):
+            replace_offloaded(base, hook, name, parameter)
+        hook.post_forward(base, torch.empty(0))
 
 
 def inspect_matched_modules(tuner: BaseTuner, adapter_name: str = "default") -> dict[str, list[str]]:

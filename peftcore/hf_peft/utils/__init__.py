@@ -10,6 +10,7 @@ from peftcore.errors import PeftError
 from peftcore.files import CONFIG_NAME
 from peftcore.files.tensors import WEIGHTS_NAME as SAFETENSORS_WEIGHTS_NAME
 from peftcore.hf_peft.classes import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
+from peftcore.hf_peft.data_start import shift_tokens_right
 from peftcore.hf_peft.default_targets import table
 from peftcore.hf_peft.functional import cast_adapter_dtype
 from peftcore.hf_peft.precision import cast_mixed_precision_params
@@ -48,12 +49,15 @@ __all__ = [
     "cast_mixed_precision_params",
     "get_base_model_state_dict",
     "get_peft_model_state_dict",
+    "get_quantization_config",
     "infer_device",
     "load_peft_weights",
     "prepare_model_for_kbit_training",
     "replace_lora_weights_loftq",
     "set_base_model_state_dict",
     "set_peft_model_state_dict",
+    "shift_tokens_right",
+    "transpose",
 ]
 
 
@@ -88,6 +92,29 @@ def infer_device() -> str:
     """Return the type of the accelerator that PyTorch can use now; "cpu" if there is none."""
     device = torch.accelerator.current_accelerator(check_available=True)
     return "cpu" if device is None else device.type
+
+
+def get_quantization_config(model: nn.Module, method: str) -> Any:
+    """Return the model's quantisation options; None if the model is not quantised by this method.
+
+    Args:
+        model: a model.
+        method: transformers' name of the method, such as "gptq".
+    """
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    return config if getattr(model, "quantization_method", None) == method else None
+
+
+def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
+    """Return the weight of a layer as (outputs, inputs), or as the layer stores it.
+
+    Args:
+        weight: a matrix; a parameter stays one.
+        fan_in_fan_out: True to transpose it, for layers that store (inputs, outputs); False returns the weight itself.
+    """
+    if not fan_in_fan_out:
+        return weight
+    return nn.Parameter(weight.T, weight.requires_grad) if isinstance(weight, nn.Parameter) else weight.T
 
 
 def __getattr__(name: str) -> Any:

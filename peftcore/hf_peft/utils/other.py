@@ -2,33 +2,47 @@
 
 import functools
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from peftcore.errors import ConfigError
+from peftcore.hf_peft.default_targets import table
 from peftcore.hf_peft.utils import (
     CONFIG_NAME,
+    INCLUDE_LINEAR_LAYERS_SHORTHAND,
     SAFETENSORS_WEIGHTS_NAME,
     WEIGHTS_NAME,
     AuxiliaryTrainingWrapper,
     ModulesToSaveWrapper,
+    TrainableTokensWrapper,
+    _get_submodules,
     cast_mixed_precision_params,
+    get_quantization_config,
     infer_device,
     prepare_model_for_kbit_training,
+    shift_tokens_right,
+    transpose,
 )
 
 __all__ = [
     "CONFIG_NAME",
+    "INCLUDE_LINEAR_LAYERS_SHORTHAND",
     "SAFETENSORS_WEIGHTS_NAME",
     "WEIGHTS_NAME",
     "AuxiliaryTrainingWrapper",
     "ModulesToSaveWrapper",
+    "TrainableTokensWrapper",
+    "_get_submodules",
     "cast_mixed_precision_params",
     "fsdp_auto_wrap_policy",
+    "get_pattern_key",
+    "get_quantization_config",
     "infer_device",
     "prepare_model_for_kbit_training",
+    "shift_tokens_right",
     "transpose",
 ]
 
@@ -59,13 +73,15 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., Any]:
     return functools.partial(transformer_auto_wrap_policy, transformer_layer_cls={present[name] for name in named})
 
 
-def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
-    """Return the weight of a layer as (outputs, inputs), or as the layer stores it.
+def get_pattern_key(pattern_keys: Iterable[str], key_to_match: str) -> str:
+    """Return the first key of `rank_pattern` or `alpha_pattern` that matches the end of a path; else the path itself.
 
     Args:
-        weight: a matrix; a parameter stays one.
-        fan_in_fan_out: True to transpose it, for layers that store (inputs, outputs); False returns the weight itself.
+        pattern_keys: regular expressions.
+        key_to_match: the path of a module, such as "model.layers.0.self_attn.q_proj".
     """
-    if not fan_in_fan_out:
-        return weight
-    return nn.Parameter(weight.T, weight.requires_grad) if isinstance(weight, nn.Parameter) else weight.T
+    return next((key for key in pattern_keys if re.match(rf"(.*\.)?({key})$", key_to_match)), key_to_match)
+
+
+def __getattr__(name: str) -> Any:
+    return table(name, __name__)

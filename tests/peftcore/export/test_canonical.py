@@ -8,7 +8,17 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peftcore import AdaLoraConfig, LoHaConfig, LoraConfig, PeftConfig, VeraConfig, get_peft_model
+from peftcore import (
+    AdaLoraConfig,
+    BeftConfig,
+    LilyConfig,
+    LoHaConfig,
+    LoraConfig,
+    PeftConfig,
+    PromptTuningConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from peftcore.export import CanonicalLora, ExportError, canonicalise
 from peftcore.injection.adapter_set import adapter_set
 
@@ -116,6 +126,27 @@ def test_what_it_cannot_hold_is_refused_with_advice(config: PeftConfig, match: s
     for source in (model, tmp_path):
         with pytest.raises(ExportError, match=match):
             canonicalise(source)
+
+
+@pytest.mark.filterwarnings("ignore:BEFT. .* has no bias")
+@pytest.mark.parametrize(
+    ("config", "match"),
+    [
+        (PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2), "PROMPT_TUNING"),
+        (BeftConfig(target_modules=["q_proj"]), "changes the layer's bias too"),
+        (LilyConfig(target_modules=["q_proj"], r=2, num_B=2), "mixes its experts anew"),
+    ],
+)
+def test_adapters_that_no_weight_equals_are_refused(config: PeftConfig, match: str) -> None:
+    with pytest.raises(ExportError, match=match):
+        canonicalise(adapted(config))
+
+
+def test_a_merged_adapter_is_refused() -> None:
+    model = adapted(LoraConfig(target_modules=["q_proj"], r=2))
+    model.merge_adapter()
+    with pytest.raises(ExportError, match="call unmerge_adapter first"):
+        canonicalise(model)
 
 
 def test_saved_embeddings_that_are_left_out_are_said(tmp_path: Path) -> None:

@@ -4,13 +4,24 @@ from pathlib import Path
 
 import peft
 import pytest
-from peftcore.tuners.adalora.layer import AdaLoraLayer
+from peftcore.tuners.adalora.layer import AdaLoraLayer, SVDConv2d, SVDLinear
 from peftcore.tuners.ia3.layer import IA3Layer
 from peftcore.tuners.lora import Embedding, Linear, LoraLayer
+from peftcore.tuners.lycoris_utils import LycorisLayer
 from torch import nn
 
 import peftcore
-from peftcore import AdaLoraConfig, ConfigError, IA3Config, LoraConfig, PeftError, get_peft_model
+from peftcore import (
+    AdaLoraConfig,
+    ConfigError,
+    IA3Config,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    PeftConfig,
+    PeftError,
+    get_peft_model,
+)
 from peftcore.hf_peft import classes
 
 
@@ -106,3 +117,13 @@ def test_rows_that_train_beside_another_method_are_a_wrapper() -> None:
     alone = get_peft_model(net(), peftcore.TrainableTokensConfig(target_modules=["0"], token_indices=[1]))
     assert [isinstance(layer, classes.TrainableTokensWrapper) for layer in beside] == [True, False]
     assert not isinstance(alone[0], classes.TrainableTokensWrapper)
+
+
+def test_layers_of_loha_and_lokr_are_lycoris_layers_and_adaloras_are_svd_linear() -> None:
+    def layer(config: PeftConfig) -> nn.Module:
+        return get_peft_model(nn.Sequential(nn.Linear(4, 4)), config).get_submodule("0")
+
+    loha, lokr = layer(LoHaConfig(target_modules=["0"], r=2)), layer(LoKrConfig(target_modules=["0"], r=2))
+    adalora = layer(AdaLoraConfig(target_modules=["0"], init_r=2, target_r=1, total_step=9))
+    assert isinstance(loha, LycorisLayer) and isinstance(lokr, LycorisLayer) and not isinstance(adalora, LycorisLayer)
+    assert isinstance(adalora, SVDLinear) and not isinstance(adalora, SVDConv2d) and not isinstance(loha, SVDLinear)

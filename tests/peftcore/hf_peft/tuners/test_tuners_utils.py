@@ -5,8 +5,16 @@ from typing import Any
 
 import peft
 import pytest
+import torch
+from accelerate import cpu_offload
 from peft.tuners.tuners_utils import _get_tuner_state_dict_key_prefixes as their_key_prefixes
-from peftcore.tuners.tuners_utils import BaseTuner, check_target_module_exists, inspect_matched_modules
+from peftcore.tuners.tuners_utils import (
+    BaseTuner,
+    check_adapters_to_merge,
+    check_target_module_exists,
+    inspect_matched_modules,
+    onload_layer,
+)
 from peftcore.tuners.tuners_utils import _filter_state_dict_by_key_prefixes as filtered
 from peftcore.tuners.tuners_utils import _find_minimal_target_modules as find_minimal
 from peftcore.tuners.tuners_utils import _get_tuner_state_dict_key_prefixes as key_prefixes
@@ -107,3 +115,35 @@ def test_the_configuration_of_a_model_is_a_dictionary(config: Any) -> None:
     assert BaseTuner.get_model_config(model) == {"model_type": "custom"}
     model.config = config
     assert BaseTuner.get_model_config(model) == {"layers": 2}
+
+
+def test_adapters_of_a_layer_that_are_not_merged_yet() -> None:
+    model = get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(target_modules=["0"]))
+    model.add_adapter("other", LoraConfig(target_modules=["0"]))
+    layer = model.get_submodule("0")
+    assert check_adapters_to_merge(layer) == ["default"]
+    model.merge_adapter(["default"])
+    with pytest.warns(UserWarning, match="default are merged already; other are merged too"):
+        assert check_adapters_to_merge(layer, ["default", "other"]) == ["other"]
+    with pytest.warns(UserWarning, match="all of these adapters are merged already"):
+        assert check_adapters_to_merge(layer, ["default"]) == []
+    with pytest.raises(TypeError, match="must be a list of names"):
+        check_adapters_to_merge(layer, "default")
+
+
+def test_a_layers_offloaded_weight_is_there_inside_and_changes_are_kept() -> None:
+    base = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model = get_peft_model(base, LoraConfig(target_modules=["0"]))
+    before = base[0].base_layer.weight.detach().clone()
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    layer: Any = base[0]
+    assert layer.base_layer.weight.is_meta
+    with onload_layer(layer), torch.no_grad():
+        assert torch.equal(layer.base_layer.weight, before)
+        layer.base_layer.weight.mul_(2)
+    assert layer.base_layer.weight.is_meta
+    with onload_layer(layer):
+        assert torch.equal(layer.base_layer.weight, 2 * before)
+    plain = nn.Linear(2, 2)
+    with onload_layer(plain):
+        assert not plain.weight.is_meta

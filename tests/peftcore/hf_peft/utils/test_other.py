@@ -1,13 +1,18 @@
 """Tools for trainers that shard a model."""
 
+from typing import Any
+
 import pytest
 import torch
+from peft.utils import other as of_peft
 from peftcore.utils.other import fsdp_auto_wrap_policy, transpose
 from quiet_training import tiny_llama
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP
 
 from peftcore import ConfigError, LoraConfig, get_peft_model
+from peftcore.hf_peft import utils
+from peftcore.hf_peft.utils import other
 
 
 def wrapped(policy, model: nn.Module) -> set[type]:
@@ -41,3 +46,25 @@ def test_a_weight_is_transposed_for_layers_that_store_their_inputs_first() -> No
     turned = transpose(weight, fan_in_fan_out=True)
     assert isinstance(turned, nn.Parameter) and torch.equal(turned, weight.T) and not turned.requires_grad
     assert type(transpose(weight.detach(), True)) is torch.Tensor
+
+
+@pytest.mark.parametrize("path", ["m.0.q", "m.10.q", "q", "m.0.xq", "m.1.k"])
+def test_the_key_of_a_pattern_is_that_of_peft(path: str) -> None:
+    keys = [r"0\.q", "q", r"m\.[01]\.k"]
+    assert other.get_pattern_key(keys, path) == of_peft.get_pattern_key(keys, path)
+
+
+def test_the_quantisation_of_a_model_is_that_of_peft() -> None:
+    model: Any = tiny_llama()
+    assert other.get_quantization_config(model, "gptq") is of_peft.get_quantization_config(model, "gptq") is None
+    model.quantization_method, model.config.quantization_config = "gptq", {"bits": 4}
+    for method in ("gptq", "awq"):
+        expected = of_peft.get_quantization_config(model, method)
+        assert other.get_quantization_config(model, method) == expected
+
+
+@pytest.mark.parametrize("module", [other, utils])
+def test_names_that_scripts_import_from_here(module: Any) -> None:
+    for name in ("_get_submodules", "get_quantization_config", "shift_tokens_right", "transpose"):
+        assert hasattr(of_peft, name) and hasattr(module, name)
+    assert module.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING["llama"] == ["q_proj", "v_proj"]

@@ -1,0 +1,81 @@
+"""Adapters on layers whose weights accelerate has offloaded compute what they compute without offloading."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload
+from quiet_training import tiny_llama
+from torch import Tensor, nn
+
+from peftcore import IA3Config, LoraConfig, OFTConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
+from peftcore import get_peft_model_state_dict as state_of
+
+CPU = torch.device("cpu")
+TOKENS = torch.arange(6)[None]
+METHODS: dict[str, Callable[[], PeftConfig]] = {
+    "lora": lambda: LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False),
+    "dora": lambda: LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, use_dora=True),
+    "embedding": lambda: LoraConfig(r=2, target_modules=["embed_tokens"], init_lora_weights=False),
+    "vera": lambda: VeraConfig(r=2, target_modules=["q_proj"], init_weights=False),
+    "ia3": lambda: IA3Config(target_modules=["q_proj"], feedforward_modules=[], init_ia3_weights=False),
+    "oft": lambda: OFTConfig(target_modules=["q_proj"], r=2, oft_block_size=0, init_weights=False),
+}
+
+
+def llama() -> Any:
+    torch.manual_seed(0)
+    return tiny_llama().eval()
+
+
+def adapted(base: nn.Module, method: str) -> Any:
+    torch.manual_seed(1)
+    return get_peft_model(base, METHODS[method]()).eval()
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    return model(TOKENS).logits
+
+
+def offload(model: nn.Module, place: str, folder: Path) -> None:
+    if place == "memory":
+        cpu_offload(model, execution_device=CPU)
+    else:
+        disk_offload(model, str(folder), execution_device=CPU)
+
+
+@pytest.mark.parametrize("place", ["memory", "disk"])
+@pytest.mark.parametrize("first", ["adapter", "offload"])
+@pytest.mark.parametrize("method", METHODS)
+def test_outputs_and_merges_are_those_without_offloading(method: str, first: str, place: str, tmp_path: Path) -> None:
+    expected = logits(plain := adapted(llama(), method))
+    state = {key: tensor.clone() for key, tensor in state_of(plain).items() if "base_layer" not in key}
+    with plain.disable_adapter():
+        of_base = logits(plain)
+    assert (expected - of_base).abs().max() > 1e-3
+    base = llama()
+    if first == "offload":
+        offload(base, place, tmp_path)
+    model = adapted(base, method)
+    if first == "adapter":
+        offload(model, place, tmp_path)
+    assert base.model.layers[0].mlp.up_proj.weight.is_meta
+    torch.testing.assert_close(logits(model), expected)
+    assert all(torch.equal(state_of(model)[key], tensor) for key, tensor in state.items())
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), expected)
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(logits(model), of_base)
+    torch.testing.assert_close(logits(model.merge_and_unload()), expected)
+
+
+def test_a_saved_adapter_is_loaded_onto_an_offloaded_base(tmp_path: Path) -> None:
+    expected = logits(model := adapted(llama(), "lora"))
+    model.save_pretrained(tmp_path)
+    base = llama()
+    cpu_offload(base, execution_device=CPU)
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(base, str(tmp_path)).eval()), expected)
