@@ -25,6 +25,7 @@ from peftcore.bases import (
     is_adaptable,
     raw_projections,
 )
+from peftcore.bases.offload import offload_hook
 from peftcore.config import PeftConfig, PromptLearningConfig, TunerConfig
 from peftcore.errors import AdapterNameError, ConfigError, MergeError, NoMatchingPeftModuleError, TargetError
 from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set
@@ -408,7 +409,17 @@ def _widen(adapter: Adapter, dtype: torch.dtype) -> None:
 
 
 def _copies_of(module_index: ModuleIndex, config: TunerConfig, saved: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Make the trainable copies; with `ensure_weight_tying`, both sides of a tied pair, with one weight."""
+    """Make the trainable copies; with `ensure_weight_tying`, both sides of a tied pair, with one weight.
+
+    Raises:
+        ConfigError: accelerate has offloaded the weights of a module.
+    """
+    for path, module in saved.items():
+        if any(offload_hook(part) is not None for part in module.modules()):
+            raise ConfigError(
+                f"modules_to_save: accelerate has offloaded the weights of {path!r}, so there is nothing to copy; make "
+                "or load the adapter first, and offload the model then"
+            )
     copies = {path: _copy_of(module) for path, module in saved.items()}
     if config.ensure_weight_tying:
         for path, other in tied_paths(module_index, saved).items():

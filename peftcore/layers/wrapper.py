@@ -18,6 +18,9 @@ from peftcore.detection.layer_inputs import rows_come_first
 from peftcore.errors import RoutingError
 from peftcore.layers.active import Selection
 
+_ACCELERATE = frozenset({"_hf_hook", "_old_forward"})
+"""What accelerate keeps on each module that it has hooked, and looks for when it removes its hooks."""
+
 
 class NamedModules(nn.ModuleDict):
     """Modules by name; more names are allowed than in other `nn.ModuleDict`s, such as "keys" or "type"."""
@@ -124,8 +127,8 @@ class LayerWrapper(nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             # not `__deepcopy__` and the like: a parametrised layer defines that one, and a wrapper must be copied whole
-            protocol = name.startswith("__")
-            if protocol or "base_layer" not in self.__dict__.get("_modules", {}):
+            is_of_one_module = name.startswith("__") or name in _ACCELERATE
+            if is_of_one_module or "base_layer" not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self._stands_for(), name)
 

@@ -136,8 +136,9 @@ def save_adapter(
     held, held_state = reader() if state_dict is None else reader.with_values(state_dict)
     if unread := [key for key, tensor in held.items() if tensor.is_meta]:
         raise CheckpointError(
-            f"adapter {name!r} has no values yet ({unread[0]} is on the meta device, by low_cpu_mem_usage=True); read "
-            "a saved adapter into it first"
+            f"adapter {name!r} has no values here: {unread[0]} is on the meta device. After low_cpu_mem_usage=True, "
+            "read a saved adapter into it first; if accelerate has offloaded the model, call "
+            "accelerate.hooks.remove_hook_from_submodules(model) first"
         )
     sharded = any(is_sharded(tensor) for tensor in held.values())
     if not sharded and not writes:

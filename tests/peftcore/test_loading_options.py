@@ -139,7 +139,10 @@ def test_a_new_adapter_without_memory_reads_a_saved_one(tmp_path: Path) -> None:
     )
     model = get_peft_model(net(), config, low_cpu_mem_usage=True)
     assert on_meta(model) == on_meta(other) == {"A", "B"}
-    with pytest.raises(peftcore.CheckpointError, match="'default' has no values yet"):
+    with pytest.raises(
+        peftcore.CheckpointError,
+        match=r"'default' has no values here.*After low_cpu_mem_usage=True, read a saved adapter",
+    ):
         model.save_pretrained(tmp_path / "none")
     model.load_adapter_weights(tmp_path)
     x = torch.randn(3, 8)

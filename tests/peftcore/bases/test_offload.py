@@ -7,10 +7,21 @@ from typing import Any
 import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
+from accelerate.hooks import remove_hook_from_submodules
 from quiet_training import tiny_llama
 from torch import Tensor, nn
 
-from peftcore import IA3Config, LoraConfig, OFTConfig, PeftConfig, PeftModel, VeraConfig, get_peft_model
+from peftcore import (
+    CheckpointError,
+    ConfigError,
+    IA3Config,
+    LoraConfig,
+    OFTConfig,
+    PeftConfig,
+    PeftModel,
+    VeraConfig,
+    get_peft_model,
+)
 from peftcore import get_peft_model_state_dict as state_of
 
 CPU = torch.device("cpu")
@@ -79,3 +90,23 @@ def test_a_saved_adapter_is_loaded_onto_an_offloaded_base(tmp_path: Path) -> Non
     base = llama()
     cpu_offload(base, execution_device=CPU)
     torch.testing.assert_close(logits(PeftModel.from_pretrained(base, str(tmp_path)).eval()), expected)
+
+
+def test_a_module_without_weights_is_not_copied() -> None:
+    cpu_offload(base := llama(), execution_device=CPU)
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    with pytest.raises(ConfigError, match=r"accelerate has offloaded the weights of 'lm_head'.*adapter first"):
+        get_peft_model(base, config)
+
+
+def test_what_cannot_be_saved_says_how_to_bring_the_values_back(tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    model: Any = get_peft_model(llama(), config)
+    expected = model.base_model.model.lm_head.modules_to_save["default"].weight.clone()
+    cpu_offload(model, execution_device=CPU)
+    with pytest.raises(CheckpointError, match=r"call accelerate\.hooks\.remove_hook_from_submodules"):
+        model.save_pretrained(tmp_path)
+    remove_hook_from_submodules(model)
+    model.save_pretrained(tmp_path)
+    saved = PeftModel.from_pretrained(llama(), str(tmp_path)).base_model.model.lm_head.modules_to_save["default"]
+    assert torch.equal(saved.weight, expected)
