@@ -38,7 +38,7 @@ def main() -> None:
     products: dict[str, Product] = {"MKL": F.linear, "oneDNN": onednn.product, "ours": onednn.linear}
     report = "\n".join([table(products, options), errors(products), f"Measured on {machine()}."])
     options.folder.mkdir(parents=True, exist_ok=True)
-    (options.folder / "float32_products.md").write_text(report + "\n")
+    (options.folder / "float32_products.md").write_text(report + "\n", encoding="utf-8")
     print(report)
 
 
@@ -59,8 +59,8 @@ def table(products: dict[str, Product], options: argparse.Namespace) -> str:
     weights = [0.02 * torch.randn(shape) for _ in range(BLOCKS) for shape in SHAPES]
     chosen = "oneDNN" if onednn.mkl_is_slow() else "MKL"
     lines = [
-        f"Milliseconds of {len(weights)} layers in float32, {torch.get_num_threads()} threads. Ours takes {chosen} here "
-        f"for up to {onednn.MOST_TOKENS} tokens, and MKL for more.",
+        f"Milliseconds of {len(weights)} layers in float32, {torch.get_num_threads()} threads. Ours takes {chosen} "
+        f"here for up to {onednn.MOST_TOKENS} tokens, and MKL for more.",
         "",
         "| tokens | " + " | ".join(products) + " | oneDNN / MKL | ours / MKL |",
         "|---:" * (len(products) + 3) + "|",

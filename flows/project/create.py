@@ -215,14 +215,16 @@ def upgraded_files(root: Path) -> dict[str, str]:
     params = load_params(Paths(root).params)
     pipeline = pipeline_text(params.project.name)
     new = {
-        "params.yaml": _with_tracked_keys(Paths(root).params.read_text(), params, _stages(pipeline)),
+        "params.yaml": _with_tracked_keys(Paths(root).params.read_text(encoding="utf-8"), params, _stages(pipeline)),
         "dvc.yaml": pipeline,
         STAGES: stage_file(_stages(pipeline)),
         SCHEMA: schema_text(),
         **_workflow(is_nested=not (root / ".git").exists()),
     }
     return {
-        name: text for name, text in new.items() if not (root / name).is_file() or (root / name).read_text() != text
+        name: text
+        for name, text in new.items()
+        if not (root / name).is_file() or (root / name).read_text(encoding="utf-8") != text
     }
 
 
@@ -250,7 +252,7 @@ def difference(root: Path, files: dict[str, str]) -> str:
     """Return a unified diff from the files of a project to their new texts."""
     parts = []
     for name, text in files.items():
-        old = (root / name).read_text() if (root / name).is_file() else ""
+        old = (root / name).read_text(encoding="utf-8") if (root / name).is_file() else ""
         lines = difflib.unified_diff(old.splitlines(True), text.splitlines(True), f"{name} now", f"{name} new")
         parts.append("".join(lines))
     return "".join(parts)
@@ -427,7 +429,7 @@ def _check_params(text: str) -> None:
     """Raise ParamsError if a text is no valid params.yaml, for example because of the name of the base."""
     with TemporaryDirectory(prefix="peftcore-init-") as folder:
         file = Path(folder) / "params.yaml"
-        file.write_text(text)
+        file.write_text(text, encoding="utf-8")
         load_params(file)
 
 

@@ -437,7 +437,7 @@ def _edited(path: Path) -> Iterator[Any]:
     yaml.width = 200
     values = yaml.load(path)
     yield values
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         yaml.dump(values, file)
 
 

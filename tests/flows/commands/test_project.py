@@ -52,6 +52,15 @@ def test_files_of_parameters_describe_the_project_and_a_later_one_wins(rows: Pat
     assert missing.exit_code == 1 and "--data FILE" in missing.stderr
 
 
+def test_files_are_utf_8_in_every_locale(rows: Path, tmp_path: Path) -> None:
+    (tmp_path / "small.yaml").write_text('data: {system_prompt: "Für 東京."}\n', encoding="utf-8")
+    command = [sys.executable, "-m", "flows", "init", "new", "--data", "rows.jsonl", "--params", "small.yaml"]
+    ascii_only = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=ascii_only, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert load_params(tmp_path / "new" / "params.yaml").data.system_prompt == "Für 東京."
+
+
 def test_init_warns_of_a_missing_gpu_and_of_rows_that_are_there_twice(
     rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
