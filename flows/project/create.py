@@ -24,7 +24,7 @@ from ruamel.yaml import YAML
 
 from flows.data.files import SHOWN, why_unread
 from flows.errors import ParamsError, RepositoryError
-from flows.params import Params, load_params
+from flows.params import Params, load_params, read_some
 from flows.params.data import DEMONSTRATION, MIXTURE, source_names
 from flows.params.section import HUB, Section
 from flows.paths import Paths
@@ -178,8 +178,7 @@ def values_of(file: Path) -> dict[str, Any]:
     Raises:
         ParamsError: The file cannot be read, or has an unknown key or a wrong value.
     """
-    load_params(file)
-    values = dict(_leaves(YAML(typ="safe").load(file), Params(), ""))
+    values = dict(_leaves(read_some(file, Params), Params(), ""))
     if (source := values.get("data.source")) is not None:
         values["data.source"] = _absolute(source, file.resolve().parent)
     if mixture := values.get("data.mixture"):
@@ -430,7 +429,12 @@ def _check_params(text: str) -> None:
     with TemporaryDirectory(prefix="peftcore-init-") as folder:
         file = Path(folder) / "params.yaml"
         file.write_text(text, encoding="utf-8")
-        load_params(file)
+        try:
+            load_params(file)
+        except ParamsError as error:
+            # nobody has this file, so its lines tell nothing
+            problems = re.sub(r"^params\.yaml:\d+: ", "", str(error), flags=re.MULTILINE)
+            raise ParamsError(f"the options and files do not make a valid params.yaml: {problems}") from error
 
 
 def _with_data_in(root: Path, project: NewProject) -> tuple[NewProject, dict[str, Path]]:

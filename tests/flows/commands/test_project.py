@@ -85,9 +85,20 @@ def test_init_warns_of_a_missing_gpu_and_of_rows_that_are_there_twice(
     ],
 )
 def test_init_refuses_what_it_cannot_use(options: list[str], said: str, rows: Path, tmp_path: Path) -> None:
-    done = peftcore("init", str(tmp_path / "new"), *(option.format(rows=rows) for option in options))
+    done = peftcore("init", str(tmp_path / "some" / "new"), *(option.format(rows=rows) for option in options))
     assert done.exit_code == 1 and said in done.stderr
-    assert not (tmp_path / "new" / "params.yaml").exists()
+    assert not (tmp_path / "some").exists()
+
+
+def test_a_file_of_parameters_may_need_values_of_other_options(rows: Path, tmp_path: Path) -> None:
+    (tmp_path / "some.yaml").write_text("train: {objective: dpo}\n")
+    given = ("--data", str(rows), "--params", str(tmp_path / "some.yaml"))
+    done = peftcore("init", str(tmp_path / "pairs"), "--task", "preference", *given)
+    assert done.exit_code == 0, done.stderr
+    assert load_params(tmp_path / "pairs" / "params.yaml").train.objective == "dpo"
+    chats = peftcore("init", str(tmp_path / "chats"), "--task", "chat", *given)
+    assert chats.exit_code == 1 and "data.kind: 'chat' does not fit; train.objective dpo needs" in chats.stderr
+    assert "params.yaml:" not in chats.stderr.replace("a valid params.yaml:", "")  # no line of a file that is not there
 
 
 def test_upgrade_shows_a_difference_and_writes_it(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
