@@ -59,7 +59,7 @@ def select_tests(changed: list[str]) -> list[str]:
     order = [
         *(name for name in tests if name in changed),
         *filter(tests.__contains__, map(mirror, sources)),
-        *(name for name in tests if named.search((ROOT / name).read_text())),
+        *(name for name in tests if named.search((ROOT / name).read_text(encoding="utf-8"))),
         *SMOKE,
     ]
     return list(dict.fromkeys(order))

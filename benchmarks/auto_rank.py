@@ -77,9 +77,11 @@ def report(options: argparse.Namespace) -> None:
         "comparisons": [c for task in (DOCSTRINGS, MODULES) for arm in ARMS[1:] if (c := comparison(cells, task, arm))],
     }
     options.folder.mkdir(parents=True, exist_ok=True)
-    (options.folder / "auto_rank.json").write_text(json.dumps(without_scores(measured), indent=1) + "\n")
+    (options.folder / "auto_rank.json").write_text(
+        json.dumps(without_scores(measured), indent=1) + "\n", encoding="utf-8"
+    )
     text = table(measured)
-    (options.folder / "auto_rank.md").write_text(text)
+    (options.folder / "auto_rank.md").write_text(text, encoding="utf-8")
     draw(measured, options.folder / "auto_rank.png")
     print(text)
 

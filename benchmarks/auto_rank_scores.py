@@ -57,7 +57,7 @@ def main() -> None:
     quiet()
     found = [losses(seed, options.base, options.data) for seed in tqdm(range(options.seeds), unit="seed", disable=None)]
     text = table(found)
-    (options.folder / "auto_rank_scores.md").write_text(text)
+    (options.folder / "auto_rank_scores.md").write_text(text, encoding="utf-8")
     print(text)
 
 

@@ -76,7 +76,7 @@ def there(options: argparse.Namespace, names: Sequence[str], settings: Any) -> d
 def read(folder: Path, name: str, settings: Any) -> Cell | None:
     """A cell that was measured in this very setting, or None."""
     file = folder / f"{name}.json"
-    kept = json.loads(file.read_text()) if file.exists() else {}
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     return kept["cell"] if kept.get("settings") == settings else None
 
 
@@ -84,7 +84,7 @@ def write(folder: Path, name: str, settings: Any, cell: Cell) -> None:
     """Keep a cell, wholly or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{name}.partial"
-    partial.write_text(json.dumps({"settings": settings, "cell": cell}))
+    partial.write_text(json.dumps({"settings": settings, "cell": cell}), encoding="utf-8")
     partial.replace(folder / f"{name}.json")
 
 

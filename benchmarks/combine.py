@@ -47,7 +47,7 @@ def main() -> None:
         ours, theirs = adapted(base, Path(scratch))
     report = table(measure(ours, theirs, options.repeats), len(adapter_set(ours).adapters("a")))
     options.folder.mkdir(parents=True, exist_ok=True)
-    (options.folder / "combine.md").write_text(report)
+    (options.folder / "combine.md").write_text(report, encoding="utf-8")
     print(report)
 
 

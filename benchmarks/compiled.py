@@ -45,7 +45,7 @@ def main() -> None:
         setting = Setting(folder, options.dtype, dropout=options.dropout, batch=options.batch, length=options.length)
         report = run(setting, Path(scratch), options)
     options.folder.mkdir(parents=True, exist_ok=True)
-    (options.folder / "compiled.md").write_text(report)
+    (options.folder / "compiled.md").write_text(report, encoding="utf-8")
     print(report)
 
 

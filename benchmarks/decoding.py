@@ -57,9 +57,9 @@ def main() -> None:
         }
     report = {"machine": machine(), "peft": peft.__version__, "clock": options.clock, "measured": measured}
     options.folder.mkdir(parents=True, exist_ok=True)
-    (options.folder / "decoding.json").write_text(json.dumps(report, indent=1) + "\n")
+    (options.folder / "decoding.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     text = table(report, options.inference_mode)
-    (options.folder / "decoding.md").write_text(text)
+    (options.folder / "decoding.md").write_text(text, encoding="utf-8")
     print(text)
 
 

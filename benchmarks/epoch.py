@@ -47,13 +47,13 @@ WHAT = {"same": "the same batches in the same order", "default": "each as it doe
 def main() -> None:
     options = parse()
     figures = options.folder / "epoch.json"
-    modes: dict[str, Any] = json.loads(figures.read_text()) if figures.exists() else {}
+    modes: dict[str, Any] = json.loads(figures.read_text(encoding="utf-8")) if figures.exists() else {}
     if not options.draw:
         modes[options.mode] = measure(options)
         options.folder.mkdir(parents=True, exist_ok=True)
-        figures.write_text(json.dumps(modes, indent=1) + "\n")
+        figures.write_text(json.dumps(modes, indent=1) + "\n", encoding="utf-8")
     text = "\n".join(table(mode, modes[mode]) for mode in SIDES if mode in modes)
-    (options.folder / "epoch.md").write_text(text)
+    (options.folder / "epoch.md").write_text(text, encoding="utf-8")
     draw({mode: modes[mode] for mode in SIDES if mode in modes}, options.folder / "epoch.png")
     print(text)
 
@@ -188,12 +188,12 @@ def task_of(side: str, longest: int, options: argparse.Namespace, scratch: Path)
 def run(task: Task, scratch: Path) -> Result:
     """One training in its own process."""
     asked, answered = scratch / "task.json", scratch / "result.json"
-    asked.write_text(json.dumps(asdict(task)))
+    asked.write_text(json.dumps(asdict(task)), encoding="utf-8")
     answered.unlink(missing_ok=True)
     done = subprocess.run([sys.executable, "-m", "benchmarks.epoch_side", str(asked), str(answered)])
     if done.returncode or not answered.exists():
         raise SystemExit(f"error: {task.side} ended with status {done.returncode}; its message is above")
-    return Result(**json.loads(answered.read_text()))
+    return Result(**json.loads(answered.read_text(encoding="utf-8")))
 
 
 def check(runs: list[Result], same: bool) -> None:

@@ -98,9 +98,9 @@ def main() -> None:
             )
             print(_row(weeks[-1]), flush=True)
             facts = {"machine": machine(), "requests": given.requests, "panel": given.panel, "weeks": weeks}
-            (RESULTS / "feedback.json").write_text(json.dumps(facts, indent=1) + "\n")
-            (RESULTS / "feedback.md").write_text(_table(facts))
-    print((RESULTS / "feedback.md").read_text())
+            (RESULTS / "feedback.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+            (RESULTS / "feedback.md").write_text(_table(facts), encoding="utf-8")
+    print((RESULTS / "feedback.md").read_text(encoding="utf-8"))
 
 
 # -- the users -------------------------------------------------------------------------------------------------------
@@ -201,12 +201,12 @@ def _settle(clone: Path, incoming: Path, base: Path) -> None:
 def _served(clone: Path, base: Path, log: Path, *options: str) -> Iterator[str]:
     """`peftcore serve` in a process of its own; gives its address."""
     command = [sys.executable, "-m", "flows.cli", "serve", "--base", str(base), "--port", "0", *options]
-    with log.open("w") as file:
+    with log.open("w", encoding="utf-8") as file:
         process = subprocess.Popen(command, cwd=clone, env=_environment(clone), stderr=file)
     try:
-        while not (match := re.search(r"serving .* on (http://\S+)", log.read_text())):
+        while not (match := re.search(r"serving .* on (http://\S+)", log.read_text(encoding="utf-8"))):
             if process.poll() is not None:
-                raise SystemExit(f"the server ended: {log.read_text()[-2000:]}")
+                raise SystemExit(f"the server ended: {log.read_text(encoding='utf-8')[-2000:]}")
             time.sleep(0.2)
         yield match.group(1)
     finally:

@@ -38,7 +38,7 @@ def main() -> None:
     products: dict[str, Product] = {"MKL": F.linear, "oneDNN": onednn.product, "ours": onednn.linear}
     report = "\n".join([table(products, options), errors(products), f"Measured on {machine()}."])
     options.folder.mkdir(parents=True, exist_ok=True)
-    (options.folder / "float32_products.md").write_text(report + "\n")
+    (options.folder / "float32_products.md").write_text(report + "\n", encoding="utf-8")
     print(report)
 
 

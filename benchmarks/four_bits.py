@@ -82,9 +82,9 @@ def report(options: argparse.Namespace, groups: list[tuple[list[str], dict[str, 
         "cells": cells,
     }
     options.folder.mkdir(parents=True, exist_ok=True)
-    (options.folder / "four_bits.json").write_text(json.dumps(measured, indent=1) + "\n")
+    (options.folder / "four_bits.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
     text = table(measured)
-    (options.folder / "four_bits.md").write_text(text)
+    (options.folder / "four_bits.md").write_text(text, encoding="utf-8")
     print(text)
 
 

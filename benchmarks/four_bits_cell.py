@@ -180,7 +180,7 @@ def measured(cell: dict[str, Any]) -> Iterator[None]:
     """Add the CPU seconds of the context, and its peak of resident memory above the start (bytes; Linux only)."""
     reset = Path("/proc/self/clear_refs")
     if reset.exists():
-        reset.write_text("5")  # the peak is the present size from here
+        reset.write_text("5", encoding="utf-8")  # the peak is the present size from here
     before, start = resident_sizes(), time.process_time()
     yield
     cell["calibration_seconds"] = time.process_time() - start
@@ -193,7 +193,7 @@ def resident_sizes() -> tuple[int, int] | None:
     status = Path("/proc/self/status")
     if not status.exists():
         return None
-    fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    fields = dict(line.split(":", 1) for line in status.read_text(encoding="utf-8").splitlines())
     peak, now = (int(fields[name].split()[0]) * 1024 for name in ("VmHWM", "VmRSS"))
     return peak, now
 

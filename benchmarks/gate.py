@@ -56,9 +56,9 @@ def main() -> None:
     if not options.draw:
         measured = measure(options)
         options.folder.mkdir(parents=True, exist_ok=True)
-        (options.folder / "gate.json").write_text(json.dumps(measured, indent=1) + "\n")
-    measured = json.loads((options.folder / "gate.json").read_text())
-    (options.folder / "gate.md").write_text(text := table(measured))
+        (options.folder / "gate.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    measured = json.loads((options.folder / "gate.json").read_text(encoding="utf-8"))
+    (options.folder / "gate.md").write_text(text := table(measured), encoding="utf-8")
     draw(measured, options.folder / "gate.png")
     print(text)
 

@@ -51,13 +51,13 @@ def main() -> None:
     quiet()
     figures = options.folder / "growth.json"
     if options.draw:
-        measured = json.loads(figures.read_text())
+        measured = json.loads(figures.read_text(encoding="utf-8"))
     else:
         measured = measure_all(options)
         options.folder.mkdir(parents=True, exist_ok=True)
-        figures.write_text(json.dumps(measured, indent=1) + "\n")
+        figures.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
     text = table(measured)
-    (options.folder / "growth.md").write_text(text)
+    (options.folder / "growth.md").write_text(text, encoding="utf-8")
     draw(measured, options.folder / "growth.png")
     print(text)
 

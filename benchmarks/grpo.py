@@ -93,10 +93,10 @@ def measure(options: argparse.Namespace, root: Path) -> dict[str, Any]:
     paths.artifacts.mkdir()
     paths.base.symlink_to(options.base.resolve())
     (root / "data").mkdir()
-    (root / "data" / "rewards.py").write_text(REWARDS)
+    (root / "data" / "rewards.py").write_text(REWARDS, encoding="utf-8")
     library = islice(pairs(Path(sysconfig.get_paths()["stdlib"])), FUNCTIONS)
     rows = [{"prompt": prompt(pair.source), "completion": pair.summary} for pair in library]
-    (root / params.data.source).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / params.data.source).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     set_seed(options.seed)
     prepare.run(params, paths)
     started = time.perf_counter()
@@ -104,9 +104,9 @@ def measure(options: argparse.Namespace, root: Path) -> dict[str, Any]:
     seconds = time.perf_counter() - started
     evaluate.run(params, paths)
     return {
-        "metrics": json.loads(paths.evaluation_metrics.read_text()),
-        "records": [json.loads(line) for line in paths.training_log.read_text().splitlines()],
-        "samples": json.loads(paths.samples.read_text()),
+        "metrics": json.loads(paths.evaluation_metrics.read_text(encoding="utf-8")),
+        "records": [json.loads(line) for line in paths.training_log.read_text(encoding="utf-8").splitlines()],
+        "samples": json.loads(paths.samples.read_text(encoding="utf-8")),
         "seconds": seconds,
     }
 

@@ -118,7 +118,7 @@ def build(cache: Path) -> None:
         make_model(class_name, options).save_pretrained(snapshot)
         tokenizer.save_pretrained(snapshot)
         main.parent.mkdir(parents=True, exist_ok=True)
-        main.write_text(REVISION)
+        main.write_text(REVISION, encoding="utf-8")
 
 
 def make_model(class_name: str, options: dict[str, Any]) -> Any:
@@ -143,7 +143,7 @@ def make_tokenizer() -> Any:
     trainer = trainers.BpeTrainer(
         vocab_size=WORDS - 100, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
-    tokenizer.train_from_iterator([Path(__file__).read_text()], trainer)
+    tokenizer.train_from_iterator([Path(__file__).read_text(encoding="utf-8")], trainer)
     names = {"bos_token": "<s>", "pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 

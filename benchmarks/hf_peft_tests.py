@@ -295,7 +295,7 @@ def prepare(run: Run, library: str, file: str, keep: bool) -> None:
     if begun == settings or (keep and library == "peftcore" and begun and begun["tests"] == run.commit):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"settings": settings}) + "\n")
+    path.write_text(json.dumps({"settings": settings}) + "\n", encoding="utf-8")
 
 
 def run_file(run: Run, library: str, file: str) -> str:
@@ -309,7 +309,7 @@ def run_file(run: Run, library: str, file: str) -> str:
     log = path.with_suffix(".log")
     try:
         while (left := end - time.monotonic()) > 0:
-            with log.open("w") as output:
+            with log.open("w", encoding="utf-8") as output:
                 try:
                     done = subprocess.run(
                         command, cwd=run.checkout, env=environment, stdout=output, stderr=output, timeout=left
@@ -319,12 +319,14 @@ def run_file(run: Run, library: str, file: str) -> str:
             if done.returncode == 0:
                 return outcomes(path)
             crashed = (
-                json.loads(running.read_text())["id"] if (running := path.with_suffix(".running")).exists() else None
+                json.loads(running.read_text(encoding="utf-8"))["id"]
+                if (running := path.with_suffix(".running")).exists()
+                else None
             )
             if crashed is None or crashed in {line.get("id") for line in read(path)}:
                 return f"ended with status {done.returncode}; see {log}"
             failure = {"type": "Crash", "message": f"the process ended with status {done.returncode}"}
-            with path.open("a") as lines:
+            with path.open("a", encoding="utf-8") as lines:
                 lines.write(json.dumps({"id": crashed, "outcome": "failed", "seconds": 0, **failure}) + "\n")
         return f"stopped after {run.limit} s; {outcomes(path)}"
     finally:
@@ -339,7 +341,7 @@ def outcomes(path: Path) -> str:
 def progress(run: Run, library: str, file: str) -> str:
     path = run.results(library, file).with_suffix(".running")
     try:
-        state = json.loads(path.read_text())
+        state = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):  # not begun, or being written
         return ""
     return f"{file} with {library} {state['finished']}/{state['of']}"
@@ -408,13 +410,13 @@ def report(run: Run, files: list[str], folder: Path) -> None:
         "command": "python -m benchmarks.hf_peft_tests CHECKOUT",
         "rows": rows,
     }
-    (folder / "hf_peft_tests.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (folder / "hf_peft_tests.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     text = table(run, rows)
-    (folder / "hf_peft_tests.md").write_text(text)
+    (folder / "hf_peft_tests.md").write_text(text, encoding="utf-8")
     if folder == RESULTS:
         page = ROOT / "docs" / "peft-tests.md"
-        before, _, rest = page.read_text().partition(BEGIN)
-        page.write_text(f"{before}{BEGIN}\n{text}{END}{rest.partition(END)[2]}")
+        before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+        page.write_text(f"{before}{BEGIN}\n{text}{END}{rest.partition(END)[2]}", encoding="utf-8")
     print(text)
 
 

@@ -56,7 +56,7 @@ def stand_in(name: str) -> type:
 
 def imports_of(file: Path) -> Iterator[tuple[str, str | None]]:
     """Yield (module, name) of each import from `peft` in a file; the name is None for `import peft.x`."""
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and not node.level and (node.module or "").split(".")[0] == "peft":
             yield from ((str(node.module), alias.name) for alias in node.names)
         elif isinstance(node, ast.Import):
@@ -221,12 +221,12 @@ class Recorder:
         self.outcome, self.seconds = "passed", 0.0
 
     def write(self, line: dict[str, Any]) -> None:
-        with self.results.open("a") as file:
+        with self.results.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def progress(self, test: str) -> None:
         progress = {"id": test, "finished": self.finished, "of": self.of}
-        self.results.with_suffix(".running").write_text(json.dumps(progress))
+        self.results.with_suffix(".running").write_text(json.dumps(progress), encoding="utf-8")
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         chosen = [item for item in items if zlib.crc32(item.nodeid.encode()) % self.sample == 0]
@@ -291,7 +291,7 @@ def read(results: Path) -> list[dict[str, Any]]:
     """Return the lines of a file of results; a last line that was cut off is left out."""
     if not results.exists():
         return []
-    return [json.loads(line) for line in results.read_text().split("\n")[:-1]]
+    return [json.loads(line) for line in results.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def main() -> None:

@@ -35,12 +35,12 @@ def main() -> None:
     options = parse()
     figures = options.folder / "learning.json"
     if options.draw:
-        measured = json.loads(figures.read_text())
+        measured = json.loads(figures.read_text(encoding="utf-8"))
     else:
         measured = measure([row for row in ROWS if row.name in options.only])
         options.folder.mkdir(parents=True, exist_ok=True)
-        figures.write_text(json.dumps(measured, indent=1) + "\n")
-        (options.folder / "learning.md").write_text(table(measured))
+        figures.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+        (options.folder / "learning.md").write_text(table(measured), encoding="utf-8")
         print(table(measured))
     draw(measured, options.folder)
 

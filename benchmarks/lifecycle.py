@@ -26,14 +26,14 @@ def main() -> None:
     options = parse()
     figures = options.folder / "lifecycle.json"
     if options.draw:
-        measured = json.loads(figures.read_text())
+        measured = json.loads(figures.read_text(encoding="utf-8"))
     else:
         warnings.filterwarnings("ignore")
         logging.disable(logging.WARNING)
         measured = measure(options)
         options.folder.mkdir(parents=True, exist_ok=True)
-        figures.write_text(json.dumps(measured, indent=1) + "\n")
-        (options.folder / "lifecycle.md").write_text(table(measured))
+        figures.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+        (options.folder / "lifecycle.md").write_text(table(measured), encoding="utf-8")
         print(table(measured))
     draw(measured, options.folder)
 

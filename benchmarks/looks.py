@@ -58,8 +58,8 @@ def main() -> None:
     options = parse()
     measured = measure(options)
     options.folder.mkdir(parents=True, exist_ok=True)
-    (options.folder / "looks.json").write_text(json.dumps(measured, indent=1) + "\n")
-    (options.folder / "looks.md").write_text(text := table(measured))
+    (options.folder / "looks.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    (options.folder / "looks.md").write_text(text := table(measured), encoding="utf-8")
     print(text)
 
 

@@ -20,7 +20,7 @@ def machine() -> str:
 def cpu_model() -> str:
     """Model name of the first CPU, and AMX where it has it, because bf16 without it is another machine."""
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     fields = dict(reversed([[part.strip() for part in line.split(":", 1)] for line in lines if ":" in line]))
     amx = " with AMX" if "amx_bf16" in fields.get("flags", "").split() else ""
     return (fields.get("model name") or platform.processor() or platform.machine()) + amx

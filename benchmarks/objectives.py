@@ -130,7 +130,7 @@ def measure_cell(arm: str, seed: int, options: argparse.Namespace, root: Path) -
     paths.base.symlink_to(options.base.resolve())
     library = list(pairs(Path(sysconfig.get_paths()["stdlib"])))
     rows = labelled_texts(library) if params.data.kind == "classification" else preferences(library)
-    (root / params.data.source).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / params.data.source).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
     def timed(stage: Callable[[Params, Paths], None]) -> float:
         set_seed(seed)
@@ -145,9 +145,9 @@ def measure_cell(arm: str, seed: int, options: argparse.Namespace, root: Path) -
     except StageError as error:
         refused = str(error)
     return {
-        "steps": json.loads(paths.training_summary.read_text())["steps"],
-        "metrics": json.loads(paths.evaluation_metrics.read_text()),
-        "merge": None if refused else json.loads(paths.merge_report.read_text()),
+        "steps": json.loads(paths.training_summary.read_text(encoding="utf-8"))["steps"],
+        "metrics": json.loads(paths.evaluation_metrics.read_text(encoding="utf-8")),
+        "merge": None if refused else json.loads(paths.merge_report.read_text(encoding="utf-8")),
         "refused": refused,
         "seconds": seconds,
     }
@@ -179,9 +179,9 @@ def labelled_texts(library: list[Pair]) -> list[dict[str, str]]:
 
 def report(options: argparse.Namespace, cells: dict[str, Cell]) -> None:
     options.folder.mkdir(parents=True, exist_ok=True)
-    (options.folder / "objectives.json").write_text(json.dumps(cells, indent=1) + "\n")
+    (options.folder / "objectives.json").write_text(json.dumps(cells, indent=1) + "\n", encoding="utf-8")
     text = table(cells)
-    (options.folder / "objectives.md").write_text(text)
+    (options.folder / "objectives.md").write_text(text, encoding="utf-8")
     print(text)
 
 

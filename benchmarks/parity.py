@@ -26,10 +26,10 @@ def main() -> None:
         log = Path(scratch) / "parity.jsonl"
         command = [sys.executable, "-m", "pytest", "-q", *TESTS, "-k", "parity or peft", "-m", "slow or not slow"]
         subprocess.run(command, cwd=ROOT, env={**os.environ, "PEFTCORE_PARITY_LOG": str(log)}, check=True)
-        text = table([json.loads(line) for line in log.read_text().splitlines()])
+        text = table([json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()])
     page = ROOT / "docs" / "methods.md"
-    before, _, rest = page.read_text().partition(BEGIN)
-    page.write_text(f"{before}{BEGIN}\n{text}{END}{rest.partition(END)[2]}")
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    page.write_text(f"{before}{BEGIN}\n{text}{END}{rest.partition(END)[2]}", encoding="utf-8")
     print(text)
 
 

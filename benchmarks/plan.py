@@ -54,7 +54,7 @@ def main() -> None:
     text = report(found, options.rows)
     print(text)
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "plan.md").write_text(text)
+    (options.out / "plan.md").write_text(text, encoding="utf-8")
 
 
 def compare(setting: dict[str, dict[str, Any]], paths: Paths, rows: int) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def compare(setting: dict[str, dict[str, Any]], paths: Paths, rows: int) -> dict
     command = [sys.executable, "-m", "benchmarks.plan_side", str(result)]
     environment = {**os.environ, "PYTHONPATH": str(Path.cwd())}
     subprocess.run(command, cwd=paths.root, env=environment, check=True, stdout=subprocess.DEVNULL)
-    measured = json.loads(result.read_text())
+    measured = json.loads(result.read_text(encoding="utf-8"))
     return {"planned": planned.as_dict(), "counted": counted.peak, "measured": measured, "planning": seconds}
 
 

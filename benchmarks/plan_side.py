@@ -27,7 +27,7 @@ def main() -> None:
         "seconds": time.perf_counter() - started,
         "cpu_seconds": time.process_time() - computed,
     }
-    Path(sys.argv[1]).write_text(json.dumps(found))
+    Path(sys.argv[1]).write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -34,8 +34,8 @@ def main() -> None:
     figures = options.folder / "precision.json"
     if not options.draw:
         measure(options, figures)
-    measured = json.loads(figures.read_text())
-    (options.folder / "precision.md").write_text(table(measured))
+    measured = json.loads(figures.read_text(encoding="utf-8"))
+    (options.folder / "precision.md").write_text(table(measured), encoding="utf-8")
     draw(measured, options.folder / "precision.png")
     print(table(measured))
 
@@ -68,7 +68,7 @@ def measure(options: argparse.Namespace, figures: Path) -> None:
         "settings": {"steps": options.steps, "batch": options.batch, "learning_rate": options.learning_rate},
         "memory": "GPU allocator" if torch.cuda.is_available() else "resident memory of the process",
     }
-    before = json.loads(figures.read_text()) if figures.exists() else {}
+    before = json.loads(figures.read_text(encoding="utf-8")) if figures.exists() else {}
     sides = {side["precision"]: side for side in before.get("sides", ()) if before["settings"] == measured["settings"]}
     for name in options.only:
         with tempfile.TemporaryDirectory() as folder:
@@ -77,11 +77,11 @@ def measure(options: argparse.Namespace, figures: Path) -> None:
                 name: getattr(options, name) for name in ("steps", "batch", "learning_rate", "held_out", "seed")
             }
             given = Task(precision=name, base=str(options.base), data=str(options.data), output=folder, **settings)
-            task.write_text(json.dumps(asdict(given)))
+            task.write_text(json.dumps(asdict(given)), encoding="utf-8")
             subprocess.run([sys.executable, "-m", "benchmarks.precision_side", str(task), str(result)], check=True)
-            sides[name] = json.loads(result.read_text())
+            sides[name] = json.loads(result.read_text(encoding="utf-8"))
         measured["sides"] = [sides[precision] for precision in PRECISIONS if precision in sides]
-        figures.write_text(json.dumps(measured, indent=1) + "\n")
+        figures.write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
 
 
 def table(measured: dict[str, Any]) -> str:

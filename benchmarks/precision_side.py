@@ -97,7 +97,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     disable_progress_bars()
     task, result = (Path(argument) for argument in sys.argv[1:3])
-    result.write_text(json.dumps(asdict(train(Task(**json.loads(task.read_text()))))))
+    result.write_text(json.dumps(asdict(train(Task(**json.loads(task.read_text(encoding="utf-8")))))), encoding="utf-8")
 
 
 def train(task: Task) -> Result:

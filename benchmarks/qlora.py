@@ -72,9 +72,9 @@ def report(options: argparse.Namespace, setting: Setting) -> None:
         "cells": cells,
     }
     options.folder.mkdir(parents=True, exist_ok=True)
-    (options.folder / "qlora.json").write_text(json.dumps(measured, indent=1) + "\n")
+    (options.folder / "qlora.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
     text = table(measured)
-    (options.folder / "qlora.md").write_text(text)
+    (options.folder / "qlora.md").write_text(text, encoding="utf-8")
     draw(measured, options.folder / "qlora.png")
     print(text)
 

@@ -43,7 +43,7 @@ def main() -> None:
         [table(name, options) for name in DTYPES] + [changing_over(options.repeats), f"Measured on {machine()}."]
     )
     options.folder.mkdir(parents=True, exist_ok=True)
-    (options.folder / "quantised_forward.md").write_text(report + "\n")
+    (options.folder / "quantised_forward.md").write_text(report + "\n", encoding="utf-8")
     print(report)
 
 

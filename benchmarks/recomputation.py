@@ -41,7 +41,7 @@ def main() -> None:
             lines += measure(folder, heading, shape, options.repeats)
     text = f"# Recomputed activations\n\n{options.blocks} blocks. {machine()}\n\n" + "\n".join(lines) + "\n"
     options.folder.mkdir(parents=True, exist_ok=True)
-    (options.folder / "recomputation.md").write_text(text)
+    (options.folder / "recomputation.md").write_text(text, encoding="utf-8")
     print(text)
 
 

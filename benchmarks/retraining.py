@@ -51,7 +51,7 @@ def main() -> None:
     weeks = []
     for week in WEEKS:
         rows = shards[week]
-        (incoming / f"{week}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (incoming / f"{week}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         for again in (False, True):
             weeks.append({"week": week, "again": again, "rows": len(rows), **_retrain(clone)})
             print(_row(weeks[-1]), flush=True)
@@ -62,8 +62,8 @@ def main() -> None:
         "weeks": weeks,
     }
     name = "retraining" if given.start == "scratch" else "retraining_champion"
-    (RESULTS / f"{name}.json").write_text(json.dumps(told, indent=1) + "\n")
-    (RESULTS / f"{name}.md").write_text(_table(told))
+    (RESULTS / f"{name}.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    (RESULTS / f"{name}.md").write_text(_table(told), encoding="utf-8")
     print(_table(told))
     print(clone / "reports" / "retraining" / "index.html")
 

@@ -78,8 +78,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="peftcore-reward-model-") as scratch:
         result = measure(options, Path(scratch))
     options.folder.mkdir(parents=True, exist_ok=True)
-    (options.folder / "reward_model.json").write_text(json.dumps(result, indent=1) + "\n")
-    (options.folder / "reward_model.md").write_text(table(result))
+    (options.folder / "reward_model.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (options.folder / "reward_model.md").write_text(table(result), encoding="utf-8")
     print(table(result))
 
 
@@ -91,7 +91,7 @@ def measure(options: argparse.Namespace, root: Path) -> dict[str, Any]:
     paths.base.symlink_to(options.base.resolve())
     library = pairs(Path(sysconfig.get_paths()["stdlib"]))
     rows = preferences([pair for pair in library if len(pair.source) <= LONGEST])
-    (root / params.data.source).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / params.data.source).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     seconds = {}
     for stage in (prepare, train, evaluate, merge):
         set_seed(params.project.seed)
@@ -102,10 +102,10 @@ def measure(options: argparse.Namespace, root: Path) -> dict[str, Any]:
     for row in parquet.read_table(paths.evaluation_rows).to_pylist():
         accuracies[row["slice"]].append(row["adapter_accuracy"])
     return {
-        "steps": json.loads(paths.training_summary.read_text())["steps"],
-        "metrics": json.loads(paths.evaluation_metrics.read_text()),
+        "steps": json.loads(paths.training_summary.read_text(encoding="utf-8"))["steps"],
+        "metrics": json.loads(paths.evaluation_metrics.read_text(encoding="utf-8")),
         "accuracies": {name: {"rows": len(one), "accuracy": numpy.mean(one)} for name, one in accuracies.items()},
-        "merge": json.loads(paths.merge_report.read_text()),
+        "merge": json.loads(paths.merge_report.read_text(encoding="utf-8")),
         "best_of_n": chosen_by(params, paths, options.prompts, options.answers),
         "seconds": seconds,
         "machine": machine(),

@@ -53,10 +53,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             measured = measure(options, options.base or random_base(Path(scratch) / "base", options.blocks))
         options.folder.mkdir(parents=True, exist_ok=True)
-        (options.folder / "routing.json").write_text(json.dumps(measured, indent=1) + "\n")
-    measured = json.loads((options.folder / "routing.json").read_text())
+        (options.folder / "routing.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
+    measured = json.loads((options.folder / "routing.json").read_text(encoding="utf-8"))
     text = table(measured)
-    (options.folder / "routing.md").write_text(text)
+    (options.folder / "routing.md").write_text(text, encoding="utf-8")
     draw(measured, options.folder / "routing.png")
     print(text)
 

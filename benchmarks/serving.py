@@ -111,7 +111,7 @@ def main() -> None:
         rounds = [measure(ours, peer, model, number, options) for number in bar][1:]
     options.folder.mkdir(parents=True, exist_ok=True)
     text = table(rounds, options)
-    (options.folder / "serving.md").write_text(text)
+    (options.folder / "serving.md").write_text(text, encoding="utf-8")
     print(text)
 
 

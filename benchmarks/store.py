@@ -44,8 +44,8 @@ def main() -> None:
     quiet()
     if not options.draw:
         measure(options)
-    measured = json.loads((options.folder / "store.json").read_text())
-    (options.folder / "store.md").write_text(text := table(measured))
+    measured = json.loads((options.folder / "store.json").read_text(encoding="utf-8"))
+    (options.folder / "store.md").write_text(text := table(measured), encoding="utf-8")
     draw(measured, options.folder / "store.png")
     print(text)
 
@@ -68,7 +68,7 @@ def measure(options: argparse.Namespace) -> None:
             "peft": peft.__version__,
         }
     options.folder.mkdir(parents=True, exist_ok=True)
-    (options.folder / "store.json").write_text(json.dumps(found, indent=1) + "\n")
+    (options.folder / "store.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def parse() -> argparse.Namespace:

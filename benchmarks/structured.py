@@ -119,7 +119,7 @@ def main() -> None:
     quiet()
     with tempfile.TemporaryDirectory() as scratch:
         template = Path(scratch) / "template.jinja"
-        template.write_text(TEMPLATE)
+        template.write_text(TEMPLATE, encoding="utf-8")
         command = [sys.executable, "-W", "ignore", "-c", "from flows.cli import app; app()", "serve", "--port", "0"]
         command += ["--base", str(options.base), "--name", "base", "--chat-template", str(template)]
         with (
@@ -130,7 +130,7 @@ def main() -> None:
             rounds = [run(client, url, options.tokens) for _ in tqdm(range(options.rounds), disable=None)]
     text = table(rounds, call, options)
     options.folder.mkdir(parents=True, exist_ok=True)
-    (options.folder / "structured.md").write_text(text)
+    (options.folder / "structured.md").write_text(text, encoding="utf-8")
     print(text)
 
 

@@ -194,9 +194,9 @@ def run_all(setting: Setting, scratch: Path, options: argparse.Namespace) -> str
             measured.append(figures)
     results = {"settings": measured, "machine": f"{machine()}, peft {peft.__version__}"}
     options.folder.mkdir(parents=True, exist_ok=True)
-    (options.folder / "train_step.json").write_text(json.dumps(results, indent=1) + "\n")
+    (options.folder / "train_step.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     text = markdown(results)
-    (options.folder / "train_step.md").write_text(text)
+    (options.folder / "train_step.md").write_text(text, encoding="utf-8")
     return text
 
 

@@ -71,7 +71,7 @@ def _rank(module: str) -> int:
 
 def _all(package: str) -> list[str]:
     """Return a package's `__all__` without an import, which may need an extra."""
-    text = (ROOT / package.replace(".", "/") / "__init__.py").read_text()
+    text = (ROOT / package.replace(".", "/") / "__init__.py").read_text(encoding="utf-8")
     match = re.search(r"^__all__ = (\[.*?\])", text, re.DOTALL | re.MULTILINE)
     assert match
     return ast.literal_eval(match[1])

@@ -149,7 +149,7 @@ def _as_markdown(text: str) -> str:
 
 def _measured(name: str) -> list[str]:
     """Return what the repository's own measurements say about a method."""
-    rows = json.loads((ROOT / RESULTS / "learning.json").read_text())["rows"]
+    rows = json.loads((ROOT / RESULTS / "learning.json").read_text(encoding="utf-8"))["rows"]
     lines = [
         f"| {row['name']} | {row['trainable']:,} | {row['steps']} | {row['loss_before']:.2f} | {row['loss_after']:.2f} "
         f"| {row['accuracy']:.0%} |"

@@ -15,7 +15,7 @@ CONTINUED = re.compile(r"^ +# (.*)$")
 def params_page() -> str:
     """Return the Markdown of the page."""
     schema = Params.model_json_schema()
-    entries = read_entries((ROOT / "params.yaml").read_text())
+    entries = read_entries((ROOT / "params.yaml").read_text(encoding="utf-8"))
     parts = [
         "# params.yaml\n",
         "Every option of the pipeline. Shares are fractions of 1. A changed value reruns only the stages that read it. "

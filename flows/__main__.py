@@ -43,6 +43,10 @@ MODULES = (
 """Top-level modules of the packages that the extra `pipeline` brings."""
 
 
+CLOSED_PIPE = 141
+"""Exit status if the reader of stdout has closed it, as `head` does; shells give it to programs that SIGPIPE ends."""
+
+
 def main() -> None:
     """Run the command line; exit with status 1 if the extra `pipeline` is not installed."""
     try:
@@ -52,7 +56,12 @@ def main() -> None:
     prepare_streams()
     from flows.cli import app
 
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        if isinstance(end.__context__, BrokenPipeError):  # typer ends with 1, the status of failures
+            sys.exit(CLOSED_PIPE)
+        raise
 
 
 def prepare_streams() -> None:
@@ -68,9 +77,9 @@ def prepare_streams() -> None:
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor, which is this one
             os.set_inheritable(descriptor, True)  # as other processes expect of these three
-    sys.stdin = sys.stdin or open(0)  # noqa: SIM115
-    sys.stdout = sys.stdout or open(1, "w")  # noqa: SIM115
-    sys.stderr = sys.stderr or open(2, "w")  # noqa: SIM115
+    sys.stdin = sys.stdin or open(0, encoding="utf-8")  # noqa: SIM115
+    sys.stdout = sys.stdout or open(1, "w", encoding="utf-8")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(2, "w", encoding="utf-8")  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     if os.environ.get("COLUMNS") == "0":

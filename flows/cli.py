@@ -32,7 +32,8 @@ app = typer.Typer(
     help="From data to a promoted adapter: a pipeline of DVC stages, a promotion gate, and a registry of git tags.",
     epilog="Exit codes: 0 success; 1 failed or refused, with one message on stderr that begins with `error:`; 2 usage "
     "error; 3 the gate refuses; 4 conflict or busy, another writer was faster or is at work, run the command again; "
-    "130 Ctrl-C; 143 SIGTERM. Results go to stdout (`--json`: one document), everything else to stderr.",
+    "130 Ctrl-C; 141 the reader of stdout closed it; 143 SIGTERM. Results go to stdout (`--json`: one document), "
+    "everything else to stderr.",
 )
 
 

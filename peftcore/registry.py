@@ -153,7 +153,10 @@ def line_count(method: Method) -> int:
     """Return the number of lines of the method's file, or of all files of its folder."""
     file = Path(inspect.getfile(method.adapter))
     is_single_file = file.parent.name in ("methods", "prompts")
-    return sum(len(s.read_text().splitlines()) for s in ([file] if is_single_file else file.parent.rglob("*.py")))
+    return sum(
+        len(s.read_text(encoding="utf-8").splitlines())
+        for s in ([file] if is_single_file else file.parent.rglob("*.py"))
+    )
 
 
 def method_table() -> str:

@@ -52,5 +52,5 @@ for folder in folders:
 rows = [{"text": text, "label": label} for text, (label, *others) in labels.items() if not others]
 out = Path(__file__).parent / "data" / "errors.jsonl"
 out.parent.mkdir(exist_ok=True)
-out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 print(f"{out}: {len(rows)} messages")

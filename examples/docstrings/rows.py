@@ -24,5 +24,5 @@ rows = [
 ]
 out = Path(__file__).parent / "data" / "docstrings.jsonl"
 out.parent.mkdir(exist_ok=True)
-out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 print(f"{out}: {len(rows)} functions of {package}")

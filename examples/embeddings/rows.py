@@ -14,7 +14,7 @@ unique = {pair.summary: pair for pair in pairs(Path(sysconfig.get_paths()["stdli
 chosen = random.Random(0).sample(list(unique.values()), ROWS)
 target = Path("data/search.jsonl")
 target.parent.mkdir(exist_ok=True)
-with target.open("w") as file:
+with target.open("w", encoding="utf-8") as file:
     for pair in chosen:
         row = {"query": pair.summary, "positive": pair.source, "module": pair.module}
         file.write(json.dumps(row) + "\n")

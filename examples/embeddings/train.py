@@ -105,7 +105,7 @@ def main() -> None:
         again: Any = PeftModel.from_pretrained(model.unload(), options.out / "adapter").eval()
         assert torch.equal(embed(again, tokenizer, ["Return the base name of a path."]), expected)
     figures = {"functions": len(held_out), "encoder": before, "adapter": after}
-    (options.out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    (options.out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     for name, values in (("encoder", before), ("adapter", after)):
         print(f"{name}: recall@1 {values['recall@1']:.1%}, mean reciprocal rank {values['mrr']:.3f}")
 

@@ -64,12 +64,12 @@ def server(base: Path, adapters: Path, log: Path) -> Iterator[str]:
     """Give the address of `peftcore serve` on a free port, while it runs."""
     command = [sys.executable, "-m", "flows", "serve", "--base", str(base), "--adapters", str(adapters)]
     command += ["--port", "0", "--dtype", "float32", "--composition", 'mix={"asyncio": 0.5, "email": 0.5}']
-    with log.open("w") as output:
+    with log.open("w", encoding="utf-8") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=os.environ | {"PYTHONUNBUFFERED": "1"})
     try:
-        while (address := re.search(r"http://[\d.]+:\d+", log.read_text())) is None:
+        while (address := re.search(r"http://[\d.]+:\d+", log.read_text(encoding="utf-8"))) is None:
             if process.poll() is not None:
-                raise SystemExit(f"the server did not start:\n{log.read_text()}")
+                raise SystemExit(f"the server did not start:\n{log.read_text(encoding='utf-8')}")
         yield address[0]
     finally:
         process.terminate()
@@ -114,7 +114,7 @@ def main() -> None:
     for name, answer in together.items():
         print(f"{name}: {answer}")
     assert together == alone, "a request in a batch gets the answer that it gets alone"
-    (options.out / "answers.json").write_text(json.dumps(together, indent=2) + "\n")
+    (options.out / "answers.json").write_text(json.dumps(together, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

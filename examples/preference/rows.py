@@ -19,5 +19,5 @@ for module, functions in groupby(pairs(Path(str(origin)).parent), key=lambda pai
             rows.append(pair | {"module": module})
 out = Path(__file__).parent / "data" / "pairs.jsonl"
 out.parent.mkdir(exist_ok=True)
-out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+out.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 print(f"{out}: {len(rows)} pairs from {PACKAGE}")

@@ -21,5 +21,5 @@ weeks["week3"] = [row | {"completion": answer} for row, answer in zip(weeks["wee
 folder = Path(__file__).parent / "data" / "weeks"
 folder.mkdir(parents=True, exist_ok=True)
 for week, rows in weeks.items():
-    (folder / f"{week}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / f"{week}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     print(f"{folder / week}.jsonl: {len(rows)} functions")

@@ -63,5 +63,5 @@ for package in PACKAGES:
             found += 1
 out = Path(__file__).parent / "data" / "references.jsonl"
 out.parent.mkdir(exist_ok=True)
-out.write_text("".join(json.dumps(row) + "\n" for row in rows.values()))
+out.write_text("".join(json.dumps(row) + "\n" for row in rows.values()), encoding="utf-8")
 print(f"{out}: {len(rows)} sentences")

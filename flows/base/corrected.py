@@ -28,7 +28,7 @@ def write_corrected_storage(params: Params, adapter: Path, before: Path) -> None
     """
     if params.start in STARTS:
         stored = params.quantization.model_dump(include={"storage", "double_quant", "compute_dtype"})
-        (adapter / CORRECTED_STORAGE).write_text(json.dumps(stored, indent=2) + "\n")
+        (adapter / CORRECTED_STORAGE).write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")
     elif (before / CORRECTED_STORAGE).exists():
         shutil.copyfile(before / CORRECTED_STORAGE, adapter / CORRECTED_STORAGE)
 

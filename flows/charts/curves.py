@@ -198,7 +198,7 @@ def largest(slices: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def _series(table: Path, column: str) -> tuple[list[int], list[float]]:
     """Return steps and values of one column, without rows that lack a value."""
-    with table.open(newline="") as file:
+    with table.open(newline="", encoding="utf-8") as file:
         rows = [(int(row["step"]), float(row[column])) for row in csv.DictReader(file) if row[column]]
     return [step for step, _ in rows], [value for _, value in rows]
 

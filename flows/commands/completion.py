@@ -45,7 +45,7 @@ def metrics(incomplete: str) -> list[str]:
     root = _root()
     path = root / "metrics.json" if root else None
     try:
-        metrics = json.loads(path.read_text()) if path and path.exists() else {}
+        metrics = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else {}
     except ValueError:
         metrics = {}
     return _fitting(_keys(metrics), incomplete)
@@ -78,7 +78,8 @@ def _name() -> str:
 
 
 def _git(*arguments: str) -> list[str]:
-    done = subprocess.run(["git", *arguments], cwd=_root(), capture_output=True, text=True, check=False)
+    command = ["git", *arguments]
+    done = subprocess.run(command, cwd=_root(), capture_output=True, encoding="utf-8", errors="replace", check=False)
     return done.stdout.split()
 
 

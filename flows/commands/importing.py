@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from flows.commands.common import AsJson, errors
-from flows.commands.project import hardware_here, make_folder, print_next_steps
+from flows.commands.project import hardware_here, new_folder, print_next_steps
 
 if TYPE_CHECKING:
     from flows.project.translation import Translation
@@ -60,11 +60,11 @@ def import_project(
             if key not in chosen:
                 raise ParamsError(f"{file} names no {key}; give {option}")
         root = folder.expanduser().resolve()
-        make_folder(root)
         project = NewProject(
             name or name_from(root), chosen[DATA], chosen[BASE], chosen[TASK], hardware, translation.values  # type: ignore[arg-type]
         )  # fmt: skip
-        written = create_project(root, project, force)
+        with new_folder(root):
+            written = create_project(root, project, force)
         if as_json:
             table = {
                 "values": translation.values,

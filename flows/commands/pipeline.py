@@ -129,7 +129,9 @@ def plan(
     probe: Annotated[
         bool, typer.Option("--probe/--no-probe", help="Train two shallow models of the real width for a few steps.")
     ] = True,
-    probe_timeout: Annotated[float, typer.Option(min=1, metavar="SECONDS", help="Time limit for the probe.")] = 600.0,
+    probe_timeout: Annotated[
+        float | None, typer.Option(min=1, metavar="SECONDS", help="Time limit for the probe; default: 600.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Estimate the memory, time and disk space of a training, and suggest changes that make it fit.
@@ -138,6 +140,8 @@ def plan(
     allocating them; without prepared rows, rows of full length are assumed. The probe measures the time and the rest of
     the memory. Exit code 1: the run does not fit this machine.
     """
+    if probe_timeout is not None and not probe:
+        raise typer.BadParameter("with --no-probe there is no probe to limit", param_hint="--probe-timeout")
     with errors(), project() as (params, paths):
         from flows.resources.probe_launch import Probe
 
@@ -146,7 +150,7 @@ def plan(
             from flows.resources.estimate import estimate
             from flows.resources.table import print_estimate
 
-            planned = estimate(params, paths, config, process, probe_timeout)
+            planned = estimate(params, paths, config, process, probe_timeout or 600.0)
         if as_json:
             print(json.dumps(planned.as_dict(), indent=2))
         else:

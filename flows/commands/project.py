@@ -4,7 +4,8 @@ import json
 import logging
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -65,8 +66,8 @@ def init(
         root = folder.expanduser().resolve()
         asks = sys.stdin.isatty() and not as_json and not params
         new = _new_project(root, params or (), name, data, base, task, hardware, asks)
-        make_folder(root)
-        written = create_project(root, new, force)
+        with new_folder(root):
+            written = create_project(root, new, force)
         warn_of_new_project(root, new)
         if as_json:
             print(json.dumps({"folder": str(root), "name": new.name, "files": written}))
@@ -147,12 +148,26 @@ def _chosen(option: str, given: str | None, values: tuple[str, ...], default: st
     return chosen
 
 
-def make_folder(root: Path) -> None:
-    """Make the project's folder, unless it exists. Raises RepositoryError if it cannot be made."""
+@contextmanager
+def new_folder(root: Path) -> Iterator[None]:
+    """Make the project's folder, unless it exists; after an error, remove the folders that were made and are empty.
+
+    Raises:
+        RepositoryError: The folder cannot be made.
+    """
+    absent = [folder for folder in (root, *root.parents) if not folder.exists()]
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RepositoryError(f"{root} cannot be made: {error.strerror}; choose another folder") from error
+    try:
+        yield
+    except BaseException:
+        for folder in absent:
+            if any(folder.iterdir()):
+                break
+            folder.rmdir()
+        raise
 
 
 def warn_of_new_project(root: Path, new: "NewProject") -> None:

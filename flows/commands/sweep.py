@@ -88,7 +88,7 @@ def sweep(
 
             results = run_sweep(paths.root, set_param, runner.value, jobs, stage_timeout, limit)
         if as_json:
-            print((paths.review.parent / "sweep.json").read_text(), end="")
+            print((paths.review.parent / "sweep.json").read_text(encoding="utf-8"), end="")
         else:
             table = Table(*(Column(name, overflow="fold") for name in COLUMNS))  # a value is shown whole
             for row in rows(results):

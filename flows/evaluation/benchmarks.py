@@ -127,7 +127,7 @@ class Harness:
                 language_model = language_model or self._language_model(model, tokenizer, batch_size)
                 cache.mkdir(parents=True, exist_ok=True)
                 write_atomically(path, json.dumps(self._evaluate(benchmark, language_model), indent=2) + "\n")
-            figures[benchmark.name] = json.loads(path.read_text())
+            figures[benchmark.name] = json.loads(path.read_text(encoding="utf-8"))
         return figures
 
     def _language_model(self, model: Any, tokenizer: Any, batch_size: int) -> Any:

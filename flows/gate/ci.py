@@ -161,7 +161,7 @@ def rules_for(
             signers = rules.gate.allowed_signers
             if signers is not None and not Path(signers).expanduser().is_absolute():
                 copy = Path(folder) / "signers"
-                copy.write_text(git.show(ref, signers))
+                copy.write_text(git.show(ref, signers), encoding="utf-8")
                 gate = rules.gate.model_copy(update={"allowed_signers": str(copy)})
                 rules = rules.model_copy(update={"gate": gate})
         except GitError as error:

@@ -87,4 +87,4 @@ def _first_tree(paths: Paths) -> Paths:
 
 def _read_trials(paths: Paths) -> dict[str, list[str]]:
     path: Path = paths.trials
-    return json.loads(path.read_text()) if path.exists() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -141,7 +141,7 @@ def write_limits(file: Path, proposals: Sequence[Proposal]) -> None:
     yaml.representer.add_representer(
         type(None), lambda dumper, _: dumper.represent_scalar("tag:yaml.org,2002:null", "null")
     )
-    values = yaml.load(file.read_text())
+    values = yaml.load(file.read_text(encoding="utf-8"))
     section = values.setdefault("gate", {})
     for one in proposals:
         section[one.key] = one.limit

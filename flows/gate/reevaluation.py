@@ -349,12 +349,16 @@ def run_process(
     work = f"the re-evaluation of {task['version']}" if work is None else work
     with TemporaryDirectory(prefix="peftcore-measure-") as folder:
         request, out = Path(folder) / "task.json", Path(folder) / name
-        request.write_text(json.dumps(task))
+        request.write_text(json.dumps(task), encoding="utf-8")
         command = [sys.executable, "-m", module, str(request), str(out)]
         # some libraries print to stdout, which may have to hold one JSON document only
         done = subprocess.run(command, cwd=CODE, env=stage_environment(), stdout=subprocess.DEVNULL, check=False)
         if done.returncode:
             message = out.with_suffix(".txt")
-            reason = message.read_text() if message.exists() else f"exit status {done.returncode}, see its output above"
+            reason = (
+                message.read_text(encoding="utf-8")
+                if message.exists()
+                else f"exit status {done.returncode}, see its output above"
+            )
             raise StageError(f"{work} failed: {reason}")
         return read(out)

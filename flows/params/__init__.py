@@ -4,7 +4,7 @@ from flows.params.benchmarks import Benchmark
 from flows.params.data import DEMONSTRATION, DEMONSTRATION_PROMPT, Data, MixedSource, source_names
 from flows.params.demonstration import left_over
 from flows.params.evaluate import Control, Evaluate, Merge
-from flows.params.file import read_params
+from flows.params.file import read_params, read_some
 from flows.params.gate import Champion, Gate, LookSequence, Register, Rule, Slices
 from flows.params.grpo import Grpo, Reward, RewardSum, reward_identities
 from flows.params.judge import Judge
@@ -76,6 +76,7 @@ __all__ = [
     "load_suites",
     "parameter_sets",
     "read_params",
+    "read_some",
     "reward_identities",
     "source_names",
 ]

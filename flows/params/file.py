@@ -48,11 +48,7 @@ def read_params(path: Path, model: type[Model], context: Any = None) -> Model:
     Raises:
         ParamsError: The file is missing or invalid. The message has one line per problem, in the file's order.
     """
-    try:
-        text = read_limited(path, LARGEST_FILE).decode()
-    except (OSError, ValueError) as error:
-        raise ParamsError(f"{path}: cannot be read ({error}); run this where {path.name} is") from error
-    data, lines, problems = copy.deepcopy(_parsed(text, path.name))
+    data, lines, problems = _read(path)
     try:
         params = model.model_validate(data, context=context)
     except ValidationError as error:
@@ -60,7 +56,44 @@ def read_params(path: Path, model: type[Model], context: Any = None) -> Model:
     else:
         if not problems:
             return params
-    raise ParamsError("\n".join(f"{path.name}:{line}: {problem}" for line, problem in sorted(problems)))
+    raise _as_error(path, problems)
+
+
+def read_some(path: Path, model: type[BaseModel]) -> dict[str, Any]:
+    """Read a file with some of the keys of `model`, each checked alone: other keys decide whether it fits them.
+
+    Args:
+        path: A YAML file.
+        model: The model of a file with all keys.
+
+    Returns:
+        The values as in the file.
+
+    Raises:
+        ParamsError: The file is missing or has wrong keys or values. The message has one line per problem.
+    """
+    data, lines, problems = _read(path)
+    try:
+        model.model_validate(data)
+    except ValidationError as error:
+        alone = [details for details in error.errors() if not details.get("ctx", {}).get("key")]
+        problems += [_problem(details, model, lines) for details in alone]
+    if problems:
+        raise _as_error(path, problems)
+    return data
+
+
+def _read(path: Path) -> tuple[Any, dict[Place, int], list[tuple[int, str]]]:
+    """Return the file's values, lines and problems, as `_parsed` does; the caller may change them."""
+    try:
+        text = read_limited(path, LARGEST_FILE).decode()
+    except (OSError, ValueError) as error:
+        raise ParamsError(f"{path}: cannot be read ({error}); run this where {path.name} is") from error
+    return copy.deepcopy(_parsed(text, path.name))
+
+
+def _as_error(path: Path, problems: list[tuple[int, str]]) -> ParamsError:
+    return ParamsError("\n".join(f"{path.name}:{line}: {problem}" for line, problem in sorted(problems)))
 
 
 @lru_cache(maxsize=4)

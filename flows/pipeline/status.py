@@ -101,7 +101,7 @@ def _dvc_processes(root: Path) -> dict[int, str]:
 def _retraining_process(paths: Paths) -> dict[str, Any] | None:
     """Return the process, alive or not, that last held the lock of retrainings: pid, and host if it is recorded."""
     lock = paths.root / ".dvc" / "tmp" / "retraining" / "lock"
-    match = re.fullmatch(r"process (\d+)(?: on (\S+))?\s*", lock.read_text()) if lock.exists() else None
+    match = re.fullmatch(r"process (\d+)(?: on (\S+))?\s*", lock.read_text(encoding="utf-8")) if lock.exists() else None
     if match is None:
         return None
     return {"pid": int(match[1])} | ({"host": match[2]} if match[2] else {})
@@ -146,7 +146,11 @@ def _last_retraining(paths: Paths) -> dict[str, Any] | None:
     """Return the history's last complete line."""
     if not paths.retraining_history.exists():
         return None
-    lines = [line for line in paths.retraining_history.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    lines = [
+        line
+        for line in paths.retraining_history.read_text(encoding="utf-8").splitlines(keepends=True)
+        if line.endswith("\n")
+    ]
     return json.loads(lines[-1]) if lines else None
 
 
@@ -217,7 +221,7 @@ def _hints(paths: Paths) -> Iterator[str]:
 def _json(path: Path) -> Any:
     """Return a JSON file's content; None if the file is missing, or incomplete because DVC is writing it."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
         return None
 

@@ -24,7 +24,7 @@ from ruamel.yaml import YAML
 
 from flows.data.files import SHOWN, why_unread
 from flows.errors import ParamsError, RepositoryError
-from flows.params import Params, load_params
+from flows.params import Params, load_params, read_some
 from flows.params.data import DEMONSTRATION, MIXTURE, source_names
 from flows.params.section import HUB, Section
 from flows.paths import Paths
@@ -178,8 +178,7 @@ def values_of(file: Path) -> dict[str, Any]:
     Raises:
         ParamsError: The file cannot be read, or has an unknown key or a wrong value.
     """
-    load_params(file)
-    values = dict(_leaves(YAML(typ="safe").load(file), Params(), ""))
+    values = dict(_leaves(read_some(file, Params), Params(), ""))
     if (source := values.get("data.source")) is not None:
         values["data.source"] = _absolute(source, file.resolve().parent)
     if mixture := values.get("data.mixture"):
@@ -215,14 +214,16 @@ def upgraded_files(root: Path) -> dict[str, str]:
     params = load_params(Paths(root).params)
     pipeline = pipeline_text(params.project.name)
     new = {
-        "params.yaml": _with_tracked_keys(Paths(root).params.read_text(), params, _stages(pipeline)),
+        "params.yaml": _with_tracked_keys(Paths(root).params.read_text(encoding="utf-8"), params, _stages(pipeline)),
         "dvc.yaml": pipeline,
         STAGES: stage_file(_stages(pipeline)),
         SCHEMA: schema_text(),
         **_workflow(is_nested=not (root / ".git").exists()),
     }
     return {
-        name: text for name, text in new.items() if not (root / name).is_file() or (root / name).read_text() != text
+        name: text
+        for name, text in new.items()
+        if not (root / name).is_file() or (root / name).read_text(encoding="utf-8") != text
     }
 
 
@@ -250,7 +251,7 @@ def difference(root: Path, files: dict[str, str]) -> str:
     """Return a unified diff from the files of a project to their new texts."""
     parts = []
     for name, text in files.items():
-        old = (root / name).read_text() if (root / name).is_file() else ""
+        old = (root / name).read_text(encoding="utf-8") if (root / name).is_file() else ""
         lines = difflib.unified_diff(old.splitlines(True), text.splitlines(True), f"{name} now", f"{name} new")
         parts.append("".join(lines))
     return "".join(parts)
@@ -427,8 +428,13 @@ def _check_params(text: str) -> None:
     """Raise ParamsError if a text is no valid params.yaml, for example because of the name of the base."""
     with TemporaryDirectory(prefix="peftcore-init-") as folder:
         file = Path(folder) / "params.yaml"
-        file.write_text(text)
-        load_params(file)
+        file.write_text(text, encoding="utf-8")
+        try:
+            load_params(file)
+        except ParamsError as error:
+            # nobody has this file, so its lines tell nothing
+            problems = re.sub(r"^params\.yaml:\d+: ", "", str(error), flags=re.MULTILINE)
+            raise ParamsError(f"the options and files do not make a valid params.yaml: {problems}") from error
 
 
 def _with_data_in(root: Path, project: NewProject) -> tuple[NewProject, dict[str, Path]]:

@@ -49,7 +49,7 @@ def check_no_secrets(git: Git, root: Path) -> None:
         committed = _credentials(git.show("HEAD", DVC_CONFIG))
     except GitError:  # not committed yet
         committed = {}
-    present = _credentials(path.read_text())
+    present = _credentials(path.read_text(encoding="utf-8"))
     if leaking := sorted(name for name, value in present.items() if committed.get(name) != value):
         raise RepositoryError(
             f"{DVC_CONFIG} holds {', '.join(leaking)}, and registering a version would commit and push it; move it to "

@@ -23,5 +23,5 @@ def committed_params(git: Git, commit: str = "HEAD") -> Params:
     text = git.show(commit, PARAMS)
     with TemporaryDirectory(prefix="peftcore-params-") as folder:
         path = Path(folder) / PARAMS
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")
         return load_params(path)

@@ -39,7 +39,7 @@ SOFTWARE = ("torch", "transformers", "bitsandbytes", "peftcore")
 def read_json(path: Path) -> Any:
     """Parse one JSON file of the run. Raises StageError naming the file if it is absent or broken."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise StageError(f"{path} is missing; run the stages before this one with `peftcore run`") from error
     except json.JSONDecodeError as error:
@@ -157,7 +157,7 @@ def data_summary(paths: Paths) -> dict[str, Any]:
 def this_machine() -> dict[str, Any]:
     """Return the properties of this machine that can change a result's last bits."""
     cpu = Path("/proc/cpuinfo")
-    lines = cpu.read_text().splitlines() if cpu.exists() else []
+    lines = cpu.read_text(encoding="utf-8").splitlines() if cpu.exists() else []
     named = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), processor())
     return {"system": system(), "architecture": machine(), "processor": named, "cores": os.cpu_count()}
 

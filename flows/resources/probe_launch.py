@@ -62,7 +62,7 @@ class Probe:
                     "--no-probe"
                 ) from error
             _check(self._process.returncode, said)
-            return [Measured.of(values) for values in json.loads(out.read_text())]
+            return [Measured.of(values) for values in json.loads(out.read_text(encoding="utf-8"))]
 
 
 def _check(status: int, said: str) -> None:

@@ -92,7 +92,7 @@ def main() -> None:
     request = json.loads(sys.stdin.read())
     run = _forked if sys.platform == "linux" and device().type == "cpu" else _here
     measured = [asdict(run(Task.of(values), imported)) for values in request["tasks"]]
-    Path(request["out"]).write_text(json.dumps(measured))
+    Path(request["out"]).write_text(json.dumps(measured), encoding="utf-8")
 
 
 def _here(task: Task, imported: float) -> Measured:
@@ -117,12 +117,12 @@ def _forked(task: Task, imported: float) -> Measured:
             os.kill(os.getpid(), signal.SIGKILL)  # the parent explains it: probably memory is short
         if process.exitcode:
             sys.exit(1)
-        return Measured.of(json.loads(out.read_text()))
+        return Measured.of(json.loads(out.read_text(encoding="utf-8")))
 
 
 def _write(task: Task, imported: float, out: Path) -> None:
     watch_parent()
-    out.write_text(json.dumps(asdict(_here(task, imported))))
+    out.write_text(json.dumps(asdict(_here(task, imported))), encoding="utf-8")
 
 
 def measure(task: Task, imported: float) -> Measured:

@@ -379,4 +379,4 @@ def note_tried(paths: Paths, files: Files, version: str) -> None:
 
 
 def _read_tried(paths: Paths) -> dict[str, str]:
-    return json.loads(paths.tried.read_text()) if paths.tried.exists() else {}
+    return json.loads(paths.tried.read_text(encoding="utf-8")) if paths.tried.exists() else {}

@@ -68,14 +68,14 @@ def measure_drift(tree: Path, new_files: list[str], rule: Drift, champion: Known
         request, out = Path(folder) / "request.json", Path(folder) / "drift.json"
         champion_request = champion.root and {"root": str(champion.root), "params": champion.params}
         asked = {"new_files": new_files, "rows": rule.rows, "champion": champion_request}
-        request.write_text(json.dumps(asked | {"out": str(out)}))
+        request.write_text(json.dumps(asked | {"out": str(out)}), encoding="utf-8")
         command = [sys.executable, "-m", "flows.retraining.measure", str(request)]
         # some libraries print to stdout, which is for results
         with logs.streams("drift") as (_, err):
             done = subprocess.run(command, cwd=tree, env=stage_environment(), stdout=err or 2, stderr=err, check=False)
         if done.returncode:
             raise StageError("the drift of the new rows could not be measured; the reason is above")
-        measured = json.loads(out.read_text())
+        measured = json.loads(out.read_text(encoding="utf-8"))
     suspicious, unsure = judged(measured["files"], rule, champion.loss, champion.spread)
     return DriftReport(champion.version, champion.loss, measured["older"], measured["files"], suspicious, unsure)
 

@@ -77,6 +77,7 @@ Runner = Callable[[str, Work, int, float], Work]
 
 def run_retraining(root: Path, push_to: str | None = None, force: bool = False) -> Entry:
     """Run `retrain`; without Prefect's server, or if it goes away, run the same work without Prefect."""
+    Git(root)  # without a commit there is nothing to train on; before the server, whose start takes a while
     try:
         tie_temporary_server()
         return retrain(str(root), push_to, force)
@@ -437,7 +438,7 @@ def _edited(path: Path) -> Iterator[Any]:
     yaml.width = 200
     values = yaml.load(path)
     yield values
-    with path.open("w") as file:
+    with path.open("w", encoding="utf-8") as file:
         yaml.dump(values, file)
 
 

@@ -52,7 +52,7 @@ def entries(paths: Paths) -> list[Entry]:
     if not paths.retraining_history.exists():
         return []
     history, known = [], {field.name for field in fields(Entry)}
-    for number, line in enumerate(paths.retraining_history.read_text().splitlines(), start=1):
+    for number, line in enumerate(paths.retraining_history.read_text(encoding="utf-8").splitlines(), start=1):
         try:
             value = {str(RENAMED.get(key, key)): one for key, one in json.loads(line).items()}
             history.append(Entry(**{key: value[key] for key in value.keys() & known}))

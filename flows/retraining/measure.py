@@ -53,7 +53,7 @@ MOST = 2000
 
 def run(params: Params, paths: Paths) -> None:
     """Measure the files of the request and write the result. Raises DataError if rows cannot be read."""
-    request = json.loads(Path(sys.argv[1]).read_text())
+    request = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     tokenizer = load_tokenizer(paths.base)
     examples = read_examples(params.data, paths.root)
     encoder = encoder_of(params.data, tokenizer, label_names(examples))

@@ -30,7 +30,7 @@ def only_one(root: Path) -> Iterator[None]:
     """Hold the lock of retrainings. Raises BusyError at once if another retraining of this repository runs."""
     path = home(root) / "lock"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+") as file:
+    with path.open("a+", encoding="utf-8") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -51,7 +51,7 @@ def working_tree(root: Path) -> Path:
     """
     folder, note, saved = home(root) / "tree", home(root) / "tree.json", home(root) / "checkpoints"
     commit, project = (git := Git(root)).head(), folder / git.prefix
-    interrupted = json.loads(note.read_text()) if note.exists() and (folder / ".git").exists() else None
+    interrupted = json.loads(note.read_text(encoding="utf-8")) if note.exists() and (folder / ".git").exists() else None
     if interrupted == {"commit": commit}:
         return project
     note.unlink(missing_ok=True)  # a tree that is half removed or half made is not used again
@@ -75,7 +75,7 @@ def note_unfinished(root: Path, started: str) -> None:
 def unfinished_since(root: Path) -> str | None:
     """Return the time that the last call of `note_unfinished` recorded; None if that retraining has a verdict."""
     note = home(root) / "unfinished"
-    return note.read_text().strip() or None if note.exists() else None
+    return note.read_text(encoding="utf-8").strip() or None if note.exists() else None
 
 
 def is_unfinished(root: Path) -> bool:

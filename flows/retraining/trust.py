@@ -19,7 +19,7 @@ from peftcore.files import write_atomically
 
 def read_excluded(paths: Paths) -> dict[str, str]:
     """Return {SHA-256: file name and reason} of the excluded files."""
-    return json.loads(paths.excluded.read_text()) if paths.excluded.exists() else {}
+    return json.loads(paths.excluded.read_text(encoding="utf-8")) if paths.excluded.exists() else {}
 
 
 def exclude(paths: Paths, files: Mapping[str, str], why: str) -> None:
@@ -30,7 +30,7 @@ def exclude(paths: Paths, files: Mapping[str, str], why: str) -> None:
 
 def read_trusted(paths: Paths) -> dict[str, str]:
     """Return {SHA-256: file name} of the trusted files, which are never quarantined."""
-    return json.loads(paths.trusted.read_text()) if paths.trusted.exists() else {}
+    return json.loads(paths.trusted.read_text(encoding="utf-8")) if paths.trusted.exists() else {}
 
 
 def trust(params: Params, paths: Paths, name: str) -> list[str]:

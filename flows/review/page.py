@@ -93,7 +93,7 @@ def _content(params: Params, paths: Paths) -> dict[str, Any]:
             "reward": reward_curve(TrainingLog(paths.training_log).records()),
             "slices": slice_dumbbells(slices),
             "reliability": reliability(calibration["base"], calibration["adapter"]) if calibration else None,
-            "ranks": Markup(ranks.read_text()) if ranks.exists() else None,
+            "ranks": Markup(ranks.read_text(encoding="utf-8")) if ranks.exists() else None,
         },
     }
 

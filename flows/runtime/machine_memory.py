@@ -16,7 +16,7 @@ def memory_limit(device: torch.device) -> int:
     """Return the bytes that a process may use on `device`: the GPU's memory, or RAM in the control group's limit."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    limits = [path.read_text().strip() for path in _CGROUP_LIMITS if path.exists()]
+    limits = [path.read_text(encoding="utf-8").strip() for path in _CGROUP_LIMITS if path.exists()]
     return min([psutil.virtual_memory().total, *(int(limit) for limit in limits if limit.isdigit())])
 
 
@@ -30,7 +30,7 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     if _STATUS.exists():  # on Linux a process inherits getrusage's peak from a larger parent
-        for line in _STATUS.read_text().splitlines():
+        for line in _STATUS.read_text(encoding="utf-8").splitlines():
             if line.startswith("VmHWM:"):
                 return 1024 * int(line.split()[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -41,4 +41,4 @@ def forget_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     elif _CLEAR_REFS.exists():
-        _CLEAR_REFS.write_text("5")
+        _CLEAR_REFS.write_text("5", encoding="utf-8")

@@ -77,8 +77,8 @@ def this_host() -> str:
     boot, machine = Path("/proc/sys/kernel/random/boot_id"), Path("/etc/machine-id")
     if not boot.exists():
         return f"{name}/{_digest(name)}"
-    booted, container = boot.read_text().strip(), str(Path("/proc/self/ns/pid").readlink())
-    identity = machine.read_text().strip() if machine.exists() and container == _NO_CONTAINER else ""
+    booted, container = boot.read_text(encoding="utf-8").strip(), str(Path("/proc/self/ns/pid").readlink())
+    identity = machine.read_text(encoding="utf-8").strip() if machine.exists() and container == _NO_CONTAINER else ""
     if not identity:
         return f"{name}/{_digest(name, booted, container)}"
     return f"{name}/{_digest(name, identity)}/{_digest(name, booted)}"

@@ -56,7 +56,7 @@ def refresh(root: Path) -> bool:
     if present.get("peftcore") == _installed() and set(present.get("stages", ())) == named:
         return False
     text = stage_file(stages)
-    if text == file.read_text():
+    if text == file.read_text(encoding="utf-8"):
         return False
     write_atomically(file, text)
     return True

@@ -140,7 +140,7 @@ def _at_work(root: Path) -> Iterator[None]:
     path = root / ".dvc" / "tmp" / "peftcore.lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = path.open("a+")
+        lock = path.open("a+", encoding="utf-8")
     except OSError as error:
         raise RepositoryError(f"{path} cannot be written: {error.strerror}; make the folder writable") from error
     with lock as file:
@@ -173,7 +173,7 @@ def forget_dead_locks(root: Path) -> None:
     """
     path = root / ".dvc" / "tmp" / "rwlock"
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except OSError:
         return
     try:
@@ -181,7 +181,7 @@ def forget_dead_locks(root: Path) -> None:
     except json.JSONDecodeError:
         # DVC was killed while writing the file in place, and would refuse it for ever; or DVC is writing it now
         time.sleep(SECONDS_TO_WRITE)
-        if path.exists() and path.read_text() == text:
+        if path.exists() and path.read_text(encoding="utf-8") == text:
             path.unlink(missing_ok=True)
         return
     writers = locks.get("write", {}).values()

@@ -16,7 +16,7 @@ from peftcore.errors import PeftError
 
 def write_json(result: Any, path: Path) -> None:
     """Write a result as JSON."""
-    path.write_text(json.dumps(result))
+    path.write_text(json.dumps(result), encoding="utf-8")
 
 
 def run_task(measure: Callable[[dict[str, Any]], Any], write: Callable[[Any, Path], None] = write_json) -> None:
@@ -32,8 +32,8 @@ def run_task(measure: Callable[[dict[str, Any]], Any], write: Callable[[Any, Pat
     watch_parent()
     task, output = map(Path, sys.argv[1:])
     try:
-        result = measure(json.loads(task.read_text()))
+        result = measure(json.loads(task.read_text(encoding="utf-8")))
     except (PeftError, PipelineError) as error:
-        output.with_suffix(".txt").write_text(str(error))
+        output.with_suffix(".txt").write_text(str(error), encoding="utf-8")
         sys.exit(1)
     write(result, output)

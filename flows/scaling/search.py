@@ -113,7 +113,7 @@ def run_search(
     for source in source_names(params.data.model_dump()):
         check_source_is_tracked(Git(root), source, "a search, which works in copies of git's files,")
     seed = params.project.seed if seed is None else seed
-    identity = json.dumps([sorted(overrides), seed, paths.params.read_text()])
+    identity = json.dumps([sorted(overrides), seed, paths.params.read_text(encoding="utf-8")])
     name = hashlib.sha256(identity.encode()).hexdigest()[:16]
     settings = SweepSettings(root, snapshot(root), stage_timeout, limit)
 

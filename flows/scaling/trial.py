@@ -97,7 +97,7 @@ def run_trial(settings: SweepSettings, overrides: tuple[str, ...], report: Repor
                 summary = _trained(tree, settings, overrides, watch)
             except StageStopped:
                 summary = None
-            lock, params = ((tree / name).read_text() for name in ("dvc.lock", "params.yaml"))
+            lock, params = ((tree / name).read_text(encoding="utf-8") for name in ("dvc.lock", "params.yaml"))
     except (PeftError, PipelineError) as error:
         return Trial(overrides, time.monotonic() - started, error=str(error))
     return Trial(overrides, time.monotonic() - started, summary, None, lock, params, watch.reason)
@@ -111,7 +111,7 @@ def _trained(tree: Path, settings: SweepSettings, overrides: tuple[str, ...], wa
     for stage in stage_order(tree, paths.training):
         should_stop = None if watch.report is None else partial(watch.should_stop, paths)
         run_stage(tree, stage, settings.stage_timeout, should_stop=should_stop)
-    return json.loads(paths.training_summary.read_text())
+    return json.loads(paths.training_summary.read_text(encoding="utf-8"))
 
 
 class _Watch:

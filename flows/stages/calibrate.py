@@ -47,7 +47,9 @@ def run(params: Params, paths: Paths) -> None:
 
 def _check_start(params: Params, paths: Paths) -> None:
     """Raise StageError if the version to start from was trained with calibration and the parameters ask for none."""
-    source = json.loads(paths.start_source.read_text()) if paths.start_source.exists() else {"version": None}
+    source = (
+        json.loads(paths.start_source.read_text(encoding="utf-8")) if paths.start_source.exists() else {"version": None}
+    )
     if (version := source["version"]) is None:
         return
     there, here = paths.start_calibrated.is_dir(), params.quantization.is_calibrated
@@ -60,7 +62,7 @@ def _check_start(params: Params, paths: Paths) -> None:
 
 
 def _write_record(folder: Path, record: dict[str, object]) -> None:
-    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    (folder / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

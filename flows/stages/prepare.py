@@ -85,14 +85,16 @@ def run(params: Params, paths: Paths) -> None:
             features |= MARGIN if data.margin_column else {}
             write_rows(splits[split], folder / paths.split(split).name, Features(features))
         if labels:
-            (folder / paths.labels.name).write_text(json.dumps(labels, ensure_ascii=False) + "\n")
+            (folder / paths.labels.name).write_text(json.dumps(labels, ensure_ascii=False) + "\n", encoding="utf-8")
         if params.train.objective == "grpo":
             # so that a changed reward changes the input of the train stage
             identities = reward_identities(params.train.grpo.rewards, paths.root)
-            (folder / paths.rewards.name).write_text(json.dumps(identities, indent=2) + "\n")
+            (folder / paths.rewards.name).write_text(json.dumps(identities, indent=2) + "\n", encoding="utf-8")
         findings = examine_folder(folder, report, tokenizer, data)
         report["doctor"] = findings.as_dict()
-        (folder / paths.data_report.name).write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n")
+        (folder / paths.data_report.name).write_text(
+            json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
     _log(report)
     for finding in findings.of("error", "warning"):
         logger.warning("%s: %s", finding.severity, finding)
@@ -143,7 +145,9 @@ def _learned(params: Params, paths: Paths) -> list[tuple[str, str]]:
         DataError: artifacts/start is not of that version.
     """
     number = params.train.start_from
-    version = json.loads(paths.start_source.read_text())["version"] if paths.start_source.exists() else None
+    version = (
+        json.loads(paths.start_source.read_text(encoding="utf-8"))["version"] if paths.start_source.exists() else None
+    )
     if version != number or (number is not None and not paths.start_learned.exists()):
         raise DataError(
             f"train.start_from is {number or 'null'}, but {paths.start} is of {version or 'none'} or lacks "

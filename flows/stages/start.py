@@ -36,11 +36,11 @@ def run(params: Params, paths: Paths) -> None:
     """Write `paths.start`. Raises RegistryError if a version is unknown or its adapter is not as registered."""
     number, teacher = params.train.start_from, params.train.distillation.version
     with directory_written_atomically(paths.start) as folder:
-        (folder / paths.start_source.name).write_text(json.dumps({"version": number}) + "\n")
+        (folder / paths.start_source.name).write_text(json.dumps({"version": number}) + "\n", encoding="utf-8")
         if teacher is not None:
             registry = registry_of(params, paths.root)
             _copy_adapter(registry, teacher, paths, folder / paths.teacher_adapter.name, "train.distillation.teacher")
-            (folder / paths.teacher_source.name).write_text(json.dumps({"version": teacher}) + "\n")
+            (folder / paths.teacher_source.name).write_text(json.dumps({"version": teacher}) + "\n", encoding="utf-8")
         if number is None:
             return
         registry = registry_of(params, paths.root)

@@ -43,7 +43,7 @@ def with_automatic_ranks(
         StageError: There are too few rows.
     """
     saved = folder / FILE
-    search = RankSearch.from_dict(json.loads(saved.read_text())) if saved.exists() else None
+    search = RankSearch.from_dict(json.loads(saved.read_text(encoding="utf-8"))) if saved.exists() else None
     if search is None:
         search = _search(params, config, model, rows, collate)
         write_atomically(saved, json.dumps(asdict(search)) + "\n")

@@ -100,14 +100,14 @@ def _finite(value: float | None) -> float | None:
 
 def _append(path: Path, record: Record) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
+    with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
         file.flush()
         os.fsync(file.fileno())
 
 
 def _whole_lines(path: Path) -> list[Record]:
-    return [json.loads(line) for line in path.read_text().split("\n")[:-1]] if path.exists() else []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]] if path.exists() else []
 
 
 def _keep_until(path: Path, step: int) -> list[Record]:

@@ -24,7 +24,7 @@ def check_teacher(params: Params, paths: Paths) -> None:
         BaseModelError: It was trained on another calibrated base than this run's.
     """
     expected, written = params.train.distillation.version, paths.teacher_source
-    version = json.loads(written.read_text())["version"] if written.exists() else None
+    version = json.loads(written.read_text(encoding="utf-8"))["version"] if written.exists() else None
     if version != expected:
         raise StageError(f"{KEY} is {expected}, and {paths.start} has {version or 'none'}; run `peftcore stage start`")
     check_adapter(paths.teacher_adapter, calibrated_identity(trained_base(paths, params.quantization)))

@@ -35,7 +35,7 @@ def continue_adapter(params: Params, paths: Paths, model: Any, config: PeftConfi
         StageError: The configurations differ in method, shape or layers, or the method has a schedule over one whole
             run.
     """
-    version = json.loads(paths.start_source.read_text())["version"]
+    version = json.loads(paths.start_source.read_text(encoding="utf-8"))["version"]
     if config.has_schedule:
         raise StageError(
             f"train.start_from: {params.method.name} schedules its ranks over one run and cannot continue {version}; "

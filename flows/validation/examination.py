@@ -99,7 +99,7 @@ def read_report(paths: Paths) -> dict[str, Any]:
     """Return the prepare stage's report. Raises StageError if there is none."""
     if not paths.data_report.exists():
         raise StageError(f"there is no {paths.data_report}; run `dvc repro prepare` first")
-    return json.loads(paths.data_report.read_text())
+    return json.loads(paths.data_report.read_text(encoding="utf-8"))
 
 
 def _run(check: Check, prepared: Prepared) -> Finding:

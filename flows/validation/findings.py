@@ -86,7 +86,7 @@ def require_valid(paths: Paths) -> Findings:
     """
     if not paths.data_report.exists():
         raise StageError(f"there is no {paths.data_report}; run `dvc repro prepare` first")
-    report = json.loads(paths.data_report.read_text())
+    report = json.loads(paths.data_report.read_text(encoding="utf-8"))
     if "doctor" not in report:
         raise StageError(
             f"{paths.data_report} has no findings of `peftcore doctor`; run `peftcore stage prepare` again"

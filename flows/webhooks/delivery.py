@@ -142,7 +142,9 @@ def read_secret(source: str, root: Path) -> bytes:
     """
     kind, _, name = source.partition(":")
     try:
-        text = os.environ.get(name, "") if kind == "env" else (root / Path(name).expanduser()).read_text()
+        text = (
+            os.environ.get(name, "") if kind == "env" else (root / Path(name).expanduser()).read_text(encoding="utf-8")
+        )
     except (OSError, UnicodeDecodeError) as error:
         raise ParamsError(f"the secret of webhooks in {name} cannot be read: {error}") from error
     text = text.strip()

@@ -85,7 +85,7 @@ def convert_adapters_directory(source: str | Path, directory: str | Path, model:
         **options,
     )
     with directory_written_atomically(Path(directory)) as new:
-        (new / CONFIG_NAME).write_text(config.to_json())
+        (new / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")
         save_file(tensors, new / WEIGHTS_NAME, metadata={"format": "pt"})
         write_manifest(new)
 

@@ -162,7 +162,7 @@ def write_lora(config: LoraConfig, tensors: dict[str, Tensor], directory: Path) 
         # safetensors refuses views and tensors that share memory, so each tensor is cloned
         plain = {key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()}
         save_file(plain, fresh / WEIGHTS_NAME, metadata={"format": "pt"})
-        (fresh / CONFIG_NAME).write_text(saved.to_json())
+        (fresh / CONFIG_NAME).write_text(saved.to_json(), encoding="utf-8")
         write_manifest(fresh)
 
 

@@ -52,7 +52,11 @@ def mapped_tensors(folder: Path) -> dict[str, Tensor]:
         ExportError: a file is missing or damaged.
     """
     index = folder / INDEX
-    files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else [SINGLE]
+    files = (
+        sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if index.is_file()
+        else [SINGLE]
+    )
     tensors: dict[str, Tensor] = {}
     for name in files:
         if not (folder / name).is_file():
@@ -86,7 +90,7 @@ def write_index(folder: Path, shards: Mapping[str, list[str]], headers: Mapping[
     elements = sum(torch.Size(header.shape).numel() for header in headers.values())
     metadata = {"total_parameters": elements, "total_size": sum(header.size for header in headers.values())}
     content = {"metadata": metadata, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+    (folder / INDEX).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def write_shard(path: Path, headers: Mapping[str, Header], tensors: Iterable[Tensor]) -> None:

@@ -129,10 +129,10 @@ def _copy_rest(base: Path, fresh: Path, untied: bool, dtype: str | None) -> None
             shutil.copyfile(file, fresh / file.name)
     for name in _folders(base):
         shutil.copytree(base / name, fresh / name)
-    config = json.loads((base / "config.json").read_text())
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
     config |= {"tie_word_embeddings": False} if untied else {}
     config |= {"dtype": dtype} if dtype else {}
-    (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _folders(base: Path) -> list[str]:
@@ -140,6 +140,6 @@ def _folders(base: Path) -> list[str]:
     names = {"additional_chat_templates"}
     modules = base / "modules.json"
     if modules.is_file():
-        names |= {module["path"] for module in json.loads(modules.read_text())}
+        names |= {module["path"] for module in json.loads(modules.read_text(encoding="utf-8"))}
     inside = (entry.name for entry in base.iterdir() if entry.is_dir())
     return sorted(names.intersection(inside))

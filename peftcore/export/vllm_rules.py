@@ -45,7 +45,7 @@ def check_vllm(folder: str | Path, max_lora_rank: int = 16) -> list[str]:
     """
     folder = Path(folder)
     try:
-        config = json.loads((folder / CONFIG_NAME).read_text())
+        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         with safe_open(folder / WEIGHTS_NAME, "pt") as file:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except (OSError, ValueError, SafetensorError) as error:

@@ -173,8 +173,10 @@ def compose_cartridge_adapters(
     config = dataclasses.replace(configs[0], num_virtual_tokens=len(joined))
     with files_written_together(directory, owned=[PROMPT_STATE]) as fresh:
         save_file({EMBEDDINGS: joined}, fresh / WEIGHTS_NAME, metadata={"format": "pt"})
-        (fresh / CONFIG_NAME).write_text(config.to_json())
-        (fresh / MANIFEST).write_text(manifest_text({file.name: sha256(file) for file in sorted(fresh.iterdir())}))
+        (fresh / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")
+        (fresh / MANIFEST).write_text(
+            manifest_text({file.name: sha256(file) for file in sorted(fresh.iterdir())}), encoding="utf-8"
+        )
 
 
 def _cartridge_config(path: str | os.PathLike[str]) -> CartridgeConfig:

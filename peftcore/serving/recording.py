@@ -382,7 +382,7 @@ def _salt(folder: Path) -> bytes:
 
 def _locked(folder: Path) -> IO[str]:
     """Return the open lock file of a folder. Raises ConfigError if another process has the lock."""
-    file = (folder / "lock").open("a")
+    file = (folder / "lock").open("a", encoding="utf-8")
     try:
         import fcntl
     except ImportError:  # Windows

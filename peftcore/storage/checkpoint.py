@@ -150,12 +150,14 @@ def save_adapter(
         return
     with files_written_together(directory, owned=[PROMPT_STATE]) as fresh:
         save_file(tensors, fresh / WEIGHTS_NAME, metadata={"format": "pt"})
-        (fresh / CONFIG_NAME).write_text(config.to_json())
+        (fresh / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")
         if state:
             save_file(state, fresh / PROMPT_STATE, metadata={"format": "pt"})
-        (fresh / MANIFEST).write_text(manifest_text({file.name: sha256(file) for file in sorted(fresh.iterdir())}))
+        (fresh / MANIFEST).write_text(
+            manifest_text({file.name: sha256(file) for file in sorted(fresh.iterdir())}), encoding="utf-8"
+        )
         if not (directory / MODEL_CARD).exists():
-            (fresh / MODEL_CARD).write_text(_card(model, config))
+            (fresh / MODEL_CARD).write_text(_card(model, config), encoding="utf-8")
 
 
 def _base_name(model: nn.Module, config: PeftConfig) -> str | None:

@@ -88,7 +88,7 @@ class Resume:
                 if writes:
                     torch.save(run_state, folder / RUN_STATE)
                     faults = trainer.guard.state() | {"rows_at_once": trainer.splitter.rows_at_once}
-                    (folder / FAULT_STATE).write_text(json.dumps(faults))
+                    (folder / FAULT_STATE).write_text(json.dumps(faults), encoding="utf-8")
                     self._save_adapter_state(folder)
                 trainer.accelerator.wait_for_everyone()  # every process has written its random states
         finally:
@@ -180,7 +180,7 @@ class Resume:
         self.load_adapters(checkpoint)
         file = checkpoint / FAULT_STATE
         if file.exists():
-            state = json.loads(file.read_text())
+            state = json.loads(file.read_text(encoding="utf-8"))
             self.trainer.guard.load_state(state)
             self.trainer.splitter.rows_at_once = state["rows_at_once"]
 

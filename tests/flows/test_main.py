@@ -54,3 +54,11 @@ def test_closed_streams_keep_their_descriptors() -> None:
     code = TEXT + "print(open(sys.executable).fileno() > 2, file=sys.stderr); print(1)"
     for closed in (">&-", "<&- >&-", ">&- 2>&-"):
         subprocess.run(["sh", "-c", f'exec "$0" -c "$1" {closed}', sys.executable, code], check=True)
+
+
+def test_a_reader_that_closes_stdout_ends_the_command_as_other_programs() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run([sys.executable, "-m", "flows", "--help"], stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (command.CLOSED_PIPE, b"")

@@ -68,10 +68,10 @@ def mirror_version(
         "champion_then": None if champion is None else champion.version,
     }
     try:
-        slices = json.loads(paths.evaluation_metrics.read_text())["slices"]
-        tracker.table("samples", json.loads(paths.samples.read_text()))
+        slices = json.loads(paths.evaluation_metrics.read_text(encoding="utf-8"))["slices"]
+        tracker.table("samples", json.loads(paths.samples.read_text(encoding="utf-8")))
         if paths.evaluation_suites.exists():
-            tracker.table("suites", _suite_rows(json.loads(paths.evaluation_suites.read_text())))
+            tracker.table("suites", _suite_rows(json.loads(paths.evaluation_suites.read_text(encoding="utf-8"))))
         tracker.table("slices", ({"slice": name, **figures} for name, figures in slices.items()))
         tracker.register(record, commit, paths.adapter)
         tracker.finish({**record["metrics"], "registry": link}, paths.adapter)

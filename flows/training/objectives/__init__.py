@@ -157,7 +157,7 @@ def class_names(params: Params, paths: Paths) -> list[str] | None:
         raise StageError(
             f"there is no {paths.labels}; set data.kind: {rows_of(params).kind} and run `peftcore stage prepare` again"
         )
-    return cast(list[str], json.loads(paths.labels.read_text()))
+    return cast(list[str], json.loads(paths.labels.read_text(encoding="utf-8")))
 
 
 def model_outputs(params: Params, paths: Paths) -> list[str] | None:

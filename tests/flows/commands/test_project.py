@@ -52,6 +52,15 @@ def test_files_of_parameters_describe_the_project_and_a_later_one_wins(rows: Pat
     assert missing.exit_code == 1 and "--data FILE" in missing.stderr
 
 
+def test_files_are_utf_8_in_every_locale(rows: Path, tmp_path: Path) -> None:
+    (tmp_path / "small.yaml").write_text('data: {system_prompt: "Für 東京."}\n', encoding="utf-8")
+    command = [sys.executable, "-m", "flows", "init", "new", "--data", "rows.jsonl", "--params", "small.yaml"]
+    ascii_only = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=ascii_only, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert load_params(tmp_path / "new" / "params.yaml").data.system_prompt == "Für 東京."
+
+
 def test_init_warns_of_a_missing_gpu_and_of_rows_that_are_there_twice(
     rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -76,9 +85,20 @@ def test_init_warns_of_a_missing_gpu_and_of_rows_that_are_there_twice(
     ],
 )
 def test_init_refuses_what_it_cannot_use(options: list[str], said: str, rows: Path, tmp_path: Path) -> None:
-    done = peftcore("init", str(tmp_path / "new"), *(option.format(rows=rows) for option in options))
+    done = peftcore("init", str(tmp_path / "some" / "new"), *(option.format(rows=rows) for option in options))
     assert done.exit_code == 1 and said in done.stderr
-    assert not (tmp_path / "new" / "params.yaml").exists()
+    assert not (tmp_path / "some").exists()
+
+
+def test_a_file_of_parameters_may_need_values_of_other_options(rows: Path, tmp_path: Path) -> None:
+    (tmp_path / "some.yaml").write_text("train: {objective: dpo}\n")
+    given = ("--data", str(rows), "--params", str(tmp_path / "some.yaml"))
+    done = peftcore("init", str(tmp_path / "pairs"), "--task", "preference", *given)
+    assert done.exit_code == 0, done.stderr
+    assert load_params(tmp_path / "pairs" / "params.yaml").train.objective == "dpo"
+    chats = peftcore("init", str(tmp_path / "chats"), "--task", "chat", *given)
+    assert chats.exit_code == 1 and "data.kind: 'chat' does not fit; train.objective dpo needs" in chats.stderr
+    assert "params.yaml:" not in chats.stderr.replace("a valid params.yaml:", "")  # no line of a file that is not there
 
 
 def test_upgrade_shows_a_difference_and_writes_it(rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

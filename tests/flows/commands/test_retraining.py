@@ -1,6 +1,8 @@
 """retrain from the command line: trusted files, and the earlier name of the option."""
 
 import json
+import shutil
+import subprocess
 from typing import Any
 
 import pytest
@@ -42,6 +44,15 @@ def test_trust_never_starts_a_retraining_and_takes_no_option_of_one(
     done = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["retrain", *arguments])
     assert done.exit_code == status and message in done.stderr, done.stderr
     assert read_trusted(project.paths) == {}
+
+
+def test_without_a_commit_no_server_is_started(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(project.root / ".git")
+    subprocess.run(["git", "init", "--quiet"], cwd=project.root, check=True)
+    monkeypatch.chdir(project.root)
+    monkeypatch.setattr("flows.retraining.flow.tie_temporary_server", lambda: pytest.fail("the server was started"))
+    done = CliRunner().invoke(app, ["retrain"])
+    assert done.exit_code == 1 and "no git commit yet" in done.stderr, done.output
 
 
 def test_help_shows_the_present_option_only() -> None:

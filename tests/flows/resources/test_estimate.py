@@ -80,6 +80,11 @@ def test_the_command_prints_tables(paths: Paths, monkeypatch: pytest.MonkeyPatch
         assert said in result.stdout
 
 
+def test_a_time_limit_without_a_probe_is_a_usage_error() -> None:
+    result = peftcore("plan", "--no-probe", "--probe-timeout", "5")
+    assert result.exit_code == 2 and "with --no-probe there is no probe to limit" in result.stderr
+
+
 def in_a_project(paths: Paths) -> Path:
     (paths.root / "dvc.yaml").write_text("stages: {}\n")
     (paths.root / ".dvc").mkdir()

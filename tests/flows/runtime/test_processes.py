@@ -66,7 +66,7 @@ def test_a_process_of_an_earlier_boot_has_ended_and_one_of_another_machine_is_un
 def test_the_host_of_a_note_names_the_boot_apart_from_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     contents = {"/proc/sys/kernel/random/boot_id": "first boot", "/etc/machine-id": "this machine"}
     monkeypatch.setattr(Path, "exists", lambda path: str(path) in contents)
-    monkeypatch.setattr(Path, "read_text", lambda path: contents[str(path)])
+    monkeypatch.setattr(Path, "read_text", lambda path, encoding: contents[str(path)])
     monkeypatch.setattr(Path, "readlink", lambda path: Path("pid:[4026531836]"))
     first = this_host.__wrapped__()
     contents["/proc/sys/kernel/random/boot_id"] = "second boot"
