@@ -26,7 +26,7 @@ RESULTS = Path(__file__).parent / "results"
 SHAPES = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
 """(outputs, inputs) of q, k, v, o, gate, up and down."""
 BLOCKS = 30
-TOKENS = [1, 2, 4, 8, 16, 32, 64, 128, 512]
+ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 512]
 Product = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -44,7 +44,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="benchmarks.float32_products", description=str(__doc__).partition("\n")[0])
-    parser.add_argument("--tokens", type=lambda text: [int(t) for t in text.split(",")], default=TOKENS)
+    parser.add_argument("--rows", type=lambda text: [int(t) for t in text.split(",")], default=ROWS)
     parser.add_argument("--repeats", type=int, default=15, help="timed rounds, at least 7")
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where results are written")
     options = parser.parse_args()
@@ -55,18 +55,18 @@ def parse() -> argparse.Namespace:
 
 @torch.no_grad()
 def table(products: dict[str, Product], options: argparse.Namespace) -> str:
-    """Return milliseconds of all layers for each number of tokens, as Markdown."""
+    """Return milliseconds of all layers for each number of rows with one token, as Markdown."""
     weights = [0.02 * torch.randn(shape) for _ in range(BLOCKS) for shape in SHAPES]
     chosen = "oneDNN" if onednn.mkl_is_slow() else "MKL"
     lines = [
         f"Milliseconds of {len(weights)} layers in float32, {torch.get_num_threads()} threads. For up to "
-        f"{onednn.MOST_TOKENS} tokens ours takes {chosen} here, and MKL for more.",
+        f"{onednn.MOST_ROWS} rows of one token ours takes {chosen} here, and MKL for more.",
         "",
-        "| tokens | " + " | ".join(products) + " | oneDNN / MKL | ours / MKL |",
+        "| rows | " + " | ".join(products) + " | oneDNN / MKL | ours / MKL |",
         "|---:" * (len(products) + 3) + "|",
     ]
-    for tokens in tqdm(options.tokens, desc="tokens", disable=None):
-        inputs = {i: torch.randn(tokens, i) for _, i in SHAPES}
+    for rows in tqdm(options.rows, desc="rows", disable=None):
+        inputs = {i: torch.randn(rows, 1, i) for _, i in SHAPES}
         times: dict[str, list[float]] = {name: [] for name in products}
         names = list(products)
         for turn in range(options.repeats + 2):  # two rounds of warm-up
@@ -81,7 +81,7 @@ def table(products: dict[str, Product], options: argparse.Namespace) -> str:
             f"{statistics.median(a / b for a, b in zip(times[name], times['MKL'], strict=True)):.2f}"
             for name in ("oneDNN", "ours")
         ]
-        lines.append(f"| {tokens} | {' | '.join([*medians, *ratios])} |")
+        lines.append(f"| {rows} | {' | '.join([*medians, *ratios])} |")
     return "\n".join([*lines, ""])
 
 
@@ -91,12 +91,12 @@ def errors(products: dict[str, Product]) -> str:
     torch.manual_seed(0)
     found: dict[str, list[float]] = {name: [] for name in products}
     for shape in SHAPES:
-        weight, x = torch.randn(shape), torch.randn(32, shape[1])
+        weight, x = torch.randn(shape), torch.randn(32, 1, shape[1])
         exact = x.double() @ weight.double().T
         for name, product in products.items():
             found[name].append(float((product(x, weight) - exact).norm() / exact.norm()))
     listed = ", ".join(f"{name} {min(values):.1e} to {max(values):.1e}" for name, values in found.items())
-    return f"Rounding for 32 tokens, by the norm of the output: {listed}.\n"
+    return f"Rounding for 32 rows, by the norm of the output: {listed}.\n"
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""Float32 products of few tokens by oneDNN instead of MKL, on CPUs made by AMD.
+"""Float32 products of decoding steps by oneDNN instead of MKL, on CPUs made by AMD.
 
 PyTorch contains both libraries, and multiplies float32 matrices with Intel's MKL. On AMD's CPUs, MKL is slow for few
 tokens and several threads (`benchmarks.float32_products`). PyTorch has no switch between the two for float32, but an
 operation of oneDNN that `torch.compile` uses.
 
 The two add in different orders, so outputs differ by the rounding of float32: oneDNN's is 4e-7 to 5e-7 of an output,
-MKL's 2.5e-7.
+MKL's 2.5e-7. Longer inputs are left to MKL, so an adapter that changes nothing leaves the model's outputs for a text as
+they are, to the bit.
 """
 
 import logging
@@ -21,17 +22,17 @@ logger = logging.getLogger(__name__)
 
 LEAST_ELEMENTS = 2**16
 """Smallest weight (count of elements) that oneDNN multiplies. A call of it takes 9 us more than `F.linear`."""
-MOST_TOKENS = 64
-"""Largest number of tokens. oneDNN keeps a kernel of about 0.5 MiB for each number of tokens and each shape of weight
-(1,024 kernels at most), and gains little for long inputs."""
+MOST_ROWS = 64
+"""Largest number of rows (count). For each number of rows and each shape of weight, oneDNN keeps a kernel of about 0.5
+MiB, but not more than 1,024 kernels."""
 _PLAIN = (Tensor, nn.Parameter)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return x Wᵀ + b like `F.linear`; without gradients, by oneDNN where that is faster.
+    """Return x Wᵀ + b like `F.linear`; for one token in each row, without gradients, by oneDNN where that is faster.
 
     Args:
-        x: (..., i).
+        x: (..., i); a decoding step is (rows, 1, i).
         weight: W (o, i), of any strides.
         bias: b (o,), of the type of W; None for no bias.
 
@@ -53,7 +54,9 @@ def _onednn_is_faster(x: Tensor, weight: Tensor) -> bool:
         weight.dtype is torch.float32
         and x.dtype is torch.float32
         and weight.numel() >= LEAST_ELEMENTS
-        and 0 < x.numel() <= MOST_TOKENS * weight.shape[1]
+        and x.dim() == 3
+        and x.shape[1] == 1
+        and 0 < len(x) <= MOST_ROWS
         and not torch.is_grad_enabled()
         and type(x) in _PLAIN
         and type(weight) in _PLAIN

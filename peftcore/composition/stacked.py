@@ -235,7 +235,7 @@ def batched_outputs(x: Tensor, bases: Sequence[BaseWeight], stacked: Stacked, bl
     by_adapter = blocks.grouped(flat).to(stacked.a.dtype)
     ys = []
     for base, (a, b) in zip(bases, stacked.batched, strict=True):
-        y = base.product(flat)
+        y = base.product(x).flatten(0, -2)
         blocks.add_products(y, by_adapter.bmm(a), b)
         ys.append(y.view(*x.shape[:-1], y.shape[-1]))
     return ys
@@ -255,5 +255,5 @@ def stacked_outputs(x: Tensor, bases: Sequence[BaseWeight], stacked: Stacked, ma
     if mask is not None:
         h = mask.apply(h)
     parts = (h,) if len(bases) == 1 else h.split(stacked.sizes, 1)
-    ys = [base.product(flat).addmm_(part, b) for base, part, b in zip(bases, parts, stacked.b, strict=True)]
+    ys = [base.product(x).flatten(0, -2).addmm_(part, b) for base, part, b in zip(bases, parts, stacked.b, strict=True)]
     return ys if x.dim() == 2 else [y.view(*x.shape[:-1], y.shape[-1]) for y in ys]

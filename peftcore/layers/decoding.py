@@ -5,8 +5,8 @@ have left the processor's caches. So this path makes as few calls as it can. Wha
 kept in a `DecodingPlan`, which every call compares with the state of the layer. The factors are read from the adapter
 in every call, so no change of a weight can be missed.
 
-The numbers are those of the general path: the base layer, then each adapter. In float32, the base's product may be
-rounded in another way (`peftcore.bases.onednn`).
+The numbers are those of the general path: the base layer, then each adapter. In float32, the base's product of a
+decoding step may be rounded in another way (`peftcore.bases.onednn`).
 """
 
 from collections.abc import Mapping, Sequence

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from peftcore import LoraConfig, get_peft_model
 from peftcore.bases import onednn
 
 if not onednn.is_usable():
@@ -31,7 +32,7 @@ def weight_of(outputs: int = 320, inputs: int = 256) -> Tensor:
     return torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("shape", [(256,), (1, 256), (7, 256), (3, 5, 256), (64, 1, 256)])
+@pytest.mark.parametrize("shape", [(1, 1, 256), (7, 1, 256), (64, 1, 256)])
 @pytest.mark.parametrize("with_bias", [False, True])
 @torch.no_grad()
 def test_product_is_that_of_linear(calls: list[Tensor], shape: tuple[int, ...], with_bias: bool) -> None:
@@ -47,7 +48,7 @@ def test_product_is_that_of_linear(calls: list[Tensor], shape: tuple[int, ...], 
 
 @torch.no_grad()
 def test_strided_input(calls: list[Tensor]) -> None:
-    x = torch.randn(4, 3, 256)[:, -1]
+    x = torch.randn(4, 3, 256)[:, -1:]
     torch.testing.assert_close(onednn.linear(x, weight_of()), x @ weight_of().T, rtol=1e-5, atol=1e-4)
     assert len(calls) == 1
 
@@ -56,31 +57,42 @@ def test_strided_input(calls: list[Tensor]) -> None:
 @pytest.mark.parametrize(
     "x, weight",
     [
-        (torch.ones(1, 8), weight_of(4, 8)),
-        (torch.ones(65, 256), weight_of()),
-        (torch.ones(0, 256), weight_of()),
-        (torch.ones(1, 256).double(), weight_of().double()),
-        (torch.ones(1, 256).bfloat16(), weight_of().bfloat16()),
-        (torch.ones(1, 256, device="meta"), weight_of().to("meta")),
+        (torch.ones(1, 1, 8), weight_of(4, 8)),
+        (torch.ones(1, 2, 256), weight_of()),
+        (torch.ones(65, 1, 256), weight_of()),
+        (torch.ones(0, 1, 256), weight_of()),
+        (torch.ones(1, 256), weight_of()),
+        (torch.ones(1, 1, 256).double(), weight_of().double()),
+        (torch.ones(1, 1, 256).bfloat16(), weight_of().bfloat16()),
+        (torch.ones(1, 1, 256, device="meta"), weight_of().to("meta")),
     ],
-    ids=["small weight", "many tokens", "no tokens", "float64", "bfloat16", "meta device"],
+    ids=[
+        "small weight",
+        "two tokens",
+        "many rows",
+        "no rows",
+        "no axis of tokens",
+        "float64",
+        "bfloat16",
+        "meta device",
+    ],
 )
 def test_linear_multiplies_everything_else(calls: list[Tensor], x: Tensor, weight: Tensor) -> None:
     y = onednn.linear(x, weight)
-    assert y.shape == (len(x), len(weight)) and y.dtype == x.dtype
+    assert y.shape == (*x.shape[:-1], len(weight)) and y.dtype == x.dtype
     assert not calls
 
 
 def test_with_gradients_the_product_has_them(calls: list[Tensor]) -> None:
-    x = torch.ones(1, 256, requires_grad=True)
+    x = torch.ones(1, 1, 256, requires_grad=True)
     onednn.linear(x, weight_of()).sum().backward()
     assert x.grad is not None and not calls
-    torch.testing.assert_close(x.grad[0], weight_of().sum(0), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(x.grad[0, 0], weight_of().sum(0), rtol=1e-5, atol=1e-4)
 
 
 @torch.no_grad()
 def test_pytorchs_modes_are_followed(calls: list[Tensor]) -> None:
-    x, weight = torch.ones(1, 256), weight_of()
+    x, weight = torch.ones(1, 1, 256), weight_of()
     with torch.autocast("cpu", torch.bfloat16):
         assert onednn.linear(x, weight).dtype == torch.bfloat16
     torch._C._set_mkldnn_enabled(False)  # the public switch also sets TF32, and then warns
@@ -106,3 +118,20 @@ def test_only_cpus_made_by_amd(monkeypatch: pytest.MonkeyPatch, maker: str, slow
     monkeypatch.setattr(onednn, "_cpu_maker", lambda: maker)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     assert onednn.mkl_is_slow.__wrapped__() is slow
+
+
+@torch.no_grad()
+def test_only_decoding_steps_of_a_model_are_rounded_in_another_way(calls: list[Tensor]) -> None:
+    """The adapters change nothing, so a text has the base's outputs to the bit."""
+    net = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256))
+    text, step = torch.randn(2, 9, 256), torch.randn(2, 1, 256)
+    of_text, of_step = net(text), net(step)
+    model = get_peft_model(net, LoraConfig(target_modules=["0", "1"]))
+    model.add_adapter("b", LoraConfig(target_modules=["0", "1"]))
+    model.eval()
+    assert torch.equal(model(text), of_text) and not calls
+    torch.testing.assert_close(model(step), of_step, rtol=1e-5, atol=1e-6)
+    assert len(calls) == 2
+    torch.testing.assert_close(model(step, adapter_names=["default", "b"]), of_step, rtol=1e-5, atol=1e-6)
+    assert len(calls) == 4
+    assert torch.equal(model(text, adapter_names=["default", "b"]), of_text) and len(calls) == 4
