@@ -414,22 +414,21 @@ def _copies_of(module_index: ModuleIndex, config: TunerConfig, saved: Mapping[st
     Raises:
         ConfigError: accelerate has offloaded the weights of a module.
     """
-    for path, module in saved.items():
-        if any(offload_hook(part) is not None for part in module.modules()):
-            raise ConfigError(
-                f"modules_to_save: accelerate has offloaded the weights of {path!r}, so there is nothing to copy; make "
-                "or load the adapter first, and offload the model then"
-            )
-    copies = {path: _copy_of(module) for path, module in saved.items()}
+    copies = {path: _copy_of(module, path) for path, module in saved.items()}
     if config.ensure_weight_tying:
         for path, other in tied_paths(module_index, saved).items():
-            copies[path] = _copy_of(module_index.modules[path])
+            copies[path] = _copy_of(module_index.modules[path], path)
             copies[path].weight = copies[other].weight
     return copies
 
 
-def _copy_of(module: nn.Module) -> nn.Module:
+def _copy_of(module: nn.Module, path: str) -> nn.Module:
     original = module.base_layer if isinstance(module, SavedModule) else module
+    if any(offload_hook(part) is not None for part in original.modules()):
+        raise ConfigError(
+            f"modules_to_save: accelerate has offloaded the weights of {path!r}, so there is nothing to copy; make or "
+            "load the adapter first, and offload the model then"
+        )
     return copy.deepcopy(original).requires_grad_(True)
 
 
