@@ -189,7 +189,7 @@ def _prepare_prompt(
     if isinstance(config, PromptLearningConfig | TunerConfig):
         whole: Any = config
         whole = config = with_heads(module_index, whole)
-        copies = {path: _copy_of(module) for path, module in find_saved_modules(module_index, whole).items()}
+        copies = {path: _copy_of(module, path) for path, module in find_saved_modules(module_index, whole).items()}
     weight = next(model.parameters())
     with torch.device(weight.device):
         prompt = kind(config, model)
