@@ -122,9 +122,23 @@ def _from_root(root: ModuleType, module: ModuleType, name: str) -> Any:
 
     if is_table(name):
         return table(name, module.__name__)
+    if "__path__" in vars(module) and name in _PARTS:
+        return submodule(module.__name__, name)
     if name.startswith("__") or not hasattr(root, name):
         raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
     return getattr(root, name)
+
+
+def submodule(package: str, name: str) -> ModuleType:
+    """Return the submodule `name` of a package for an access such as `peft.tuners.lora`; HF PEFT imports all of them.
+
+    Raises:
+        AttributeError: the package has no such submodule.
+    """
+    path = f"{package}.{name}"
+    if name.startswith("__") or _spec_of(path) is None:
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+    return importlib.import_module(path)
 
 
 class MethodFinder:

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from peftcore.errors import ConfigError
+from peftcore.hf_peft.alias import submodule
 from peftcore.injection.adapter_set import adapter_set
 
 if TYPE_CHECKING:
@@ -70,9 +71,29 @@ def create_lorafa_optimizer(
     return create(model, lr, weight_decay)
 
 
-def create_riemannian_optimizer(*args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-    """Raise ConfigError: peftcore does not have this optimiser."""
-    raise ConfigError(
-        "create_riemannian_optimizer: peftcore does not have this optimiser; create_loraplus_optimizer and "
-        "create_lorafa_optimizer are there"
-    )
+def create_riemannian_optimizer(
+    model: nn.Module, optimizer_cls: type[torch.optim.Optimizer], *, lr: float, reg: float = 1e-2, **kwargs: Any
+) -> torch.optim.Optimizer:
+    """Create an optimiser that scales the gradients of LoRA's factors first, arXiv:2402.02347.
+
+    See `peftcore.train.optimizers.create_riemannian_optimizer`.
+
+    Args:
+        model: a PeftModel with an active LoRA.
+        optimizer_cls: class of the optimiser.
+        lr: learning rate.
+        reg: damping of the scaling.
+        kwargs: further arguments of `optimizer_cls`.
+
+    Raises:
+        TypeError: `optimizer_cls` is no class of optimisers.
+        ConfigError: no active adapter is a LoRA on a linear layer, or the optimiser requires a closure.
+        MissingExtraError: the extra `train` is not installed.
+    """
+    from peftcore.train.optimizers import create_riemannian_optimizer as create
+
+    return create(model, optimizer_cls, lr, reg, **kwargs)
+
+
+def __getattr__(name: str) -> Any:
+    return submodule(__name__, name)

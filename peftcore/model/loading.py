@@ -196,15 +196,15 @@ class LoadingMethods(AdaptedModule):
 
 
 def make_room(model: nn.Module, name: str, directory: Path, config: PeftConfig | None, reading: Reading) -> None:
-    """Delete an adapter of a plain transformers model, so that a saved adapter can get its name, as in PEFT."""
+    """Delete the adapter of this name, if a saved adapter can take its place, with a warning, as in PEFT."""
     if name not in adapter_set(model).configs:
         return
     checkpoint.load_adapter(model, directory, f"another {name}", False, config, reading=reading)  # errors come here
     for one in (f"another {name}", name):
         inject.delete_adapter(model, one)
     warnings.warn(
-        f"adapter {name!r} was loaded already, by transformers, and is replaced by the one of {directory}; to keep "
-        "both, give the new one another adapter_name",
+        f"adapter {name!r} was loaded already and is replaced by the one of {directory}; to keep both, give the new "
+        "one another adapter_name",
         stacklevel=4,
     )
 

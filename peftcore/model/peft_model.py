@@ -84,7 +84,8 @@ class PeftModel(LoadingMethods, ActivationMethods, MergingMethods, SavingMethods
         Args:
             model: the base model; changed in place.
             model_id: a directory, or a hub id such as "owner/name"; an existing directory has precedence.
-            adapter_name: the adapter's name in this model.
+            adapter_name: the adapter's name in this model. A loaded adapter of this name is replaced, with a warning,
+                as in PEFT.
             is_trainable: whether its parameters get gradients.
             config: a configuration in place of the saved one. As in PEFT, the object becomes the adapter's own: options
                 that the model decides are filled in, and `inference_mode` is set.
@@ -107,7 +108,8 @@ class PeftModel(LoadingMethods, ActivationMethods, MergingMethods, SavingMethods
 
         Raises:
             CheckpointError: the adapter is not found, is damaged, or was made for another base model.
-            AdapterNameError: the name is not valid, or that of an adapter of a PeftModel.
+            AdapterNameError: the name is not valid.
+            MergeError: a loaded adapter of this name is merged.
             ConfigError: an option has a value that does not fit.
             TypeError: an option is unknown.
         """
@@ -122,7 +124,7 @@ class PeftModel(LoadingMethods, ActivationMethods, MergingMethods, SavingMethods
         reading = Reading(autocast_adapter_dtype, low_cpu_mem_usage, key_mapping=key_mapping, **further)
         directory = hub.adapter_directory(model_id, needs_config=config is None, **options)
         with hub.naming_download(model_id):
-            if not isinstance(model, PeftModel) and ATTRIBUTE in model.__dict__:
+            if ATTRIBUTE in model.__dict__:
                 make_room(model, adapter_name, directory, config, reading)
             adapters = checkpoint.load_adapter(
                 model, directory, adapter_name, is_trainable, config, reading=reading

@@ -56,8 +56,8 @@ _READING = Reading()
 MODEL_CARD = "README.md"
 _CARD = """\
 ---
-library_name: peft
-{fields}---
+{fields}
+---
 
 # {method} adapter
 
@@ -168,18 +168,19 @@ def _base_name(model: nn.Module, config: PeftConfig) -> str | None:
 
 
 def _card(model: nn.Module, config: PeftConfig) -> str:
+    from huggingface_hub import ModelCardData
+
     base = _base_name(model, config)
-    fields = [f"base_model: {base}"] if base else []
-    if config.task_type == TaskType.CAUSAL_LM:
-        fields.append(f"pipeline_tag: {_GENERATION}")
-    fields += ["tags:", *(f"- {tag}" for tag in _tags(model, [config], base))]
+    task = _GENERATION if config.task_type == TaskType.CAUSAL_LM else None
+    tags = _tags(model, [config], base)
+    fields = ModelCardData(library_name="peft", base_model=base, pipeline_tag=task, tags=tags).to_yaml()
     trained = f"Trained on `{base}`. " if base else ""
-    return _CARD.format(fields="\n".join(fields) + "\n", trained=trained, method=config.peft_type.lower())
+    return _CARD.format(fields=fields, trained=trained, method=config.peft_type.lower())
 
 
 def _tags(model: nn.Module, configs: Iterable[PeftConfig], base: str | None) -> list[str]:
-    """Return the tags by which the hub finds the adapter of a base, as HF PEFT writes them, and its methods."""
-    tags = {config.peft_type.lower() for config in configs}
+    """Return the model's own tags, and those by which the hub finds the adapter of a base, as HF PEFT writes them."""
+    tags = {config.peft_type.lower() for config in configs} | set(getattr(model, "model_tags", None) or ())
     tags |= {"transformers"} if isinstance(model, PreTrainedModel) else set()
     return sorted(tags | ({f"base_model:adapter:{base}"} if base else set()))
 

@@ -1,10 +1,11 @@
-"""Choice of the optimiser, and two optimisers that treat LoRA's factors A and B differently.
+"""Choice of the optimiser, and three optimisers that know LoRA's factors A and B.
 
-LoRA+: arXiv:2402.12354. LoRA-FA: arXiv:2308.03303. Both find the factors through the model's adapters, not
-through parameter names.
+LoRA+: arXiv:2402.12354. LoRA-FA: arXiv:2308.03303. Riemannian preconditioning: arXiv:2402.02347. They find the factors
+through the model's adapters, not through parameter names.
 """
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Collection
 from typing import Any, cast
 
 import torch
@@ -90,7 +91,7 @@ def create_loraplus_optimizer(
         },
     ]
     make: Any = optimizer_cls
-    return make([group for group in groups if group["params"]], lr=lr, **options)
+    return make(groups, lr=lr, **options)  # with the empty ones, so that a group is at the index that it has in PEFT
 
 
 class LoraFa(torch.optim.AdamW):
@@ -133,12 +134,89 @@ def create_lorafa_optimizer(model: nn.Module, lr: float, weight_decay: float = 0
         options: Further arguments of torch.optim.AdamW.
 
     Raises:
-        ConfigError: No active adapter is a LoRA, an adapted layer is not linear, or it uses DoRA.
+        ConfigError: No active adapter is a LoRA, an adapted layer is neither linear nor an embedding, or it uses DoRA.
     """
     layers = _factored(model)
     for adapter, factors in layers:
-        if adapter.base.kind != "linear" or adapter.exact_factors() is None:
-            raise ConfigError("LoRA-FA needs plain LoRA on linear layers; target linear layers only, without use_dora")
+        if adapter.base.kind not in ("linear", "embedding") or adapter.exact_factors() is None:
+            raise ConfigError(
+                "LoRA-FA needs plain LoRA on linear layers and embeddings; target these only, without use_dora"
+            )
         factors.a.requires_grad_(False)
     trained = [p for p in model.parameters() if p.requires_grad]
     return cast(Any, LoraFa)(trained, [factors for _, factors in layers], lr=lr, weight_decay=weight_decay, **options)
+
+
+def create_riemannian_optimizer(
+    model: nn.Module, optimizer_cls: type[torch.optim.Optimizer], lr: float, reg: float = 1e-2, **options: Any
+) -> torch.optim.Optimizer:
+    """Create an optimiser that scales the gradients of LoRA's factors before each of its steps.
+
+    g_A ← (BᵀB + reg·I)⁻¹ g_A and g_B ← g_B (A Aᵀ + reg·I)⁻¹, with the factors from before the step. With reg = 0 the
+    gradient step of the product BA does not depend on how it is split into factors. Scaled are linear layers whose A
+    and B both train, with DoRA, too. The gradients of all other parameters stay as they are.
+
+    Args:
+        model: A PeftModel with an active LoRA.
+        optimizer_cls: Class of the optimiser, such as torch.optim.AdamW. The result is an instance of a subclass.
+        lr: Learning rate.
+        reg: Damping, added to the diagonals of the (r, r) matrices; at least 0.
+        options: Further arguments of `optimizer_cls`.
+
+    Raises:
+        TypeError: `optimizer_cls` is no class of optimisers.
+        ConfigError: No active adapter trains both factors of a linear layer; `reg` is negative; or the optimiser
+            requires a closure, whose gradients would not be scaled. The result's `step` raises it for a closure.
+    """
+    if not (isinstance(optimizer_cls, type) and issubclass(optimizer_cls, torch.optim.Optimizer)):
+        raise TypeError(f"optimizer_cls must be a subclass of torch.optim.Optimizer; got {optimizer_cls!r}")
+    if not reg >= 0:
+        raise ConfigError(f"create_riemannian_optimizer: reg must be at least 0; got {reg}")
+    closure = inspect.signature(optimizer_cls.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise ConfigError(
+            f"create_riemannian_optimizer: {optimizer_cls.__name__} requires a closure, whose gradients would not be "
+            "scaled; take an optimiser whose step needs none, such as AdamW or SGD"
+        )
+    pairs = [
+        (factors.a, factors.b)
+        for adapter, factors in _factored(model)
+        if adapter.base.kind == "linear" and factors.a.requires_grad and factors.b.requires_grad
+    ]
+    if not pairs:
+        raise ConfigError(
+            "create_riemannian_optimizer: no active LoRA trains both lora_A and lora_B of a linear layer; target one, "
+            "and let both train"
+        )
+
+    class Riemannian(optimizer_cls):
+        """The given optimiser, with the gradients of LoRA's factors scaled first."""
+
+        def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+            """Scale the gradients, then take the optimiser's step."""
+            if closure is not None:
+                raise ConfigError(
+                    "this optimiser takes no closure, whose gradients would not be scaled; compute the gradients, then "
+                    "call step()"
+                )
+            _precondition(pairs, reg)
+            return super().step()
+
+    make: Any = Riemannian
+    return make([p for p in model.parameters() if p.requires_grad], lr=lr, **options)
+
+
+@torch.no_grad()
+def _precondition(pairs: Collection[tuple[Tensor, Tensor]], reg: float) -> None:
+    """Scale the gradients of the factors A (r, i) and B (o, r) in place, in float32 at least."""
+    sides = [(a.grad, b.T) for a, b in pairs] + [(None if b.grad is None else b.grad.T, a) for a, b in pairs]
+    by_shape: dict[Any, list[tuple[Tensor, Tensor]]] = {}
+    for gradient, other in sides:  # both (r, any number)
+        if gradient is not None:
+            dtype = torch.promote_types(other.dtype, torch.float32)
+            by_shape.setdefault((len(other), dtype, other.device), []).append((gradient, other.to(dtype)))
+    for (rank, dtype, device), alike in by_shape.items():
+        grams = torch.stack([other @ other.T for _, other in alike]) + reg * torch.eye(rank, dtype=dtype, device=device)
+        inverses = torch.linalg.pinv(grams, hermitian=True)  # in one call, and defined where a factor is zero
+        for (gradient, _), inverse in zip(alike, inverses, strict=True):
+            gradient.copy_(inverse @ gradient.to(dtype))

@@ -7,9 +7,8 @@
 from typing import Any
 
 import peftcore
+from peftcore.hf_peft.alias import submodule
 
 
 def __getattr__(name: str) -> Any:
-    if name.startswith("__") or not name[:1].isupper():
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(peftcore, name)
+    return getattr(peftcore, name) if name[:1].isupper() else submodule(__name__, name)

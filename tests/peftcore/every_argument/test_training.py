@@ -153,7 +153,7 @@ def test_precision_and_tokens() -> None:
 
 @checks("create_lorafa_optimizer", "model r lora_alpha lr weight_decay use_rslora")
 @checks("create_loraplus_optimizer", "model optimizer_cls lr loraplus_lr_ratio kwargs")
-@checks("create_riemannian_optimizer", "args kwargs")
+@checks("create_riemannian_optimizer", "model optimizer_cls lr reg kwargs")
 def test_optimizers() -> None:
     model = net("a")
     for wrong in ({"r": 4}, {"lora_alpha": 9}, {"use_rslora": True}):
@@ -165,11 +165,19 @@ def test_optimizers() -> None:
     plus = optimizers.create_loraplus_optimizer(
         model, torch.optim.SGD, lr=0.1, loraplus_lr_ratio=4, loraplus_weight_decay=0.2, momentum=0.3
     )
-    assert isinstance(plus, torch.optim.SGD) and {round(g["lr"], 3) for g in plus.param_groups} == {0.1, 0.4}
-    assert {(g["momentum"], g["weight_decay"]) for g in plus.param_groups} == {(0.3, 0.2)}
-    for arguments, options in (((model,), {}), ((), {"lr": 0.1})):
-        with pytest.raises(ConfigError, match="does not have this optimiser"):
-            optimizers.create_riemannian_optimizer(*arguments, **options)
+    groups = [group for group in plus.param_groups if group["params"]]
+    assert isinstance(plus, torch.optim.SGD) and {round(g["lr"], 3) for g in groups} == {0.1, 0.4}
+    assert {(g["momentum"], g["weight_decay"]) for g in groups} == {(0.3, 0.2)}
+    riemannian = optimizers.create_riemannian_optimizer(model, torch.optim.SGD, lr=0.5, momentum=0.3)
+    assert riemannian.defaults["lr"] == 0.5 and riemannian.defaults["momentum"] == 0.3
+    norms = []
+    for reg in (1.0, 3.0):
+        model = net("a")
+        optimizer = optimizers.create_riemannian_optimizer(model, torch.optim.SGD, lr=0.0, reg=reg)
+        model(X).square().mean().backward()
+        optimizer.step()
+        norms.append(sum(p.grad.norm() for p in model.parameters() if p.grad is not None))
+    assert norms[0] > norms[1] > 0
 
 
 DATA_START = "model adapter_name"

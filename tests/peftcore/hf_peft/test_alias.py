@@ -11,6 +11,11 @@ import peftcore
 from peftcore.hf_peft.alias import SUBMODULES
 
 
+def run(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    return done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("name", SUBMODULES)
 def test_a_submodule_of_peft_is_a_submodule_of_peftcore(name: str) -> None:
     importlib.import_module(f"peft.{name}")  # the place exists in PEFT
@@ -55,6 +60,28 @@ def test_scripts_import_a_name_from_where_peft_has_it(module: str, name: str) ->
     assert hasattr(importlib.import_module(f"peftcore.{module}"), name)
 
 
+def test_a_submodule_is_an_attribute_without_an_import_of_its_own() -> None:
+    paths = (
+        "tuners.lora.LoraLayer",
+        "tuners.lora.layer.Linear",
+        "tuners.tuners_utils.BaseTunerLayer",
+        "tuners.adalora.model.AdaLoraModel",
+        "utils.other.ModulesToSaveWrapper",
+        "utils.save_and_load.get_peft_model_state_dict",
+        "optimizers.lorafa.create_lorafa_optimizer",
+    )
+    found = "".join(f"peft.{path}.__name__, " for path in paths)
+    missing = (
+        "tuners.no_such_method",
+        "tuners.ia3.no_such_module",
+        "tuners.lora.no_such_module",
+        "utils.no_such_module",
+    )
+    absent = "".join(f"hasattr(peft.{path.rpartition('.')[0]}, {path.rpartition('.')[2]!r}), " for path in missing)
+    printed = run(f"import peftcore as peft\nprint([{found}], [{absent}])").splitlines()[-1]
+    assert printed == f"{[path.rpartition('.')[2] for path in paths]} {[False] * len(missing)}"
+
+
 @pytest.mark.parametrize(
     "module",
     [
@@ -87,11 +114,6 @@ def test_an_unknown_module_or_name_is_not_found() -> None:
     with pytest.raises(ImportError):
         exec("from peftcore.tuners.ia3 import NoSuchName")
     assert not hasattr(peftcore, "no_such_name")
-
-
-def run(code: str) -> str:
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    return done.stdout + done.stderr
 
 
 @pytest.mark.slow

@@ -194,12 +194,10 @@ def test_from_pretrained_replaces_what_transformers_has_loaded(saved: Path, othe
     with pytest.raises(CheckpointError):
         PeftModel.from_pretrained(model, "/nothing/here")
     assert torch.equal(logits(model), before)
-    with pytest.warns(UserWarning, match="'default' was loaded already, by transformers, and is replaced"):
+    with pytest.warns(UserWarning, match="'default' was loaded already and is replaced"):
         adapted: Any = PeftModel.from_pretrained(model, other)
     assert list(adapted.peft_config) == ["default"] == list(adapted.active_adapters)
     torch.testing.assert_close(logits(adapted), logits(loaded(other)))
-    with pytest.raises(AdapterNameError):
-        PeftModel.from_pretrained(adapted, saved)
 
 
 def test_missing_sizes_and_low_memory(saved: Path) -> None:

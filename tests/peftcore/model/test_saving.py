@@ -54,11 +54,13 @@ def test_the_model_card_names_the_library(model: Any, tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:the base model's config.json is not found:UserWarning")
 def test_the_hub_finds_the_card_of_an_adapter_by_its_base_and_its_task(tmp_path: Path) -> None:
     config = LoraConfig(r=2, task_type="CAUSAL_LM", base_model_name_or_path="org/base")
-    model: Any = get_peft_model(tiny_llama(), config)
+    base = tiny_llama()
+    base.add_model_tags(["of: the base"])
+    model: Any = get_peft_model(base, config)
     model.save_pretrained(tmp_path / "new")
     (tmp_path / "README.md").write_text("---\ntags: [mine]\n---\nmy words")
     model.create_or_update_model_card(tmp_path)
-    found = {"base_model:adapter:org/base", "lora", "transformers"}
+    found = {"base_model:adapter:org/base", "lora", "of: the base", "transformers"}
     for card, tags in ((tmp_path / "new" / "README.md", found), (tmp_path / "README.md", {*found, "mine"})):
         data = ModelCard.load(card).data
         assert (data.library_name, data.base_model, data.pipeline_tag) == ("peft", "org/base", "text-generation")

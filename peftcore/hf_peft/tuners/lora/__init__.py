@@ -3,9 +3,10 @@
 from typing import Any
 
 from peftcore.conversion import convert_to_lora, save_as_lora
+from peftcore.hf_peft.alias import submodule
 from peftcore.hf_peft.classes import layer_class
 from peftcore.hf_peft.data_start import get_eva_state_dict, initialize_lora_eva_weights
-from peftcore.hf_peft.default_targets import table
+from peftcore.hf_peft.default_targets import is_table, table
 from peftcore.hf_peft.options import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 from peftcore.hf_peft.preprocess import preprocess_loraga
 from peftcore.hf_peft.tuner_models import LoraModel
@@ -59,4 +60,4 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    return table(name, __name__)
+    return table(name, __name__) if is_table(name) else submodule(__name__, name)
