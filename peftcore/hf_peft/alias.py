@@ -26,19 +26,20 @@ SUBMODULES = (
     "utils",
 )
 """Submodules of HF PEFT that `peftcore` has under the same name, besides `config`."""
-_PARTS = ("config", "layer", "model", "utils")
+_PARTS = ("bnb", "config", "layer", "model", "utils")
 """Submodules of methods in HF PEFT."""
 _OTHER_PLACES = {
     **dict.fromkeys((f"optimizers.{name}" for name in ("lorafa", "loraplus", "riemannian")), "optimizers"),
-    **dict.fromkeys((f"tuners.lora.{name}" for name in (*_PARTS, "bnb", "conversion", "eva")), "tuners.lora"),
+    **dict.fromkeys(
+        (f"tuners.lora.{name}" for name in (*_PARTS, "awq", "conversion", "eva", "gptq", "hqq")), "tuners.lora"
+    ),
+    "tuners.adalora.gptq": "tuners.adalora",
     "tuners.adamss.asa_callback": "tuners.asa_callback",
 }
 """{module of HF PEFT: the module here that has its names}"""
 
 _FUNCTIONS = {"LOKR": ("factorization",)}
 """{method: functions of HF PEFT's `layer` that scripts import}; the method's own module has them"""
-_LAYERS = {"ADALORA": {"SVDLinear": "linear", "SVDConv2d": "conv"}}
-"""{method: {class of HF PEFT's `layer` besides `Linear`: kind of layer}}"""
 
 
 class _AliasLoader:
@@ -102,7 +103,7 @@ class _MethodLoader:
 
     def exec_module(self, module: ModuleType) -> None:
         import peftcore
-        from peftcore.hf_peft.classes import layer_class
+        from peftcore.hf_peft.classes import layer_class, layer_classes
         from peftcore.registry import method_named
 
         method = method_named(self._method)
@@ -110,8 +111,7 @@ class _MethodLoader:
         module.__doc__ = f"Classes of {method.name} under HF PEFT's names."
         layer = layer_class(f"{stem}Layer", method.name)
         vars(module).update({method.config.__name__: method.config, layer.__name__: layer})
-        for name, kind in {"Linear": "linear", **_LAYERS.get(self._method, {})}.items():
-            vars(module)[name] = layer_class(name, method.name, kind)
+        vars(module).update(layer_classes(method.name))
         source = importlib.import_module(method.config.__module__)
         vars(module).update({name: getattr(source, name) for name in _FUNCTIONS.get(self._method, ())})
         vars(module)["__getattr__"] = lambda name: _from_root(peftcore, module, name)

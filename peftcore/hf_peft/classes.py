@@ -4,10 +4,12 @@ peftcore has one class for all tasks and one wrapper for all methods. The classe
 `isinstance` by what a model or a layer holds.
 """
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 from torch import nn
 
+from peftcore.bases.base import BaseWeight
 from peftcore.config import PeftConfig, TaskType
 from peftcore.errors import ConfigError, PeftError
 from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set
@@ -138,8 +140,8 @@ class _OfMethod(_Wrapper):
     """Metaclass of the layer classes of one method, and of the methods whose layers are subclasses in HF PEFT."""
 
     peft_types: ClassVar[tuple[str, ...]]
-    kinds: ClassVar[frozenset[str]]
-    """Kinds of layer; empty for all."""
+    fits: Any  # Callable[[BaseWeight], bool]; a class variable of this type would be bound as a method
+    """Whether a base layer is one of these."""
 
     def __instancecheck__(cls, instance: Any) -> bool:
         adapter_classes = tuple(methods()[peft_type].adapter for peft_type in cls.peft_types)
@@ -149,26 +151,94 @@ class _OfMethod(_Wrapper):
             slots = [instance]
         else:
             return False
-        if cls.kinds and not any(slot.base.kind in cls.kinds for slot in slots):
+        if not any(cls.fits(slot.base) for slot in slots):
             return False
         return any(isinstance(slot.adapters[name], adapter_classes) for slot in slots for name in slot.adapters)
 
 
-def layer_class(name: str, peft_type: str, *kinds: str, derived: tuple[str, ...] = ()) -> Any:
+def layer_class(
+    name: str,
+    peft_type: str,
+    fits: Callable[[BaseWeight], bool] = lambda base: True,
+    derived: tuple[str, ...] = (),
+) -> Any:
     """Return a class for `isinstance` checks of layers with an adapter of one method.
 
     Args:
         name: the class's name.
         peft_type: the method.
-        kinds: kinds of layer, such as "linear"; none for all.
+        fits: whether a base layer is one of these; all are by default.
         derived: further methods whose layer classes are subclasses of this one in HF PEFT.
     """
     members = {
         "peft_types": (peft_type, *derived),
-        "kinds": frozenset(kinds),
+        "fits": staticmethod(fits),
         "wrappers": (AdapterLayer, AdapterParameters),
     }
     return _OfMethod(name, (), {**members, "__doc__": f"A layer with an adapter of {peft_type}."})
+
+
+_BITSANDBYTES = {"Linear4bit": "bnb 4bit", "Linear8bitLt": "bnb 8bit"}
+_OTHER_STORAGES = {
+    "AwqLoraLinear": "awq",
+    "GPTQLoraLinear": "gptq",
+    "HqqLoraLinear": "hqq",
+}
+_BY_STORAGE = {
+    "LORA": {**_BITSANDBYTES, **_OTHER_STORAGES},
+    "ADALORA": {"SVDLinear4bit": "bnb 4bit", "SVDLinear8bitLt": "bnb 8bit", "SVDQuantLinear": "gptq"},
+    **dict.fromkeys(("HIRA", "IA3", "PVERA", "RANDLORA", "ROAD"), _BITSANDBYTES),
+}
+"""{method: {class of HF PEFT for linear layers of one storage: `BaseWeight.backend`}}"""
+_LINEAR = {
+    "ADALORA": "SVDLinear",
+    "C3A": "C3ALinear",
+    "DEFT": "DeftLinear",
+    "DELORA": "DeloraLinear",
+    "FOURIERFT": "FourierFTLinear",
+    "GLORA": "GloraLinear",
+    "HRA": "HRALinear",
+    "MISS": "MissLinear",
+    "WAVEFT": "WaveFTLinear",
+}
+"""{method: HF PEFT's name of its class for linear layers, where it is not "Linear"}"""
+_CONVOLUTIONS = {"Conv1d": nn.Conv1d, "Conv2d": nn.Conv2d, "Conv3d": nn.Conv3d}
+_OTHER_LAYERS: dict[str, tuple[str, ...]] = {
+    "ADALORA": ("SVDConv2d",),
+    "BOFT": ("Conv2d",),
+    "HIRA": ("Conv1d", "Conv2d", "Conv3d", "Embedding"),
+    "HRA": ("HRAConv2d",),
+    "IA3": ("Conv2d", "Conv3d"),
+    "LOHA": ("Conv1d", "Conv2d"),
+    "LOKR": ("Conv1d", "Conv2d"),
+    "LORA": ("Conv1d", "Conv2d", "Conv3d", "Embedding", "ParamWrapper"),
+    "OFT": ("Conv2d", "Embedding"),
+    "TINYLORA": ("Embedding",),
+}
+"""{method: HF PEFT's classes for layers that are not linear}"""
+
+
+def layer_classes(peft_type: str) -> dict[str, Any]:
+    """Return {name: class} of HF PEFT's classes for the layers of a method, besides its `...Layer`."""
+    by_storage = _BY_STORAGE.get(peft_type, {})
+
+    def plain(base: BaseWeight) -> bool:
+        return base.kind == "linear" and base.backend not in by_storage.values()
+
+    def stored(backend: str) -> Callable[[BaseWeight], bool]:
+        return lambda base: base.kind == "linear" and base.backend == backend
+
+    def of_kind(name: str) -> Callable[[BaseWeight], bool]:
+        for ending, convolution in _CONVOLUTIONS.items():
+            if name.endswith(ending):
+                return lambda base: base.kind == "conv" and isinstance(base.layer, convolution)
+        kind = "embedding" if name == "Embedding" else "parameter"
+        return lambda base: base.kind == kind
+
+    fits = dict.fromkeys(("Linear", _LINEAR.get(peft_type, "Linear")), plain)
+    fits |= {name: stored(backend) for name, backend in by_storage.items()}
+    fits |= {name: of_kind(name) for name in _OTHER_LAYERS.get(peft_type, ())}
+    return {name: layer_class(name, peft_type, check) for name, check in fits.items()}
 
 
 class _TokensWrapper(_Wrapper):

@@ -1,9 +1,14 @@
 """HF PEFT's classes answer `isinstance` for peftcore's models and layers as they do for HF PEFT's."""
 
+import importlib
+import sys
 from pathlib import Path
 
+import bitsandbytes as bnb
 import peft
 import pytest
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peftcore.tuners.adalora.layer import AdaLoraLayer, SVDConv2d, SVDLinear
 from peftcore.tuners.ia3.layer import IA3Layer
 from peftcore.tuners.lora import Embedding, Linear, LoraLayer
@@ -64,6 +69,46 @@ def test_the_parameters_of_lora_layers_can_be_selected() -> None:
         "1.adapters.default.lora_A",
         "1.adapters.default.lora_B",
     ]
+
+
+def test_the_class_of_a_layer_says_how_its_weight_is_stored_and_shaped() -> None:
+    lora, ia3 = peftcore.tuners.lora, peftcore.tuners.ia3
+    model = nn.Sequential(
+        nn.Linear(64, 64),
+        bnb.nn.Linear4bit(64, 64, quant_type="nf4"),
+        bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False),
+        nn.Conv1d(64, 8, 1),
+        nn.Conv2d(64, 8, 1),
+    )
+    model[1].weight = bnb.nn.Params4bit(torch.ones(64, 64), requires_grad=False, quant_type="nf4")
+    model[2].weight = bnb.nn.Int8Params(torch.ones(64, 64), requires_grad=False, has_fp16_weights=False)
+    model = get_peft_model(model.to("cpu"), LoraConfig(target_modules=["0", "1", "2", "3", "4"]))
+    names = ("Linear", "Linear4bit", "Linear8bitLt", "Conv1d", "Conv2d", "GPTQLoraLinear")
+    found = [[name for name in names if isinstance(layer, getattr(lora, name))] for layer in model]
+    assert found == [["Linear"], ["Linear4bit"], ["Linear8bitLt"], ["Conv1d"], ["Conv2d"]]
+    assert not any(isinstance(layer, ia3.Linear4bit) for layer in model)
+    model.add_adapter("other", IA3Config(target_modules=["0", "1"], feedforward_modules=[]))
+    assert isinstance(model[1], ia3.bnb.Linear4bit) and not isinstance(model[1], ia3.Linear)
+    assert isinstance(model[0], ia3.Linear) and not isinstance(model[0], ia3.Linear4bit)
+
+
+def _layer_classes() -> list[tuple[str, str]]:
+    """(module, class) of HF PEFT's layers, except those that are no kind of layer here."""
+    names = ("awq", "bnb", "gptq", "hqq", "layer")
+    modules = {path for path in sys.modules if path.startswith("peft.tuners.") and path.rpartition(".")[2] in names}
+    return [
+        (path, name)
+        for path in sorted(modules)
+        for name, value in vars(sys.modules[path]).items()
+        if isinstance(value, type) and issubclass(value, BaseTunerLayer) and value.__module__ == path
+        if not name.startswith("_") and name not in ("MultiheadAttention", "XLoraLayer")
+    ]
+
+
+@pytest.mark.parametrize(("module", "name"), _layer_classes())
+def test_every_layer_class_of_hf_peft_can_be_asked_for(module: str, name: str) -> None:
+    ours = getattr(importlib.import_module(module.replace("peft.", "peftcore.", 1)), name)
+    assert not isinstance(nn.Linear(2, 2), ours)
 
 
 def test_a_layer_class_cannot_be_made_by_itself() -> None:

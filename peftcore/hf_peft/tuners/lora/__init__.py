@@ -4,7 +4,7 @@ from typing import Any
 
 from peftcore.conversion import convert_to_lora, save_as_lora
 from peftcore.hf_peft.alias import submodule
-from peftcore.hf_peft.classes import layer_class
+from peftcore.hf_peft.classes import layer_class, layer_classes
 from peftcore.hf_peft.data_start import get_eva_state_dict, initialize_lora_eva_weights
 from peftcore.hf_peft.default_targets import is_table, table
 from peftcore.hf_peft.options import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
@@ -19,17 +19,22 @@ from peftcore.methods.lora.variants.monteclora import MontecloraConfig
 from peftcore.methods.lora.variants.velora import VeloraConfig
 
 LoraLayer = layer_class("LoraLayer", "LORA", derived=("ADALORA",))
-Linear = layer_class("Linear", "LORA", "linear")
-Embedding = layer_class("Embedding", "LORA", "embedding")
-Conv1d = layer_class("Conv1d", "LORA", "conv")
-Conv2d = layer_class("Conv2d", "LORA", "conv")
-Conv3d = layer_class("Conv3d", "LORA", "conv")
-ParamWrapper = layer_class("ParamWrapper", "LORA", "parameter")
-Linear4bit = layer_class("Linear4bit", "LORA", "linear")
-Linear8bitLt = layer_class("Linear8bitLt", "LORA", "linear")
+_CLASSES = layer_classes("LORA")
+Linear = _CLASSES["Linear"]
+Embedding = _CLASSES["Embedding"]
+Conv1d = _CLASSES["Conv1d"]
+Conv2d = _CLASSES["Conv2d"]
+Conv3d = _CLASSES["Conv3d"]
+ParamWrapper = _CLASSES["ParamWrapper"]
+Linear4bit = _CLASSES["Linear4bit"]
+Linear8bitLt = _CLASSES["Linear8bitLt"]
+AwqLoraLinear = _CLASSES["AwqLoraLinear"]
+GPTQLoraLinear = _CLASSES["GPTQLoraLinear"]
+HqqLoraLinear = _CLASSES["HqqLoraLinear"]
 
 __all__ = [
     "ArrowConfig",
+    "AwqLoraLinear",
     "BdLoraConfig",
     "Conv1d",
     "Conv2d",
@@ -37,6 +42,8 @@ __all__ = [
     "CordaConfig",
     "Embedding",
     "EvaConfig",
+    "GPTQLoraLinear",
+    "HqqLoraLinear",
     "KasaConfig",
     "Linear",
     "Linear4bit",
