@@ -1,13 +1,14 @@
 """`peft.helpers`: tools around a model with adapters."""
 
 import contextlib
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 from torch import nn
 
-from peftcore.errors import ConfigError, PeftError
+from peftcore.errors import ConfigError
 from peftcore.hf_peft.classes import check_if_peft_model
 from peftcore.hf_peft.kappa import KappaTuneSelector, find_kappa_target_modules
 from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set
@@ -62,7 +63,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
 
     Raises:
         TypeError: `multiplier` is not a number.
-        PeftError: no adapter of the model has a scaling.
+        ConfigError: no adapter of the model has a scaling.
     """
     if not isinstance(multiplier, int | float) or isinstance(multiplier, bool):
         raise TypeError(f"multiplier must be a number; got {multiplier!r:.200}")
@@ -71,7 +72,7 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
         slot.adapters[n] for slot in slots for n in slot.adapters if hasattr(slot.adapters[n], "scaling")
     ]
     if not scaled:
-        raise PeftError("rescale_adapter_scale: no adapter of this model has a scaling, as LoRA's do")
+        raise ConfigError("rescale_adapter_scale: no adapter of this model has a scaling, as LoRA's do")
     original = [float(adapter.scaling) for adapter in scaled]
     for adapter in scaled:
         adapter.scaling *= multiplier
@@ -101,19 +102,23 @@ def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterat
 
 
 class DoraCaching:
-    """Context in which DoRA's weight norms would be kept; peftcore always keeps them while nothing changes.
+    """Context in which DoRA's weight norms are kept. In peftcore they always are, until a weight changes.
+
+    `DoraCaching()(enabled=True)` is HF PEFT's call outside of a context.
 
     Args:
-        enabled: True; False is an error, because there is no way to do without.
-
-    Raises:
-        ConfigError: `enabled` is False.
+        enabled: True; False gives a warning, because there is no way to do without. Outputs are the same.
     """
 
     def __init__(self, enabled: bool = True):
+        self(enabled)
+
+    def __call__(self, enabled: bool = True) -> None:
+        """Warn if `enabled` is False."""
         if not enabled:
-            raise ConfigError(
-                "DoraCaching(enabled=False): weight norms are always kept until a weight changes; leave the call out"
+            warnings.warn(
+                "DoraCaching: enabled=False has no effect; peftcore always keeps the weight norms until a weight changes",
+                stacklevel=3,
             )
 
     def __enter__(self) -> "DoraCaching":
