@@ -117,7 +117,7 @@ class DoraCaching:
         """Warn if `enabled` is False."""
         if not enabled:
             warnings.warn(
-                "DoraCaching: enabled=False has no effect; peftcore always keeps the weight norms until a weight changes",
+                "DoraCaching: enabled=False has no effect; the weight norms are always kept until a weight changes",
                 stacklevel=3,
             )
 

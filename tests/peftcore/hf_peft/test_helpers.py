@@ -60,7 +60,7 @@ def test_contexts_that_have_nothing_to_change() -> None:
         assert torch.equal(model(x), y)
     DoraCaching()(enabled=True)
     for call in (DoraCaching, DoraCaching()):
-        with pytest.warns(UserWarning, match="always keeps the weight norms"):
+        with pytest.warns(UserWarning, match="always kept until a weight changes"):
             call(enabled=False)
     with pytest.raises(AdapterNameError), disable_input_dtype_casting(base()):
         pass
