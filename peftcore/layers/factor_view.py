@@ -63,19 +63,21 @@ class FactorView(nn.Module):
         self._parameters[name] = value
 
     def __len__(self) -> int:
-        """Return the number of modules, if this is a list of modules."""
+        """Return the number of modules or parameters, if this is a list of them."""
         return len({name.split(".")[0] for name in self._of_adapter[1] if name.split(".")[0].isdigit()})
 
     def __bool__(self) -> bool:
         return True
 
-    def __getitem__(self, number: int) -> "FactorView":
-        """Return one module of a list of modules."""
+    def __getitem__(self, number: int) -> "FactorView | Tensor":
+        """Return one module of a list of modules, or one parameter of a list of parameters."""
         adapter, parameters = self._of_adapter
+        if str(number) in parameters:
+            return adapter.shown_parameter(parameters[str(number)])
         start = f"{number}."
         own = {name[len(start) :]: full for name, full in parameters.items() if name.startswith(start)}
         if not own:
-            raise IndexError(f"this view of an adapter's parameters has {len(self)} modules; got {number}")
+            raise IndexError(f"this view of an adapter's parameters has {len(self)} elements; got {number}")
         return FactorView(adapter, own)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

@@ -92,3 +92,14 @@ def test_the_factors_of_a_tied_head_are_computed_and_not_assigned() -> None:
     assert factor.weight.shape == (2, 3) and not list(factor.parameters())
     with pytest.raises(PeftError, match="tied embedding's adapter"):
         factor.weight = nn.Parameter(torch.ones(2, 3))
+
+
+def test_a_list_of_parameters_is_a_list_of_the_adapters_own() -> None:
+    config = peftcore.AdamssConfig(target_modules=["0"], r=4, num_subspaces=2, subspace_rank=1)
+    layer: Any = peftcore.get_peft_model(nn.Sequential(nn.Linear(6, 5)), config)[0]
+    factors = layer.adamss_A["default"]
+    own = layer.adapters["default"].adamss_A
+    assert len(factors) == len(own) == 2
+    assert all(one is other for one, other in zip(factors, own, strict=True))
+    with pytest.raises(IndexError, match="has 2 elements; got 2"):
+        factors[2]
