@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from peftcore.adapter import Adapter, Shared
 from peftcore.config import options_at
-from peftcore.errors import PeftError
+from peftcore.errors import ConfigError, PeftError
 from peftcore.layers.adapter_slot import AdapterSlot
 from peftcore.layers.factor_view import factor_view
 from peftcore.layers.switching import MergingMethods
@@ -61,7 +61,14 @@ class PerAdapter(MutableMapping[str, Any]):
         parameters = _parameters(adapter, self._attribute)
         attribute = _NUMBERS.get(self._attribute, self._attribute)
         if parameters == {"": self._attribute}:
-            setattr(adapter, self._attribute, value)
+            shape = tuple(adapter.shown_parameter(self._attribute).shape)
+            if not isinstance(value, Tensor) or value.shape != shape:
+                raise ConfigError(
+                    f"{self._attribute}[{name!r}] must be a tensor of shape {shape}; got {type(value).__name__} of "
+                    f"shape {tuple(getattr(value, 'shape', ()))}"
+                )
+            # a plain tensor becomes a parameter, as in nn.ParameterDict
+            setattr(adapter, self._attribute, value if isinstance(value, nn.Parameter) else nn.Parameter(value))
         elif not parameters and isinstance(vars(adapter).get(attribute), int | float | Tensor) and attribute != "rank":
             if attribute == "scaling":
                 _start_scaling(adapter)

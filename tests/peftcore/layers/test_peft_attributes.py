@@ -122,6 +122,12 @@ def test_a_method_without_factors_has_its_parameter_as_the_element() -> None:
     theirs = peft.get_peft_model(base(), peft.IA3Config(target_modules=["1"], feedforward_modules=[]))
     assert model[1].ia3_l["default"].shape == theirs.base_model.model[1].ia3_l["default"].shape
     assert isinstance(model[1].ia3_l["default"], nn.Parameter)
+    for layer in (model[1], theirs.base_model.model[1]):
+        layer.ia3_l["default"] = 2 * layer.ia3_l["default"].detach()
+        assert isinstance(layer.ia3_l["default"], nn.Parameter)
+    torch.testing.assert_close(model(torch.arange(4)), theirs(torch.arange(4)))
+    with pytest.raises(ConfigError, match=r"must be a tensor of shape \(\d+, 1\); got Tensor of shape \(3,\)"):
+        model[1].ia3_l["default"] = torch.ones(3)
 
 
 def test_an_adapter_is_also_an_attribute_of_its_dictionary(pair: tuple[Any, Any]) -> None:
