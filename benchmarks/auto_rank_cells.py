@@ -246,7 +246,7 @@ def trainer_of(cell: Cell, model: Any, data: Data, accumulation: int, steps: int
 def ranks_of(model: Any) -> dict[str, int]:
     """{path: rank} of the adapter that acts."""
     found: dict[str, Any] = adapter_set(model).of_method("default")
-    return {path: len(adapter.lora_A) for path, adapter in found.items()}
+    return {path: len(adapter.lora_A_weight) for path, adapter in found.items()}
 
 
 @torch.no_grad()

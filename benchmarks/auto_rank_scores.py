@@ -170,7 +170,7 @@ def cut_down(
 ) -> list[float]:
     """own: the score is of this adapter's very pieces, in their order."""
     costs = {path: adapter.base.in_features + adapter.base.out_features for path, adapter in adapters.items()}
-    factors = {path: adapter.lora_B.detach().clone() for path, adapter in adapters.items()}
+    factors = {path: adapter.lora_B_weight.detach().clone() for path, adapter in adapters.items()}
     found = []
     for share in SHARES:
         if score is None:
@@ -182,11 +182,11 @@ def cut_down(
                 order = torch.arange(WIDE)
                 if own and score is not None:
                     order = torch.tensor(score[path]).argsort(descending=True, stable=True)
-                adapter.lora_B.copy_(factors[path]).index_fill_(1, order[ranks[path] :], 0.0)
+                adapter.lora_B_weight.copy_(factors[path]).index_fill_(1, order[ranks[path] :], 0.0)
         found.append(mean_loss(model, judged, ModelLossCheck()))
     with torch.no_grad():
         for path, adapter in adapters.items():
-            adapter.lora_B.copy_(factors[path])
+            adapter.lora_B_weight.copy_(factors[path])
     return found
 
 

@@ -115,7 +115,10 @@ def floor(model: Any) -> None:
     """QR of the stacked factors and SVD of the core, of every layer."""
     layers = adapter_set(model).layers.values()
     for one, other in ((site.adapters["a"], site.adapters["b"]) for site in layers):
-        a, b = torch.cat([one.lora_A, other.lora_A]), torch.cat([one.lora_B, other.lora_B], 1)
+        a, b = (
+            torch.cat([one.lora_A_weight, other.lora_A_weight]),
+            torch.cat([one.lora_B_weight, other.lora_B_weight], 1),
+        )
         q_b, r_b = torch.linalg.qr(b)
         q_a, r_a = torch.linalg.qr(a.T)
         u, s, vh = torch.linalg.svd(r_b @ r_a.T)

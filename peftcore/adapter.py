@@ -1,7 +1,7 @@
 """The method contract: a method subclasses `Adapter` and writes its mathematics there.
 
-One `Adapter` object belongs to one layer and one adapter name. Its parameters are plain attributes (`self.lora_A`).
-The layer calls these methods:
+One `Adapter` object belongs to one layer and one adapter name. Its parameters are plain attributes (`self.ia3_l`). The
+layer calls these methods:
 
     reset_parameters()    initialise the parameters
     before(x)             change the layer's input     (OFT, HRA, feed-forward IA3)

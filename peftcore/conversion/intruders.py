@@ -85,7 +85,7 @@ def reduce_intruder_dimension(
 def _check_plain(layers: Mapping[str, Adapter], name: str) -> None:
     for path, adapter in layers.items():
         is_plain = isinstance(adapter, Lora) and adapter.groups == 1
-        if not is_plain or adapter.factor_names() != FactorNames("lora_A", "lora_B"):
+        if not is_plain or adapter.factor_names() != FactorNames("lora_A_weight", "lora_B_weight"):
             raise ConversionError(
                 f"reduce_intruder_dimension takes a plain LoRA; {name!r} is not one at {path}. Convert it first, by "
                 f"add_as_lora(model, {name!r}, new_name) or with rank=..."

@@ -42,7 +42,7 @@ def replace_lora_weights_loftq(
         raise ConfigError(f"replace_lora_weights_loftq needs layers in 4 or 8 bits; not quantised: {plain[:1]}")
     original = OriginalWeights(peft_model, model_path, {path: weight_shape(a.base) for path, a in adapters.items()})
     for path, adapter in adapters.items():
-        before = adapter.lora_A.clone(), adapter.lora_B.clone()
+        before = adapter.lora_A_weight.clone(), adapter.lora_B_weight.clone()
         residual = original.read(path).float().to(adapter.base.device) - adapter.base.read_unmerged().float()
         _start_at(adapter, principal_factors(residual, adapter.r, adapter.scaling))
         if callback is not None and not callback(peft_model, path):

@@ -46,8 +46,10 @@ def _fill(injection: Injection, layers: Mapping[str, MergedLayer]) -> None:
     for path, (factors, bias, *_) in layers.items():
         adapter = cast(Lora, injection.adapters[path])
         a, b, scaling = padded(factors, adapter.r)
-        adapter.lora_A.copy_(a.reshape(adapter.lora_A.shape))
-        adapter.lora_B.copy_(b.permute(1, 2, 0).reshape(adapter.lora_B.shape) * (scaling / adapter.scaling))
+        adapter.lora_A_weight.copy_(a.reshape(adapter.lora_A_weight.shape))
+        adapter.lora_B_weight.copy_(
+            b.permute(1, 2, 0).reshape(adapter.lora_B_weight.shape) * (scaling / adapter.scaling)
+        )
         if bias is not None:
             adapter.get_parameter("lora_bias").copy_(bias / adapter.scaling)
 

@@ -5,8 +5,8 @@ s(w) = Ī·Ū, Ī ← β₁Ī + (1−β₁)|w·∇w| and Ū ← β₂Ū + (1−�
 whole model keep their λ, and the λ of the others is set to zero; these still get gradients and may return. The budget
 is b₀ for t ≤ tinit, b_T in the last tfinal steps, and b_T + (b₀ − b_T)(1 − (t − tinit)/(T − tinit − tfinal))³ between.
 
-Shapes: i in_features (of a convolution: input channels times the kernel's size), o out_features, r rank; Q = lora_A
-(r, i), Λ = lora_E (r, 1), P = lora_B (o, r).
+Shapes: i in_features (of a convolution: input channels times the kernel's size), o out_features, r rank; Q =
+lora_A_weight (r, i), Λ = lora_E_weight (r, 1), P = lora_B_weight (o, r).
 """
 
 import math
@@ -28,7 +28,8 @@ from peftcore.kernels.low_rank import LowRankBranch
 from peftcore.kernels.start_values import normal_
 from peftcore.registry import register
 
-_NAMES = ("lora_A", "lora_B", "lora_E")
+_KEYS = {"lora_A_weight": "lora_A", "lora_B_weight": "lora_B", "lora_E_weight": "lora_E"}
+"""{parameter: its name in PEFT's format}"""
 
 
 @dataclass
@@ -177,9 +178,9 @@ class AdaLora(Adapter):
         self.scaling = scaling_of(config)
         self.add_dropout()
         self.random = config.init_lora_weights is False
-        self.lora_A = nn.Parameter(torch.empty(r, base.in_features * math.prod(base.kernel)))
-        self.lora_B = nn.Parameter(torch.empty(base.out_features, r))
-        self.lora_E = nn.Parameter(torch.empty(r, 1))
+        self.lora_A_weight = nn.Parameter(torch.empty(r, base.in_features * math.prod(base.kernel)))
+        self.lora_B_weight = nn.Parameter(torch.empty(base.out_features, r))
+        self.lora_E_weight = nn.Parameter(torch.empty(r, 1))
         self.kept = kept
         """Mask of the init_r triplets that the budget keeps; the parameters may still hold all of them."""
         self.importance: dict[str, tuple[Tensor, Tensor]] = {}
@@ -187,12 +188,12 @@ class AdaLora(Adapter):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        for parameter in (self.lora_A, self.lora_E, self.lora_B, torch.empty(1, device="cpu")):
+        for parameter in (self.lora_A_weight, self.lora_E_weight, self.lora_B_weight, torch.empty(1, device="cpu")):
             normal_(parameter)  # PEFT's fourth is the number of triplets
         if not self.random:
-            nn.init.zeros_(self.lora_E)
-            normal_(self.lora_A, std=0.02)
-            normal_(self.lora_B, std=0.02)
+            nn.init.zeros_(self.lora_E_weight)
+            normal_(self.lora_A_weight, std=0.02)
+            normal_(self.lora_B_weight, std=0.02)
 
     @property
     def rank(self) -> int:
@@ -202,11 +203,11 @@ class AdaLora(Adapter):
         return LowRankBranch(*self._factors(), self.scaling, self.dropout_probability)
 
     def factor_names(self) -> FactorNames:
-        return FactorNames("lora_A", "lora_B", diagonal="lora_E")
+        return FactorNames("lora_A_weight", "lora_B_weight", diagonal="lora_E_weight")
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         """Return ΛQ and P; for a convolution, as the weights of two convolutions."""
-        a, b, kernel = self.lora_A * self.lora_E, self.lora_B, self.base.kernel
+        a, b, kernel = self.lora_A_weight * self.lora_E_weight, self.lora_B_weight, self.base.kernel
         if not kernel:
             return a, b
         return a.view(len(a), self.base.in_features, *kernel), b.view(*b.shape, *(1 for _ in kernel))
@@ -221,7 +222,7 @@ class AdaLora(Adapter):
         return Factors((kept["lora_A"] * kept["lora_E"])[None], kept["lora_B"][None], self.scaling)
 
     def delta_weight(self) -> Tensor:
-        change = self.scaling * self.lora_B @ (self.lora_A * self.lora_E)
+        change = self.scaling * self.lora_B_weight @ (self.lora_A_weight * self.lora_E_weight)
         kernel = self.base.kernel
         return change.view(len(change), -1, *kernel) if kernel else change
 
@@ -229,21 +230,25 @@ class AdaLora(Adapter):
 
     def _kept_rows(self) -> Tensor:
         """Return the indices of the kept triplets among those that the parameters hold."""
-        if len(self.lora_E) == int(self.kept.sum()):
-            return torch.arange(len(self.lora_E))
+        if len(self.lora_E_weight) == int(self.kept.sum()):
+            return torch.arange(len(self.lora_E_weight))
         return self.kept.nonzero().flatten()
 
+    def checkpoint_keys(self) -> dict[str, str]:
+        return _KEYS
+
     def checkpoint_tensors(self) -> dict[str, Tensor]:
-        rows = self._kept_rows().to(self.lora_E.device)
-        return {name: getattr(self, name).detach().index_select(_triplet_axis(name), rows) for name in _NAMES}
+        rows = self._kept_rows().to(self.lora_E_weight.device)
+        own = {key: getattr(self, name).detach() for name, key in _KEYS.items()}
+        return {key: tensor.index_select(_triplet_axis(key), rows) for key, tensor in own.items()}
 
     @torch.no_grad()
     def load_checkpoint_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        rows = self._kept_rows().to(self.lora_E.device)
-        self.lora_E.zero_()  # a triplet that was not saved is one whose λ is zero
-        for name in _NAMES:
+        rows = self._kept_rows().to(self.lora_E_weight.device)
+        self.lora_E_weight.zero_()  # a triplet that was not saved is one whose λ is zero
+        for name, key in _KEYS.items():
             parameter = getattr(self, name)
-            parameter.index_copy_(_triplet_axis(name), rows, tensors[name].to(parameter))
+            parameter.index_copy_(_triplet_axis(key), rows, tensors[key].to(parameter))
 
     @classmethod
     def config_to_save(cls, config: AdaLoraConfig, adapters: Mapping[str, Adapter]) -> AdaLoraConfig:
@@ -259,7 +264,10 @@ class AdaLora(Adapter):
             return None
         terms = []
         for adapter in cast(Mapping[str, AdaLora], adapters).values():
-            for gram in (adapter.lora_B.T @ adapter.lora_B, adapter.lora_A @ adapter.lora_A.T):
+            for gram in (
+                adapter.lora_B_weight.T @ adapter.lora_B_weight,
+                adapter.lora_A_weight @ adapter.lora_A_weight.T,
+            ):
                 identity = torch.eye(len(gram), device=gram.device, dtype=gram.dtype)
                 terms.append((gram - identity).square().sum())
         return config.orth_reg_weight * torch.stack(terms).mean()
@@ -274,7 +282,7 @@ class AdaLora(Adapter):
         optimizer: torch.optim.Optimizer | None,
     ) -> None:
         layers = list(cast(Mapping[str, AdaLora], adapters).values())
-        pruned = any(len(adapter.lora_E) != len(adapter.kept) for adapter in layers)
+        pruned = any(len(adapter.lora_E_weight) != len(adapter.kept) for adapter in layers)
         left, end = sum(int(adapter.kept.sum()) for adapter in layers), config.target_r * len(layers)
         if pruned or (step > config.final_step and left <= end):
             for adapter in layers:
@@ -289,56 +297,56 @@ class AdaLora(Adapter):
                 adapter._prune(optimizer)
 
     def _update_importance(self, config: AdaLoraConfig) -> None:
-        for name in _NAMES:
+        for name, key in _KEYS.items():
             parameter = getattr(self, name)
             if parameter.grad is None:
                 continue
             now = (parameter * parameter.grad).float().abs()
-            mean, spread = self.importance.get(name) or (torch.zeros_like(now), torch.zeros_like(now))
+            mean, spread = self.importance.get(key) or (torch.zeros_like(now), torch.zeros_like(now))
             mean = config.beta1 * mean + (1 - config.beta1) * now
             spread = config.beta2 * spread + (1 - config.beta2) * (now - mean).abs()
-            self.importance[name] = (mean, spread)
+            self.importance[key] = (mean, spread)
 
     def scores(self) -> Tensor:
         """Return the score S (r,) of each triplet, float32; zeros before the first gradient."""
         if not self.importance:
-            return torch.zeros(len(self.lora_E), device=self.lora_E.device)
-        score = {name: mean * spread for name, (mean, spread) in self.importance.items()}
+            return torch.zeros(len(self.lora_E_weight), device=self.lora_E_weight.device)
+        score = {key: mean * spread for key, (mean, spread) in self.importance.items()}
         return score["lora_E"].flatten() + score["lora_B"].mean(0) + score["lora_A"].mean(1)
 
     def _silence_dropped(self) -> None:
-        if len(self.lora_E) == len(self.kept):
-            self.lora_E[~self.kept.to(self.lora_E.device)] = 0
+        if len(self.lora_E_weight) == len(self.kept):
+            self.lora_E_weight[~self.kept.to(self.lora_E_weight.device)] = 0
 
     def _prune(self, optimizer: torch.optim.Optimizer) -> None:
         """Shrink the parameters and the optimiser's moments to the triplets that are kept.
 
         If the optimiser's state has an unknown form, the tensors stay masked instead.
         """
-        if not all(can_prune(getattr(self, name), optimizer) for name in _NAMES):
+        if not all(can_prune(getattr(self, name), optimizer) for name in _KEYS):
             return
-        rows = self._kept_rows().to(self.lora_E.device)
-        for name in _NAMES:
-            setattr(self, name, pruned(getattr(self, name), _triplet_axis(name), rows, optimizer))
+        rows = self._kept_rows().to(self.lora_E_weight.device)
+        for name, key in _KEYS.items():
+            setattr(self, name, pruned(getattr(self, name), _triplet_axis(key), rows, optimizer))
         self.importance = {}
 
     def training_state(self) -> dict[str, Tensor]:
         """Return the whole tensors (masked triplets too), the mask, and Ī, Ū by parameter."""
-        state = {name: getattr(self, name).detach().clone() for name in _NAMES} | {"kept": self.kept}
-        for name, (mean, spread) in self.importance.items():
-            state |= {f"{name}.mean": mean, f"{name}.spread": spread}
+        state = {key: getattr(self, name).detach().clone() for name, key in _KEYS.items()} | {"kept": self.kept}
+        for key, (mean, spread) in self.importance.items():
+            state |= {f"{key}.mean": mean, f"{key}.spread": spread}
         return state
 
     @torch.no_grad()
     def load_training_state(self, state: Mapping[str, Tensor]) -> None:
         self.kept = state["kept"].cpu()
         self.importance = {}
-        for name in _NAMES:
+        for name, key in _KEYS.items():
             parameter = getattr(self, name)
-            parameter.data = state[name].to(parameter, copy=True)
-            if f"{name}.mean" in state:
+            parameter.data = state[key].to(parameter, copy=True)
+            if f"{key}.mean" in state:
                 device = parameter.device
-                self.importance[name] = (state[f"{name}.mean"].to(device), state[f"{name}.spread"].to(device))
+                self.importance[key] = (state[f"{key}.mean"].to(device), state[f"{key}.spread"].to(device))
 
 
 def scaling_of(config: AdaLoraConfig) -> float:
@@ -347,9 +355,9 @@ def scaling_of(config: AdaLoraConfig) -> float:
     return alpha / (config.init_r + 1e-5)
 
 
-def _triplet_axis(name: str) -> int:
-    """Return the axis of a parameter that indexes the triplets."""
-    return 1 if name == "lora_B" else 0
+def _triplet_axis(key: str) -> int:
+    """Return the axis of a tensor that indexes the triplets."""
+    return 1 if key == "lora_B" else 0
 
 
 def _keep_best(layers: list[AdaLora], budget: int) -> None:

@@ -58,12 +58,12 @@ def mean_loss(model: nn.Module, batches: Sequence[Batch], check: ModelLossCheck)
 @torch.no_grad()
 def to_singular_directions(adapter: Lora) -> Tensor:
     """Rewrite B and A as U√Σ and √ΣVᵀ of their product, and return the singular values (r,) of scaling·BA."""
-    q_out, b = torch.linalg.qr(adapter.lora_B.double())
-    q_in, a = torch.linalg.qr(adapter.lora_A.double().T)
+    q_out, b = torch.linalg.qr(adapter.lora_B_weight.double())
+    q_in, a = torch.linalg.qr(adapter.lora_A_weight.double().T)
     u, values, vh = torch.linalg.svd(b @ a.T)
     root = values.sqrt()
-    adapter.lora_B.copy_(q_out @ u * root)
-    adapter.lora_A.copy_((q_in @ vh.T * root).T)
+    adapter.lora_B_weight.copy_(q_out @ u * root)
+    adapter.lora_A_weight.copy_((q_in @ vh.T * root).T)
     return values * adapter.scaling
 
 
@@ -88,7 +88,9 @@ def attribute_loss(
     seen: Callable[[], object],
 ) -> dict[str, Tensor]:
     """Return {path: (r,)}, the reduction of the mean loss in nats by each component; call `seen` after each batch."""
-    credits = {path: torch.zeros(a.r, dtype=torch.float64, device=a.lora_B.device) for path, a in adapters.items()}
+    credits = {
+        path: torch.zeros(a.r, dtype=torch.float64, device=a.lora_B_weight.device) for path, a in adapters.items()
+    }
     for t, weight in _NODES:
         count = 0
         with scaled(adapters, t):
@@ -98,8 +100,8 @@ def attribute_loss(
                 count += items
                 seen()
         for path, adapter in adapters.items():
-            assert adapter.lora_B.grad is not None
-            along = (adapter.lora_B.detach() * adapter.lora_B.grad).sum(0, dtype=torch.float64)
+            assert adapter.lora_B_weight.grad is not None
+            along = (adapter.lora_B_weight.detach() * adapter.lora_B_weight.grad).sum(0, dtype=torch.float64)
             credits[path] -= weight * along / (t * count)
         for parameter in model.parameters():
             parameter.grad = None

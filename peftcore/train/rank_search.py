@@ -253,14 +253,14 @@ def _least_within(
     ranks = {path: len(pieces) for path, pieces in scores.items()}
     lowest = -(-least // multiple) * multiple
     floor = sum(min(lowest, len(pieces)) * costs[path] for path, pieces in scores.items())
-    factors = {path: a.lora_B.detach().clone() for path, a in adapters.items()}
+    factors = {path: a.lora_B_weight.detach().clone() for path, a in adapters.items()}
     budget, ladder = float(_parameters(ranks, costs)), []
     while (budget := budget / STEPS_DOWN) >= floor:
         fewer = allocate_ranks(scores, costs, int(budget), least, multiple)
         with torch.no_grad():
             for path, adapter in adapters.items():
                 best = torch.tensor(scores[path]).argsort(descending=True, stable=True)[fewer[path] :]
-                adapter.lora_B.copy_(factors[path]).index_fill_(1, best.to(adapter.lora_B.device), 0.0)
+                adapter.lora_B_weight.copy_(factors[path]).index_fill_(1, best.to(adapter.lora_B_weight.device), 0.0)
         ladder.append(Rung(_parameters(fewer, costs), mean_loss(model, held_out, check)))
         if ladder[-1].loss > allowed:
             break

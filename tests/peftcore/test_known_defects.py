@@ -262,8 +262,8 @@ def test_adaloras_regulariser_is_squared() -> None:
     model = get_peft_model(net, AdaLoraConfig(**{**ADALORA, "target_modules": ["0"]}))
     a: Any = adapter_set(model).adapters("default")["0"]
     with torch.no_grad():
-        a.lora_A.copy_(q)
-        a.lora_B.copy_(p)
+        a.lora_A_weight.copy_(q)
+        a.lora_B_weight.copy_(p)
     torch.testing.assert_close(model.adapter_regularizer(), 0.5 * norms.square().mean())
 
 
@@ -351,7 +351,7 @@ def test_safe_merge_writes_no_layer_when_one_is_broken() -> None:
     hf, model = theirs(net, peft.LoraConfig(**options)), ours(net, LoraConfig(**options))
     with torch.no_grad():
         layer_of(hf, "1").lora_B["default"].weight.fill_(float("nan"))
-        adapter_set(model).adapters("default")["1"].lora_B.fill_(float("nan"))  # type: ignore[operator]
+        adapter_set(model).adapters("default")["1"].lora_B_weight.fill_(float("nan"))  # type: ignore[operator]
     for each in (hf, model):
         with pytest.raises((ValueError, RuntimeError), match=r"(?i)nan"):
             each.merge_adapter(safe_merge=True)

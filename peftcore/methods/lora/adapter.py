@@ -43,8 +43,8 @@ class Lora(Adapter):
     """Groups of a convolution; 1 for other layers."""
     variants: tuple[Variant, ...]
     """Variants whose hooks this layer calls; empty for plain LoRA, whatever its scaling and initialisation."""
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
+    lora_A_weight: nn.Parameter
+    lora_B_weight: nn.Parameter
     start_in_base: bool
     """True if the start was subtracted from the base weight itself."""
     source: "Lora | None"
@@ -65,7 +65,7 @@ class Lora(Adapter):
         rows = r * base.count
         a = torch.empty(rows, base.in_features, *base.kernel)
         b = torch.empty(base.out_features, rows // groups, *(1 for _ in base.kernel))
-        self._parameters.update(lora_A=nn.Parameter(a), lora_B=nn.Parameter(b))
+        self._parameters.update(lora_A_weight=nn.Parameter(a), lora_B_weight=nn.Parameter(b))
         vars(self)["variants"] = tuple(self._add_variants(path))
 
     def _add_variants(self, path: str) -> list[Variant]:
@@ -112,10 +112,10 @@ class Lora(Adapter):
     def _stored_factors(self) -> tuple[Tensor, Tensor]:
         """Return the tensors of A and B that train and are saved."""
         if self.source is None:
-            return self.lora_A, self.lora_B
+            return self.lora_A_weight, self.lora_B_weight
         if self.base.kind == self.source.base.kind:
-            return self.source.lora_A, self.source.lora_B
-        return self.source.lora_B.T, self.source.lora_A.T
+            return self.source.lora_A_weight, self.source.lora_B_weight
+        return self.source.lora_B_weight.T, self.source.lora_A_weight.T
 
     def _with_start(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         """Return A and B with the subtracted start stacked below, so that their product is all of ΔW / s."""
@@ -125,16 +125,16 @@ class Lora(Adapter):
     def trained_factors(self) -> LowRankBranch | None:
         if self.source is not None or self.config.packs_factors:
             return None
-        return LowRankBranch(self.lora_A, self.lora_B, self.scaling)
+        return LowRankBranch(self.lora_A_weight, self.lora_B_weight, self.scaling)
 
     def set_factors(self, a: Tensor, b: Tensor) -> None:
         """Copy values into A and B."""
-        self.lora_A.copy_(a.view_as(self.lora_A))
-        self.lora_B.copy_(b.view_as(self.lora_B))
+        self.lora_A_weight.copy_(a.view_as(self.lora_A_weight))
+        self.lora_B_weight.copy_(b.view_as(self.lora_B_weight))
 
     def follow(self, source: "Lora") -> None:
         """Use the factors of an embedding's adapter, and drop this adapter's own A and B."""
-        self.source, self.lora_A, self.lora_B = source, None, None  # type: ignore[assignment]
+        self.source, self.lora_A_weight, self.lora_B_weight = source, None, None  # type: ignore[assignment]
 
     @property
     def start(self) -> tuple[Tensor, Tensor] | None:
@@ -144,7 +144,9 @@ class Lora(Adapter):
 
     def subtract_start(self) -> None:
         """Keep copies of A and B as A₀ and B₀, so that the layer subtracts the present s·BA from now on."""
-        copies = (f.detach().clone(memory_format=torch.contiguous_format) for f in (self.lora_A, self.lora_B))
+        copies = (
+            f.detach().clone(memory_format=torch.contiguous_format) for f in (self.lora_A_weight, self.lora_B_weight)
+        )
         self.start_A, self.start_B = copies
 
     @classmethod
@@ -216,7 +218,7 @@ class Lora(Adapter):
         own = self._parameters  # attributes of a module are slow to read, and this runs in every layer's forward
         dropout = self.dropout_probability if "dropout" in self._modules else 0.0
         if not self.variants and self._computes_with_parameters():
-            return LowRankBranch(own["lora_A"], own["lora_B"], self.scaling, dropout)  # type: ignore[arg-type]
+            return LowRankBranch(own["lora_A_weight"], own["lora_B_weight"], self.scaling, dropout)  # type: ignore[arg-type]
         if dropout and self.start is not None:
             return None  # the subtracted start sees the whole input
         branch: LowRankBranch | None = LowRankBranch(*self._with_start(*self.own_factors()), self.scaling, dropout)
@@ -229,9 +231,9 @@ class Lora(Adapter):
         if not self._computes_with_parameters():
             return None
         if not self.variants:
-            return FactorNames("lora_A", "lora_B")
+            return FactorNames("lora_A_weight", "lora_B_weight")
         has_gain = len(self.variants) == 1 and self.variants[0].is_gain
-        return FactorNames("lora_A", "lora_B", has_gain=True) if has_gain else None
+        return FactorNames("lora_A_weight", "lora_B_weight", has_gain=True) if has_gain else None
 
     def output_gain(self) -> Tensor | None:
         return self.variants[0].output_gain(self)
@@ -368,13 +370,13 @@ class Lora(Adapter):
     # -- disk ------------------------------------------------------------------------------------------------
 
     def shown_parameter(self, name: str) -> Tensor:
-        if self.source is not None and name in ("lora_A", "lora_B"):
-            return self.own_factors()[name == "lora_B"][:]  # a view, because assigning it would change nothing
+        if self.source is not None and name in ("lora_A_weight", "lora_B_weight"):
+            return self.own_factors()[name == "lora_B_weight"][:]  # a view, because assigning it would change nothing
         return super().shown_parameter(name)
 
     def checkpoint_keys(self) -> dict[str, str]:
         weight = "lora_{}.weight" if self.base.kind != "embedding" else "lora_embedding_{}"
-        keys = {"lora_A": weight.format("A"), "lora_B": weight.format("B")}
+        keys = {"lora_A_weight": weight.format("A"), "lora_B_weight": weight.format("B")}
         for variant in self.variants:
             keys |= variant.keys
         return keys
@@ -392,7 +394,7 @@ class Lora(Adapter):
         if key not in keys or self.source is not None:
             return super().fits(key, tensor)
         axis = keys.index(key)
-        shape = (self.lora_A, self.lora_B)[axis].shape
+        shape = (self.lora_A_weight, self.lora_B_weight)[axis].shape
         subtracts = self.config.initialisation().subtracts and not self.start_in_base
         has_start = self.start is not None or subtracts  # then stacked to rank 2r
         ranks = [shape[axis], 2 * shape[axis]] if has_start else [shape[axis]]
@@ -401,11 +403,11 @@ class Lora(Adapter):
     def load_checkpoint_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         self._warn_without_start(tensors)
         for name, key in self.checkpoint_keys().items():
-            if self.source is not None and name in ("lora_A", "lora_B"):
+            if self.source is not None and name in ("lora_A_weight", "lora_B_weight"):
                 continue  # these repeat the embedding's tensors
             parameter, saved = self._parameter(name), tensors[key]
-            if name in ("lora_A", "lora_B") and saved.shape != parameter.shape:
-                axis, buffer = (0, "start_A") if name == "lora_A" else (1, "start_B")
+            if name in ("lora_A_weight", "lora_B_weight") and saved.shape != parameter.shape:
+                axis, buffer = (0, "start_A") if name == "lora_A_weight" else (1, "start_B")
                 saved, start = saved.split(parameter.shape[axis], axis)
                 setattr(self, buffer, (start if axis == 0 else -start).to(parameter).contiguous())
             self._put(parameter, saved if saved.shape == parameter.shape else saved.reshape(parameter.shape))
@@ -415,8 +417,8 @@ class Lora(Adapter):
         subtracts = self.config.initialisation().subtracts
         if not subtracts or self.start is not None or self.start_in_base or self.source is not None:
             return
-        key = self.checkpoint_keys()["lora_B"]
-        if tensors[key].shape == self.lora_B.shape and tensors[key].any():
+        key = self.checkpoint_keys()["lora_B_weight"]
+        if tensors[key].shape == self.lora_B_weight.shape and tensors[key].any():
             warnings.warn(
                 f"this adapter with init_lora_weights={self.config.init_lora_weights!r} was saved without its start, "
                 "so it fits only the base from which the start was subtracted; for the original base, save it with "

@@ -49,8 +49,8 @@ def check_rank(lora: Lora, rank: int, path: str) -> None:
 def enlarge(lora: Lora, rank: int) -> None:
     """Give the factors of a layer the rank R = `rank`; the output stays the same."""
     if lora.source is None and lora.r != rank:
-        a, b = with_zeros(lora, lora.lora_A, lora.lora_B, rank)
-        lora.lora_A.data, lora.lora_B.data = a, b
+        a, b = with_zeros(lora, lora.lora_A_weight, lora.lora_B_weight, rank)
+        lora.lora_A_weight.data, lora.lora_B_weight.data = a, b
         if lora.start is not None:  # saved below A and B, as the second half of rank 2R
             lora.start_A, lora.start_B = with_zeros(lora, *lora.start, rank)
     lora.r = rank

@@ -60,15 +60,19 @@ class Initialisation(Variant):
 def draw_defaults(lora: "Lora") -> None:
     """Set A and B to the default values of the modules that hold them in HF PEFT, which draws these first."""
     draw = normal_ if lora.base.kind == "embedding" else kaiming_uniform_
-    draw(lora.lora_A)
-    draw(lora.lora_B)
+    draw(lora.lora_A_weight)
+    draw(lora.lora_B_weight)
     if lora.config.lora_bias:
-        bias_(lora.get_parameter("lora_bias"), lora.lora_B)  # `LoraBias` then sets it to zero
+        bias_(lora.get_parameter("lora_bias"), lora.lora_B_weight)  # `LoraBias` then sets it to zero
 
 
 def random_and_zero(lora: "Lora") -> tuple[Tensor, Tensor]:
     """Return the factor that starts at random and the one that starts at zero: A and B, or B and A on an embedding."""
-    return (lora.lora_B, lora.lora_A) if lora.base.kind == "embedding" else (lora.lora_A, lora.lora_B)
+    return (
+        (lora.lora_B_weight, lora.lora_A_weight)
+        if lora.base.kind == "embedding"
+        else (lora.lora_A_weight, lora.lora_B_weight)
+    )
 
 
 class WeightInitialisation(Initialisation):

@@ -103,7 +103,7 @@ class QuantisationError(Observer):
 
     def factors(self, path: str, adapter: "Lora") -> Factors:
         if path not in self.quantised:
-            return adapter.lora_A.detach(), torch.zeros_like(adapter.lora_B)
+            return adapter.lora_A_weight.detach(), torch.zeros_like(adapter.lora_B_weight)
         return self._made.pop(path)
 
     def _factors(self, path: str, adapter: "Lora") -> Factors:
@@ -114,7 +114,7 @@ class QuantisationError(Observer):
         u, values = error_directions(error, moment, rank, self.damping)
         a, b = self.split(adapter, u, values, u.T @ error, moment)
         further = adapter.r - rank
-        return torch.cat([a, adapter.lora_A.detach()[rank:].to(a)]), nn.functional.pad(b, (0, further))
+        return torch.cat([a, adapter.lora_A_weight.detach()[rank:].to(a)]), nn.functional.pad(b, (0, further))
 
     def split(self, adapter: "Lora", u: Tensor, values: Tensor, projected: Tensor, moment: Tensor) -> Factors:
         """Return A (k, i) and B (o, k) with s·BA = U·projected; k is r, or the layer's smaller side.
@@ -136,4 +136,4 @@ class QuantisationErrorStart(Initialisation):
 
     def initialise(self, lora: "Lora") -> None:
         draw_defaults(lora)
-        nn.init.zeros_(lora.lora_B)
+        nn.init.zeros_(lora.lora_B_weight)

@@ -31,7 +31,7 @@ def test_adapters_of_a_remote_are_pulled_when_one_is_asked_for(tmp_path: Path) -
     model = _small()
     for number, name in enumerate(("here", "sql", "chat", "lost")):
         own = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["0"]))
-        torch.nn.init.constant_(own[0].adapters["default"].lora_B, 1.0 + number)
+        torch.nn.init.constant_(own[0].adapters["default"].lora_B_weight, 1.0 + number)
         own.save_pretrained(folder / name)
         if name != "here":
             dvc(root, "add", "--quiet", f"adapters/{name}")

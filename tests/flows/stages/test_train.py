@@ -141,7 +141,7 @@ def test_gradients_reach_the_first_layer_after_an_evaluation_on_a_4_bit_base(
     norms: list[tuple[int, float]] = []
 
     def on_optimizer_step(self: Any, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
-        gradient = model.model.layers[0].self_attn.v_proj.adapters["default"].lora_B.grad
+        gradient = model.model.layers[0].self_attn.v_proj.adapters["default"].lora_B_weight.grad
         norms.append((state.global_step, float(gradient.norm())))
 
     monkeypatch.setattr(train.ShowProgress, "on_optimizer_step", on_optimizer_step)

@@ -61,7 +61,7 @@ def trained(model: Any, make: Callable[[Any], torch.optim.Optimizer]) -> None:
 
 
 def replaced(model: Any) -> None:
-    adapter_of(model).lora_B = nn.Parameter(torch.randn(16, 4), requires_grad=False)
+    adapter_of(model).lora_B_weight = nn.Parameter(torch.randn(16, 4), requires_grad=False)
 
 
 def assigned(model: Any) -> None:
@@ -71,17 +71,17 @@ def assigned(model: Any) -> None:
 
 def swapped(model: Any) -> None:
     adapter = adapter_of(model)
-    torch.utils.swap_tensors(adapter.lora_B, nn.Parameter(torch.randn(16, 4), requires_grad=False))
+    torch.utils.swap_tensors(adapter.lora_B_weight, nn.Parameter(torch.randn(16, 4), requires_grad=False))
 
 
 def pointed_elsewhere(model: Any) -> None:
-    adapter_of(model).lora_B.data = torch.randn(16, 4)
+    adapter_of(model).lora_B_weight.data = torch.randn(16, 4)
 
 
 def pointed_elsewhere_often(model: Any) -> None:
     """As gradient-free search does; memory that was freed is given out again."""
     for _ in range(20):
-        parameter = adapter_of(model).lora_B
+        parameter = adapter_of(model).lora_B_weight
         parameter.data = parameter.data * 1.1
 
 
@@ -92,28 +92,28 @@ def scaled(model: Any) -> None:
 def replaced_whole(model: Any) -> None:
     other = copy.deepcopy(adapter_of(model))
     with torch.no_grad():
-        other.lora_B.mul_(2.0)
+        other.lora_B_weight.mul_(2.0)
     model.set_submodule("0.adapters.a", other)
 
 
 def edited_and_evaluated(model: Any) -> None:
-    adapter_of(model).lora_B.data.mul_(2.0)
+    adapter_of(model).lora_B_weight.data.mul_(2.0)
     model.eval()
 
 
 def edited_and_refreshed(model: Any) -> None:
-    adapter_of(model).lora_B.data.mul_(2.0)
+    adapter_of(model).lora_B_weight.data.mul_(2.0)
     model.refresh_adapters()
 
 
 def edited_and_made_trainable(model: Any) -> None:
-    adapter_of(model).lora_B.data.mul_(2.0)
+    adapter_of(model).lora_B_weight.data.mul_(2.0)
     model.set_requires_grad("a", True)
 
 
 def sharpened(model: Any) -> None:
     with torch.no_grad():
-        adapter_of(model).lora_B.mul_(2.0)
+        adapter_of(model).lora_B_weight.mul_(2.0)
 
 
 OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
@@ -211,7 +211,7 @@ def test_weights_are_stacked_once_until_they_change(stacked_anew: list[int]) -> 
             for _ in range(3):
                 model(X, adapter_names=ROWS)
             assert len(stacked_anew) == 1
-        adapter_of(model).lora_B.data.mul_(2.0)
+        adapter_of(model).lora_B_weight.data.mul_(2.0)
         model(X, adapter_names=ROWS)
         assert len(stacked_anew) == 2
 
@@ -286,7 +286,7 @@ def test_plain_models_are_refreshed_by_the_function() -> None:
         nn.Sequential(nn.Linear(16, 16)),
     ).eval()
     before = outputs(model)[0]
-    adapter_of(model, "default").lora_B.data.mul_(2.0)
+    adapter_of(model, "default").lora_B_weight.data.mul_(2.0)
     refresh_adapters(model)
     after, general = outputs(model)
     torch.testing.assert_close(after, general)
@@ -305,8 +305,8 @@ def test_copies_have_fingerprints_of_their_own() -> None:
 def test_weights_that_count_no_changes_are_never_trusted() -> None:
     model = adapted()
     with torch.inference_mode():
-        adapter_of(model).lora_B = nn.Parameter(torch.ones(16, 4), requires_grad=False)
+        adapter_of(model).lora_B_weight = nn.Parameter(torch.ones(16, 4), requires_grad=False)
         before = model(X)
-        adapter_of(model).lora_B.mul_(2.0)
+        adapter_of(model).lora_B_weight.mul_(2.0)
         assert not torch.allclose(model(X), before, atol=1e-3)
     assert not Fingerprint([adapter_of(model)]).holds()

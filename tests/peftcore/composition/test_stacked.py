@@ -206,7 +206,7 @@ def _assigned(model: Any) -> None:
 
 def _edited(model: Any) -> None:
     with torch.no_grad():
-        model._adapter_set.layers["model.layers.0.self_attn.k_proj"].adapters["a"].lora_B.mul_(2)
+        model._adapter_set.layers["model.layers.0.self_attn.k_proj"].adapters["a"].lora_B_weight.mul_(2)
 
 
 def _added(model: Any) -> None:
@@ -282,9 +282,9 @@ def test_stacks_follow_ranks_that_change_in_training() -> None:
         for rank in (3, 2, 4):
             for site in model._adapter_set.layers.values():
                 adapter = site.adapters["a4"]
-                o, i = adapter.lora_B.shape[0], adapter.lora_A.shape[1]
-                adapter.lora_A = nn.Parameter(torch.randn(rank, i, dtype=torch.float64))
-                adapter.lora_B = nn.Parameter(torch.randn(o, rank, dtype=torch.float64))
+                o, i = adapter.lora_B_weight.shape[0], adapter.lora_A_weight.shape[1]
+                adapter.lora_A_weight = nn.Parameter(torch.randn(rank, i, dtype=torch.float64))
+                adapter.lora_B_weight = nn.Parameter(torch.randn(o, rank, dtype=torch.float64))
             with torch.no_grad():
                 fast = model(tokens, adapter_names=names).logits
             general = model(tokens, adapter_names=names).logits
@@ -308,7 +308,7 @@ def test_an_adapter_that_is_not_finite_spoils_only_its_own_rows(broken: str) -> 
     with torch.no_grad():
         expected = model(TOKENS, adapter_names=names).logits
         for name, parameter in model.named_parameters():
-            if "adapters.a.lora_A" in name:
+            if "adapters.a.lora_A_weight" in name:
                 parameter.fill_(torch.nan if broken == "weights" else 3e38)
         for given in (names, ["a", "b", None, "a", {"b": 0.5}, "b"]):
             found = model(TOKENS, adapter_names=given).logits
@@ -320,7 +320,7 @@ def test_a_deleted_adapter_is_freed() -> None:
     model = mixture(llama())
     with torch.no_grad():
         model(TOKENS, adapter_names=["a", "b", None, "a", "b", "a"])
-    gone = weakref.ref(model._adapter_set.layers["model.layers.0.mlp.up_proj"].adapters["b"].lora_A)
+    gone = weakref.ref(model._adapter_set.layers["model.layers.0.mlp.up_proj"].adapters["b"].lora_A_weight)
     model.delete_adapter("b")
     gc.collect()
     assert gone() is None

@@ -65,7 +65,7 @@ def test_the_same_function_to_the_bit(tmp_path: Path) -> None:
 def test_layers_keep_their_rank_and_scaling_and_those_of_rank_0_are_no_targets(tmp_path: Path) -> None:
     model = adalora(llama())
     layers: Any = adapter_set(model).of_method("default")
-    ranks = {path: len(adapter.lora_E) for path, adapter in layers.items()}
+    ranks = {path: len(adapter.lora_E_weight) for path, adapter in layers.items()}
     assert min(ranks.values()) == 0 < 2 < max(ranks.values())
     save_as_lora(tmp_path, model)
     config: Any = PeftConfig.from_pretrained(tmp_path)
@@ -108,7 +108,7 @@ def test_hf_peft_reads_it_as_lora_whoever_trained_it(writer: str, tmp_path: Path
 def test_triplets_that_are_masked_and_not_pruned_are_left_out(tmp_path: Path) -> None:
     model = adalora(llama(), total_step=12)  # the budget is still falling
     layers: Any = adapter_set(model).of_method("default")
-    assert any(0 < int(a.kept.sum()) < len(a.lora_E) for a in layers.values())
+    assert any(0 < int(a.kept.sum()) < len(a.lora_E_weight) for a in layers.values())
     save_as_lora(tmp_path, model)
     loaded = PeftModel.from_pretrained(llama(), tmp_path)
     torch.testing.assert_close(loaded(TOKENS).logits, model(TOKENS).logits, rtol=1e-5, atol=1e-6)
@@ -135,9 +135,9 @@ def test_what_no_lora_equals_is_refused(tmp_path: Path) -> None:
     empty = adalora(llama())
     for adapter in adapter_set(empty).of_method("default").values():
         adapter.kept = torch.zeros(4, dtype=torch.bool)  # type: ignore[assignment]
-        for name in ("lora_A", "lora_E"):
+        for name in ("lora_A_weight", "lora_E_weight"):
             setattr(adapter, name, nn.Parameter(getattr(adapter, name)[:0]))
-        adapter.lora_B = nn.Parameter(adapter.lora_B[:, :0])  # type: ignore[index]
+        adapter.lora_B_weight = nn.Parameter(adapter.lora_B_weight[:, :0])  # type: ignore[index]
     with pytest.raises(ConfigError, match="every layer of this ADALORA adapter has rank 0"):
         save_as_lora(tmp_path / "out", empty)
     with_biases = LlamaForCausalLM(LlamaConfig(**SHAPE, attention_bias=True))

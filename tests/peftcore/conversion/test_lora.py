@@ -42,7 +42,7 @@ def test_a_name_that_ends_another_means_itself_alone(tmp_path: Path) -> None:
         copy.deepcopy(base), AdaLoraConfig(init_r=3, target_r=1, total_step=2, target_modules=["proj"])
     )
     layers: Any = adapter_set(model).of_method("default")
-    torch.nn.init.ones_(layers["proj"].lora_E)
+    torch.nn.init.ones_(layers["proj"].lora_E_weight)
     for name, kept in (("proj", [True, False, True]), ("inner.proj", [False] * 3)):
         layers[name].kept = torch.tensor(kept)
         with torch.no_grad():

@@ -47,7 +47,7 @@ def test_merging(merge: Callable[..., Any]) -> None:
             model = model.merge_and_unload(adapter_names=["b"])
         torch.testing.assert_close(model(X), expected)
         broken = net("a")
-        broken[0].adapters["a"].lora_A.fill_(float("nan"))
+        broken[0].adapters["a"].lora_A_weight.fill_(float("nan"))
         with pytest.raises(MergeError, match="NaN or Inf"):
             merge(broken, safe_merge=True)
         merge(broken, safe_merge=False)
@@ -65,7 +65,7 @@ def test_progress_of_a_merge(capfd: pytest.CaptureFixture[str]) -> None:
 @checks("PeftModel.merged", "adapter_names safe_merge")
 def test_merging_for_a_block() -> None:
     model = net("a", "b")
-    model[0].adapters["b"].lora_A.data.fill_(float("nan"))
+    model[0].adapters["b"].lora_A_weight.data.fill_(float("nan"))
     with model.merged(["a"]):
         assert model[0].merged == ("a",)
     with model.merged(["b"]):

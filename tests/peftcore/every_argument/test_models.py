@@ -298,7 +298,7 @@ def test_switching_by_a_layer() -> None:
     assert torch.equal(model(X), Plain()(X))
     layer.use_selection(shared)
     assert torch.equal(model(X), adapted)
-    layer.adapters["b"].lora_A.data.fill_(float("nan"))
+    layer.adapters["b"].lora_A_weight.data.fill_(float("nan"))
     with pytest.raises(MergeError, match="NaN or Inf"):
         layer.merge(safe_merge=True)
     layer.merge()
@@ -325,7 +325,7 @@ def test_functions_of_a_model_alone(tmp_path: Path) -> None:
     model = net("a", "b")
     with torch.no_grad():
         before = model(X)
-        model[0].adapters["a"].lora_A.data.mul_(2)
+        model[0].adapters["a"].lora_A_weight.data.mul_(2)
         peftcore.refresh_adapters(model)
         assert not torch.equal(model(X), before)
     assert len(peftcore.get_layer_status(model)) == 1

@@ -100,18 +100,20 @@ def test_a_loaded_adapter_does_not_look_at_its_file_again(
     change: Callable[[Path], None], trainable: bool, tmp_path: Path
 ) -> None:
     model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), LoraConfig(target_modules=["0"], r=2))
-    torch.nn.init.ones_(model[0].adapters["default"].lora_B)
+    torch.nn.init.ones_(model[0].adapters["default"].lora_B_weight)
     model.save_pretrained(tmp_path)
     model.load_adapter(tmp_path, "again", is_trainable=trainable)
     if trainable:
         model.set_adapter("again")
     change(tmp_path / WEIGHTS_NAME)
     first, again = (model[0].adapters[name] for name in ("default", "again"))
-    assert torch.equal(first.lora_A, again.lora_A) and torch.equal(first.lora_B, again.lora_B)
+    assert torch.equal(first.lora_A_weight, again.lora_A_weight) and torch.equal(
+        first.lora_B_weight, again.lora_B_weight
+    )
     assert all(p.requires_grad == trainable and p.is_leaf for p in again.parameters())
     with torch.no_grad():
-        again.lora_A.zero_()
-    assert first.lora_A.any() and again.lora_B.all()
+        again.lora_A_weight.zero_()
+    assert first.lora_A_weight.any() and again.lora_B_weight.all()
 
 
 def test_a_flipped_bit_is_found_before_anything_is_put_into_the_model(tmp_path: Path) -> None:

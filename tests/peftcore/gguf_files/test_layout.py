@@ -19,7 +19,7 @@ def test_left_unpermuted_it_would_fail_silently(tmp_path: Path) -> None:
     base, model = write_gguf(tiny("llama"), tmp_path / "base.gguf"), adapted("llama")
     with torch.no_grad():
         for path, adapter in adapter_set(model).adapters("default").items():
-            adapter.lora_B.mul_(float("q_proj" in path or "k_proj" in path))
+            adapter.lora_B_weight.mul_(float("q_proj" in path or "k_proj" in path))
     right = export_gguf_lora(model, "default", tmp_path / "lora.gguf")
     wrong = gguf.GGUFWriter(tmp_path / "wrong.gguf", "llama")
     wrong.add_type("adapter")

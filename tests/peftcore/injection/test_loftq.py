@@ -31,9 +31,9 @@ def test_loftq_takes_up_what_quantising_lost(tmp_path: Any) -> None:
     best = u[:, :16] * s[:16] @ vh[:16]
     torch.testing.assert_close(adapter.delta_weight(), best, rtol=1e-3, atol=1e-4)
     assert (merged - weight).norm() < (quantised - weight).norm()
-    kept = adapter.lora_A.detach().clone()
+    kept = adapter.lora_A_weight.detach().clone()
     replace_lora_weights_loftq(model, {"0.weight": weight * 2}, callback=lambda _model, _path: False)
-    assert torch.equal(adapter.lora_A, kept)
+    assert torch.equal(adapter.lora_A_weight, kept)
     with pytest.raises(CheckpointError, match=r"no 0\.weight"):
         replace_lora_weights_loftq(model, {})
     with pytest.raises(CheckpointError, match="no safetensors"):

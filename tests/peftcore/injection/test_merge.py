@@ -77,7 +77,7 @@ def test_safe_merge_sees_what_overflows_in_the_bases_own_type() -> None:
     for dtype, fits in ((torch.float16, False), (torch.bfloat16, True)):
         net = adapt(nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12)).to(dtype), target_modules=["0", "1"])
         with torch.no_grad():
-            adapter_set(net).adapters("default")["1"].lora_B.fill_(1e5)
+            adapter_set(net).adapters("default")["1"].lora_B_weight.fill_(1e5)
         before = {key: value.clone() for key, value in net.state_dict().items()}
         if fits:
             net.merge_adapter(safe_merge=True)
@@ -94,8 +94,8 @@ def test_safe_merge_names_the_adapter_that_breaks_a_mixture() -> None:
     for name in ("default", "b"):  # 40,000 each: either alone fits
         adapter = adapter_set(net).adapters(name)["0"]
         with torch.no_grad():
-            adapter.lora_A.fill_(1.0)
-            adapter.lora_B.fill_(40000 / adapter.r / adapter.scaling)
+            adapter.lora_A_weight.fill_(1.0)
+            adapter.lora_B_weight.fill_(40000 / adapter.r / adapter.scaling)
         net.merge_adapter([name], safe_merge=True)
         net.unmerge_adapter()
     with pytest.raises(MergeError, match="merging 'b' into 0 gives NaN or Inf"):

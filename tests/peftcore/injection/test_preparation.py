@@ -27,7 +27,7 @@ def test_the_model_is_not_touched() -> None:
     target = net.target
     injection = prepare_injection(net, CONFIG, "a")
     assert net.target is target and target.weight.requires_grad and ATTRIBUTE not in vars(net)
-    assert list(injection.adapters) == ["target"] and injection.adapters["target"].lora_A.shape == (2, 6)
+    assert list(injection.adapters) == ["target"] and injection.adapters["target"].lora_A_weight.shape == (2, 6)
 
 
 @pytest.mark.parametrize(

@@ -30,10 +30,10 @@ def test_what_is_taken_out_of_the_base_changes_no_output(start: str, options: di
     initialize_from_data(model, batches(), progress=False)
     torch.testing.assert_close(model(TOKENS).logits, base, rtol=1e-4, atol=1e-5)
     layers = adapter_set(model).adapters("default")
-    assert all(a.lora_A.abs().max() > 0 and a.lora_B.abs().max() > 0 for a in layers.values())
+    assert all(a.lora_A_weight.abs().max() > 0 and a.lora_B_weight.abs().max() > 0 for a in layers.values())
     with torch.no_grad():
         for a in layers.values():
-            a.lora_B.mul_(10)
+            a.lora_B_weight.mul_(10)
     adapted = model(TOKENS).logits
     assert not torch.allclose(adapted, base, atol=1e-4)
     model.save_pretrained(tmp_path)

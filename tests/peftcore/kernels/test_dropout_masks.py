@@ -46,7 +46,7 @@ def expected(model: Any, x: torch.Tensor) -> list[torch.Tensor]:
     """The outputs with the masks that `torch.nn.functional.dropout` draws, layer by layer."""
     adapters = [layer.adapters["default"] for layer in (model.q, model.v)]
     torch.manual_seed(0)
-    return [F.dropout(x, 0.5) @ a.lora_A.T @ a.lora_B.T * a.scaling for a in adapters]
+    return [F.dropout(x, 0.5) @ a.lora_A_weight.T @ a.lora_B_weight.T * a.scaling for a in adapters]
 
 
 def outputs(model: Any, x: torch.Tensor) -> list[torch.Tensor]:

@@ -120,7 +120,7 @@ def _elsewhere(change: Callable[[], Any]) -> None:
 
 def _swap(model: Any) -> None:
     other = nn.Parameter(torch.randn(8, 3, dtype=torch.float64))
-    torch.utils.swap_tensors(model[0].adapters["default"].lora_B, other)
+    torch.utils.swap_tensors(model[0].adapters["default"].lora_B_weight, other)
 
 
 def _load(model: Any) -> None:
@@ -149,9 +149,11 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "SGD": lambda m: _optimiser_step(m, lambda p: torch.optim.SGD(p, lr=0.5, foreach=False)),
     "SGD, foreach": lambda m: _optimiser_step(m, lambda p: torch.optim.SGD(p, lr=0.5, foreach=True)),
     "AdamW, fused": lambda m: _optimiser_step(m, lambda p: torch.optim.AdamW(p, lr=0.5, fused=True)),
-    "an edit of .data": lambda m: _factors(m).lora_B.data.add_(0.5),
-    "new .data": lambda m: setattr(_factors(m).lora_B, "data", torch.ones(8, 3, dtype=torch.float64)),
-    "a new parameter": lambda m: setattr(_factors(m), "lora_B", nn.Parameter(torch.ones(8, 3, dtype=torch.float64))),
+    "an edit of .data": lambda m: _factors(m).lora_B_weight.data.add_(0.5),
+    "new .data": lambda m: setattr(_factors(m).lora_B_weight, "data", torch.ones(8, 3, dtype=torch.float64)),
+    "a new parameter": lambda m: setattr(
+        _factors(m), "lora_B_weight", nn.Parameter(torch.ones(8, 3, dtype=torch.float64))
+    ),
     "swap_tensors": _swap,
     "load_state_dict": _load,
     "the scaling": lambda m: setattr(_factors(m), "scaling", 9.0),
@@ -164,7 +166,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "deletion": lambda m: m.delete_adapter("default"),
     "adapters disabled": lambda m: m.disable_adapter_layers(),
     "no adapter set": lambda m: m.set_adapter([]),
-    "another thread": lambda m: _elsewhere(lambda: _factors(m).lora_B.data.add_(0.5)),
+    "another thread": lambda m: _elsewhere(lambda: _factors(m).lora_B_weight.data.add_(0.5)),
     "a hook on the base": lambda m: m[0].base_layer.register_forward_hook(lambda module, x, y: y + 1),
     "a pre-hook on the base": lambda m: m[0].base_layer.register_forward_pre_hook(lambda module, x: (x[0] + 1,)),
     "the base's forward": lambda m: setattr(m[0].base_layer, "forward", lambda x: x * 2),
@@ -202,7 +204,7 @@ def test_an_edit_inside_of_inference_mode_is_seen() -> None:
     with torch.inference_mode():
         base = model[0].base_layer(X)
         change = model[0](X) - base
-        _factors(model).lora_B.mul_(2.0)
+        _factors(model).lora_B_weight.mul_(2.0)
         torch.testing.assert_close(model[0](X) - base, 2 * change)
 
 
@@ -230,7 +232,7 @@ def test_copies_are_independent() -> None:
     with torch.no_grad():
         before = model(X)
         copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model))
-        _factors(model).lora_B.add_(1.0)
+        _factors(model).lora_B_weight.add_(1.0)
         assert not torch.allclose(model(X), before)
         assert all(torch.equal(each(X), before) for each in copies)
 

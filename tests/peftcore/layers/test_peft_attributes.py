@@ -242,3 +242,17 @@ def test_layers_print_as_in_peft(pair: tuple[Any, Any]) -> None:
     layers = [lib.get_peft_model(base(), lib.LoraConfig(**options)).base_model.model[1] for lib in (peftcore, peft)]
     for layer in layers:
         assert repr(layer).replace("\n", "").startswith("lora.ParamWrapper(  parameter_name='weight'")
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {}], ids=["dora", "plain"])
+@pytest.mark.parametrize("kind", ["LoraConfig", "AdaLoraConfig"])
+def test_a_script_that_looks_for_factors_finds_layers_alone(kind: str, options: dict[str, bool]) -> None:
+    options = {"target_modules": ["0"], **(options if kind == "LoraConfig" else {"total_step": 9})}  # type: ignore[dict-item]
+    found = []
+    for library in (peftcore, peft):
+        model = library.get_peft_model(nn.Sequential(nn.Linear(6, 5)), getattr(library, kind)(**options))
+        names = ("lora_A", "lora_B", "lora_E", "lora_magnitude_vector")
+        found.append([[name for name in names if hasattr(module, name)] for module in model.modules()])
+    ours, theirs = ([set(names) for names in of if names] for of in found)
+    assert len(ours) == len(theirs) == 1
+    assert {"lora_A", "lora_B"} <= ours[0] <= theirs[0]

@@ -110,7 +110,7 @@ def edit(tensor: Tensor) -> None:
 
 def replace_b(model: Any) -> None:
     adapter = model.k_proj.adapters["a"]
-    adapter.lora_B = nn.Parameter(adapter.lora_B.detach() * 3)
+    adapter.lora_B_weight = nn.Parameter(adapter.lora_B_weight.detach() * 3)
 
 
 def delete_a(model: Any) -> None:
@@ -127,7 +127,7 @@ def step(model: Any) -> None:
 BETWEEN: dict[str, Callable[[Any], Any]] = {
     "set_adapter": lambda m: m.set_adapter("b"),
     "delete_adapter": delete_a,
-    "an edit of an adapter": lambda m: edit(m.k_proj.adapters["a"].lora_A),
+    "an edit of an adapter": lambda m: edit(m.k_proj.adapters["a"].lora_A_weight),
     "an edit of the base": lambda m: edit(m.k_proj.base_layer.weight),
     "an edit that autograd does not count": lambda m: m.k_proj.base_layer.weight.data.mul_(-2),
     "another parameter": replace_b,
@@ -173,7 +173,7 @@ def test_contexts_between_two_layers_that_are_called_by_themselves(fails: str, i
     if fails == "Ctrl-C":
         interrupt(model, inputs)
         model.q_proj(inputs)
-        edit(model.k_proj.adapters["a"].lora_A)
+        edit(model.k_proj.adapters["a"].lora_A_weight)
         torch.testing.assert_close(model.k_proj(inputs), model.k_proj(inputs.clone()), atol=1e-12, rtol=0)
         interrupt(model, inputs)
     model.q_proj(inputs)

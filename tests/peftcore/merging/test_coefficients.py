@@ -50,7 +50,7 @@ def test_slerp_keeps_the_length_and_a_line_does_not(linears: Any, changes: Any) 
     model = linears(a={}, b={})
     with torch.no_grad():
         for adapter in (*adapter_set(model).adapters("a").values(), *adapter_set(model).adapters("b").values()):
-            adapter.lora_B /= adapter.delta_weight().norm()
+            adapter.lora_B_weight /= adapter.delta_weight().norm()
     model.add_merged("arc", {"a": 1, "b": 1}, Recipe.slerp())
     model.add_merged("line", {"a": 1, "b": 1}, Recipe.linear())
     for path in ("0", "1"):
@@ -64,8 +64,8 @@ def test_model_stock(names: str, model: Any, changes: Any) -> None:
         for path, a in adapter_set(model).adapters("a").items():
             for name in names[1:]:
                 other = adapter_set(model).adapters(name)[path]
-                other.lora_A += 2 * a.lora_A[: len(other.lora_A)]
-                other.lora_B += 2 * a.lora_B[:, : len(other.lora_A)]
+                other.lora_A_weight += 2 * a.lora_A_weight[: len(other.lora_A_weight)]
+                other.lora_B_weight += 2 * a.lora_B_weight[:, : len(other.lora_A_weight)]
 
     def formula(deltas: list[Tensor], _w: list[float]) -> Tensor:
         flat = [d.flatten() for d in deltas]

@@ -275,7 +275,7 @@ def test_biases_where_a_lora_with_biases_does_not_fit(kinds: Any, with_adapters:
 def test_numbers_that_are_not_finite(linears: Any, snapshot: Any) -> None:
     model = linears(a={}, b={})
     with torch.no_grad():
-        adapter_set(model).adapters("b")["1"].lora_B[0, 0] = float("nan")
+        adapter_set(model).adapters("b")["1"].lora_B_weight[0, 0] = float("nan")
     before = snapshot(model)
     for kind in ("svd", "cat", "linear", "magnitude_prune_svd"):
         with pytest.raises(MergeError, match="NaN or Inf, so nothing was added"):

@@ -160,8 +160,8 @@ def test_svd_clamp_is_the_quantile_of_both_factors(linears: Any) -> None:
         signs = torch.stack([row[row.abs().argmax()].sign() for row in vh[:4]])
         a, b = vh[:4] * signs[:, None], u[:, :4] * s[:4] * signs
         most = torch.quantile(torch.cat([a.flatten(), b.flatten()]), 0.8)
-        assert torch.allclose(clamped.lora_A, a.clamp(-most, most), atol=1e-10)
-        assert torch.allclose(clamped.lora_B, b.clamp(-most, most), atol=1e-10)
+        assert torch.allclose(clamped.lora_A_weight, a.clamp(-most, most), atol=1e-10)
+        assert torch.allclose(clamped.lora_B_weight, b.clamp(-most, most), atol=1e-10)
         assert (b.abs() > most).any()
 
 
@@ -177,7 +177,7 @@ def test_linear_weighs_each_factor_by_the_root_and_keeps_the_sign(linears: Any) 
     for path, made in adapter_set(model).adapters("both").items():
         a, b = (adapter_set(model).adapters(name)[path] for name in ("a", "b"))
         one, other = math.sqrt(0.7 * 6 / 4), math.sqrt(0.3 * 3 / 4)
-        expected = (one * a.lora_B + other * b.lora_B) @ (one * a.lora_A - other * b.lora_A)
+        expected = (one * a.lora_B_weight + other * b.lora_B_weight) @ (one * a.lora_A_weight - other * b.lora_A_weight)
         assert torch.allclose(made.delta_weight(), expected, atol=1e-12)
 
 
@@ -187,7 +187,7 @@ def test_one_adapter_alone_is_pruned_as_asked(linears: Any) -> None:
     model.add_weighted_adapter(["a"], [1.0], "m", "magnitude_prune", density=0.25)
     model.add_weighted_adapter(["a"], [1.0], "thin", "svd", svd_rank=2)
     for path, made in adapter_set(model).adapters("m").items():
-        assert (made.lora_A == 0).sum() == made.lora_A.numel() - made.lora_A.numel() // 4, path
+        assert (made.lora_A_weight == 0).sum() == made.lora_A_weight.numel() - made.lora_A_weight.numel() // 4, path
     assert {adapter.r for adapter in adapter_set(model).adapters("thin").values()} == {2}
 
 

@@ -77,7 +77,9 @@ def test_scores_follow_the_paper() -> None:
     model = net(target_r=6)  # no pruning, only scores
     adapter = layers(model)[0]
     torch.manual_seed(3)
-    mean = {n: torch.zeros_like(getattr(adapter, n)).float() for n in ("lora_A", "lora_B", "lora_E")}
+    mean = {
+        n: torch.zeros_like(getattr(adapter, n)).float() for n in ("lora_A_weight", "lora_B_weight", "lora_E_weight")
+    }
     spread = copy.deepcopy(mean)
     for step in (1, 2, 3):
         for parameter in model.parameters():
@@ -90,7 +92,7 @@ def test_scores_follow_the_paper() -> None:
             spread[n] = 0.85 * spread[n] + 0.15 * (now - mean[n]).abs()
         model.on_optimizer_step(step)
     s = {n: mean[n] * spread[n] for n in mean}
-    expected = s["lora_E"][:, 0] + s["lora_B"].mean(0) + s["lora_A"].mean(1)
+    expected = s["lora_E_weight"][:, 0] + s["lora_B_weight"].mean(0) + s["lora_A_weight"].mean(1)
     torch.testing.assert_close(adapter.scores(), expected)
 
 
@@ -107,7 +109,7 @@ def test_the_budget_is_kept_exactly_and_masked_triplets_may_come_back() -> None:
         kept = torch.cat([a.kept for a in layers(model)])
         if step > 2:
             assert int(kept.sum()) == config().budget(step, 2)
-            zero = torch.cat([a.lora_E.flatten() == 0 for a in layers(model)])
+            zero = torch.cat([a.lora_E_weight.flatten() == 0 for a in layers(model)])
             assert torch.equal(zero, ~kept)
         seen.append(kept.tolist())
     steps = itertools.pairwise(seen)
@@ -122,7 +124,7 @@ def test_the_final_budget_is_reached_though_its_step_was_skipped() -> None:
     train(model, 8)
     assert sum(int(a.kept.sum()) for a in layers(model)) > 4
     train(model, 1, first=19, prune=True)
-    assert [sum(int(a.kept.sum()) for a in layers(model)), sum(len(a.lora_E) for a in layers(model))] == [4, 4]
+    assert [sum(int(a.kept.sum()) for a in layers(model)), sum(len(a.lora_E_weight) for a in layers(model))] == [4, 4]
     kept = [a.kept.clone() for a in layers(model)]
     train(model, 1, first=20)
     assert all(torch.equal(a.kept, mask) for a, mask in zip(layers(model), kept, strict=True))
@@ -152,8 +154,8 @@ def test_ties_do_not_prune_too_much() -> None:
     assert sum(kept) == 4 and kept == [4, 0], "the earlier layer wins a tie; a layer may end with rank 0"
     x = torch.randn(2, 10, dtype=torch.float64)
     masked = model(x)
-    layers(model)[1]._prune(torch.optim.SGD([layers(model)[1].lora_A], lr=1.0))
-    assert len(layers(model)[1].lora_E) == 0
+    layers(model)[1]._prune(torch.optim.SGD([layers(model)[1].lora_A_weight], lr=1.0))
+    assert len(layers(model)[1].lora_E_weight) == 0
     torch.testing.assert_close(model(x), masked)
 
 
@@ -162,7 +164,10 @@ def test_regularizer_is_squared_and_averaged_over_matrices() -> None:
     terms = []
     for a in layers(model):
         eye = torch.eye(6, dtype=torch.float64)
-        terms += [(a.lora_B.T @ a.lora_B - eye).norm() ** 2, (a.lora_A @ a.lora_A.T - eye).norm() ** 2]
+        terms += [
+            (a.lora_B_weight.T @ a.lora_B_weight - eye).norm() ** 2,
+            (a.lora_A_weight @ a.lora_A_weight.T - eye).norm() ** 2,
+        ]
     torch.testing.assert_close(model.adapter_regularizer(), 0.5 * torch.stack(terms).mean())
     assert net(orth_reg_weight=0.0).adapter_regularizer() is None
 
@@ -176,7 +181,7 @@ def test_saved_adapter_is_small_and_computes_the_same(tmp_path: Any) -> None:
     plain.load_state_dict(copy.deepcopy(model).unload().state_dict())
     loaded = PeftModel.from_pretrained(plain, tmp_path)
     torch.testing.assert_close(loaded(x), model(x), rtol=1e-12, atol=1e-12)
-    assert sum(len(a.lora_E) for a in layers(loaded)) == 4
+    assert sum(len(a.lora_E_weight) for a in layers(loaded)) == 4
     assert model.peft_config["default"].rank_pattern is None, "saving changes no configuration in memory"
 
 
@@ -211,7 +216,7 @@ def test_directories_of_a_pruned_adapter_are_pefts_both_ways(tmp_path: Any) -> N
     plain.load_state_dict({k.replace("base_layer.", ""): v for k, v in state.items()})
     here = PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "hf")
     torch.testing.assert_close(here(x), hf(x), rtol=1e-5, atol=1e-5)
-    assert sorted(len(a.lora_E) for a in layers(here)) == sorted(map(sum, saved.rank_pattern.values()))
+    assert sorted(len(a.lora_E_weight) for a in layers(here)) == sorted(map(sum, saved.rank_pattern.values()))
 
     ours = get_peft_model(copy.deepcopy(plain), config())
     train_in_float32(ours)
@@ -238,9 +243,9 @@ def test_pruning_shrinks_tensors_and_moments_and_changes_nothing_computed() -> N
     optimizer = train(pruned, 17, prune=True)
     x = torch.randn(5, 10, dtype=torch.float64)
     torch.testing.assert_close(pruned(x), masked(x), rtol=1e-6, atol=1e-6)
-    assert sum(len(a.lora_E) for a in layers(pruned)) == 4
+    assert sum(len(a.lora_E_weight) for a in layers(pruned)) == 4
     for a in layers(pruned):
-        assert optimizer.state[a.lora_A]["exp_avg"].shape == a.lora_A.shape
+        assert optimizer.state[a.lora_A_weight]["exp_avg"].shape == a.lora_A_weight.shape
     train(pruned, 3, first=18, prune=True)  # goes on training
 
 
@@ -255,7 +260,11 @@ def test_training_state_resumes_the_allocator(stop: int, tmp_path: Any) -> None:
     for model in (whole, resumed):
         train(model, 3, first=stop + 1)  # fresh optimisers for both: the allocator alone is compared
     for a, b in zip(layers(whole), layers(resumed), strict=True):
-        assert torch.equal(a.kept, b.kept) and torch.equal(a.lora_A, b.lora_A) and torch.equal(a.lora_E, b.lora_E)
+        assert (
+            torch.equal(a.kept, b.kept)
+            and torch.equal(a.lora_A_weight, b.lora_A_weight)
+            and torch.equal(a.lora_E_weight, b.lora_E_weight)
+        )
 
 
 def test_impossible_options() -> None:
@@ -305,7 +314,7 @@ def test_merges_into_a_quantised_base_masked_and_pruned(storage: str, pruned: bo
         optimizer.step()
         model.on_optimizer_step(step, optimizer if pruned else None)
     (adapter,) = layers(model)
-    assert len(adapter.lora_E) == (2 if pruned else 6) and int(adapter.kept.sum()) == 2
+    assert len(adapter.lora_E_weight) == (2 if pruned else 6) and int(adapter.kept.sum()) == 2
     wanted = adapter.base.read().float() + adapter.delta_weight().detach()
     before = {name: value.clone() for name, value in base.state_dict().items() if isinstance(value, torch.Tensor)}
     model.merge_adapter()
@@ -326,9 +335,9 @@ def test_pruning_takes_moments_of_eight_bits_along() -> None:
         optimizer.step()
         model.on_optimizer_step(step, optimizer)
         optimizer.zero_grad()
-    assert sum(len(a.lora_E) for a in layers(model)) == 4
+    assert sum(len(a.lora_E_weight) for a in layers(model)) == 4
     for a in layers(model):
-        for name in ("lora_A", "lora_B", "lora_E"):
+        for name in ("lora_A_weight", "lora_B_weight", "lora_E_weight"):
             assert optimizer.state[getattr(a, name)]["state1"].shape == getattr(a, name).shape
 
 

@@ -42,7 +42,7 @@ def test_the_papers_formula() -> None:
     weight, bias = net[0].weight.clone(), net[0].bias.clone()
     net = get_peft_model(net, LoraConfig(r=3, lora_alpha=12, target_modules=["0"], init_lora_weights=False))
     adapter, x = lora_at(net), torch.randn(4, 6, dtype=torch.float64)
-    expected = x @ (weight + 12 / 3 * adapter.lora_B @ adapter.lora_A).T + bias
+    expected = x @ (weight + 12 / 3 * adapter.lora_B_weight @ adapter.lora_A_weight).T + bias
     torch.testing.assert_close(net(x), expected, rtol=1e-12, atol=1e-12)
 
 
@@ -67,7 +67,7 @@ def test_gradients_match_autograd_of_the_dense_form() -> None:
     net = get_peft_model(net, LoraConfig(r=3, lora_alpha=7, target_modules=["0"], init_lora_weights=False))
     adapter = lora_at(net)
     x = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda *_: net(x), (x, adapter.lora_A, adapter.lora_B))
+    assert torch.autograd.gradcheck(lambda *_: net(x), (x, adapter.lora_A_weight, adapter.lora_B_weight))
 
 
 def test_scaled_embeddings_scale_the_adapter_too() -> None:

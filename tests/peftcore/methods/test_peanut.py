@@ -93,7 +93,7 @@ def test_a_layer_shows_its_network_as_in_peft() -> None:
     encoders = layer.peanut_encoders["default"]
     assert layer.res_num["default"] == len(encoders) == 2
     assert encoders[1].weight is adapter_of_layer(layer).peanut_encoders[1]
-    with pytest.raises(IndexError, match="2 modules; got 2"):
+    with pytest.raises(IndexError, match="2 elements; got 2"):
         _ = encoders[2]
     assert [module.weight.shape for module in layer.peanut_decoders["default"]] == [(3, 3)] * 2
 

@@ -69,7 +69,7 @@ def test_arrow_follows_weights_that_have_changed() -> None:
         before = model(X, adapter_names=gate)
         for path in (0, 2):
             adapter = model[path].adapters["a"]
-            adapter.lora_A.copy_(torch.randn_like(adapter.lora_A))
+            adapter.lora_A_weight.copy_(torch.randn_like(adapter.lora_A_weight))
         after = model(X, adapter_names=gate)
         torch.testing.assert_close(after, model(X, adapter_names=arrow_gate(["a", "b"])), atol=1e-12, rtol=0)
     assert not torch.allclose(before, after)

@@ -182,8 +182,8 @@ def test_an_adapter_without_values_keeps_the_tensors_that_it_reads_once() -> Non
         }
         adapter_state_of(adapter_set(model), "default").read(saved)
         saved["base_model.model.0.lora_A.weight"].fill_(7)
-        assert bool((adapter.lora_A == 7).all()) == shares and not adapter.is_unread
-        adapter.lora_A.data = torch.zeros(2, 6)
+        assert bool((adapter.lora_A_weight == 7).all()) == shares and not adapter.is_unread
+        adapter.lora_A_weight.data = torch.zeros(2, 6)
 
 
 def test_another_shape_fits_only_where_the_method_can_adjust() -> None:

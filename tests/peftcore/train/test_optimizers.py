@@ -35,9 +35,9 @@ def test_loraplus_rates() -> None:
     )
     embedding, linear = adapter_set(model).adapters("default").values()
     found = rates(optimizer)
-    assert found[id(linear.lora_A)] == (1e-3, 0.1)
-    assert found[id(linear.lora_B)] == (16e-3, 0.1)
-    assert found[id(embedding.lora_A)] == found[id(embedding.lora_B)] == (1e-6, 0.1)
+    assert found[id(linear.lora_A_weight)] == (1e-3, 0.1)
+    assert found[id(linear.lora_B_weight)] == (16e-3, 0.1)
+    assert found[id(embedding.lora_A_weight)] == found[id(embedding.lora_B_weight)] == (1e-6, 0.1)
     assert found[id(adapter_set(model).biases("default")["1"].bias)] == (16e-3, 0.0)
     assert len(found) == sum(p.requires_grad for p in model.parameters())
     assert optimizer.param_groups[0]["eps"] == 1e-6
@@ -50,17 +50,19 @@ def test_lorafa_freezes_a_and_projects_the_gradient_of_b() -> None:
     )
     layer = adapter_set(model).adapters("default")["0"]
     optimizer = create_lorafa_optimizer(model, lr=1e-2)
-    assert not layer.lora_A.requires_grad
-    a, b = layer.lora_A.detach().clone(), layer.lora_B.detach().clone()
+    assert not layer.lora_A_weight.requires_grad
+    a, b = layer.lora_A_weight.detach().clone(), layer.lora_B_weight.detach().clone()
     x, y = torch.randn(32, 12), torch.randn(32, 8)
     loss = (model(x) - y).square().mean()
     loss.backward()
-    gradient = layer.lora_B.grad.clone()
+    gradient = layer.lora_B_weight.grad.clone()
     optimizer.step()
     projected = gradient @ torch.linalg.inv(a @ a.T) / 2**2
-    torch.testing.assert_close(layer.lora_B.grad, projected, rtol=1e-3, atol=1e-5)
-    torch.testing.assert_close(layer.lora_B.detach(), b - 1e-2 * projected.sign(), rtol=1e-3, atol=1e-4)  # Adam, step 1
-    assert torch.equal(layer.lora_A, a)
+    torch.testing.assert_close(layer.lora_B_weight.grad, projected, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(
+        layer.lora_B_weight.detach(), b - 1e-2 * projected.sign(), rtol=1e-3, atol=1e-4
+    )  # Adam, step 1
+    assert torch.equal(layer.lora_A_weight, a)
 
 
 def test_lorafa_learns() -> None:
@@ -84,9 +86,11 @@ def test_lorafa_projects_on_an_embedding_too() -> None:
     optimizer = create_lorafa_optimizer(model, lr=1e-2)
     model(torch.arange(20)).square().mean().backward()
     layer = adapter_set(model).adapters("default")["0"]
-    a, gradient = layer.lora_A.detach(), layer.lora_B.grad.clone()
+    a, gradient = layer.lora_A_weight.detach(), layer.lora_B_weight.grad.clone()
     optimizer.step()
-    torch.testing.assert_close(layer.lora_B.grad, gradient @ torch.linalg.inv(a @ a.T) / 2**2, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(
+        layer.lora_B_weight.grad, gradient @ torch.linalg.inv(a @ a.T) / 2**2, rtol=1e-3, atol=1e-5
+    )
 
 
 def test_loraplus_has_hf_pefts_groups_at_their_places() -> None:
@@ -130,11 +134,11 @@ def test_a_riemannian_step_does_not_depend_on_how_the_product_is_split() -> None
         model = get_peft_model(nn.Sequential(nn.Linear(12, 8)).double(), config).double()
         layer: Any = adapter_set(model).adapters("default")["0"]
         with torch.no_grad():
-            layer.set_factors(split @ layer.lora_A, layer.lora_B @ split.inverse())
+            layer.set_factors(split @ layer.lora_A_weight, layer.lora_B_weight @ split.inverse())
         optimizer = create_riemannian_optimizer(model, torch.optim.SGD, lr=1e-2, reg=0.0)
         model(x).square().mean().backward()
         optimizer.step()
-        products.append(layer.lora_B.detach() @ layer.lora_A.detach())
+        products.append(layer.lora_B_weight.detach() @ layer.lora_A_weight.detach())
     torch.testing.assert_close(products[1], products[0])
 
 
@@ -144,12 +148,12 @@ def test_riemannian_scales_half_precision_in_float32(dtype: torch.dtype) -> None
     model = get_peft_model(nn.Sequential(nn.Linear(12, 8)).to(dtype), config, autocast_adapter_dtype=False)
     layer: Any = adapter_set(model).adapters("default")["0"]
     optimizer = create_riemannian_optimizer(model, torch.optim.SGD, lr=0.0, reg=1e-4)
-    layer.lora_A.grad, layer.lora_B.grad = torch.randn(3, 12).to(dtype), torch.randn(8, 3).to(dtype)
-    a, g = layer.lora_A.detach().float(), layer.lora_B.grad.float()
+    layer.lora_A_weight.grad, layer.lora_B_weight.grad = torch.randn(3, 12).to(dtype), torch.randn(8, 3).to(dtype)
+    a, g = layer.lora_A_weight.detach().float(), layer.lora_B_weight.grad.float()
     optimizer.step()
-    assert layer.lora_B.grad.dtype is dtype
+    assert layer.lora_B_weight.grad.dtype is dtype
     expected = g @ torch.linalg.inv(a @ a.T + 1e-4 * torch.eye(3))
-    torch.testing.assert_close(layer.lora_B.grad.float(), expected, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(layer.lora_B_weight.grad.float(), expected, rtol=1e-2, atol=1e-2)
 
 
 def test_what_riemannian_refuses() -> None:

@@ -33,7 +33,7 @@ def model() -> Any:
     made: Any = get_peft_model(base, LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False)).eval()
     with torch.no_grad():
         for adapter in lora(made).values():
-            adapter.lora_B.mul_(6)
+            adapter.lora_B_weight.mul_(6)
     return made
 
 
@@ -47,7 +47,7 @@ def test_the_rewritten_factors_are_the_singular_triplets_of_the_same_change(mode
         values = to_singular_directions(adapter)
         torch.testing.assert_close(adapter.delta_weight(), before)
         torch.testing.assert_close(values, torch.linalg.svdvals(before)[:3])
-        gram = adapter.lora_A @ adapter.lora_A.T
+        gram = adapter.lora_A_weight @ adapter.lora_A_weight.T
         torch.testing.assert_close(gram, torch.diag(values / adapter.scaling), rtol=1e-8, atol=1e-10)
 
 
@@ -82,7 +82,7 @@ def test_a_credit_is_the_loss_gradient_along_its_direction(model: Any) -> None:
     """For a small change L(t) is straight, so each credit is −⟨G, σuvᵀ⟩ with the whole gradient of W."""
     with torch.no_grad():
         for adapter in lora(model).values():
-            adapter.lora_B.mul_(1e-8)
+            adapter.lora_B_weight.mul_(1e-8)
     for adapter in lora(model).values():
         to_singular_directions(adapter)
     data = batches(1)
@@ -92,7 +92,9 @@ def test_a_credit_is_the_loss_gradient_along_its_direction(model: Any) -> None:
     model(**data[0]).loss.backward()
     for path, adapter in lora(model).items():
         gradient = adapter.base.layer.weight.grad
-        expected = -adapter.scaling * torch.einsum("or,oi,ri->r", adapter.lora_B, gradient, adapter.lora_A)
+        expected = -adapter.scaling * torch.einsum(
+            "or,oi,ri->r", adapter.lora_B_weight, gradient, adapter.lora_A_weight
+        )
         torch.testing.assert_close(shares[path], expected.detach(), rtol=1e-3, atol=1e-15)
 
 

@@ -120,11 +120,11 @@ def test_parameters_that_were_pruned_have_their_earlier_shape_again_and_no_gradi
     step(made)
     snapshot = Snapshot.of(made)
     adapter: Any = adapter_set(made.adapted_model).adapters("default")["0"]
-    parameter, values = adapter.lora_A, adapter.lora_A.detach().clone()
+    parameter, values = adapter.lora_A_weight, adapter.lora_A_weight.detach().clone()
     parameter.data = parameter.data[:1].clone()
     parameter.grad = torch.ones(1, 6)
     snapshot.restore(made)
-    assert adapter.lora_A is parameter and torch.equal(parameter, values) and parameter.grad is None
+    assert adapter.lora_A_weight is parameter and torch.equal(parameter, values) and parameter.grad is None
 
 
 def test_the_loss_scale_of_float16_is_restored() -> None:

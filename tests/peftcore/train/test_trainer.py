@@ -103,8 +103,8 @@ def test_the_allocator_runs_once_a_step_with_gradients_there(tmp_path: Path, acc
 def test_rank_falls_to_its_target(tmp_path: Path) -> None:
     model = adapted("adalora")
     trainer(model, tmp_path).train()
-    left = sum(p.numel() for name, p in model.named_parameters() if name.endswith("lora_E"))
-    layers = sum(1 for name, _ in model.named_parameters() if name.endswith("lora_E"))
+    left = sum(p.numel() for name, p in model.named_parameters() if name.endswith("lora_E_weight"))
+    layers = sum(1 for name, _ in model.named_parameters() if name.endswith("lora_E_weight"))
     assert left == 2 * layers
 
 

@@ -90,7 +90,7 @@ class Arrow(Variant):
     options_class = ArrowConfig
     stands_alone = True
     sees_others = True
-    frozen: ClassVar = frozenset({"lora_A", "lora_B"})
+    frozen: ClassVar = frozenset({"lora_A_weight", "lora_B_weight"})
     excludes: ClassVar = {"lora_bias": "a router has no change of its own"}
     beyond_low_rank = "Arrow weights other LoRAs for each token, which no fixed change equals; use one of these LoRAs"
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from peftcore.methods.lora.adapter import Lora
 
 _BLOCKS = "_bdlora_blocks"
-"""Attribute of the adapter: "lora_A" or "lora_B", the factor that consists of blocks; None for neither."""
+"""Attribute of the adapter: "lora_A_weight" or "lora_B_weight", whichever consists of blocks; None for neither."""
 
 
 class BdLoraConfig(Options):
@@ -76,8 +76,8 @@ class BdLora(Variant):
                 f"BD-LoRA: {path} matches neither A nor B block-diagonal patterns; add it to one of them, or set "
                 "match_strict=False to give it plain LoRA"
             )
-        sizes = {"lora_A": (lora.base.in_features, lora.r), "lora_B": (lora.r, lora.base.out_features)}
-        name = "lora_A" if in_a else "lora_B" if in_b else None
+        sizes = {"lora_A_weight": (lora.base.in_features, lora.r), "lora_B_weight": (lora.r, lora.base.out_features)}
+        name = "lora_A_weight" if in_a else "lora_B_weight" if in_b else None
         for size in sizes.get(name or "", ()):
             if size % options["nblocks"]:
                 raise ConfigError(
@@ -89,25 +89,25 @@ class BdLora(Variant):
     def reset_parameters(self, lora: "Lora") -> None:
         self.prepare_to_read(lora)
         name, base = _blocks(lora), lora.base
-        if name == "lora_A":  # as HF PEFT draws it: in the base's type, on its device
+        if name == "lora_A_weight":  # as HF PEFT draws it: in the base's type, on its device
             dtype = base.dtype if base.dtype.is_floating_point else torch.get_default_dtype()
-            drawn = torch.empty(lora.lora_A.shape, dtype=dtype, device=base.device)
-            lora.lora_A.copy_(nn.init.kaiming_uniform_(drawn))
-        elif name == "lora_B":
-            nn.init.zeros_(lora.lora_B)
+            drawn = torch.empty(lora.lora_A_weight.shape, dtype=dtype, device=base.device)
+            lora.lora_A_weight.copy_(nn.init.kaiming_uniform_(drawn))
+        elif name == "lora_B_weight":
+            nn.init.zeros_(lora.lora_B_weight)
 
     def prepare_to_read(self, lora: "Lora") -> None:
         if (name := _blocks(lora)) is None:
             return
         whole, blocks = lora.get_parameter(name), _options(lora)["nblocks"]
-        rows, columns = (lora.r, lora.base.in_features) if name == "lora_A" else (lora.base.out_features, lora.r)
+        rows, columns = (lora.r, lora.base.in_features) if name == "lora_A_weight" else (lora.base.out_features, lora.r)
         setattr(lora, name, nn.Parameter(whole.new_empty(rows, columns // blocks)))
 
     def computed_factors(self, lora: "Lora", a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         name, blocks = _blocks(lora), _options(lora)["nblocks"]
-        if name == "lora_A":
+        if name == "lora_A_weight":
             return torch.block_diag(*a.chunk(blocks)), b
-        return (a, torch.block_diag(*b.chunk(blocks))) if name == "lora_B" else (a, b)
+        return (a, torch.block_diag(*b.chunk(blocks))) if name == "lora_B_weight" else (a, b)
 
     def low_rank(self, lora: "Lora", branch: LowRankBranch) -> LowRankBranch:
         return branch

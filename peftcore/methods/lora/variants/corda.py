@@ -138,10 +138,10 @@ class CordaStart(Initialisation):
 
     def initialise(self, lora: "Lora") -> None:
         draw_defaults(lora)  # A keeps these values until the data are there
-        nn.init.zeros_(lora.lora_B)
+        nn.init.zeros_(lora.lora_B_weight)
         if (eigens := self.prepared_for(lora)) is None:
             return
-        if eigens.U_WC.shape != lora.lora_B.shape or eigens.V_WC.T.shape != lora.lora_A.shape:
+        if eigens.U_WC.shape != lora.lora_B_weight.shape or eigens.V_WC.T.shape != lora.lora_A_weight.shape:
             raise ConfigError(
                 f"corda: preprocess_corda ran for rank {len(eigens.S_WC)}, and the adapter has rank {lora.r} at a "
                 "layer of the same model; give both the same configuration"

@@ -37,7 +37,7 @@ class Dora(Variant):
         "alora_invocation_tokens": "DoRA changes every position, aLoRA only some",
         "target_parameters": "raw parameters take plain LoRA only",
     }
-    keys: ClassVar = {"lora_magnitude_vector": "lora_magnitude_vector"}
+    keys: ClassVar = {"lora_magnitude_vector_weight": "lora_magnitude_vector"}
     stands_alone = True
     is_gain = True
     is_additive = False
@@ -47,7 +47,7 @@ class Dora(Variant):
     )
 
     def add_parameters(self, lora: "Lora") -> None:
-        lora.lora_magnitude_vector = nn.Parameter(torch.empty(lora.base.out_features))
+        lora.lora_magnitude_vector_weight = nn.Parameter(torch.empty(lora.base.out_features))
 
     def reset_parameters(self, lora: "Lora") -> None:
         offloads = lora.config.runtime_config.ephemeral_gpu_offload and torch.cuda.is_available()
@@ -93,7 +93,7 @@ class Dora(Variant):
 
 
 def _magnitude(lora: "Lora") -> Tensor:
-    magnitude = current_parameter(lora, "lora_magnitude_vector")
+    magnitude = current_parameter(lora, "lora_magnitude_vector_weight")
     assert magnitude is not None
     return magnitude
 

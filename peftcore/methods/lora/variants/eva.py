@@ -109,7 +109,7 @@ class Eva(Observer):
         return {path: sum(chosen == path for _, chosen in best) for path in self.layers}
 
     def factors(self, path: str, adapter: "Lora") -> Factors:
-        return self.start(path, adapter.r), torch.zeros_like(adapter.lora_B)
+        return self.start(path, adapter.r), torch.zeros_like(adapter.lora_B_weight)
 
     def start(self, path: str, r: int) -> Tensor:
         """Return A (r, i) of one layer."""
@@ -133,8 +133,8 @@ class EvaStateDict(Eva):
         return {path: len(self.starts[path]) if path in self.starts else lora.r for path, lora in self.layers.items()}
 
     def factors(self, path: str, adapter: "Lora") -> Factors:
-        a = self.starts[path].to(adapter.lora_A) if path in self.starts else adapter.lora_A.clone()
-        return a, torch.zeros_like(adapter.lora_B)
+        a = self.starts[path].to(adapter.lora_A_weight) if path in self.starts else adapter.lora_A_weight.clone()
+        return a, torch.zeros_like(adapter.lora_B_weight)
 
 
 @register_variant
@@ -146,4 +146,4 @@ class EvaStart(Initialisation):
 
     def initialise(self, lora: "Lora") -> None:
         draw_defaults(lora)  # A keeps these values until the data are there
-        nn.init.zeros_(lora.lora_B)
+        nn.init.zeros_(lora.lora_B_weight)

@@ -132,6 +132,6 @@ def _diagonal(lora: "Lora") -> Tensor:
 
 def _penalties(lora: "Lora") -> tuple[Tensor, Tensor]:
     """Return Σλ² and ‖BᵀB − I‖ + ‖AAᵀ − I‖ of one layer."""
-    a, b, diag = lora.lora_A.float(), lora.lora_B.float(), _diagonal(lora).float()
+    a, b, diag = lora.lora_A_weight.float(), lora.lora_B_weight.float(), _diagonal(lora).float()
     identity = torch.eye(lora.r, device=diag.device)
     return diag.square().sum(), (b.T @ b - identity).norm() + (a @ a.T - identity).norm()

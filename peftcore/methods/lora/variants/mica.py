@@ -24,7 +24,7 @@ class MicaStart(WeightInitialisation):
     stands_alone = True
     reads_base = False
     subtracts = False
-    frozen = frozenset({"lora_B"})
+    frozen = frozenset({"lora_B_weight"})
 
     def initialise(self, lora: "Lora") -> None:
         if lora.base.kind not in ("linear", "embedding"):
@@ -34,5 +34,5 @@ class MicaStart(WeightInitialisation):
         weight = lora.base.read_unmerged().float()
         self.check_rank(lora, weight)
         draw_defaults(lora)
-        nn.init.zeros_(lora.lora_A)
-        lora.lora_B.copy_(torch.linalg.svd(weight, full_matrices=False).U[:, -lora.r :])
+        nn.init.zeros_(lora.lora_A_weight)
+        lora.lora_B_weight.copy_(torch.linalg.svd(weight, full_matrices=False).U[:, -lora.r :])

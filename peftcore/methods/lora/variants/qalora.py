@@ -39,11 +39,11 @@ class QaLora(Variant):
 
     def reset_parameters(self, lora: "Lora") -> None:
         self.prepare_to_read(lora)
-        kaiming_uniform_(lora.lora_A)
+        kaiming_uniform_(lora.lora_A_weight)
 
     def prepare_to_read(self, lora: "Lora") -> None:
-        lora.lora_A = nn.Parameter(
-            lora.lora_A.new_empty(lora.r, lora.base.in_features // lora.config.qalora_group_size)
+        lora.lora_A_weight = nn.Parameter(
+            lora.lora_A_weight.new_empty(lora.r, lora.base.in_features // lora.config.qalora_group_size)
         )
 
     def computed_factors(self, lora: "Lora", a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,7 @@ class Qera(QuantisationError):
     damping = 1e-6  # only for a root of a singular R
 
     def split(self, adapter: "Lora", u: Tensor, values: Tensor, projected: Tensor, moment: Tensor) -> Factors:
-        drawn = adapter.lora_A.detach().to(projected.dtype)
+        drawn = adapter.lora_A_weight.detach().to(projected.dtype)
         c = ((drawn @ moment.to(drawn.dtype)) * drawn).sum(1).mean().sqrt().clamp(min=torch.finfo(drawn.dtype).tiny)
         # a direction without error keeps plain LoRA's start, because A = 0 and B = 0 would never train
         a = torch.where(values[:, None] > 0, c * projected / values[:, None], drawn[: len(values)])

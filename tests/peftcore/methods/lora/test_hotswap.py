@@ -22,7 +22,7 @@ def test_a_larger_rank_is_the_same_function(layer: str, options: dict[str, bool]
     net = lora(net, init_lora_weights=False, **options)
     before = net(x)
     enlarge(adapter(net), 7)
-    assert adapter(net).lora_A.shape[0] == adapter(net).lora_B.shape[1] == adapter(net).r == 7
+    assert adapter(net).lora_A_weight.shape[0] == adapter(net).lora_B_weight.shape[1] == adapter(net).r == 7
     torch.testing.assert_close(net(x), before)
     with torch.no_grad():
         torch.testing.assert_close(net(x), before)
@@ -32,7 +32,7 @@ def test_an_adapter_with_a_subtracted_start_can_be_saved_after_it_was_enlarged(t
     net, x = net_and_input("linear")
     net = lora(net, init_lora_weights="pissa")
     with torch.no_grad():
-        adapter(net).lora_B.add_(torch.randn_like(adapter(net).lora_B))
+        adapter(net).lora_B_weight.add_(torch.randn_like(adapter(net).lora_B_weight))
     before = net(x)
     prepare_model_for_compiled_hotswap(net, target_rank=4)
     torch.testing.assert_close(net(x), before)

@@ -22,9 +22,9 @@ def test_a_start_taken_out_of_the_base_changes_no_output_and_no_base(start: str,
     net = lora(net, init_lora_weights=start)
     torch.testing.assert_close(net(x), base, rtol=1e-6, atol=1e-6)
     assert torch.equal(net[0].base_layer.weight, plain[0].weight)  # type: ignore[index]
-    assert adapter(net).lora_B.abs().max() > 0.1  # and yet the adapter holds the weight's main part
+    assert adapter(net).lora_B_weight.abs().max() > 0.1  # and yet the adapter holds the weight's main part
     net(x).square().sum().backward()
-    assert adapter(net).lora_A.grad.abs().max() > 0
+    assert adapter(net).lora_A_weight.grad.abs().max() > 0
     randomise(net, 0.3)
     adapted = net(x)
     net.save_pretrained(tmp_path)
@@ -33,7 +33,7 @@ def test_a_start_taken_out_of_the_base_changes_no_output_and_no_base(start: str,
     torch.testing.assert_close(loaded(x), adapted, rtol=1e-6, atol=1e-6)
     again = lora(copy.deepcopy(plain), init_lora_weights=start)
     again.load_adapter_weights(tmp_path)  # as a resumed training does: the same factors, not a wider adapter
-    assert torch.equal(adapter(again).lora_A, adapter(net).lora_A) and torch.equal(again(x), net(x))
+    assert torch.equal(adapter(again).lora_A_weight, adapter(net).lora_A_weight) and torch.equal(again(x), net(x))
     assert torch.equal(net.unload()(x), base)
 
 

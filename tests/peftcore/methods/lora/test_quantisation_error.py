@@ -110,9 +110,9 @@ def test_the_output_is_as_near_to_the_original_as_the_rank_allows(start: str, ki
     loftq = (x @ (error - plain.U[:, :R] * plain.S[:R] @ plain.Vh[:R]).T).square().sum()
     assert left < loftq
     if start == "cloq":
-        torch.testing.assert_close(adapter.lora_B.T @ adapter.lora_B, torch.eye(R), rtol=0, atol=1e-5)
+        torch.testing.assert_close(adapter.lora_B_weight.T @ adapter.lora_B_weight, torch.eye(R), rtol=0, atol=1e-5)
     else:
-        hidden = x @ adapter.lora_A.T
+        hidden = x @ adapter.lora_A_weight.T
         second = hidden.T @ hidden / len(x)
         torch.testing.assert_close(second / second.trace() * R, torch.eye(R), rtol=0, atol=1e-2)
 
@@ -142,20 +142,20 @@ def test_layers_in_groups_start_as_in_one_pass(start: str, monkeypatch: pytest.M
 def test_a_layer_that_is_not_quantised_starts_as_plain_lora(start: str) -> None:
     config = LoraConfig(r=2, target_modules=["0", "1"], init_lora_weights=start)
     model, weights = get_peft_model(Net(), config), original()
-    drawn = adapter_set(model).adapters("default")["1"].lora_A.detach().clone()
+    drawn = adapter_set(model).adapters("default")["1"].lora_A_weight.detach().clone()
     initialize_from_data(model, rows(), model_path=weights, progress=False)
     quantised_layer, head = (adapter_set(model).adapters("default")[path] for path in ("0", "1"))
-    assert quantised_layer.lora_B.any()
-    assert torch.equal(head.lora_A, drawn) and not head.lora_B.any()
+    assert quantised_layer.lora_B_weight.any()
+    assert torch.equal(head.lora_A_weight, drawn) and not head.lora_B_weight.any()
 
 
 @pytest.mark.parametrize("start", STARTS)
 def test_components_beyond_the_layers_smaller_side_start_as_plain_lora(start: str) -> None:
     model, weights = get_peft_model(Net(), LoraConfig(target_modules=["0"], r=35, init_lora_weights=start)), original()
-    drawn = adapter_set(model).adapters("default")["0"].lora_A.detach().clone()
+    drawn = adapter_set(model).adapters("default")["0"].lora_A_weight.detach().clone()
     initialize_from_data(model, rows(), model_path=weights, progress=False)
     adapter = adapter_set(model).adapters("default")["0"]
-    assert torch.equal(adapter.lora_A[32:], drawn[32:]) and not adapter.lora_B[:, 32:].any()
+    assert torch.equal(adapter.lora_A_weight[32:], drawn[32:]) and not adapter.lora_B_weight[:, 32:].any()
     error = weights["0.weight"] - adapter.base.read().float()
     torch.testing.assert_close(adapter.delta_weight(), error, rtol=1e-3, atol=1e-4)
 
@@ -166,7 +166,7 @@ def test_the_saved_adapter_is_plain_lora(start: str, tmp_path: Path) -> None:
     initialize_from_data(model, rows(), model_path=original(), progress=False)
     adapter = adapter_set(model).adapters("default")["0"]
     x = rows()[0]["input"]
-    corrected = adapter.base.read().float() + adapter.scaling * adapter.lora_B @ adapter.lora_A
+    corrected = adapter.base.read().float() + adapter.scaling * adapter.lora_B_weight @ adapter.lora_A_weight
     torch.testing.assert_close(adapter.merged_weight(adapter.base.read()), corrected)  # DoRA's lengths are set anew
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(Net(), tmp_path)
@@ -182,7 +182,7 @@ def test_a_direction_without_error_still_trains(start: str) -> None:
     weights["0.weight"][3] += 0.1  # an error of rank 1
     initialize_from_data(model, rows(), model_path=weights, progress=False)
     adapter = adapter_set(model).adapters("default")["0"]
-    alive = (adapter.lora_A.norm(dim=1) > 0) | (adapter.lora_B.norm(dim=0) > 0)
+    alive = (adapter.lora_A_weight.norm(dim=1) > 0) | (adapter.lora_B_weight.norm(dim=0) > 0)
     assert alive.all()
     expected = weights["0.weight"] - adapter.base.read()
     torch.testing.assert_close(adapter.delta_weight(), expected, rtol=1e-3, atol=1e-4)

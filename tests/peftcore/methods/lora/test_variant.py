@@ -115,4 +115,4 @@ def test_an_initialisation_draws_the_numbers_that_torch_draws_for_it() -> None:
     for sizes in ((6, 2), (2, 5)):  # PEFT's modules, with values that it overwrites
         nn.Linear(*sizes, bias=False)
     expected = nn.init.kaiming_uniform_(torch.empty(2, 6), a=5**0.5)
-    assert torch.equal(adapter.lora_A, expected) and not adapter.lora_B.any()
+    assert torch.equal(adapter.lora_A_weight, expected) and not adapter.lora_B_weight.any()

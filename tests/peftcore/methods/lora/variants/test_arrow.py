@@ -37,12 +37,12 @@ def part(model: Any, name: str) -> Any:
 
 def expected(model: Any, x: Tensor, names: str, top_k: int, temperature: float, general: str = "") -> Tensor:
     """Return the output by the definition, one expert after another."""
-    mean_a = sum(part(model, name).lora_A for name in general) / max(1, len(general))
-    mean_b = sum(part(model, name).lora_B for name in general) / max(1, len(general))
+    mean_a = sum(part(model, name).lora_A_weight for name in general) / max(1, len(general))
+    mean_b = sum(part(model, name).lora_B_weight for name in general) / max(1, len(general))
     scores, changes = [], []
     for name in names:
         lora = part(model, name)
-        a, b = lora.lora_A - mean_a, lora.lora_B - mean_b
+        a, b = lora.lora_A_weight - mean_a, lora.lora_B_weight - mean_b
         start = torch.randn(12, generator=torch.Generator().manual_seed(3))
         scores.append((x @ iterated_prototype(a, b, start)).abs())
         changes.append(lora.scaling * x @ (b @ a).T)
@@ -95,7 +95,7 @@ def test_weights_that_have_changed_are_followed_and_prototypes_are_kept() -> Non
     assert torch.equal(model(X), first)
     with torch.no_grad():
         for lora in (part(model, "a"), part(model, "b")):
-            lora.lora_A.copy_(torch.randn(2, 12, generator=torch.Generator().manual_seed(5)))
+            lora.lora_A_weight.copy_(torch.randn(2, 12, generator=torch.Generator().manual_seed(5)))
     second = model(X)
     assert not torch.allclose(second, first)
     assert torch.equal(torch.get_rng_state(), state), "a new prototype begins at the vector of the last one"
@@ -108,11 +108,11 @@ def test_gradients_reach_the_experts_and_the_input() -> None:
     with torch.inference_mode():
         model(X)
     model(x).square().sum().backward()
-    assert part(model, "a").lora_A.grad.abs().sum() > 0 and x.grad is not None
+    assert part(model, "a").lora_A_weight.grad.abs().sum() > 0 and x.grad is not None
     copied = pickle.loads(pickle.dumps(copy.deepcopy(model)))
     assert torch.equal(copied(X), model(X))
     with torch.no_grad():
-        part(copied, "a").lora_B.zero_()
+        part(copied, "a").lora_B_weight.zero_()
     assert not torch.equal(copied(X), model(X))
 
 
@@ -126,7 +126,7 @@ def test_a_replica_uses_its_own_loras() -> None:
     with torch.no_grad():
         assert torch.equal(replica(X), y)
         for name in "abc":
-            part(model, name).lora_B.zero_()
+            part(model, name).lora_B_weight.zero_()
         assert torch.equal(replica(X), y)
 
 

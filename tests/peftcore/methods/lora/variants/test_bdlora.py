@@ -36,15 +36,15 @@ def bdlora(**options: Any) -> Any:
 def test_only_the_blocks_train_and_the_factors_are_block_diagonal() -> None:
     model, x = bdlora(), inputs()
     first, last = adapter(model), adapter(model, "2")
-    assert first.lora_A.shape == (4, 6) and first.lora_B.shape == (8, 4)
-    assert last.lora_A.shape == (4, 8) and last.lora_B.shape == (6, 2)
+    assert first.lora_A_weight.shape == (4, 6) and first.lora_B_weight.shape == (8, 4)
+    assert last.lora_A_weight.shape == (4, 8) and last.lora_B_weight.shape == (6, 2)
     randomise(model, 0.3)
     a = torch.zeros(4, 12)
-    a[:2, :6], a[2:, 6:] = first.lora_A[:2], first.lora_A[2:]
+    a[:2, :6], a[2:, 6:] = first.lora_A_weight[:2], first.lora_A_weight[2:]
     b = torch.zeros(6, 4)
-    b[:3, :2], b[3:, 2:] = last.lora_B[:3], last.lora_B[3:]
-    torch.testing.assert_close(first.delta_weight(), first.scaling * first.lora_B @ a)
-    torch.testing.assert_close(last.delta_weight(), last.scaling * b @ last.lora_A)
+    b[:3, :2], b[3:, 2:] = last.lora_B_weight[:3], last.lora_B_weight[3:]
+    torch.testing.assert_close(first.delta_weight(), first.scaling * first.lora_B_weight @ a)
+    torch.testing.assert_close(last.delta_weight(), last.scaling * b @ last.lora_A_weight)
     hidden = x @ (net()[0].weight + first.delta_weight()).T + net()[0].bias
     adapted = hidden.relu() @ (net()[2].weight + last.delta_weight()).T + net()[2].bias
     torch.testing.assert_close(model(x), adapted)
@@ -60,8 +60,8 @@ def test_start_outputs_and_files_are_pefts(dtype: torch.dtype, tmp_path: Path) -
     ours = get_peft_model(net().to(dtype), LoraConfig(**OPTIONS, use_bdlora=BdLoraConfig(**BOTH)))
     assert torch.equal(torch.rand(1), following)
     for path, layer in (("0", theirs.base_model.model[0]), ("2", theirs.base_model.model[2])):
-        assert torch.equal(adapter(ours, path).lora_A, layer.lora_A["default"].weight)
-        assert torch.equal(adapter(ours, path).lora_B, layer.lora_B["default"].weight)
+        assert torch.equal(adapter(ours, path).lora_A_weight, layer.lora_A["default"].weight)
+        assert torch.equal(adapter(ours, path).lora_B_weight, layer.lora_B["default"].weight)
     randomise(theirs, 0.3)
     theirs.save_pretrained(tmp_path / "theirs")
     ours = PeftModel.from_pretrained(net().to(dtype), tmp_path / "theirs")
@@ -75,7 +75,7 @@ def test_start_outputs_and_files_are_pefts(dtype: torch.dtype, tmp_path: Path) -
 
 def test_a_target_in_neither_list_gets_plain_lora_if_matching_is_not_strict() -> None:
     model = bdlora(target_modules_bd_b=None, match_strict=False)
-    assert adapter(model, "2").lora_A.shape == (4, 8) and adapter(model, "2").lora_B.shape == (6, 4)
+    assert adapter(model, "2").lora_A_weight.shape == (4, 8) and adapter(model, "2").lora_B_weight.shape == (6, 4)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ def test_corda_decomposes_the_weight_as_the_data_sees_it(method: str) -> None:
     initialize_from_data(model, batches(), progress=False)
     handle.remove()
     x = torch.cat([rows.reshape(-1, 16) for rows in seen])
-    part = adapter.scaling * adapter.lora_B @ adapter.lora_A
+    part = adapter.scaling * adapter.lora_B_weight @ adapter.lora_A_weight
     weight = adapter.base.read()
     share = (x @ part.T).norm() / (x @ weight.T).norm()
     assert share > 0.7 if method == "ipm" else share < 0.3, path

@@ -27,7 +27,7 @@ def test_dora_is_direction_times_magnitude(layer: str) -> None:
     v = a.base.read() + a.delta_weight()
     lengths = v.flatten(1).norm(dim=1)
     ones = (1,) * (v.dim() - 1)
-    expected = v / lengths.view(-1, *ones) * a.lora_magnitude_vector.view(-1, *ones)
+    expected = v / lengths.view(-1, *ones) * a.lora_magnitude_vector_weight.view(-1, *ones)
     torch.testing.assert_close(a.merged_weight(a.base.read()), expected, rtol=1e-10, atol=1e-10)
     adapted = net(x)
     net.merge_adapter()
@@ -40,7 +40,9 @@ def test_dora_starts_at_the_base_with_its_own_lengths(layer: str) -> None:
     base = net(x)
     net = lora(net, use_dora=True)
     torch.testing.assert_close(net(x), base, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(adapter(net).lora_magnitude_vector, adapter(net).base.read().flatten(1).norm(dim=1))
+    torch.testing.assert_close(
+        adapter(net).lora_magnitude_vector_weight, adapter(net).base.read().flatten(1).norm(dim=1)
+    )
 
 
 @pytest.mark.parametrize("start", [True, "pissa"])
@@ -55,8 +57,8 @@ def test_dora_with_dropout_drops_the_input_of_both_parts(start: Any) -> None:
     dropped = F.dropout(x, 0.5)
     taken_out = 0 if a.start is None else a._product(*a.start)
     w = layer.weight - taken_out
-    low_rank = a._product(a.lora_A, a.lora_B)
-    ratio = a.lora_magnitude_vector / (w + low_rank).norm(dim=1)
+    low_rank = a._product(a.lora_A_weight, a.lora_B_weight)
+    ratio = a.lora_magnitude_vector_weight / (w + low_rank).norm(dim=1)
     expected = x @ w.T + layer.bias + (ratio - 1) * (dropped @ w.T) + ratio * (dropped @ low_rank.T)
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
@@ -67,10 +69,10 @@ def test_the_length_gets_no_gradient() -> None:
     randomise(net, 0.3)
     a, layer = adapter(net), net[0].base_layer
     net(x).square().sum().backward()
-    got = a.lora_B.grad.clone()
-    b = a.lora_B.detach().clone().requires_grad_()
-    v = layer.weight + a.scaling * b @ a.lora_A
-    y = x @ (v * (a.lora_magnitude_vector / v.norm(dim=1).detach())[:, None]).T + layer.bias
+    got = a.lora_B_weight.grad.clone()
+    b = a.lora_B_weight.detach().clone().requires_grad_()
+    v = layer.weight + a.scaling * b @ a.lora_A_weight
+    y = x @ (v * (a.lora_magnitude_vector_weight / v.norm(dim=1).detach())[:, None]).T + layer.bias
     y.square().sum().backward()
     torch.testing.assert_close(got, b.grad, rtol=1e-9, atol=1e-9)
 
@@ -179,5 +181,5 @@ def test_lengths_of_layers_on_the_cpu_are_computed_on_the_gpu(layer: str) -> Non
     torch.cuda.reset_peak_memory_stats()
     net = lora(plain, use_dora=True, runtime_config=LoraRuntimeConfig(ephemeral_gpu_offload=True))
     assert torch.cuda.max_memory_allocated() > 0
-    assert adapter(net).lora_magnitude_vector.device.type == "cpu"
+    assert adapter(net).lora_magnitude_vector_weight.device.type == "cpu"
     torch.testing.assert_close(net(x), base, rtol=1e-12, atol=1e-12)

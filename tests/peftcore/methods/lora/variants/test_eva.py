@@ -35,10 +35,10 @@ def test_eva_spends_the_ranks_where_they_explain_most() -> None:
     assert {a.r for a in after.values()} != {4} and max(a.r for a in after.values()) <= 8
     torch.testing.assert_close(model(TOKENS).logits, base)  # B is zero
     for adapter in after.values():
-        gram = adapter.lora_A @ adapter.lora_A.T
+        gram = adapter.lora_A_weight @ adapter.lora_A_weight.T
         torch.testing.assert_close(gram, torch.eye(adapter.r), rtol=1e-4, atol=1e-4)
         assert adapter.scaling == pytest.approx(2.0)  # α follows r
-    assert model.active_adapters == ["default"] and all(a.lora_A.requires_grad for a in after.values())
+    assert model.active_adapters == ["default"] and all(a.lora_A_weight.requires_grad for a in after.values())
 
 
 @pytest.mark.parametrize("adjust", [True, False])
@@ -62,7 +62,7 @@ def test_eva_leaves_masked_rows_out(tmp_path: Any) -> None:
     assert {a.r for a in adapter_set(model).adapters("default").values()} == {4}
     other = lora("eva", eva_config={"rho": 1.0, "use_label_mask": False})
     initialize_from_data(other, data, progress=False)
-    ours, theirs = (next(iter(adapter_set(m).adapters("default").values())).lora_A for m in (model, other))
+    ours, theirs = (next(iter(adapter_set(m).adapters("default").values())).lora_A_weight for m in (model, other))
     assert not torch.allclose(ours.abs(), theirs.abs(), atol=1e-2)
     model.save_pretrained(tmp_path)
     torch.testing.assert_close(PeftModel.from_pretrained(llama(), tmp_path)(TOKENS).logits, model(TOKENS).logits)

@@ -45,7 +45,7 @@ def test_the_layer_is_the_truncated_weight_and_b_diag_a(bias: bool) -> None:
     randomise(model, 0.3)
     part, x = adapter(model), inputs()
     original = net()[0]
-    change = part.scaling * part.lora_B @ torch.diag(part.lora_diag) @ part.lora_A
+    change = part.scaling * part.lora_B_weight @ torch.diag(part.lora_diag) @ part.lora_A_weight
     weight = truncated(original.weight, 3) + change
     shift = original.bias + (part.scaling * part.lora_bias if bias else 0)
     torch.testing.assert_close(model.eval()[0](x), x @ weight.T + shift)
@@ -82,7 +82,9 @@ def test_outputs_gradients_and_regulariser_are_pefts(tmp_path: Path) -> None:
         (model(x).square().sum() + model._get_kasa_loss()).backward()
     layer = theirs.base_model.model[0]
     torch.testing.assert_close(adapter(ours).lora_diag.grad, layer.lora_diag["default"].grad, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(adapter(ours).lora_A.grad, layer.lora_A["default"].weight.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        adapter(ours).lora_A_weight.grad, layer.lora_A["default"].weight.grad, rtol=1e-4, atol=1e-4
+    )
     ours.save_pretrained(tmp_path / "ours")
     again = peft.PeftModel.from_pretrained(net(), tmp_path / "ours")
     torch.testing.assert_close(again(x), ours(x), rtol=1e-5, atol=1e-5)

@@ -19,8 +19,8 @@ def test_lora_ga_first_step_follows_the_gradient_of_the_weight() -> None:
     path, adapter = next(iter(adapter_set(model).adapters("default").items()))
     gradient = plain.get_submodule(path).weight.grad
     u, _, vh = torch.linalg.svd(gradient)
-    torch.testing.assert_close((adapter.lora_A @ vh[:8].T).abs(), torch.eye(8), rtol=1e-2, atol=1e-2)
-    directions = nn.functional.normalize(adapter.lora_B, dim=0)
+    torch.testing.assert_close((adapter.lora_A_weight @ vh[:8].T).abs(), torch.eye(8), rtol=1e-2, atol=1e-2)
+    directions = nn.functional.normalize(adapter.lora_B_weight, dim=0)
     torch.testing.assert_close((directions.T @ u[:, 8:16]).abs(), torch.eye(8), rtol=5e-2, atol=5e-2)
 
 
@@ -31,7 +31,7 @@ def test_lora_ga_does_not_depend_on_how_often_a_batch_is_seen(scale: str) -> Non
         torch.manual_seed(0)
         model = lora("lora_ga", target_modules=["q_proj"], lora_ga_config={"scale": scale})
         initialize_from_data(model, batches(1) * count, progress=False)
-        products.append([a.lora_B @ a.lora_A for a in adapter_set(model).adapters("default").values()])
+        products.append([a.lora_B_weight @ a.lora_A_weight for a in adapter_set(model).adapters("default").values()])
     for other in products[1:]:
         for ours, theirs in zip(products[0], other, strict=True):
             assert (theirs - ours).norm() < 1e-3 * ours.norm()

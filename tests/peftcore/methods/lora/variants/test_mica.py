@@ -22,9 +22,9 @@ def test_b_spans_the_smallest_singular_values_and_the_model_starts_at_its_base(l
     net = lora(net, init_lora_weights="mica")
     part = adapter(net)
     u, values, _ = torch.linalg.svd(part.base.read())
-    assert torch.equal(net(x), base) and not part.lora_A.any()
+    assert torch.equal(net(x), base) and not part.lora_A_weight.any()
     minor = u[:, len(values) - 2 : len(values)]
-    torch.testing.assert_close(part.lora_B @ part.lora_B.T, minor @ minor.T, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(part.lora_B_weight @ part.lora_B_weight.T, minor @ minor.T, rtol=1e-5, atol=1e-5)
 
 
 def trained(model: nn.Module) -> list[str]:
@@ -34,10 +34,10 @@ def trained(model: nn.Module) -> list[str]:
 def test_b_never_trains() -> None:
     net, x = net_and_input("linear")
     net = lora(net, init_lora_weights="mica")
-    only_a = ["0.adapters.default.lora_A"]
+    only_a = ["0.adapters.default.lora_A_weight"]
     assert trained(net) == only_a
     net(x).square().sum().backward()
-    assert adapter(net).lora_B.grad is None and adapter(net).lora_A.grad.any()
+    assert adapter(net).lora_B_weight.grad is None and adapter(net).lora_A_weight.grad.any()
     net.add_adapter("plain", LoraConfig(r=2, target_modules=["0"]))
     for switch in (
         lambda: net.set_adapter("default"),
@@ -63,12 +63,12 @@ def test_start_and_files_are_pefts(layer: str, tmp_path: Path) -> None:
     ours = get_peft_model(net(), LoraConfig(**options))
     wrapped = theirs.base_model.model[0]
     b = wrapped.lora_embedding_B["default"] if layer == "embedding" else wrapped.lora_B["default"].weight
-    assert torch.equal(adapter(ours).lora_B, b)
+    assert torch.equal(adapter(ours).lora_B_weight, b)
     randomise(theirs, 0.3)
     theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
     ours = PeftModel.from_pretrained(net(), tmp_path / "theirs", is_trainable=True)
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
-    assert trained(ours) == ["0.adapters.default.lora_A"]
+    assert trained(ours) == ["0.adapters.default.lora_A_weight"]
     ours.save_pretrained(tmp_path / "ours")
     again = peft.PeftModel.from_pretrained(net(), tmp_path / "ours")
     torch.testing.assert_close(again(x), theirs(x), rtol=1e-5, atol=1e-5)

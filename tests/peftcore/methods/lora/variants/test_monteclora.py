@@ -38,7 +38,7 @@ def test_outside_of_training_it_is_plain_lora() -> None:
     model, x = monteclora(), inputs()
     randomise(model, 0.3)
     part = adapter(model)
-    plain = x @ (net()[0].weight + part.scaling * part.lora_B @ part.lora_A).T + net()[0].bias
+    plain = x @ (net()[0].weight + part.scaling * part.lora_B_weight @ part.lora_A_weight).T + net()[0].bias
     torch.testing.assert_close(model.eval()(x), plain)
     model.train()
     assert not torch.allclose(model(x), plain, atol=1e-3) and not torch.equal(model(x), model(x))
@@ -55,9 +55,9 @@ def test_the_noise_is_that_of_its_sample(bias: bool) -> None:
     got = model(x)
     variance = (sampler.std_prior.exp() ** 2 * sample.wishart).clamp_min(1e-3)
     noise = [0.3 * (z @ torch.diag(variance.sqrt())).T for z in sample.normal]
-    a = part.lora_A + sum(w * one for w, one in zip(sampler.expert_weights, noise, strict=True))
+    a = part.lora_A_weight + sum(w * one for w, one in zip(sampler.expert_weights, noise, strict=True))
     shift = net()[0].bias + (part.scaling * part.lora_bias if bias else 0)
-    torch.testing.assert_close(got, x @ (net()[0].weight + part.scaling * part.lora_B @ a).T + shift)
+    torch.testing.assert_close(got, x @ (net()[0].weight + part.scaling * part.lora_B_weight @ a).T + shift)
     torch.testing.assert_close(sampler.gaussian_var_prior, torch.diag(variance))
     torch.testing.assert_close(sampler.expert_weights.sum(), torch.tensor(1.0))
 
@@ -82,7 +82,7 @@ def test_training_is_pefts_number_for_number(use_entropy: bool) -> None:
     there = layer.lora_monteclora_sampler["default"]
     for name in ("std_prior", "expert_weights_prior", "gaussian_var_prior", "expert_weights"):
         torch.testing.assert_close(getattr(part.lora_monteclora_sampler, name), getattr(there, name))
-    torch.testing.assert_close(part.lora_A, layer.lora_A["default"].weight)
+    torch.testing.assert_close(part.lora_A_weight, layer.lora_A["default"].weight)
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(ours._get_monteclora_loss(), theirs._get_monteclora_loss())
     assert ours.eval()._get_monteclora_loss() == theirs.eval()._get_monteclora_loss() == 0

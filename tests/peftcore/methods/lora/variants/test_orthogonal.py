@@ -12,4 +12,4 @@ def test_orthogonal_start_is_the_base_with_neither_factor_zero() -> None:
     base = net(x)
     net = lora(net, init_lora_weights="orthogonal")
     torch.testing.assert_close(net(x), base, rtol=1e-6, atol=1e-6)
-    assert min(adapter(net).lora_A.abs().max(), adapter(net).lora_B.abs().max()) > 0
+    assert min(adapter(net).lora_A_weight.abs().max(), adapter(net).lora_B_weight.abs().max()) > 0

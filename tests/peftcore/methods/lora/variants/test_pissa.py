@@ -13,4 +13,6 @@ def test_pissa_holds_the_principal_part() -> None:
     net = lora(net, init_lora_weights="pissa")
     u, s, vh = torch.linalg.svd(weight)
     a = adapter(net)
-    torch.testing.assert_close(a.scaling * a.lora_B @ a.lora_A, u[:, :2] * s[:2] @ vh[:2], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        a.scaling * a.lora_B_weight @ a.lora_A_weight, u[:, :2] * s[:2] @ vh[:2], rtol=1e-5, atol=1e-6
+    )

@@ -30,9 +30,9 @@ def test_a_sees_the_means_of_groups() -> None:
     model, x = get_peft_model(net(), LoraConfig(**OPTIONS)), inputs()
     randomise(model, 0.3)
     part = adapter(model)
-    assert part.lora_A.shape == (3, 3)
+    assert part.lora_A_weight.shape == (3, 3)
     means = x.view(2, 5, 3, 4).mean(-1) * 3
-    adapted = net()(x) + part.scaling * means @ part.lora_A.T @ part.lora_B.T
+    adapted = net()(x) + part.scaling * means @ part.lora_A_weight.T @ part.lora_B_weight.T
     torch.testing.assert_close(model(x), adapted)
     torch.testing.assert_close(model.merge_and_unload()(x), adapted)
 
@@ -56,7 +56,7 @@ def test_start_and_outputs_are_those_of_pefts_variant(tmp_path: Any) -> None:
     torch.manual_seed(3)
     ours: Any = get_peft_model(net(), LoraConfig(**OPTIONS))
     assert torch.equal(torch.rand(1), following)
-    assert torch.equal(adapter(ours).lora_A, layer.lora_A["default"].weight)
+    assert torch.equal(adapter(ours).lora_A_weight, layer.lora_A["default"].weight)
     randomise(theirs, 0.3)
     theirs.save_pretrained(tmp_path)
     x = inputs()

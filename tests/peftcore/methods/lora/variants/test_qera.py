@@ -10,7 +10,7 @@ from peftcore.methods.lora.variants.qera import Qera
 
 class Adapter:
     scaling = 0.5
-    lora_A = 0.1 * torch.randn(3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    lora_A_weight = 0.1 * torch.randn(3, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
 def test_the_factors_are_the_papers_at_the_scale_of_plain_lora() -> None:
@@ -22,7 +22,7 @@ def test_the_factors_are_the_papers_at_the_scale_of_plain_lora() -> None:
     a, b = Qera.split(object.__new__(Qera), adapter, u, values, u.T @ error, moment)  # type: ignore[arg-type]
     root = cholesky_root(moment, 1e-12)
     left, s, right = truncated_svd(error @ root, 3)
-    c = (x @ Adapter.lora_A.T).square().mean().sqrt()
+    c = (x @ Adapter.lora_A_weight.T).square().mean().sqrt()
     torch.testing.assert_close(a, c * right @ torch.linalg.inv(root))
     torch.testing.assert_close(c * Adapter.scaling * b, left * s)
     torch.testing.assert_close((x @ a.T).square().mean(0).sqrt(), c.expand(3))

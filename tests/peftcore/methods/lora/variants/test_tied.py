@@ -94,8 +94,8 @@ def test_a_tied_pair_trained_whole_is_saved_as_two_tensors(tmp_path: Any) -> Non
     model = get_peft_model(llama(tie_word_embeddings=True), LoraConfig(ensure_weight_tying=True, **options))
     randomise(model, 0.3)
     layer = adapter(model, "model.layers.0.self_attn.q_proj")
-    layer.lora_A.data = layer.lora_A.detach().T.contiguous().T
-    assert not layer.lora_A.is_contiguous()
+    layer.lora_A_weight.data = layer.lora_A_weight.detach().T.contiguous().T
+    assert not layer.lora_A_weight.is_contiguous()
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(llama(tie_word_embeddings=True), tmp_path)
     assert torch.equal(loaded(TOKENS).logits, model.eval()(TOKENS).logits)

@@ -38,7 +38,7 @@ def test_the_output_is_that_of_lora(training: bool) -> None:
     model, plain, x = velora().train(training), get_peft_model(net(), LoraConfig(**OPTIONS)), inputs()
     randomise(model, 0.3)
     with torch.no_grad():
-        for name in ("lora_A", "lora_B"):
+        for name in ("lora_A_weight", "lora_B_weight"):
             getattr(adapter(plain), name).copy_(getattr(adapter(model), name))
     torch.testing.assert_close(model(x), plain(x))
     torch.testing.assert_close(model.eval().merge_and_unload()(x), plain(x))
@@ -51,11 +51,11 @@ def test_the_gradient_of_a_is_that_of_the_rebuilt_input() -> None:
     v = part.lora_velora_embed
     torch.testing.assert_close(v.norm(), torch.tensor(1.0))
     model(x).square().sum().backward()
-    gradient = 2 * model(x).detach() @ part.lora_B.detach() * part.scaling  # of h
+    gradient = 2 * model(x).detach() @ part.lora_B_weight.detach() * part.scaling  # of h
     filled = torch.cat([x.detach(), torch.zeros(2, 5, 3)], -1).view(2, 5, 5, 3)
     rebuilt = ((filled @ v)[..., None] * v).flatten(-2)[..., :12] * 0.5
     expected = torch.einsum("btr,bti->ri", gradient, rebuilt)
-    torch.testing.assert_close(part.lora_A.grad, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(part.lora_A_weight.grad, expected, rtol=1e-5, atol=1e-5)
     weight = net()[0].weight + part.delta_weight()
     torch.testing.assert_close(x.grad, 2 * model(x).detach() @ weight, rtol=1e-4, atol=1e-4)
 
