@@ -78,11 +78,28 @@ class PerAdapter(MutableMapping[str, Any]):
                 f"{self._attribute}[{name!r}] is a view and cannot be replaced; assign its weight or change it in place"
             )
 
+    @property
+    def __class__(self) -> Any:  # type: ignore[override]
+        """The class that HF PEFT's attribute has, for `isinstance`: nn.ModuleDict, nn.ParameterDict or dict."""
+        element = next(iter(self.values()), None)
+        if element is None:
+            return nn.ParameterDict if "embedding" in self._attribute else nn.ModuleDict
+        return (
+            nn.ModuleDict
+            if isinstance(element, nn.Module)
+            else nn.ParameterDict
+            if isinstance(element, Tensor)
+            else dict
+        )
+
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # `_attribute` is not there yet while a copy is made
+        if "_attribute" not in vars(self):  # while a copy is made
             raise AttributeError(name)
         if name in self:  # as in nn.ModuleDict: lora_A.default
             return self[name]
+        container: Any = self.__class__
+        if hasattr(container, name):  # such as lora_A.parameters() and scaling.copy()
+            return getattr(container(dict(self)), name)
         raise AttributeError(f"{self._attribute} has no adapter {name!r}; it has {list(self)}")
 
     def __delitem__(self, name: str) -> None:
@@ -97,6 +114,9 @@ class PerAdapter(MutableMapping[str, Any]):
 
     def __repr__(self) -> str:
         return f"{self._attribute}: {dict(self)!r}"
+
+    def __reduce__(self) -> Any:  # the default one would take `__class__` for the type
+        return PerAdapter, (self._slot, self._attribute)
 
     def identity(self) -> tuple[Any, ...]:
         """Return the attribute's name, and for each adapter the id of the parameter, or of the adapter without one."""

@@ -256,3 +256,25 @@ def test_a_script_that_looks_for_factors_finds_layers_alone(kind: str, options: 
     ours, theirs = ([set(names) for names in of if names] for of in found)
     assert len(ours) == len(theirs) == 1
     assert {"lora_A", "lora_B"} <= ours[0] <= theirs[0]
+
+
+def test_dictionaries_are_of_hf_pefts_classes_and_have_their_methods(pair: tuple[Any, Any]) -> None:
+    def facts(layer: Any) -> list[Any]:
+        classes = (nn.ModuleDict, nn.ParameterDict, dict)
+        names = ("lora_A", "lora_embedding_A", "lora_dropout", "scaling", "r")
+        return [
+            [[isinstance(getattr(layer, name), one) for one in classes] for name in names],
+            [(name, parameter.shape) for name, parameter in layer.lora_A.named_parameters()],
+            [parameter.shape for parameter in layer.lora_embedding_A.parameters()],
+            list(layer.lora_B.state_dict()),
+            layer.scaling.copy(),
+        ]
+
+    for number in (0, 1):
+        ours, theirs = (model[number] for model in pair)
+        assert facts(ours) == facts(theirs)
+    pair[0][1].lora_A.requires_grad_(False)
+    pair[0][1].lora_A.to(torch.float32)
+    weight = pair[0][1].lora_A["default"].weight
+    assert not weight.requires_grad and weight.dtype == torch.float32
+    assert list(pickle.loads(pickle.dumps(pair[0][1].scaling))) == ["default"]
