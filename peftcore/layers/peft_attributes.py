@@ -15,6 +15,7 @@ from weakref import WeakValueDictionary
 from torch import Tensor, nn
 
 from peftcore.adapter import Adapter, Shared
+from peftcore.bases.plain import Conv1DWeight
 from peftcore.config import options_at
 from peftcore.errors import ConfigError, PeftError
 from peftcore.layers.adapter_slot import AdapterSlot
@@ -269,7 +270,8 @@ class PeftLayerAttributes(MergingMethods):
         configs = [slot.adapters[name].printed[0] for name in slot.adapters]
         options = (o.name for config in configs if dataclasses.is_dataclass(config) for o in dataclasses.fields(config))
         names = dict.fromkeys(("r", "scaling", *options))
-        return tuple(name for name in names if self.peft_attribute(name) and name not in self.adapter_layer_names)
+        shown = set(names) - {"fan_in_fan_out", *self.adapter_layer_names}
+        return tuple(name for name in names if name in shown and self.peft_attribute(name))
 
     @property
     def frozen_peft_weight_names(self) -> Mapping[str, tuple[str, ...]]:
@@ -285,6 +287,11 @@ class PeftLayerAttributes(MergingMethods):
     def out_features(self) -> int:
         """Size of the layer's output; channels of a convolution, columns of an embedding."""
         return self._slot.base.out_features
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """True if the weight is stored as (inputs, outputs), as in transformers' Conv1D."""
+        return isinstance(self._slot.base, Conv1DWeight)
 
     @property
     def merged_adapters(self) -> list[str]:

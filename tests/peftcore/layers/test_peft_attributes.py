@@ -278,3 +278,17 @@ def test_dictionaries_are_of_hf_pefts_classes_and_have_their_methods(pair: tuple
     weight = pair[0][1].lora_A["default"].weight
     assert not weight.requires_grad and weight.dtype == torch.float32
     assert list(pickle.loads(pickle.dumps(pair[0][1].scaling))) == ["default"]
+
+
+def test_a_layer_says_whether_its_weight_is_transposed() -> None:
+    for kind in ("LoraConfig", "IA3Config"):
+        for layer in (nn.Linear(4, 3), Conv1D(3, 4)):
+            options: dict[str, Any] = {"target_modules": ["0"]} | (
+                {"feedforward_modules": []} if kind[0] == "I" else {}
+            )
+            options["fan_in_fan_out"] = isinstance(layer, Conv1D)
+            ours, theirs = (
+                library.get_peft_model(nn.Sequential(copy.deepcopy(layer)), getattr(library, kind)(**options))
+                for library in (peftcore, peft)
+            )
+            assert ours[0].fan_in_fan_out is theirs.base_model.model[0].fan_in_fan_out is isinstance(layer, Conv1D)
