@@ -32,6 +32,7 @@ __all__ = [
     "calls_layer",
     "dequantize_model",
     "fast_dtype",
+    "has_quantized_layers",
     "has_uncast_inputs",
     "is_adaptable",
     "keep_quantized_weights_trainable",
@@ -72,6 +73,11 @@ def is_adaptable(layer: nn.Module) -> bool:
 def has_uncast_inputs(model: nn.Module) -> bool:
     """Return True if a quantised layer of the model multiplies inputs of its own dtype only."""
     return any(issubclass(view, QuantizedLinear) for view in map(registered_view, model.modules()) if view is not None)
+
+
+def has_quantized_layers(model: nn.Module) -> bool:
+    """Return True if a layer of the model stores its weight in few bits, such as 4 or 8."""
+    return any(view.quantized for view in map(registered_view, model.modules()) if view is not None)
 
 
 def refusal(layer: nn.Module) -> str | None:

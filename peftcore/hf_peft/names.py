@@ -184,7 +184,6 @@ DIFFERENT = {
     "create_arrow_model": "same; GenKnowSub leaves the weights of the LoRAs themselves as they are",
     "get_eva_state_dict": "reads the batches once, as `initialize_from_data` does; takes no input functions",
     "initialize_lora_eva_weights": "does what `initialize_from_data` does; takes no input functions",
-    "prepare_model_for_kbit_training": "same; also turns checkpointing on for a model that is not quantised",
 }
 """{name: how its arguments or its meaning differ from HF PEFT's}"""
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.bases import has_uncast_inputs
+from peftcore.bases import has_quantized_layers, has_uncast_inputs
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.model.adapted_module import AdaptedModule
 
@@ -113,14 +113,15 @@ def prepare_model_for_kbit_training(
 ) -> nn.Module:
     """Prepare a 4- or 8-bit model for training adapters.
 
-    All parameters are frozen, 16-bit ones are cast to float32, and gradient checkpointing is enabled. Checkpointing is
-    non-reentrant by default. The output of the embeddings requires grad, so that gradients also reach the adapters with
-    reentrant checkpointing. As in HF PEFT, nothing is cast beside torchao's, HQQ's, GPTQ's and AWQ's layers, because
-    they multiply inputs of their own dtype.
+    All parameters are frozen, 16-bit ones are cast to float32, and gradient checkpointing is enabled if the model is
+    quantised, as in HF PEFT. Checkpointing is non-reentrant by default. The output of the embeddings then requires grad,
+    so that gradients also reach the adapters with reentrant checkpointing. As in HF PEFT, nothing is cast beside
+    torchao's, HQQ's, GPTQ's and AWQ's layers, because they multiply inputs of their own dtype.
 
     Args:
         model: the quantised model; changed in place.
-        use_gradient_checkpointing: True enables gradient checkpointing.
+        use_gradient_checkpointing: True enables gradient checkpointing of a quantised model; call
+            `gradient_checkpointing_enable` for others.
         gradient_checkpointing_kwargs: options of `torch.utils.checkpoint.checkpoint`.
         auto_clear_cache: True returns the memory of the former 16-bit parameters to the device after the cast.
 
@@ -134,7 +135,7 @@ def prepare_model_for_kbit_training(
             parameter.data = parameter.data.float()
     if auto_clear_cache and torch.accelerator.is_available():
         torch.accelerator.empty_cache()
-    if use_gradient_checkpointing:
+    if use_gradient_checkpointing and has_quantized_layers(model):
         transformer: Any = model
         transformer.activation_checkpointing_enable({"use_reentrant": False, **(gradient_checkpointing_kwargs or {})})
         transformer.enable_input_require_grads()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from method_example import examples, randomise
-from quantised_layers import quantised
+from quantised_layers import quantised, with_one_nf4_layer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -515,13 +515,13 @@ def test_prompts_other_than_a_prefix_go_with_checkpointing(method: str) -> None:
 @pytest.mark.parametrize("reentrant", [None, True])
 def test_preparing_for_few_bits_lets_gradients_through_checkpointed_layers(reentrant: bool | None) -> None:
     """Without reentry by default; and with it too, because the embeddings' output requires grad."""
-    model = llama().bfloat16()
+    model = with_one_nf4_layer(llama().bfloat16())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         prepare_model_for_kbit_training(
             model, gradient_checkpointing_kwargs={"use_reentrant": True} if reentrant else None
         )
-    assert all(p.dtype == torch.float32 and not p.requires_grad for p in model.parameters())
+    assert all(p.dtype in (torch.float32, torch.uint8) and not p.requires_grad for p in model.parameters())
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).train()
     adapted(TOKENS, labels=TOKENS).loss.backward()
     checkpointing: list[Any] = [m for m in adapted.modules() if getattr(m, "gradient_checkpointing", False)]

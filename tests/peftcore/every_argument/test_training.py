@@ -63,6 +63,7 @@ def test_steps_of_training() -> None:
 @checks("PeftModel.get_prompt", "batch_size task_ids max_cache_len")
 @checks("prepare_model_for_kbit_training", "model use_gradient_checkpointing gradient_checkpointing_kwargs")
 def test_transformers_models() -> None:
+    from quantised_layers import with_one_nf4_layer
     from routed_models import llama
 
     model = get_peft_model(llama(torch.bfloat16), PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), "p")
@@ -85,9 +86,11 @@ def test_transformers_models() -> None:
     assert model.prepare_model_for_gradient_checkpointing(other) is other
     assert other.get_input_embeddings()(torch.tensor([1])).requires_grad
     for checkpoints in (False, True):
-        prepared: Any = peftcore.prepare_model_for_kbit_training(llama(torch.bfloat16), checkpoints)
+        prepared: Any = with_one_nf4_layer(llama(torch.bfloat16))
+        prepared = peftcore.prepare_model_for_kbit_training(prepared, checkpoints)
         assert prepared.is_activation_checkpointing is checkpoints and prepared.dtype == torch.float32
-    prepared = peftcore.prepare_model_for_kbit_training(llama(), True, {"use_reentrant": True})
+    prepared = with_one_nf4_layer(llama())
+    prepared = peftcore.prepare_model_for_kbit_training(prepared, True, {"use_reentrant": True})
     blocks = [module for module in prepared.modules() if getattr(module, "gradient_checkpointing", False)]
     assert {block._gradient_checkpointing_func.keywords["use_reentrant"] for block in blocks} == {True}
 

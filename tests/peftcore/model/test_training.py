@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
+from quantised_layers import with_one_nf4_layer
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -82,11 +83,13 @@ def test_the_state_of_training_comes_back() -> None:
 
 
 def test_a_prepared_model_is_frozen_in_float32_and_checkpoints() -> None:
-    model: Any = prepare_model_for_kbit_training(llama().bfloat16())
-    assert not any(p.requires_grad for p in model.parameters())
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert model.is_activation_checkpointing
-    assert model.get_input_embeddings()(torch.tensor([1])).requires_grad
+    for quantised in (True, False):
+        model: Any = llama().bfloat16()
+        model = prepare_model_for_kbit_training(with_one_nf4_layer(model) if quantised else model)
+        assert not any(p.requires_grad for p in model.parameters())
+        assert {p.dtype for p in model.parameters()} == ({torch.float32, torch.uint8} if quantised else {torch.float32})
+        assert model.is_activation_checkpointing is quantised  # as in HF PEFT
+        assert model.get_input_embeddings()(torch.tensor([1])).requires_grad is quantised
 
 
 def test_the_embeddings_output_requires_grad_for_checkpointing() -> None:

@@ -35,6 +35,15 @@ def quantised(kind: str) -> Any:
     return made.to("cpu")
 
 
+def with_one_nf4_layer(model: Any, path: str = "model.layers.0.mlp.up_proj") -> Any:
+    """The model with one of its linear layers in NF4."""
+    layer = model.get_submodule(path)
+    made = bnb.nn.Linear4bit(layer.in_features, layer.out_features, layer.bias is not None, quant_type="nf4")
+    made.load_state_dict(layer.state_dict())
+    model.set_submodule(path, made.to("cpu"))
+    return model
+
+
 def gguf_linear(kind: str, rows: Tensor, bias: Tensor | None = None) -> GgufLinear:
     """A layer with the rows of a GGUF file."""
     block = FORMATS[kind]
