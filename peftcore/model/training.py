@@ -114,7 +114,7 @@ def prepare_model_for_kbit_training(
     """Prepare a 4- or 8-bit model for training adapters.
 
     All parameters are frozen, 16-bit ones are cast to float32, and gradient checkpointing is enabled if the model is
-    quantised, as in HF PEFT. Checkpointing is non-reentrant by default. The output of the embeddings then requires grad,
+    quantised, as in HF PEFT. Checkpointing is non-reentrant by default. The embeddings' output then requires grad,
     so that gradients also reach the adapters with reentrant checkpointing. As in HF PEFT, nothing is cast beside
     torchao's, HQQ's, GPTQ's and AWQ's layers, because they multiply inputs of their own dtype.
 
