@@ -217,7 +217,7 @@ def test_losses_figures_and_gradients_are_trls(
     for name in ("logps/chosen", "logps/rejected"):
         assert figures[name].mean().item() == pytest.approx(found[name][0], rel=1e-6)
     theirs = {
-        name.removeprefix("base_model.model.").replace(".default.weight", ""): p.grad
+        name.removeprefix("base_model.model.").replace(".default.weight", "_weight"): p.grad
         for name, p in trl_trainer.model.named_parameters()
         if p.requires_grad
     }
