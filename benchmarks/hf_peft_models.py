@@ -22,7 +22,9 @@ _WIDE = _SIZES | {
     "num_attention_heads": 4,
     "max_position_embeddings": 512,
 }
-_GROUPED = _WIDE | {"num_key_value_heads": 2, "head_dim": 8}
+_UNPADDED = _WIDE | {"pad_token_id": 0, "bos_token_id": 1}
+"""For models without position embeddings: tests fill texts with token 1, and the embedding of padding is zero."""
+_GROUPED = _UNPADDED | {"num_key_value_heads": 2, "head_dim": 8}
 _OPT = _SIZES | {
     "hidden_size": 16,
     "word_embed_proj_dim": 16,
@@ -53,12 +55,22 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "GPTJ": _GPT2 | {"rotary_dim": 4},
     "GPTNeoX": _WIDE,
     "Gemma3": _GROUPED,
+    "Gemma4": _GROUPED
+    | {
+        "num_hidden_layers": 5,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"],
+        "global_head_dim": 16,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": WORDS,
+        "sliding_window": 16,
+    },
     "GptOss": _EXPERTS | {"sliding_window": 16},
     "Llama": _GROUPED,
     "Llama4": _EXPERTS | {"intermediate_size_mlp": 64},
     "Mistral": _GROUPED,
     "OPT": _OPT,
-    "Qwen2": _WIDE | {"num_key_value_heads": 2},
+    "Qwen2": _UNPADDED | {"num_key_value_heads": 2},
     "Qwen3": _GROUPED,
     "Roberta": _WIDE,
     "T5": _T5,
@@ -76,6 +88,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     f"{TRL}/tiny-GptOssForCausalLM": ("GptOssForCausalLM", {}),
     f"{TRL}/tiny-Qwen3ForCausalLM": ("Qwen3ForCausalLM", {}),
     f"{HF}/tiny-random-Gemma3ForCausalLM": ("Gemma3ForCausalLM", {}),
+    f"{PEFT}/tiny-random-gemma4-E2B": ("Gemma4ForCausalLM", {}),
     f"{HF}/tiny-random-MistralForCausalLM": ("MistralForCausalLM", {}),
     f"{HF}/tiny-random-gpt2": ("GPT2LMHeadModel", {}),
     f"{PEFT}/tiny-random-gpt2": ("GPT2LMHeadModel", {}),
