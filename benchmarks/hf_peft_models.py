@@ -3,11 +3,14 @@
     python -m benchmarks.hf_peft_models CACHE_FOLDER
 
 With HF_HUB_CACHE=CACHE_FOLDER and HF_HUB_OFFLINE=1, `from_pretrained(id)` finds them. They have the architecture that
-the id names, but neither the weights nor the words of the original.
+the id names, but neither the weights nor the words of the original. With HF_DATASETS_CACHE=CACHE_FOLDER/datasets,
+`load_dataset(id)` finds small data sets.
 """
 
 # torch and transformers are imported where they are used: the parent process asks only what is missing
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +35,8 @@ _OPT = _SIZES | {
     "num_hidden_layers": 5,
     "num_attention_heads": 4,
 }
+_OPT_125M = {"num_hidden_layers": 12, "hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128}
+"""Sizes that bitsandbytes' blocks of 64 fit."""
 _GPT2 = _SIZES | {"n_embd": 32, "n_layer": 5, "n_head": 4, "n_positions": 512}
 _T5 = _SIZES | {"d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
 _BART = _SIZES | {
@@ -79,7 +84,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 PEFT, TRL, HF = "peft-internal-testing", "trl-internal-testing", "hf-internal-testing"
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     f"{PEFT}/tiny-random-OPTForCausalLM": ("OPTForCausalLM", {}),
-    f"{PEFT}/opt-125m": ("OPTForCausalLM", {"num_hidden_layers": 12, "hidden_size": 64, "word_embed_proj_dim": 64}),
+    f"{PEFT}/opt-125m": ("OPTForCausalLM", _OPT_125M),
     f"{PEFT}/tiny-random-LlamaForCausalLM": ("LlamaForCausalLM", {}),
     f"{TRL}/tiny-random-LlamaForCausalLM": ("LlamaForCausalLM", {}),
     f"{HF}/tiny-random-LlamaForCausalLM": ("LlamaForCausalLM", {}),
@@ -112,10 +117,23 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """{id on the hub: (class, options)}."""
 
+DATA: dict[str, list[dict[str, Any]]] = {
+    "ybelkada/english_quotes_copy": [
+        {"quote": f"the model number {count} learns a few words", "author": "nobody", "tags": ["model"]}
+        for count in range(40)
+    ],
+}
+"""{id of a data set on the hub: rows of its split "train"}."""
+
 
 def missing(cache: Path) -> list[str]:
-    """Return the ids of the models that the cache folder lacks."""
-    return [name for name in MODELS if not (_folder(cache, name) / "refs" / "main").exists()]
+    """Return the ids of the models and data sets that the cache folder lacks."""
+    models = [name for name in MODELS if not (_folder(cache, name) / "refs" / "main").exists()]
+    return models + [name for name in DATA if not _data_folder(cache, name).exists()]
+
+
+def _data_folder(cache: Path, name: str) -> Path:
+    return cache / "datasets" / name.replace("/", "___")
 
 
 def _folder(cache: Path, name: str) -> Path:
@@ -126,6 +144,9 @@ def build(cache: Path) -> None:
     """Write the models that the cache folder lacks."""
     tokenizer = make_tokenizer()
     for name in missing(cache):
+        if name in DATA:
+            write_data(_data_folder(cache, name), DATA[name])
+            continue
         class_name, options = MODELS[name]
         snapshot, main = _folder(cache, name) / "snapshots" / REVISION, _folder(cache, name) / "refs" / "main"
         make_model(class_name, options).save_pretrained(snapshot)
@@ -142,6 +163,22 @@ def make_model(class_name: str, options: dict[str, Any]) -> Any:
     model_class = getattr(transformers, class_name)
     torch.manual_seed(0)
     return model_class(model_class.config_class(**{**OPTIONS[family], **options})).eval()
+
+
+def write_data(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """Write a data set as `load_dataset` leaves it in its cache."""
+    from datasets import Dataset, load_dataset
+
+    with tempfile.TemporaryDirectory() as temporary:
+        source = f"{temporary}/rows.parquet"
+        Dataset.from_list(rows).to_parquet(source)
+        load_dataset("parquet", data_files=source, cache_dir=temporary)
+        (cached,) = {file.parent for file in Path(temporary, "parquet").rglob("dataset_info.json")}
+        target = folder / "default" / "0.0.0" / cached.name
+        target.parent.mkdir(parents=True)
+        shutil.move(cached, target)
+        for file in target.glob("parquet-*.arrow"):
+            file.rename(target / file.name.replace("parquet", folder.name.partition("___")[2], 1))
 
 
 def make_tokenizer() -> Any:

@@ -302,7 +302,8 @@ def run_file(run: Run, library: str, file: str) -> str:
     """Run a file in a process, again after a crash; return how it ended."""
     path, end = run.results(library, file), time.monotonic() + run.limit
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    environment |= {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(run.cells / "hub")}
+    hub = run.cells / "hub"
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(hub), "HF_DATASETS_CACHE": str(hub / "datasets")}
     command = [sys.executable, "-m", "benchmarks.hf_peft_tests_side", library]
     command += [str(run.checkout / "tests" / f"{file}.py"), str(path), f"--sample={run.sample}"]
     command += [f"--select={run.select}"] if run.select else []
