@@ -60,6 +60,7 @@ REASONS = (
     (r"gradient_checkpointing\[.*(CPT|Prompt\w*|Gralora)Config.*AssertionError", NAMES),
     (r"test_(training\w*|lora_layer_replication)(\[(Lora|Gralora)Config.*)? \| AssertionError", NAMES),
     (r"test_generate_pos_args.*DID NOT RAISE", "`generate` of encoder-decoder models also takes positional arguments"),
+    (r"test_set_requires_grad_prompt_learning_raises", "`set_requires_grad` also works for prompts"),
     (r"test_unload_adapter.*DID NOT RAISE AttributeError", "`unload` also removes prompts"),
     (
         r"test_lora_conversion.*'NoneType' is not iterable",
