@@ -3,11 +3,14 @@
     python -m benchmarks.hf_peft_models CACHE_FOLDER
 
 With HF_HUB_CACHE=CACHE_FOLDER and HF_HUB_OFFLINE=1, `from_pretrained(id)` finds them. They have the architecture that
-the id names, but neither the weights nor the words of the original.
+the id names, but neither the weights nor the words of the original. With HF_DATASETS_CACHE=CACHE_FOLDER/datasets,
+`load_dataset(id)` finds small data sets.
 """
 
 # torch and transformers are imported where they are used: the parent process asks only what is missing
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,9 @@ _WIDE = _SIZES | {
     "num_attention_heads": 4,
     "max_position_embeddings": 512,
 }
-_GROUPED = _WIDE | {"num_key_value_heads": 2, "head_dim": 8}
+_UNPADDED = _WIDE | {"pad_token_id": 0, "bos_token_id": 1}
+"""For models without position embeddings: tests fill texts with token 1, and the embedding of padding is zero."""
+_GROUPED = _UNPADDED | {"num_key_value_heads": 2, "head_dim": 8}
 _OPT = _SIZES | {
     "hidden_size": 16,
     "word_embed_proj_dim": 16,
@@ -30,6 +35,8 @@ _OPT = _SIZES | {
     "num_hidden_layers": 5,
     "num_attention_heads": 4,
 }
+_OPT_125M = {"num_hidden_layers": 12, "hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128}
+"""Sizes that bitsandbytes' blocks of 64 fit."""
 _GPT2 = _SIZES | {"n_embd": 32, "n_layer": 5, "n_head": 4, "n_positions": 512}
 _T5 = _SIZES | {"d_model": 32, "d_kv": 8, "d_ff": 37, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
 _BART = _SIZES | {
@@ -53,12 +60,22 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "GPTJ": _GPT2 | {"rotary_dim": 4},
     "GPTNeoX": _WIDE,
     "Gemma3": _GROUPED,
+    "Gemma4": _GROUPED
+    | {
+        "num_hidden_layers": 5,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"],
+        "global_head_dim": 16,
+        "hidden_size_per_layer_input": 8,
+        "vocab_size_per_layer_input": WORDS,
+        "sliding_window": 16,
+    },
     "GptOss": _EXPERTS | {"sliding_window": 16},
     "Llama": _GROUPED,
     "Llama4": _EXPERTS | {"intermediate_size_mlp": 64},
     "Mistral": _GROUPED,
     "OPT": _OPT,
-    "Qwen2": _WIDE | {"num_key_value_heads": 2},
+    "Qwen2": _UNPADDED | {"num_key_value_heads": 2},
     "Qwen3": _GROUPED,
     "Roberta": _WIDE,
     "T5": _T5,
@@ -67,7 +84,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 PEFT, TRL, HF = "peft-internal-testing", "trl-internal-testing", "hf-internal-testing"
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     f"{PEFT}/tiny-random-OPTForCausalLM": ("OPTForCausalLM", {}),
-    f"{PEFT}/opt-125m": ("OPTForCausalLM", {"num_hidden_layers": 12, "hidden_size": 64, "word_embed_proj_dim": 64}),
+    f"{PEFT}/opt-125m": ("OPTForCausalLM", _OPT_125M),
     f"{PEFT}/tiny-random-LlamaForCausalLM": ("LlamaForCausalLM", {}),
     f"{TRL}/tiny-random-LlamaForCausalLM": ("LlamaForCausalLM", {}),
     f"{HF}/tiny-random-LlamaForCausalLM": ("LlamaForCausalLM", {}),
@@ -76,6 +93,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     f"{TRL}/tiny-GptOssForCausalLM": ("GptOssForCausalLM", {}),
     f"{TRL}/tiny-Qwen3ForCausalLM": ("Qwen3ForCausalLM", {}),
     f"{HF}/tiny-random-Gemma3ForCausalLM": ("Gemma3ForCausalLM", {}),
+    f"{PEFT}/tiny-random-gemma4-E2B": ("Gemma4ForCausalLM", {}),
     f"{HF}/tiny-random-MistralForCausalLM": ("MistralForCausalLM", {}),
     f"{HF}/tiny-random-gpt2": ("GPT2LMHeadModel", {}),
     f"{PEFT}/tiny-random-gpt2": ("GPT2LMHeadModel", {}),
@@ -99,10 +117,23 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 """{id on the hub: (class, options)}."""
 
+DATA: dict[str, list[dict[str, Any]]] = {
+    "ybelkada/english_quotes_copy": [
+        {"quote": f"the model number {count} learns a few words", "author": "nobody", "tags": ["model"]}
+        for count in range(40)
+    ],
+}
+"""{id of a data set on the hub: rows of its split "train"}."""
+
 
 def missing(cache: Path) -> list[str]:
-    """Return the ids of the models that the cache folder lacks."""
-    return [name for name in MODELS if not (_folder(cache, name) / "refs" / "main").exists()]
+    """Return the ids of the models and data sets that the cache folder lacks."""
+    models = [name for name in MODELS if not (_folder(cache, name) / "refs" / "main").exists()]
+    return models + [name for name in DATA if not _data_folder(cache, name).exists()]
+
+
+def _data_folder(cache: Path, name: str) -> Path:
+    return cache / "datasets" / name.replace("/", "___")
 
 
 def _folder(cache: Path, name: str) -> Path:
@@ -113,6 +144,9 @@ def build(cache: Path) -> None:
     """Write the models that the cache folder lacks."""
     tokenizer = make_tokenizer()
     for name in missing(cache):
+        if name in DATA:
+            write_data(_data_folder(cache, name), DATA[name])
+            continue
         class_name, options = MODELS[name]
         snapshot, main = _folder(cache, name) / "snapshots" / REVISION, _folder(cache, name) / "refs" / "main"
         make_model(class_name, options).save_pretrained(snapshot)
@@ -129,6 +163,22 @@ def make_model(class_name: str, options: dict[str, Any]) -> Any:
     model_class = getattr(transformers, class_name)
     torch.manual_seed(0)
     return model_class(model_class.config_class(**{**OPTIONS[family], **options})).eval()
+
+
+def write_data(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """Write a data set as `load_dataset` leaves it in its cache."""
+    from datasets import Dataset, load_dataset
+
+    with tempfile.TemporaryDirectory() as temporary:
+        source = f"{temporary}/rows.parquet"
+        Dataset.from_list(rows).to_parquet(source)
+        load_dataset("parquet", data_files=source, cache_dir=temporary)
+        (cached,) = {file.parent for file in Path(temporary, "parquet").rglob("dataset_info.json")}
+        target = folder / "default" / "0.0.0" / cached.name
+        target.parent.mkdir(parents=True)
+        shutil.move(cached, target)
+        for file in target.glob("parquet-*.arrow"):
+            file.rename(target / file.name.replace("parquet", folder.name.partition("___")[2], 1))
 
 
 def make_tokenizer() -> Any:

@@ -5,7 +5,6 @@ then each merged weight takes one more copy in memory. `merge_and_unload` keeps 
 """
 
 import contextlib
-import logging
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -20,8 +19,6 @@ from peftcore.errors import MergeError, RoutingError
 from peftcore.injection.adapter_set import AdapterSet, adapter_set
 from peftcore.injection.inject import remove_wrappers
 from peftcore.layers.adapter_slot import AdapterSlot, with_trained_biases
-
-logger = logging.getLogger(__name__)
 
 
 class _LayerMerge(NamedTuple):
@@ -390,6 +387,7 @@ def _note_untied_embeddings(model: nn.Module) -> None:
 
     The option is one for all tied weights of a transformers model: embeddings of encoder, decoder and head in BART.
     Those that are still one parameter get their own copies, because a shared parameter is saved at one path only.
+    A checkpoint that holds two weights in spite of the option is loaded with two, and no tied weights are listed.
     """
     for path, owner in list(model.named_modules()):
         config: Any = getattr(owner, "config", None)
@@ -399,7 +397,7 @@ def _note_untied_embeddings(model: nn.Module) -> None:
         parameters = dict(owner.named_parameters(remove_duplicate=False))
         present = {target: source for target, source in tied.items() if {target, source} <= parameters.keys()}
         pairs = [(target, parameters[target], parameters[source]) for target, source in present.items()]
-        if all(one is other for _, one, other in pairs):
+        if all(one is other for _, one, other in pairs) and (pairs or not _has_two_embeddings(owner)):
             continue
         seen = {id(other) for _, _, other in pairs}
         for target, one, _ in pairs:
@@ -409,4 +407,15 @@ def _note_untied_embeddings(model: nn.Module) -> None:
                 owner.get_submodule(parent)._parameters[name] = copy
             seen.add(id(one))
         config.tie_word_embeddings = False
-        logger.info(f"tied weights of {path or 'the model'} differ after the merge: tie_word_embeddings is now False")
+        warnings.warn(
+            f"tied weights of {path or 'the model'} differ after the merge: tie_word_embeddings is now False",
+            stacklevel=3,
+        )
+
+
+def _has_two_embeddings(model: Any) -> bool:
+    """Return True if the input embeddings and the head of a transformers model are two weights."""
+    if (head := model.get_output_embeddings()) is None:
+        return False
+    weights = [getattr(end, "weight", None) for end in (head, model.get_input_embeddings())]
+    return all(weight is not None for weight in weights) and weights[0] is not weights[1]

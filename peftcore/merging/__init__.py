@@ -4,6 +4,7 @@
 |---|---|
 | `merge` | `add_merged`: merging by a `Recipe` |
 | `weighted` | `add_weighted_adapter`: merging by HF PEFT's names and semantics |
+| `ia3_vectors` | the weighted sum of IA3 adapters, which is an IA3 |
 | `recipe` | `Recipe`: how weight changes ΔW become one |
 | `sources` | the adapters to merge, checked before anything is computed |
 | `weight_changes` | one adapter's ΔW at one layer, as factors or dense |

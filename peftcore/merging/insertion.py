@@ -70,7 +70,7 @@ def _config(model: nn.Module, sources: Sources, layers: Mapping[str, MergedLayer
         base_model_name_or_path=first.base_model_name_or_path,
         revision=first.revision,
         inference_mode=True,
-        target_modules=_target_modules(targets, ModuleIndex(model).modules) if targets else None,
+        target_modules=target_modules(targets, ModuleIndex(model).modules) if targets else None,
         target_parameters=parameters or None,
         r=usual,
         lora_alpha=usual,
@@ -100,7 +100,7 @@ def _has_bias(bases: Mapping[str, BaseWeight], layers: Mapping[str, MergedLayer]
     return bool(changed)
 
 
-def _target_modules(targets: Collection[str], paths: Collection[str]) -> Any:
+def target_modules(targets: Collection[str], paths: Collection[str]) -> Any:
     """Return the shortest `target_modules` that matches the targets and no other path."""
     last_parts = {path.rpartition(".")[2] for path in targets}
     for names in (last_parts, set(targets)):

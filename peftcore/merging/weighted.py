@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from peftcore.errors import ConfigError, suggestion
 from peftcore.kernels.factors import Factors, LowRankReport, inner, svd_of_factors
 from peftcore.merging.elementwise import merged_elements
+from peftcore.merging.ia3_vectors import add_ia3, all_ia3
 from peftcore.merging.layer import MergedLayer, merged_layer
 from peftcore.merging.merge import add_layers, decomposition_errors_as_merge_errors
 from peftcore.merging.recipe import Elect, Recipe, check_density
@@ -28,6 +29,7 @@ SEPARATE = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
 KINDS = ("svd", "cat", *SEPARATE, *(f"{kind}_svd" for kind in SEPARATE[1:]))
 """Values of `combination_type`."""
 SIGN_METHODS: dict[str, Elect] = {"total": "sum", "frequency": "count"}
+_DEFAULT = ("svd", None, None)
 DRIVERS = (None, "gesvd", "gesvdj", "gesvda")
 
 
@@ -46,6 +48,9 @@ def add_weighted_adapter(
     majority_sign_method: str = "total",
 ) -> LowRankReport:
     """Add a LoRA that is a weighted combination of other adapters; it is frozen and not active.
+
+    If all adapters are IA3, "linear", and "svd" without svd_rank and svd_clamp, add an IA3 with the weighted sum of the
+    vectors, as PEFT does.
 
     Differences from PEFT: a name that exists is an error. A single adapter is merged by the type that was asked for,
     not by "linear". `cat` and `svd` take adapters of every mergeable method, and DoRA with its magnitude.
@@ -82,6 +87,8 @@ def add_weighted_adapter(
     recipe.check_weights(weights)
     sources = Sources(model, adapters, adapter_name)
     by_svd = combination_type.endswith("svd")
+    if all_ia3(sources) and (combination_type == "linear" or (combination_type, svd_rank, svd_clamp) == _DEFAULT):
+        return add_ia3(model, adapter_name, sources, weights)
     sources.check_rank("svd_rank", svd_rank)
     rank = (svd_rank or sources.largest_rank()) if by_svd else None
     layers: dict[str, MergedLayer] = {}

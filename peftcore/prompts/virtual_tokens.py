@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from peftcore._util.per_thread import PerThread
 from peftcore.config import TaskType
 from peftcore.errors import ConfigError
 from peftcore.prompts.cache import cache_of, has_states, is_empty, lacks_prompt, make_room
@@ -29,6 +30,8 @@ class VirtualTokens(PromptLearner):
     defines_loss = True  # the last virtual token predicts the text's first token
     prompts_decoder: bool = False
     """True if the second n tokens of an encoder-decoder model stand before the decoder's text."""
+    _read_padding_only = PerThread(False)
+    """True if the last first call had a row without text: an empty text, or the first chunk of a padded one."""
 
     def __init__(self, config: Any, model: nn.Module):
         super().__init__(config, model)
@@ -101,7 +104,12 @@ class VirtualTokens(PromptLearner):
             check_not_packed(inputs)
             self._read_first(model, inputs, mask, cache)
             return
-        if mask is not None and lacks_prompt(mask, cache, tokens_of(inputs).shape[1]):
+        if mask is not None and lacks_prompt(mask, cache, new := tokens_of(inputs).shape[1]):
+            if self._read_padding_only and bool((mask[:, : mask.shape[1] - new + 1] == 0).all(1).any()):
+                raise ConfigError(
+                    "the first call of a row had padding only and the next one goes on with padding, so the prompt is "
+                    "not directly before the text; make prefill_chunk_size larger than the padding"
+                )
             inputs["attention_mask"] = self.place(mask, len(mask)).extend(mask, 1)
         if inputs.get("position_ids") is not None:
             inputs["position_ids"] = inputs["position_ids"] + self.place(None, len(tokens_of(inputs))).count_by_row
@@ -109,11 +117,7 @@ class VirtualTokens(PromptLearner):
     def _read_first(self, model: Any, inputs: dict[str, Any], mask: Tensor | None, cache: Any) -> None:
         text = tokens_of(inputs)
         place = self.place(mask, len(text), all_pads_first=self.classifies_rows and self.is_causal)
-        if cache is not None and place.pads is not None and bool(place.pads.all(1).any()):
-            raise ConfigError(
-                "the first call of a row has padding only, so the prompt cannot be placed before the text; make "
-                "prefill_chunk_size larger than the padding"
-            )
+        self._read_padding_only = cache is not None and place.pads is not None and bool(place.pads.all(1).any())
         length = tokens_of(inputs).shape[1]
         self._insert(inputs, model, place, slice(None, self.count))
         if mask is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.hf_peft_models import MODELS
+from benchmarks.hf_peft_models import DATA, MODELS
 from benchmarks.hf_peft_tests import cause
 from benchmarks.hf_peft_tests_side import compares_words, imports_of, read, stand_in
 
@@ -101,6 +101,8 @@ def test_a_repository_is_counted(tmp_path: Path) -> None:
         main = cells / "hub" / f"models--{name.replace('/', '--')}" / "refs" / "main"
         main.parent.mkdir(parents=True)
         main.touch()
+    for name in DATA:
+        (cells / "hub" / "datasets" / name.replace("/", "___")).mkdir(parents=True)
     command = [sys.executable, "-m", "benchmarks.hf_peft_tests", str(checkout), "--jobs", "2"]
     command += ["--cells", str(cells), "--folder", str(tmp_path / "out")]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)

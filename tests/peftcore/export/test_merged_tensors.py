@@ -54,6 +54,7 @@ def test_in_shards_and_untied_and_with_trained_biases(kind: str, tmp_path: Path)
     ids=str,
 )
 @pytest.mark.filterwarnings("ignore:.*share a weight, and the adapter changes:UserWarning")
+@pytest.mark.filterwarnings("ignore:tied weights of the model differ after the merge:UserWarning")
 def test_all_of_several_tied_weights_are_written_if_one_differs(
     model_type: str, options: dict[str, Any], tmp_path: Path
 ) -> None:

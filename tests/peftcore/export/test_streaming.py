@@ -59,6 +59,7 @@ def anonymous_memory() -> int:
 
 @pytest.mark.filterwarnings("ignore:.*share a weight, and the adapter changes:UserWarning")
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.filterwarnings("ignore:tied weights of the model differ after the merge:UserWarning")
 def test_the_bits_of_a_merge_in_memory(method: str, tmp_path: Path) -> None:
     base = saved(tmp_path / "base")
     adapter = trained(base, METHODS[method], tmp_path / "adapter")

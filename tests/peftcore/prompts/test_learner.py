@@ -208,6 +208,18 @@ def test_a_first_chunk_of_padding_is_refused() -> None:
     assert torch.equal(model.generate(**inputs, **GREEDY, prefill_chunk_size=2), by_whole_forwards(model, inputs, 6))
 
 
+@pytest.mark.parametrize("family", DECODERS)
+def test_an_empty_row_starts_from_its_prompt(family: str) -> None:
+    model, width = prompted("PROMPT_TUNING", family), 4
+    inputs = padded([batch(1, width)[0], batch(1, 0)[0]])
+    both = model.generate(**inputs, **GREEDY)
+    assert torch.equal(both[:1], model.generate(batch(1, width), **GREEDY))
+    prompt = next(iter(model.peftcore_prompts.children())).encoded()[None]
+    with model.disable_adapter():
+        alone = model.generate(inputs_embeds=prompt, **GREEDY)
+    assert torch.equal(both[1, width], alone[0, 0])  # later ones differ: generate counts a position of the padding
+
+
 @pytest.mark.parametrize("left", [True, False])
 @pytest.mark.parametrize("method", ["PREFIX_TUNING", "PROMPT_TUNING"])
 def test_a_decoder_classifies_by_the_last_token_of_the_text(method: str, left: bool) -> None:
