@@ -101,8 +101,8 @@ class Eva(Observer):
     def check(self) -> None:
         if all(components.components is None for components in self.components.values()):
             raise ConfigError(
-                "EVA: the batches had no token, because attention_mask, or labels with use_label_mask=True, mask all of "
-                "them; give other batches, or set use_label_mask=False"
+                "EVA: the batches had no token, because attention_mask, or labels with use_label_mask=True, mask all "
+                "of them; give other batches, or set use_label_mask=False"
             )
 
     def is_done(self) -> bool:
