@@ -167,6 +167,8 @@ class PeftConfig(SharedOptions):
     """{key that PEFT writes for this method: value at which the key has no effect}."""
     not_saved: ClassVar[tuple[str, ...]] = ()
     """Fields that are options of the running program and are never saved."""
+    not_saved_if_none: ClassVar[tuple[str, ...]] = ()
+    """Fields that are saved only with a value, because HF PEFT's class of the method lacks them."""
     not_shown: ClassVar[frozenset[str]] = frozenset({"bias", "fan_in_fan_out", "inference_mode"})
     """Options that the printed adapters of a model leave out."""
     size_fields: ClassVar[tuple[str, ...]] = ()
@@ -371,7 +373,8 @@ class PeftConfig(SharedOptions):
 
     def to_json(self) -> str:
         """Return the text of `adapter_config.json`, with the unknown keys that were read from disk."""
-        return json.dumps({**self.extra, **self.to_dict()}, indent=2, sort_keys=True) + "\n"
+        values = {k: v for k, v in self.to_dict().items() if v is not None or k not in self.not_saved_if_none}
+        return json.dumps({**self.extra, **values}, indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], from_disk: bool = False) -> "PeftConfig":

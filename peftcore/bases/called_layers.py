@@ -6,7 +6,6 @@ An adapter on such a layer has no effect in the forward pass and changes the out
 import dis
 import functools
 import inspect
-import re
 from collections.abc import Iterator
 from types import CodeType, FunctionType
 
@@ -29,7 +28,8 @@ def calls_layer(parent: nn.Module, name: str) -> bool:
         name: The child's name in the module.
 
     Returns:
-        False if the methods of the module's class use the child's weight and never the child itself.
+        False if the forward of the module's class, and the methods that it calls, use the child's weight and never
+        the child itself.
     """
     classes = {base.__name__ for base in type(parent).__mro__}
     if any(base in classes and name == child for base, child in _CALLED_IF_QUANTIZED):
@@ -39,18 +39,37 @@ def calls_layer(parent: nn.Module, name: str) -> bool:
 
 @functools.lru_cache(maxsize=1024)
 def _only_reads(parent_class: type, name: str) -> bool:
-    """Return True if a class uses the weight of its child `name` and never the child itself."""
+    """Return True if a class's forward uses the weight of its child `name` and never the child itself."""
+    return {use for code in _forward_code(parent_class) for use in _uses(code, name)} == {"weight"}
+
+
+@functools.lru_cache(maxsize=1024)
+def _forward_code(parent_class: type) -> tuple[CodeType, ...]:
+    """Return the code of a class's forward and of the methods that it reaches, those of base classes included.
+
+    Other methods say nothing about the forward: diffusers' attention concatenates weights in `fuse_projections`.
+    """
     classes = [base for base in parent_class.__mro__ if base not in nn.Module.__mro__]
-    uses = {use for base in classes for method in _methods(base) for use in _uses(method, name)}
-    return uses == {"weight"}
+    reached, waiting, codes = {"forward"}, ["forward"], []
+    while waiting:
+        method = waiting.pop()
+        for base in classes:
+            attribute = vars(base).get(method)
+            function = inspect.unwrap(attribute) if callable(attribute) else None
+            if isinstance(function, FunctionType):
+                codes.append(function.__code__)
+                called = set(_names(function.__code__)) - reached
+                reached |= called
+                waiting += called
+    return tuple(codes)
 
 
-def _methods(base: type) -> Iterator[CodeType]:
-    """Yield the code of a class's methods, except those that create, initialise or tie weights."""
-    for name, attribute in vars(base).items():
-        function = inspect.unwrap(attribute) if callable(attribute) else None
-        if isinstance(function, FunctionType) and not re.search("init|reset|tie", name):
-            yield function.__code__
+def _names(code: CodeType) -> Iterator[str]:
+    """Yield the names of attributes and globals that code uses, those of inner functions included."""
+    yield from code.co_names
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _names(inner)
 
 
 def _uses(code: CodeType, name: str) -> Iterator[str]:

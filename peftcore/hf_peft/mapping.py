@@ -4,7 +4,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from peftcore.config import PeftConfig
-from peftcore.hf_peft import classes, tuner_models
+from peftcore.hf_peft import classes
+from peftcore.injection import tuner_models
 from peftcore.injection.inject import inject_adapter_in_model
 from peftcore.injection.tuner_model import parameter_prefix
 from peftcore.registry import Method, PeftType, methods

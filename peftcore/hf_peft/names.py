@@ -193,7 +193,7 @@ def name_table() -> str:
     root = import_module("peftcore")
     lines = ["| name | here |", "|---|---|"]
     for name in NAMES:
-        is_view = name.endswith("Model") and root._MODULES[name] == "peftcore.hf_peft.tuner_models"
+        is_view = name.endswith("Model") and root._MODULES[name] == "peftcore.injection.tuner_models"
         status = DIFFERENT.get(name, _VIEW if is_view else "same")
         lines.append(f"| `{name}` | {status} |")
     return "\n".join(lines) + "\n"

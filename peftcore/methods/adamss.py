@@ -12,7 +12,7 @@ PEFT keeps one cluster fewer than asa_target_subspaces, and so does this file. P
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,8 @@ _OF_ASA = (
 @dataclass
 class AdamssConfig(TunerConfig):
     """AdaMSS's options under PEFT's names."""
+
+    not_saved_if_none: ClassVar[tuple[str, ...]] = ("exclude_modules",)
 
     r: int = 100
     """Singular vectors of each weight (count); a smaller weight gives fewer."""

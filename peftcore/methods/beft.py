@@ -8,6 +8,7 @@ cannot be merged.
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ from peftcore.registry import register
 @dataclass
 class BeftConfig(TunerConfig):
     """BEFT's options under PEFT's names."""
+
+    not_saved_if_none: ClassVar[tuple[str, ...]] = ("exclude_modules", "layers_pattern", "layers_to_transform")
 
     init_weights: bool = True
     """True: Δb starts at zero, so the adapter changes nothing; False: random, for tests."""

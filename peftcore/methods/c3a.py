@@ -6,6 +6,7 @@ block is C[t, j] = kernel[(j − t) mod β].
 
 import math
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,8 @@ _STARTS = (True, False, "gaussian", "kaiming_uniform", "xavier_uniform")
 @dataclass
 class C3AConfig(TunerConfig):
     """C3A's options under PEFT's names."""
+
+    not_saved_if_none: ClassVar[tuple[str, ...]] = ("exclude_modules",)
 
     block_size: int = 256
     """β; must divide the sizes of every adapted layer. A larger β means fewer parameters."""

@@ -12,6 +12,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,8 @@ from peftcore.registry import register
 @dataclass
 class FrodConfig(RandomProjectionConfig):
     """FRoD's options under PEFT's names."""
+
+    not_saved_if_none: ClassVar[tuple[str, ...]] = ("exclude_modules",)
 
     projection_prng_key: int = 0
     """Seed of the places of S."""

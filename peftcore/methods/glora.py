@@ -9,6 +9,7 @@ PEFT saves zeros for what is absent. Vectors of zeros are saved here too; matric
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ from peftcore.registry import register
 @dataclass
 class GloraConfig(TunerConfig):
     """GLoRA's options under PEFT's names."""
+
+    not_saved_if_none: ClassVar[tuple[str, ...]] = ("exclude_modules", "layers_pattern", "layers_to_transform")
 
     r: int = 8
     """Rank of what is "lora" (count)."""

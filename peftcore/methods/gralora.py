@@ -7,6 +7,7 @@ c = r/k rank of a block. A (n, i/k, j·c) and B (j, n·c, o/k) are stored transp
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ from peftcore.registry import register
 @dataclass
 class GraloraConfig(TunerConfig):
     """GraLoRA's options under PEFT's names."""
+
+    not_saved_if_none: ClassVar[tuple[str, ...]] = ("exclude_modules",)
 
     r: int = 32
     """Rank (count). The parameters are as many as those of a LoRA of rank r; the rank of ΔW is up to r·gralora_k."""

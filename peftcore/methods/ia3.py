@@ -8,6 +8,7 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,8 @@ from peftcore.registry import register
 @dataclass
 class IA3Config(TunerConfig):
     """IA3's options under PEFT's names."""
+
+    not_saved_if_none: ClassVar[tuple[str, ...]] = ("layers_pattern", "layers_to_transform")
 
     feedforward_modules: list[str] | set[str] | str | None = None
     """Targets whose input is scaled, not the output, named as in target_modules; None: the architecture's default."""

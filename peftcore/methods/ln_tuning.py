@@ -6,6 +6,7 @@ Shapes: o out_features; weight of the base layer's shape, (o) for a norm; bias (
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,8 @@ from peftcore.registry import register
 @dataclass
 class LNTuningConfig(TunerConfig):
     """Options of LN tuning: only the targets; all norms by default."""
+
+    not_saved_if_none: ClassVar[tuple[str, ...]] = ("layers_pattern", "layers_to_transform")
 
 
 @register("LN_TUNING", LNTuningConfig)

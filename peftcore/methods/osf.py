@@ -30,6 +30,7 @@ from peftcore.registry import register
 class OSFConfig(TunerConfig):
     """OSF's options under PEFT's names."""
 
+    not_saved_if_none: ClassVar[tuple[str, ...]] = ("exclude_modules", "layers_pattern", "layers_to_transform")
     size_fields: ClassVar[tuple[str, ...]] = ()
 
     effective_rank: int | float | None = None

@@ -9,7 +9,7 @@ logits (t, q·s), A (q, s, i/q, r), B (q, s, r, o/q).
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,8 @@ from peftcore.registry import register
 @dataclass
 class PolyConfig(TunerConfig):
     """Poly's options under PEFT's names."""
+
+    not_saved_if_none: ClassVar[tuple[str, ...]] = ("layers_pattern", "layers_to_transform")
 
     r: int = 8
     """Rank of each skill (count)."""

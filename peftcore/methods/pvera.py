@@ -9,6 +9,7 @@ B (O, r), of which a layer takes the first i columns and o rows; Λ_d = diag(pve
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,8 @@ from peftcore.registry import register
 @dataclass
 class PveraConfig(RandomProjectionConfig):
     """PVeRA's options under PEFT's names."""
+
+    not_saved_if_none: ClassVar[tuple[str, ...]] = ("exclude_modules",)
 
     r: int = 256
     """Rank (count); larger than LoRA's, since only 2r + o numbers train per layer."""

@@ -12,6 +12,7 @@ PEFT saves A and B once more for each layer; here they are saved once, and both 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,8 @@ from peftcore.registry import register
 @dataclass
 class RandLoraConfig(RandomProjectionConfig):
     """RandLoRA's options under PEFT's names."""
+
+    not_saved_if_none: ClassVar[tuple[str, ...]] = ("exclude_modules",)
 
     r: int = 32
     """Rank of one random basis (count); a smaller one gives more bases and more parameters."""

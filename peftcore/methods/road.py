@@ -6,6 +6,7 @@ Shapes: o out_features; θ and α (o/2) for "road_1", one angle and scale a pair
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,8 @@ SIZES = {"road_1": 0.5, "road_2": 1, "road_4": 2}
 @dataclass
 class RoadConfig(TunerConfig):
     """RoAd's options under PEFT's names."""
+
+    not_saved_if_none: ClassVar[tuple[str, ...]] = ("exclude_modules", "layers_pattern", "layers_to_transform")
 
     variant: str = "road_1"
     """Sharing of θ and α in the matrix of a pair: "road_1" by all entries, "road_2" by each row, "road_4" by none."""

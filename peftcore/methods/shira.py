@@ -7,7 +7,7 @@ entries in row-major order. A convolution's kernel counts with the inputs: i/gro
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,8 @@ from peftcore.registry import register
 @dataclass
 class ShiraConfig(TunerConfig):
     """SHiRA's options under PEFT's names."""
+
+    not_saved_if_none: ClassVar[tuple[str, ...]] = ("exclude_modules", "layers_pattern", "layers_to_transform")
 
     r: int = 32
     """Rank of the LoRA with the same number of trained entries; it does not limit the rank of ΔW."""

@@ -10,6 +10,7 @@ order of |W|; A (r, i), B (o, r).
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,8 @@ from peftcore.registry import register
 @dataclass
 class SupertuningConfig(TunerConfig):
     """Super-Tuning's options under PEFT's names."""
+
+    not_saved_if_none: ClassVar[tuple[str, ...]] = ("exclude_modules", "layers_pattern", "layers_to_transform")
 
     sparsity: float = 0.99
     """Share of the weight's entries that do not train."""

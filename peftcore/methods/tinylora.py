@@ -11,6 +11,7 @@ Unlike in PEFT, the embedding's own scale applies to ΔW, too, and init_weights=
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,8 @@ from peftcore.registry import register
 @dataclass
 class TinyLoraConfig(TunerConfig):
     """TinyLoRA's options under PEFT's names."""
+
+    not_saved_if_none: ClassVar[tuple[str, ...]] = ("exclude_modules",)
 
     r: int = 2
     """Singular values of each weight that take part (count); a smaller weight gives fewer."""

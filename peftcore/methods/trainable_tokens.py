@@ -6,7 +6,7 @@ Shapes: t chosen tokens, d embedding dimension; rows (t, d). On a linear layer, 
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,13 @@ from peftcore.registry import register
 @dataclass
 class TrainableTokensConfig(TunerConfig):
     """Options of trainable tokens under PEFT's names; without target_modules, the model's input embedding."""
+
+    not_saved_if_none: ClassVar[tuple[str, ...]] = (
+        "exclude_modules",
+        "layers_pattern",
+        "layers_to_transform",
+        "modules_to_save",
+    )
 
     token_indices: list[int] = field(default_factory=list)
     """Token ids whose rows train."""

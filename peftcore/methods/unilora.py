@@ -30,6 +30,7 @@ from peftcore.registry import register
 class UniLoraConfig(TunerConfig):
     """Uni-LoRA's options under PEFT's names."""
 
+    not_saved_if_none: ClassVar[tuple[str, ...]] = ("exclude_modules",)
     size_fields: ClassVar[tuple[str, ...]] = ("theta_d_length",)
 
     r: int = 4

@@ -7,6 +7,7 @@ B (O, r), of which a layer takes the first i columns and o rows; Λ_d = diag(ver
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ from peftcore.registry import register
 @dataclass
 class VeraConfig(RandomProjectionConfig):
     """VeRA's options under PEFT's names."""
+
+    not_saved_if_none: ClassVar[tuple[str, ...]] = ("exclude_modules",)
 
     r: int = 256
     """Rank (count); larger than LoRA's, since only r + o numbers train per layer."""

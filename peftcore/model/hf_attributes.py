@@ -11,7 +11,7 @@ from torch.compiler import is_compiling
 from peftcore.injection.adapter_set import ATTRIBUTE
 from peftcore.injection.base_view import view_of
 from peftcore.injection.tuner_model import SHARED_TENSORS, SharedTensors, tuner_model
-from peftcore.injection.xlora_model import XLoraModel
+from peftcore.injection.tuner_models import XLoraModel  # the import defines the class of every method
 
 _BASE_MODEL_READERS = (
     "get_decoder",

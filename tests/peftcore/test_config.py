@@ -1,7 +1,7 @@
 """Configurations on disk: what is damaged, unknown or foreign."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,18 @@ def test_disk_form_is_sorted_and_names_the_method(tmp_path: Path) -> None:
     values = json.loads(text)
     assert values["peft_type"] == "LORA" and values["target_modules"] == ["q", "v"]
     assert list(values) == sorted(values)
+
+
+@pytest.mark.parametrize("name", sorted({kind.__name__ for kind in peft.PEFT_TYPE_TO_CONFIG_MAPPING.values()}))
+def test_hf_peft_knows_every_key_of_a_default_configuration(name: str, tmp_path: Path) -> None:
+    config = getattr(peftcore, name).__new__(getattr(peftcore, name))
+    for field in fields(config):  # needed options have no value yet
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        setattr(config, field.name, default)
+    config.peft_type = getattr(peftcore, name).peft_type
+    written = json.loads(config.to_json())
+    known = {field.name for field in fields(getattr(peft, name))} | {"peft_type"}
+    assert set(written) <= known
 
 
 def test_types_that_cannot_be_looked_at_are_not_asked() -> None:

@@ -47,6 +47,28 @@ def test_a_layer_is_read_only_where_no_method_uses_anything_but_its_weight() -> 
     assert [name for name in children if not calls_layer(Mixer(), name)] == ["read", "conv"]
 
 
+def call_query(attention: Any, x: Tensor) -> Tensor:
+    return attention.to_q(x)
+
+
+class Delegating(nn.Module):
+    """Lets another object call its child, as diffusers' attention does, and reads the weight outside of its forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return call_query(self, x)
+
+    def fuse_projections(self) -> Tensor:
+        return torch.cat([self.to_q.weight, self.to_q.weight])
+
+
+def test_methods_outside_of_the_forward_do_not_say_that_a_layer_is_read() -> None:
+    assert calls_layer(Delegating(), "to_q")
+
+
 def test_a_quantised_model_calls_the_time_step_of_its_mixers() -> None:
     mixer: Any = tiny("falcon_mamba").get_submodule("backbone.layers.0.mixer")
     assert not calls_layer(mixer, "dt_proj")

@@ -9,8 +9,8 @@ from peftcore.hf_peft.data_start import get_eva_state_dict, initialize_lora_eva_
 from peftcore.hf_peft.default_targets import is_table, table
 from peftcore.hf_peft.options import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 from peftcore.hf_peft.preprocess import preprocess_loraga
-from peftcore.hf_peft.tuner_models import LoraModel
 from peftcore.hf_peft.tuners.lora.arrow import create_arrow_model
+from peftcore.injection.tuner_models import LoraModel
 from peftcore.methods.lora import LoraConfig, LoraRuntimeConfig
 from peftcore.methods.lora.variants.arrow import ArrowConfig
 from peftcore.methods.lora.variants.bdlora import BdLoraConfig

@@ -98,6 +98,13 @@ class Eva(Observer):
         if len(rows):
             self.components[path].add(rows, self.options["tau"])
 
+    def check(self) -> None:
+        if all(components.components is None for components in self.components.values()):
+            raise ConfigError(
+                "EVA: the batches had no token, because attention_mask, or labels with use_label_mask=True, mask all "
+                "of them; give other batches, or set use_label_mask=False"
+            )
+
     def is_done(self) -> bool:
         ranks = self.ranks()
         return all(bool(components.converged[: ranks[path]].all()) for path, components in self.components.items())

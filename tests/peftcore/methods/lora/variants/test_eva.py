@@ -7,6 +7,7 @@ import torch
 from observed_lora import TOKENS, batches, llama, lora
 
 from peftcore import PeftModel
+from peftcore.errors import ConfigError
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.injection.start_from_data import initialize_from_data
 from peftcore.methods.lora.variants.eva import PrincipalComponents
@@ -50,6 +51,17 @@ def test_eva_keeps_the_scale_of_layers_whose_rank_changes(use_rslora: bool, scal
     assert {a.r for a in layers} != {4}
     for a in layers:
         assert a.scaling == pytest.approx(scaling if adjust else 8 / (a.r**0.5 if use_rslora else a.r))
+
+
+def test_eva_says_that_every_token_is_masked() -> None:
+    data = batches()
+    for batch in data:
+        batch["labels"][:] = -100
+    model = lora("eva")
+    before = adapter_set(model).configs["default"]
+    with pytest.raises(ConfigError, match=r"no token, .*use_label_mask=False"):
+        initialize_from_data(model, data, progress=False)
+    assert adapter_set(model).configs["default"] is before
 
 
 def test_eva_leaves_masked_rows_out(tmp_path: Any) -> None:

@@ -1,5 +1,8 @@
 """`LoraModel`, `IA3Model`, ...: one class for each method that adapts layers."""
 
+import subprocess
+import sys
+
 import peft
 import pytest
 import torch
@@ -7,7 +10,7 @@ from torch import nn
 
 import peftcore
 from peftcore import LoraConfig, PeftConfig, get_peft_model
-from peftcore.hf_peft import tuner_models
+from peftcore.injection import tuner_models
 from peftcore.injection.tuner_model import TunerModel
 
 CLASSES = {
@@ -84,6 +87,19 @@ def test_vbloras_saved_numbers_are_counted_as_in_hf_peft(only_topk: bool, capsys
         model.print_savable_parameters()  # type: ignore[operator]
         printed.append((model.get_nb_savable_parameters(), capsys.readouterr().out))  # type: ignore[operator]
     assert printed[0] == printed[1]
+
+
+def test_base_model_has_the_class_of_its_method_without_an_import_of_that_class() -> None:
+    script = """
+from peftcore import VBLoRAConfig, get_peft_model
+from torch import nn
+
+model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), VBLoRAConfig(target_modules=["0"], vector_length=4))
+model.print_savable_parameters()
+print(type(model.base_model).__name__)
+"""
+    output = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    assert "params to-be-saved" in output and output.endswith("VBLoRAModel\n")
 
 
 def test_adalora_is_updated_by_the_model_or_by_its_base_model() -> None:
