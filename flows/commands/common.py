@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -15,6 +14,7 @@ from flows.errors import BaseModelError, PipelineError, RegistryError
 from flows.paths import Paths
 from flows.runtime.project import find_root
 from flows.runtime.stage import fail, is_disk_full
+from flows.runtime.temporary import temporary_folder
 from peftcore.errors import PeftError
 
 if TYPE_CHECKING:
@@ -113,11 +113,11 @@ def plain_base(base: Path, corrected: "Quantization | None" = None) -> Iterator[
     from flows.base.folder import load_tokenizer
     from flows.base.model import load_calibrated, load_dequantized
 
-    with TemporaryDirectory(prefix="peftcore-base-") as folder:
+    with temporary_folder("peftcore-base-") as folder:
         model = load_dequantized(base, corrected) if corrected and not calibrated else load_calibrated(base)
         model.save_pretrained(folder)
         load_tokenizer(base).save_pretrained(folder)
-        yield Path(folder)
+        yield folder
 
 
 @contextmanager

@@ -30,7 +30,8 @@ from flows.registry.reader import COLLECTED, RegistryReader, Version
 from flows.registry.registry import Registry
 from flows.registry.synchronise import synchronise
 from flows.runtime.git import Git
-from flows.runtime.worktree import leftovers, remove_worktree
+from flows.runtime.temporary import leftovers
+from flows.runtime.worktree import PREFIX, remove_worktree
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -303,7 +304,7 @@ def _free(place: "HashFileDB", used: set["HashInfo"], dry_run: bool) -> Freed:
 def _leftovers(dry_run: bool, git: Git) -> dict[str, int]:
     """Remove the temporary working trees of killed processes, unless it is a dry run; return their sizes in bytes."""
     sizes = {}
-    for folder in leftovers():
+    for folder in leftovers(PREFIX):
         sizes[str(folder)] = sum(path.lstat().st_size for path in folder.rglob("*"))
         if not dry_run:
             remove_worktree(git.root, folder / "tree")
