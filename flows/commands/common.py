@@ -13,7 +13,7 @@ import typer
 from flows.errors import BaseModelError, PipelineError, RegistryError
 from flows.paths import Paths
 from flows.runtime.project import find_root
-from flows.runtime.stage import fail, is_disk_full
+from flows.runtime.stage import fail, refused_by_system
 from flows.runtime.temporary import temporary_folder
 from peftcore.errors import PeftError
 
@@ -122,7 +122,10 @@ def plain_base(base: Path, corrected: "Quantization | None" = None) -> Iterator[
 
 @contextmanager
 def errors() -> Iterator[None]:
-    """Turn expected errors, a full disk and Ctrl-C into one message and an exit code; a bug keeps its traceback."""
+    """Turn expected errors, a full disk, a missing permission and Ctrl-C into one message and an exit code.
+
+    A bug keeps its traceback.
+    """
     try:
         yield
     except KeyboardInterrupt:
@@ -132,9 +135,9 @@ def errors() -> Iterator[None]:
     except PeftError as error:
         fail(str(error))
     except Exception as error:
-        if not is_disk_full(error):
-            raise
-        fail(f"the disk is full ({error}); free some space and run the command again, existing files are intact")
+        if message := refused_by_system(error):
+            fail(message)
+        raise
 
 
 @contextmanager

@@ -59,6 +59,12 @@ def test_a_full_disk_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
     assert message.startswith("error: the disk is full")
 
 
+def test_a_missing_permission_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
+    status, message = ends(capsys, PermissionError(errno.EACCES, "Permission denied", "artifacts/.data.abc"))
+    assert status == 1
+    assert message.startswith("error: artifacts/.data.abc: Permission denied; allow this user to read and write it")
+
+
 def test_ctrl_c_exits_with_130(capsys: pytest.CaptureFixture[str]) -> None:
     assert ends(capsys, KeyboardInterrupt())[0] == 130
 
