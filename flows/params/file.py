@@ -90,7 +90,7 @@ def _read(path: Path) -> tuple[Any, dict[Place, int], list[tuple[int, str]]]:
     except FileNotFoundError as error:
         raise ParamsError(f"{path}: cannot be read ({error}); run this where {path.name} is") from error
     except (OSError, ValueError) as error:
-        raise ParamsError(f"{path}: cannot be read ({error}); make it a text file in UTF-8 that you may read") from error
+        raise ParamsError(f"{path}: cannot be read ({error}); make it a readable text file in UTF-8") from error
     return copy.deepcopy(_parsed(text, path.name))
 
 

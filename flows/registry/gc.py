@@ -31,6 +31,7 @@ from flows.registry.reader import COLLECTED, RegistryReader, Version
 from flows.registry.registry import Registry
 from flows.registry.synchronise import synchronise
 from flows.runtime.git import Git
+from flows.runtime.project import open_repo
 from flows.runtime.temporary import leftovers
 from flows.runtime.worktree import PREFIX, remove_worktree
 
@@ -256,7 +257,7 @@ def _locked(root: Path, excluded: list[Path]) -> Iterator[list["Repo"]]:
     """Open and lock this repository as DVC has it, then its other working trees."""
     from dvc.exceptions import DvcException
     from dvc.lock import LockError
-    from dvc.repo import Repo, lock_repo
+    from dvc.repo import lock_repo
 
     git = Git(root)
     trees = [tree / git.prefix for tree in _working_trees(git)]
@@ -272,10 +273,7 @@ def _locked(root: Path, excluded: list[Path]) -> Iterator[list["Repo"]]:
         for folder in folders:
             if any(folder.is_relative_to(one) for one in excluded):
                 continue
-            with Repo(str(folder)) as opened:
-                # DVC resolves relative URLs in other commits to nothing, so it would find none of their folders' lists
-                urls = {name: {"url": str(remote["url"])} for name, remote in opened.config["remote"].items()}
-            repos.append(stack.enter_context(Repo(str(folder), config={"remote": urls})))
+            repos.append(stack.enter_context(open_repo(folder)))
             try:
                 stack.enter_context(lock_repo(repos[-1]))
             except LockError as error:

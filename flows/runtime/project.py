@@ -14,13 +14,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ruamel.yaml import YAML
 
 from flows.errors import RepositoryError
 from flows.runtime.git import environment_without_locations, git_output
 from flows.runtime.temporary import temporary_folder
+
+if TYPE_CHECKING:
+    from dvc.repo import Repo
 
 DVC = (sys.executable, "-m", "dvc")
 """DVC of the running environment, independent of PATH."""
@@ -212,16 +215,30 @@ def get_output(root: Path, commit: str, name: str, target: Path) -> None:
     # `dvc get` clones the folder that it is given, and this one is not the top of its git repository
     from dvc.exceptions import DvcException
     from dvc.fs import download
-    from dvc.repo import Repo
+    from dvc_data.index import DataIndexDirError
 
     try:
-        with warnings.catch_warnings(), Repo(str(root)) as repo:
+        with warnings.catch_warnings(), open_repo(root) as repo:
             warnings.filterwarnings("ignore", "_NoneStep.value", DeprecationWarning)
             repo.fetch(targets=[str(root / name)], revs=[commit])
             with repo.switch(commit):
                 download(repo.dvcfs, name, str(target))
-    except (DvcException, OSError) as error:
+    except (DvcException, DataIndexDirError, OSError) as error:
         raise _unavailable(name, commit, error.__cause__ or error) from error
+
+
+@contextmanager
+def open_repo(root: Path) -> "Iterator[Repo]":
+    """Open a DVC repository whose remotes can be reached from every commit.
+
+    DVC takes a relative URL for a path in the commit that it reads, where no remote is.
+    """
+    from dvc.repo import Repo
+
+    with Repo(str(root)) as opened:
+        urls = {name: {"url": str(remote["url"])} for name, remote in opened.config["remote"].items()}
+    with Repo(str(root), config={"remote": urls}) as repo:
+        yield repo
 
 
 def _unavailable(name: str, commit: str, reason: object) -> RepositoryError:
