@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from flows.errors import PipelineError
+from flows.errors import PipelineError, StageError
 from flows.paths import Paths
 from flows.runtime import logs
 from flows.runtime.processes import watch_parent
+from flows.runtime.stage_inputs import changed_inputs, stage_inputs
 
 if TYPE_CHECKING:
     from flows.params import Params
@@ -53,8 +54,14 @@ def start(run: Callable[["Params", Paths], None]) -> NoReturn:
     paths = Paths(Path.cwd())
     try:
         params = load_params(paths.params)
+        name, inputs = stage_name(), stage_inputs(paths.root, stage_name())
         set_seed(params.project.seed)
         run(params, paths)
+        if changed := changed_inputs(inputs, stage_inputs(paths.root, name)):
+            raise StageError(
+                f"{', '.join(changed)} changed while stage {name} ran, and its results belong to the former state; "
+                "run it again, and edit only what no running stage reads"
+            )
     except KeyboardInterrupt:
         fail("interrupted; run it again to continue", status=130)
     except (PeftError, PipelineError) as error:
@@ -64,6 +71,12 @@ def start(run: Callable[["Params", Paths], None]) -> NoReturn:
             fail(message)
         raise
     sys.exit(0)
+
+
+def stage_name() -> str:
+    """Return the last part of the name of the module that this process runs, such as train of flows.stages.train."""
+    spec = sys.modules["__main__"].__spec__
+    return "" if spec is None else spec.name.rpartition(".")[2]
 
 
 def set_quiet_environment() -> None:

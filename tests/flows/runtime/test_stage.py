@@ -77,6 +77,22 @@ def test_a_bug_keeps_its_traceback() -> None:
         stage.start(run)
 
 
+def test_an_input_that_changes_while_the_stage_runs_is_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "stage_name", lambda: "train")
+    (tmp_path / "dvc.yaml").write_text("stages: {train: {params: [project.seed], deps: [rows]}}\n")
+
+    def run(params: Params, paths: Paths) -> None:
+        (tmp_path / "params.yaml").write_text("project: {seed: 8}\n")
+
+    with pytest.raises(SystemExit) as exited:
+        stage.start(run)
+    assert exited.value.code == 1
+    expected = "error: project.seed of params.yaml changed while stage train ran, and its results belong to the former"
+    assert capsys.readouterr().err.startswith(expected)
+
+
 def test_wrong_params_stop_before_the_stage_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     (tmp_path / "params.yaml").write_text("zebra: 1\n")
     status, message = ends(capsys, AssertionError("it ran"))
