@@ -54,6 +54,7 @@ def main() -> None:
     except MissingExtraError as error:
         sys.exit(f"error: {error}")
     prepare_streams()
+    use_utf_8()
     from flows.cli import app
 
     try:
@@ -84,6 +85,16 @@ def prepare_streams() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
     if os.environ.get("COLUMNS") == "0":
         del os.environ["COLUMNS"]
+
+
+def use_utf_8() -> None:
+    """Start this command again in Python's UTF-8 mode, if names of files have another encoding.
+
+    git and DVC store names in UTF-8. The processes below this one inherit the mode. The streams keep their encoding.
+    """
+    if sys.getfilesystemencoding() != "utf-8" and os.environ.get("PYTHONUTF8") != "1":
+        environment = {"PYTHONIOENCODING": sys.stdout.encoding, **os.environ, "PYTHONUTF8": "1"}
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -14,7 +13,8 @@ import typer
 from flows.errors import BaseModelError, PipelineError, RegistryError
 from flows.paths import Paths
 from flows.runtime.project import find_root
-from flows.runtime.stage import fail, is_disk_full
+from flows.runtime.stage import fail, refused_by_system
+from flows.runtime.temporary import temporary_folder
 from peftcore.errors import PeftError
 
 if TYPE_CHECKING:
@@ -113,16 +113,19 @@ def plain_base(base: Path, corrected: "Quantization | None" = None) -> Iterator[
     from flows.base.folder import load_tokenizer
     from flows.base.model import load_calibrated, load_dequantized
 
-    with TemporaryDirectory(prefix="peftcore-base-") as folder:
+    with temporary_folder("peftcore-base-") as folder:
         model = load_dequantized(base, corrected) if corrected and not calibrated else load_calibrated(base)
         model.save_pretrained(folder)
         load_tokenizer(base).save_pretrained(folder)
-        yield Path(folder)
+        yield folder
 
 
 @contextmanager
 def errors() -> Iterator[None]:
-    """Turn expected errors, a full disk and Ctrl-C into one message and an exit code; a bug keeps its traceback."""
+    """Turn expected errors, a full disk, a missing permission and Ctrl-C into one message and an exit code.
+
+    A bug keeps its traceback.
+    """
     try:
         yield
     except KeyboardInterrupt:
@@ -132,9 +135,9 @@ def errors() -> Iterator[None]:
     except PeftError as error:
         fail(str(error))
     except Exception as error:
-        if not is_disk_full(error):
-            raise
-        fail(f"the disk is full ({error}); free some space and run the command again, existing files are intact")
+        if message := refused_by_system(error):
+            fail(message)
+        raise
 
 
 @contextmanager

@@ -87,8 +87,10 @@ def _read(path: Path) -> tuple[Any, dict[Place, int], list[tuple[int, str]]]:
     """Return the file's values, lines and problems, as `_parsed` does; the caller may change them."""
     try:
         text = read_limited(path, LARGEST_FILE).decode()
-    except (OSError, ValueError) as error:
+    except FileNotFoundError as error:
         raise ParamsError(f"{path}: cannot be read ({error}); run this where {path.name} is") from error
+    except (OSError, ValueError) as error:
+        raise ParamsError(f"{path}: cannot be read ({error}); make it a readable text file in UTF-8") from error
     return copy.deepcopy(_parsed(text, path.name))
 
 

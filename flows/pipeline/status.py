@@ -24,7 +24,8 @@ from flows.runtime.git import Git
 from flows.runtime.inputs import unused_changes
 from flows.runtime.last_run import last_run, running
 from flows.runtime.processes import is_alive, is_noted_alive
-from flows.runtime.worktree import leftovers
+from flows.runtime.temporary import leftovers
+from flows.runtime.worktree import PREFIX
 
 
 def status(params: Params, paths: Paths) -> dict[str, Any]:
@@ -214,7 +215,7 @@ def _hints(paths: Paths) -> Iterator[str]:
     schedule = _json(paths.schedule)
     if schedule and is_noted_alive(schedule) is False:
         yield f"the scheduler (process {schedule['pid']}) has ended; start `peftcore schedule` again"
-    if left := len(leftovers()):
+    if left := len(leftovers(PREFIX)):
         yield f"there are {left} working trees of killed processes; `peftcore registry gc` removes them"
 
 

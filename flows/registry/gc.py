@@ -11,6 +11,7 @@ with a stage loses its files. Between clones this
 holds for pushed tags only: a run that another clone is registering is not known here.
 """
 
+import hashlib
 import json
 import logging
 import re
@@ -30,7 +31,9 @@ from flows.registry.reader import COLLECTED, RegistryReader, Version
 from flows.registry.registry import Registry
 from flows.registry.synchronise import synchronise
 from flows.runtime.git import Git
-from flows.runtime.worktree import leftovers, remove_worktree
+from flows.runtime.project import open_repo
+from flows.runtime.temporary import leftovers
+from flows.runtime.worktree import PREFIX, remove_worktree
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -101,6 +104,8 @@ def collect_garbage(
         synchronise(registry, push_to)
     leftovers = _leftovers(dry_run, git)
     with _locked(paths.root, [Path(name) for name in leftovers]) as repos:
+        if remote:
+            _fetch_lists(repos[0], params.register.remote)
         if remote and not exclusive:
             _check_alone(repos, registry, params.register.remote)
         kept, used, removable, lost = _decide(registry, repos, keep, forget_past, remote, mark=remote and not dry_run)
@@ -116,24 +121,44 @@ def _check_alone(repos: list["Repo"], registry: Registry, name: str) -> None:
     """Check that every object of the DVC remote belongs to a commit or version of this repository.
 
     Otherwise another repository may share the remote, and it may need any object, because equal files are one object.
+    The cache has the remote's lists of folders' files, by `_fetch_lists`.
     """
     versions = [tag.commit for tag in registry.tags(f"{registry.name}@*", f"{registry.name}#*")]
     used = [repos[0].used_objs(revs=sorted(set(versions)), all_commits=True, all_tags=True, all_branches=True,
                                 all_experiments=True, force=True)]  # fmt: skip
     used += [repo.used_objs(force=True) for repo in repos[1:]]
-    remote_store = repos[0].cloud.get_remote_odb(name, "gc", hash_name="md5")
+    remote_store, cache = repos[0].cloud.get_remote_odb(name, "gc", hash_name="md5"), repos[0].cache.local
     hashes = {one.value for each in used for objects in each.values() for one in objects}
     for version in registry.versions():  # DVC skips a folder if the cache has lost its list of files
         hashes |= _outputs(registry, version)
     remote_hashes = set(remote_store.all())
     for folder in [one for one in remote_hashes & hashes if one.endswith(".dir")]:
-        hashes |= {file["md5"] for file in json.loads(remote_store.fs.cat_file(remote_store.oid_to_path(folder)))}
+        hashes |= {file["md5"] for file in json.loads(cache.fs.cat_file(cache.oid_to_path(folder)))}
     if strangers := remote_hashes - hashes:
         raise RepositoryError(
             f"the DVC remote {name!r} holds {len(strangers):,} objects that this repository has never referred to. "
             "Another repository may use the remote and would lose files, so nothing was removed. If no other "
             "repository uses it, give --exclusive"
         )
+
+
+def _fetch_lists(repo: "Repo", name: str) -> None:
+    """Copy folders' lists of files that the cache lacks from a DVC remote.
+
+    DVC takes the files of a folder for unused if it cannot get the list, also if that is only a failure of the network.
+
+    Raises:
+        RepositoryError: A list is damaged.
+    """
+    remote_store, cache = repo.cloud.get_remote_odb(name, "gc", hash_name="md5"), repo.cache.local
+    for one in [one for one in remote_store.all() if one.endswith(".dir") and not cache.exists(one)]:
+        content = remote_store.fs.cat_file(remote_store.oid_to_path(one))
+        if hashlib.md5(content, usedforsecurity=False).hexdigest() != one.removesuffix(".dir"):
+            raise RepositoryError(
+                f"the DVC remote {name!r} has a damaged list of a folder's files, {one}, so nothing was removed; "
+                "delete this object there, and `dvc push` it again from a machine that has it"
+            )
+        cache.add_bytes(one, content)
 
 
 def kept_versions(registry: RegistryReader, keep: int, forget_past: bool) -> dict[str, str]:
@@ -232,7 +257,7 @@ def _locked(root: Path, excluded: list[Path]) -> Iterator[list["Repo"]]:
     """Open and lock this repository as DVC has it, then its other working trees."""
     from dvc.exceptions import DvcException
     from dvc.lock import LockError
-    from dvc.repo import Repo, lock_repo
+    from dvc.repo import lock_repo
 
     git = Git(root)
     trees = [tree / git.prefix for tree in _working_trees(git)]
@@ -248,7 +273,7 @@ def _locked(root: Path, excluded: list[Path]) -> Iterator[list["Repo"]]:
         for folder in folders:
             if any(folder.is_relative_to(one) for one in excluded):
                 continue
-            repos.append(stack.enter_context(Repo(str(folder))))
+            repos.append(stack.enter_context(open_repo(folder)))
             try:
                 stack.enter_context(lock_repo(repos[-1]))
             except LockError as error:
@@ -303,7 +328,7 @@ def _free(place: "HashFileDB", used: set["HashInfo"], dry_run: bool) -> Freed:
 def _leftovers(dry_run: bool, git: Git) -> dict[str, int]:
     """Remove the temporary working trees of killed processes, unless it is a dry run; return their sizes in bytes."""
     sizes = {}
-    for folder in leftovers():
+    for folder in leftovers(PREFIX):
         sizes[str(folder)] = sum(path.lstat().st_size for path in folder.rglob("*"))
         if not dry_run:
             remove_worktree(git.root, folder / "tree")

@@ -147,7 +147,7 @@ class Git:
         """Commit files of the working tree and nothing else; unchanged files give no commit."""
         self.run("add", "--force", "--", *paths)
         if self.run("diff", "--cached", "--name-only", "--", *paths).strip():
-            self.run("commit", "--quiet", "--no-verify", "--file=-", "--only", "--", *paths,
+            self.run("commit", "--quiet", "--no-verify", "--no-gpg-sign", "--file=-", "--only", "--", *paths,
                      stdin=message, **self._identity())  # fmt: skip
 
     def tags(self, *patterns: str) -> list[Tag]:

@@ -14,16 +14,21 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ruamel.yaml import YAML
 
 from flows.errors import RepositoryError
 from flows.runtime.git import environment_without_locations, git_output
+from flows.runtime.temporary import temporary_folder
+
+if TYPE_CHECKING:
+    from dvc.repo import Repo
 
 DVC = (sys.executable, "-m", "dvc")
 """DVC of the running environment, independent of PATH."""
+_SUPPORT = "Having any troubles? Hit us up at https://dvc.org/support, we are always happy to help!"
+"""Last line of some of DVC's messages."""
 
 _PREFECT_ENVIRONMENT = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -98,13 +103,20 @@ def set_prefect_environment(root: Path) -> None:
 
 def dvc(root: Path, *arguments: str) -> str:
     """Run a DVC command in `root` and return its output. Raises RepositoryError with DVC's message."""
-    done = subprocess.run(
-        [*DVC, *arguments], cwd=root, env=stage_environment(), capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        reason = done.stderr.strip() or done.stdout.strip()
+    output, reason = _dvc(root, arguments)
+    if reason is not None:
         raise RepositoryError(f"`dvc {' '.join(arguments)}` failed: {reason}")
-    return done.stdout
+    return output
+
+
+def _dvc(root: Path, arguments: Sequence[str]) -> tuple[str, str | None]:
+    """Run a DVC command in `root`; returns its output, and its message if it failed."""
+    environment = stage_environment() | {"PYTHONIOENCODING": "utf-8"}
+    done = subprocess.run(
+        [*DVC, *arguments], cwd=root, env=environment, capture_output=True, encoding="utf-8", check=False
+    )
+    message = (done.stderr.strip() or done.stdout.strip()).removesuffix(_SUPPORT).rstrip()
+    return done.stdout, message if done.returncode else None
 
 
 def stage_order(root: Path, output: Path | None = None) -> list[str]:
@@ -183,31 +195,54 @@ def files_at(root: Path, commit: str, names: list[str]) -> Iterator[Path]:
 
     They come from DVC's cache, or from its remote with checked hashes. Raises RepositoryError.
     """
-    with TemporaryDirectory(prefix="peftcore-") as folder:
-        targets = [Path(folder) / name for name in names]
+    with temporary_folder("peftcore-files-") as folder:
+        targets = [folder / name for name in names]
         for target in targets:
             target.parent.mkdir(parents=True, exist_ok=True)
         # each `dvc get` is a process that imports for seconds; DVC as a library does one thing at a time
         with ThreadPoolExecutor(len(names) if (root / ".git").exists() else 1) as pool:
             list(pool.map(partial(get_output, root, commit), names, targets))
-        yield Path(folder)
+        yield folder
 
 
 def get_output(root: Path, commit: str, name: str, target: Path) -> None:
     """Copy the DVC output `name` of `commit` to `target`, from DVC's cache or remote. Raises RepositoryError."""
     if (root / ".git").exists():
-        dvc(root, "get", str(root), name, "--rev", commit, "--out", str(target))
+        _, reason = _dvc(root, ["get", str(root), name, "--rev", commit, "--out", str(target)])
+        if reason is not None:
+            raise _unavailable(name, commit, reason)
         return
     # `dvc get` clones the folder that it is given, and this one is not the top of its git repository
     from dvc.exceptions import DvcException
     from dvc.fs import download
-    from dvc.repo import Repo
+    from dvc_data.index import DataIndexDirError
 
     try:
-        with warnings.catch_warnings(), Repo(str(root)) as repo:
+        with warnings.catch_warnings(), open_repo(root) as repo:
             warnings.filterwarnings("ignore", "_NoneStep.value", DeprecationWarning)
             repo.fetch(targets=[str(root / name)], revs=[commit])
             with repo.switch(commit):
                 download(repo.dvcfs, name, str(target))
-    except (DvcException, OSError) as error:
-        raise RepositoryError(f"DVC cannot get {name} of {commit[:10]}: {error.__cause__ or error}") from error
+    except (DvcException, DataIndexDirError, OSError) as error:
+        raise _unavailable(name, commit, error.__cause__ or error) from error
+
+
+@contextmanager
+def open_repo(root: Path) -> "Iterator[Repo]":
+    """Open a DVC repository whose remotes can be reached from every commit.
+
+    DVC takes a relative URL for a path in the commit that it reads, where no remote is.
+    """
+    from dvc.repo import Repo
+
+    with Repo(str(root)) as opened:
+        urls = {name: {"url": str(remote["url"])} for name, remote in opened.config["remote"].items()}
+    with Repo(str(root), config={"remote": urls}) as repo:
+        yield repo
+
+
+def _unavailable(name: str, commit: str, reason: object) -> RepositoryError:
+    return RepositoryError(
+        f"DVC cannot get {name} of {commit[:10]}: {reason}; check the DVC remote, or `dvc push` it from a machine that "
+        "has it"
+    )

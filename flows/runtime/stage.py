@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from flows.errors import PipelineError
+from flows.errors import PipelineError, StageError
 from flows.paths import Paths
 from flows.runtime import logs
 from flows.runtime.processes import watch_parent
+from flows.runtime.stage_inputs import changed_inputs, stage_inputs
 
 if TYPE_CHECKING:
     from flows.params import Params
@@ -40,8 +41,8 @@ logger = logging.getLogger(__name__)
 def start(run: Callable[["Params", Paths], None]) -> NoReturn:
     """Run a stage in the current directory, which has params.yaml, and exit the process.
 
-    Exit status: 0: done; 1 with one `error: ...` message on stderr: refused, or disk full; 130: Ctrl-C; 143: SIGTERM,
-    after training has saved its state. Any other exception is a bug and keeps its traceback.
+    Exit status: 0: done; 1 with one `error: ...` message on stderr: refused, disk full, or a missing permission; 130:
+    Ctrl-C; 143: SIGTERM, after training has saved its state. Any other exception is a bug and keeps its traceback.
     """
     set_quiet_environment()
     from flows.params import load_params
@@ -53,17 +54,29 @@ def start(run: Callable[["Params", Paths], None]) -> NoReturn:
     paths = Paths(Path.cwd())
     try:
         params = load_params(paths.params)
+        name, inputs = stage_name(), stage_inputs(paths.root, stage_name())
         set_seed(params.project.seed)
         run(params, paths)
+        if changed := changed_inputs(inputs, stage_inputs(paths.root, name)):
+            raise StageError(
+                f"{', '.join(changed)} changed while stage {name} ran, and its results belong to the former state; "
+                "run it again, and edit only what no running stage reads"
+            )
     except KeyboardInterrupt:
         fail("interrupted; run it again to continue", status=130)
     except (PeftError, PipelineError) as error:
         fail(str(error))
     except Exception as error:
-        if not is_disk_full(error):
-            raise
-        fail(f"the disk is full ({error}); free some space and run it again; earlier outputs are intact")
+        if message := refused_by_system(error):
+            fail(message)
+        raise
     sys.exit(0)
+
+
+def stage_name() -> str:
+    """Return the last part of the name of the module that this process runs, such as train of flows.stages.train."""
+    spec = sys.modules["__main__"].__spec__
+    return "" if spec is None else spec.name.rpartition(".")[2]
 
 
 def set_quiet_environment() -> None:
@@ -97,6 +110,17 @@ def is_disk_full(error: BaseException) -> bool:
         or os.strerror(errno.ENOSPC) in str(one)
         for one in _chain(error)
     )
+
+
+def refused_by_system(error: BaseException) -> str | None:
+    """Return the message for a full disk or a missing permission in an exception's chain; None for any other one."""
+    if is_disk_full(error):
+        return f"the disk is full ({error}); free some space and run it again; existing files are intact"
+    for one in _chain(error):
+        if isinstance(one, OSError) and one.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            subject = one.filename or "a file"
+            return f"{subject}: {one.strerror}; allow this user to read and write it and its folder, and run it again"
+    return None
 
 
 def fail(message: str, status: int = 1) -> NoReturn:

@@ -4,28 +4,25 @@ Its processes see the commit's code, parameters and data, and none of the user's
 the repository's.
 """
 
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from socket import gethostname
-from tempfile import TemporaryDirectory, gettempdir
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from flows.errors import RepositoryError
 from flows.runtime.git import Git, GitError
-from flows.runtime.processes import is_noted_alive, this_host
+from flows.runtime.temporary import with_process
 
 PREFIX = "peftcore-worktree-"
-"""Prefix of the temporary folder; a process number and digests of the host follow, which identify leftovers if several
-hosts share the temporary folder."""
+"""Prefix of the temporary folder for `flows.runtime.temporary.leftovers`."""
 
 
 @contextmanager
 def worktree_at(root: Path, commit: str) -> Iterator[Path]:
     """Yield the project's folder in a temporary working tree at `commit`, which is removed afterwards."""
-    with TemporaryDirectory(prefix=f"{PREFIX}{os.getpid()}-{_host()}-") as parent:
+    with TemporaryDirectory(prefix=with_process(PREFIX)) as parent:
         folder = Path(parent) / "tree"
         project = add_worktree(root, folder, commit)
         try:
@@ -67,25 +64,6 @@ def remove_worktree(root: Path, folder: Path) -> None:
     with suppress(GitError):  # it is not locked, unless `git worktree add` was killed while it made the tree
         git.run("worktree", "unlock", str(folder))
     git.run("worktree", "prune")
-
-
-def leftovers() -> list[Path]:
-    """Return temporary folders of this user's working trees whose process was killed."""
-    folders = []
-    for folder in sorted(Path(gettempdir()).glob(f"{PREFIX}*")):
-        process, *rest = folder.name.removeprefix(PREFIX).split("-")
-        is_own = not folder.is_symlink() and folder.stat().st_uid == os.getuid()
-        note = {"pid": process}
-        if len(rest) > 1:  # earlier releases noted no host
-            note["host"] = f"{gethostname()}/{rest[0].replace('.', '/')}"
-        if is_own and process.isdigit() and is_noted_alive(note) is False:
-            folders.append(folder)
-    return folders
-
-
-def _host() -> str:
-    """Return the digests of `this_host` as a part of a file name."""
-    return this_host().partition("/")[2].replace("/", ".")
 
 
 def _share_dvc(root: Path, folder: Path) -> None:

@@ -1,6 +1,5 @@
 """The models that `peftcore chat` can talk to: the versions of a project, or one adapter and its base."""
 
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from flows.errors import BaseModelError, ChatError
 from flows.params import Params
 from flows.paths import Paths
 from flows.registry.project_registry import registry_of
+from flows.runtime.temporary import temporary_folder
 from flows.serving.conversation import BASE
 from flows.serving.served_base import ServedBase, load_evaluated_base, load_given_base
 from flows.serving.version_files import adapter_files
@@ -44,7 +44,7 @@ def project_models(paths: Paths, params: Params, base: Path) -> Iterator[Models]
     store = AdapterStore(model)
     stages = {stage: holder.version for stage, holder in registry.stages().items() if holder.version is not None}
     versions = {version.number: version for version in registry.versions()}
-    with tempfile.TemporaryDirectory(prefix="peftcore-chat-") as folder:
+    with temporary_folder("peftcore-chat-") as folder:
 
         def add(name: str) -> str:
             number = stages.get(name, name)
@@ -56,7 +56,7 @@ def project_models(paths: Paths, params: Params, base: Path) -> Iterator[Models]
             evaluated = ServedBase.of_record(registry.record(version))
             if not evaluated.is_same(loaded):
                 raise BaseModelError(f"{number} was evaluated on {evaluated}, and this is {loaded}")
-            store.register(number, adapter_files(paths, registry, version, Path(folder)))
+            store.register(number, adapter_files(paths, registry, version, folder))
             return number
 
         yield model, tokenizer, store, (BASE, *stages, *versions), add

@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import os
-import tempfile
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from flows.base.calibrated import calibrated_identity
 from flows.errors import RegistryError
 from flows.registry.project_registry import registry_of
+from flows.runtime.temporary import temporary_folder
 from flows.serving.adapters_folder import register_adapters
 from flows.serving.champion_watcher import ChampionWatcher, fetch_tags
 from flows.serving.options import KEYS, ServeOptions, parse_compositions
@@ -47,7 +47,7 @@ def serve(options: ServeOptions) -> None:
     tokenizer.chat_template = template or tokenizer.chat_template
     store = AdapterStore(model, options.max_loaded)
     served_name = options.name or options.base.resolve().name
-    with tempfile.TemporaryDirectory(prefix="peftcore-serve-") as folder:
+    with temporary_folder("peftcore-serve-") as folder:
         if options.adapters is not None:
             calibrated = calibrated_identity(options.base) if base is None else base.calibrated
             register_adapters(store, options.adapters, calibrated)
@@ -58,7 +58,7 @@ def serve(options: ServeOptions) -> None:
             _check_is_free(name, [served_name, *compositions, *store.names()])
             check = partial(check_servable, model, name)
             watcher = ChampionWatcher(
-                paths, name, params.gate.stage, store, base, Path(folder), options.seconds, check, options.git_remote
+                paths, name, params.gate.stage, store, base, folder, options.seconds, check, options.git_remote
             )
             in_own_thread(watcher.check).result()
         _check_adapters_exist(compositions, store)

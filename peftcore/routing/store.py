@@ -314,11 +314,10 @@ class AdapterStore:
             self._lock.notify_all()
 
     def _retire(self, entry: Entry) -> None:
-        """Detach an entry from its slot, and make the slot the next one to be evicted."""
+        """Detach an entry from its slot, which makes the slot the next one to be evicted."""
         slot, entry.slot = entry.slot, None
         if slot is not None:
             slot.entry = None
-            self._slots.move_to_end(slot.name, last=False)
 
     def _load(self, entry: Entry, timeout: float | None) -> Slot:
         """Load an adapter into the model; slots that were evicted for it stay empty if loading fails."""
@@ -348,7 +347,10 @@ class AdapterStore:
         return slot
 
     def _make_room(self, name: str, config: PeftConfig, size: int, timeout: float | None) -> Slot | None:
-        """Evict slots until one more adapter fits; return an evicted slot of equal configuration for reuse, or None."""
+        """Evict slots until one more adapter fits; return an evicted slot of equal configuration for reuse, or None.
+
+        Slots of replaced and removed adapters go first, also if there is room.
+        """
         if self._max_bytes is not None and size > self._max_bytes:
             raise AdapterStoreError(
                 f"adapter {name!r} has {size:,} bytes of parameters, and the store's limit is {self._max_bytes:,}; "
@@ -356,8 +358,10 @@ class AdapterStore:
             )
         deadline = time.monotonic() + (timeout or 0)
         with self._lock:
-            while not self._has_room(size):
+            while True:
                 idle = self._idle()
+                if not (idle and idle[0].entry is None) and self._has_room(size):
+                    return None
                 if not idle:
                     left = deadline - time.monotonic()
                     if left <= 0 or not self._lock.wait(left):
@@ -370,7 +374,6 @@ class AdapterStore:
                     self._slots.move_to_end(slot.name)
                     return slot
                 self._delete(slot)
-        return None
 
     def _has_room(self, size: int, reused: Slot | None = None) -> bool:
         """Return True if an adapter of `size` bytes fits, in a new slot or in a reused one."""
@@ -380,9 +383,12 @@ class AdapterStore:
         return self._max_bytes is None or sum(slot.size for slot in other_slots) + size <= self._max_bytes
 
     def _idle(self) -> list[Slot]:
-        """Return the slots that may be evicted, the least recently used first."""
+        """Return the slots that may be evicted: those without an entry, then the least recently used first."""
+        if not self._slots:  # the model may have no adapters yet
+            return []
         in_use = adapter_set(self._model).selection.in_use
-        return [slot for slot in self._slots.values() if not slot.leases and in_use[slot.name] <= 0]
+        idle = [slot for slot in self._slots.values() if not slot.leases and in_use[slot.name] <= 0]
+        return sorted(idle, key=lambda slot: slot.entry is not None)
 
     def _no_room(self, name: str) -> AdapterStoreError:
         return AdapterStoreError(

@@ -62,3 +62,13 @@ def test_a_reader_that_closes_stdout_ends_the_command_as_other_programs() -> Non
     done = subprocess.run([sys.executable, "-m", "flows", "--help"], stdout=writing, stderr=subprocess.PIPE)
     os.close(writing)
     assert (done.returncode, done.stderr) == (command.CLOSED_PIPE, b"")
+
+
+def test_names_of_files_are_utf_8_in_every_locale() -> None:
+    code = "from flows.__main__ import use_utf_8; use_utf_8(); import sys; "
+    code += "print(sys.getfilesystemencoding(), sys.stdout.encoding, ascii(sys.argv[1]))"
+    other = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for streams in ("latin-1", "utf-8"):
+        environment = other | {"PYTHONIOENCODING": streams}
+        done = subprocess.run([sys.executable, "-c", code, "Käse"], env=environment, capture_output=True, check=True)
+        assert done.stdout.decode() == f"utf-8 {streams} 'K\\xe4se'\n".replace("latin-1", "iso8859-1")

@@ -40,6 +40,16 @@ from peftcore.errors import ConfigError
             1,
             "the disk is full (I/O error: No space left on device (os error 28))",
         ),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "a/b.yaml"),
+            1,
+            "a/b.yaml: Permission denied; allow this user",
+        ),
+        (
+            OSError(errno.EROFS, "Read-only file system", "a"),
+            1,
+            "a: Read-only file system; allow this user to read and",
+        ),
     ],
 )
 def test_an_expected_error_is_one_line_and_an_exit_code(

@@ -62,5 +62,11 @@ def test_a_section_within_itself_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_missing_file_says_where_it_was_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(ParamsError, match=r"params\.yaml: cannot be read"):
+    with pytest.raises(ParamsError, match=r"params\.yaml: cannot be read .*; run this where params\.yaml is"):
+        load_params(tmp_path / "params.yaml")
+
+
+def test_a_file_that_is_no_text_says_what_it_has_to_be(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_bytes("project: {name: käse}".encode("latin-1"))
+    with pytest.raises(ParamsError, match=r"can't decode byte.*; make it a readable text file in UTF-8"):
         load_params(tmp_path / "params.yaml")

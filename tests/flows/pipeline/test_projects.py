@@ -56,6 +56,7 @@ def test_files_of_a_version_come_from_the_cache_or_the_remote(two_projects: tupl
     sql.register(loss=2.5)
     (version,) = registry(sql).versions()
     expected = (sql.paths.adapter / "adapter_model.safetensors").read_bytes()
+    sql.register(loss=2.4, weight=2.0)  # so the files are no longer those of the working tree
     if not cached:
         shutil.rmtree(sql.root / ".dvc" / "cache")
     with files_at(sql.root, version.commit, ["artifacts/adapter"]) as folder:

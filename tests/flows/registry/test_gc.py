@@ -209,3 +209,23 @@ def test_a_remote_that_another_repository_uses_too_is_left_alone(versions: Any) 
     assert objects(versions) == before and stranger.exists()
     assert collect(versions, remote=True, exclusive=True).collected
     assert not stranger.exists()
+
+
+def test_files_of_kept_versions_stay_on_the_remote_if_the_cache_is_lost(versions: Any) -> None:
+    shutil.rmtree(versions.root / ".dvc" / "cache")
+    before = there(versions, ".dvc-remote")
+    collection = collect(versions, remote=True)
+    assert collection.lost == [] and before[REFUSED]
+    assert there(versions, ".dvc-remote") == before | {REFUSED: False}
+
+
+def test_a_damaged_list_of_files_on_the_remote_is_named_and_nothing_is_removed(versions: Any) -> None:
+    shutil.rmtree(versions.root / ".dvc" / "cache")
+    digest = registry_of(versions).record(registry_of(versions).version(CHAMPION))["dvc"]["artifacts/adapter"]
+    path = versions.root / ".dvc-remote" / "files" / "md5" / digest[:2] / digest[2:]
+    path.chmod(0o644)
+    path.write_text("damaged")
+    before = objects(versions)
+    with pytest.raises(RepositoryError, match=f"damaged list of a folder's files, {digest}, so nothing was removed"):
+        collect(versions, remote=True)
+    assert objects(versions).items() >= before.items()

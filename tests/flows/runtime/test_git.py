@@ -109,6 +109,21 @@ def test_a_machine_without_identity_gets_one_for_these_commits_only(repository: 
     assert "user.name" not in git.run("config", "--list")
 
 
+def test_commits_of_a_machine_are_not_signed_by_the_users_key(repository: Path) -> None:
+    settings = {
+        "commit.gpgSign": "true",
+        "gpg.program": "false",
+    }  # such as a key whose passphrase nobody enters at night
+    for key, value in settings.items():
+        subprocess.run(["git", "config", key, value], cwd=repository, check=True)
+    git = Git(repository)
+    git.snapshot([], [], {"a": "b"}, "m")
+    (repository / "notes.txt").write_text("new\n")
+    before = git.head()
+    git.commit(["notes.txt"], "m")
+    assert git.head() != before
+
+
 def test_identity_of_the_configuration_and_of_the_environment_wins(
     repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,5 +1,6 @@
 """The repository as DVC sees it: its root, its order, what changed, files of another commit."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,22 @@ def test_changes_are_told_in_words(project: Any) -> None:
 def test_a_failing_command_gives_dvcs_reason(project: Any) -> None:
     with pytest.raises(RepositoryError, match=r"`dvc get .*nothing.* failed"):
         dvc(project.root, "get", ".", "nothing")
+
+
+def test_files_that_are_nowhere_are_named_alike_each_time(project: Any) -> None:
+    project.git("add", "dvc.lock")
+    project.git("commit", "--quiet", "--message=Lock")
+    commit = project.git("rev-parse", "HEAD").strip()
+    shutil.rmtree(project.root / ".dvc" / "cache")
+    messages = []
+    for _ in range(2):
+        with pytest.raises(RepositoryError) as raised, files_at(project.root, commit, ["artifacts/merge.json"]):
+            pass
+        messages.append(str(raised.value))
+    assert messages[0] == messages[1]  # `serve --watch` warns once of one message
+    assert messages[0].startswith(f"DVC cannot get artifacts/merge.json of {commit[:10]}: ")
+    assert messages[0].endswith("; check the DVC remote, or `dvc push` it from a machine that has it")
+    assert "Having any troubles" not in messages[0]
 
 
 def test_files_of_another_commit_come_at_their_paths_and_go_again(project: Any) -> None:

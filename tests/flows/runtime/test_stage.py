@@ -59,6 +59,12 @@ def test_a_full_disk_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
     assert message.startswith("error: the disk is full")
 
 
+def test_a_missing_permission_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
+    status, message = ends(capsys, PermissionError(errno.EACCES, "Permission denied", "artifacts/.data.abc"))
+    assert status == 1
+    assert message.startswith("error: artifacts/.data.abc: Permission denied; allow this user to read and write it")
+
+
 def test_ctrl_c_exits_with_130(capsys: pytest.CaptureFixture[str]) -> None:
     assert ends(capsys, KeyboardInterrupt())[0] == 130
 
@@ -69,6 +75,22 @@ def test_a_bug_keeps_its_traceback() -> None:
 
     with pytest.raises(ZeroDivisionError):
         stage.start(run)
+
+
+def test_an_input_that_changes_while_the_stage_runs_is_named(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "stage_name", lambda: "train")
+    (tmp_path / "dvc.yaml").write_text("stages: {train: {params: [project.seed], deps: [rows]}}\n")
+
+    def run(params: Params, paths: Paths) -> None:
+        (tmp_path / "params.yaml").write_text("project: {seed: 8}\n")
+
+    with pytest.raises(SystemExit) as exited:
+        stage.start(run)
+    assert exited.value.code == 1
+    expected = "error: project.seed of params.yaml changed while stage train ran, and its results belong to the former"
+    assert capsys.readouterr().err.startswith(expected)
 
 
 def test_wrong_params_stop_before_the_stage_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -315,3 +315,17 @@ def test_bad_limits_and_folders(tmp_path: Path) -> None:
         AdapterStore(llama(), max_loaded=0)
     with pytest.raises(CheckpointError, match="holds no adapter directories"):
         AdapterStore(llama()).register_directory(tmp_path)
+
+
+def test_versions_that_were_replaced_or_refused_make_room_for_the_next_one(folder: Path) -> None:
+    model, store = store_of(folder, max_loaded=64)
+
+    def refuse(loaded: str) -> None:
+        raise ValueError("not this one")
+
+    for number in range(4):
+        store.swap("a", folder / "ab"[number % 2])
+        with pytest.raises(ValueError, match="not this one"):
+            store.swap("a", folder / "c", check=refuse)
+    assert len(model.peft_config) <= 3  # the served one, the refused one, and one for a request that still runs
+    torch.testing.assert_close(through(model, store, "a"), alone(folder, "b"), atol=1e-5, rtol=0)
