@@ -38,8 +38,10 @@ _NUMPY_WROTE_LESS = re.compile(r"\d+ requested and \d+ written")
 logger = logging.getLogger(__name__)
 
 
-def start(run: Callable[["Params", Paths], None]) -> NoReturn:
+def start(run: Callable[["Params", Paths], Callable[[], None] | None]) -> NoReturn:
     """Run a stage in the current directory, which has params.yaml, and exit the process.
+
+    If no input has changed meanwhile, a function that `run` returns is called, to remove what only a repeat would need.
 
     Exit status: 0: done; 1 with one `error: ...` message on stderr: refused, disk full, or a missing permission; 130:
     Ctrl-C; 143: SIGTERM, after training has saved its state. Any other exception is a bug and keeps its traceback.
@@ -56,12 +58,15 @@ def start(run: Callable[["Params", Paths], None]) -> NoReturn:
         params = load_params(paths.params)
         name, inputs = stage_name(), stage_inputs(paths.root, stage_name())
         set_seed(params.project.seed)
-        run(params, paths)
+        finish = run(params, paths)
         if changed := changed_inputs(inputs, stage_inputs(paths.root, name)):
             raise StageError(
                 f"{', '.join(changed)} changed while stage {name} ran, and its results belong to the former state; "
-                "run it again, and edit only what no running stage reads"
+                "bring that state back and run it again (training goes on from its last checkpoint), or run it with "
+                "the new state; edit only what no running stage reads"
             )
+        if finish is not None:
+            finish()
     except KeyboardInterrupt:
         fail("interrupted; run it again to continue", status=130)
     except (PeftError, PipelineError) as error:

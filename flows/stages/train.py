@@ -10,8 +10,9 @@ the work; only the main process shows progress, logs, writes results and removes
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -84,19 +85,30 @@ ROWS_FOR_START = 96
 
 
 def run(params: Params, paths: Paths) -> None:
-    """Train, in the number of processes that the parameters say."""
+    """Train, and remove the run's checkpoints."""
+    if (remove_checkpoints := train(params, paths)) is not None:
+        remove_checkpoints()
+
+
+def train(params: Params, paths: Paths) -> Callable[[], None] | None:
+    """Train, in the number of processes that the parameters say.
+
+    Returns:
+        The removal of the run's checkpoints, from which the run can be repeated until then; None in a process that has
+        left it to another one.
+    """
     if not is_launched():
         require_valid(paths)
     if params.train.all_processes > 1 and not is_launched():
         node = this_node(params.train.nodes)
         launch("flows.stages.train", params.train.processes, params.train.launcher, node)
-        return
+        return None
     with joined(params.train.all_processes) as processes:
-        _run(params, paths, processes)
+        return _run(params, paths, processes)
 
 
-def _run(params: Params, paths: Paths, processes: PartialState) -> None:
-    """Train; writes the adapter and the run's records, then removes the run's checkpoints."""
+def _run(params: Params, paths: Paths, processes: PartialState) -> Callable[[], None] | None:
+    """Train; writes the adapter and the run's records. Returns the removal of the run's checkpoints."""
     main = processes.is_main_process
     base_folder = trained_base(paths, params.quantization)
     base = check_base(base_folder)
@@ -157,7 +169,7 @@ def _run(params: Params, paths: Paths, processes: PartialState) -> None:
             _train(trainer, this, params.train.patience)
         processes.wait_for_everyone()  # the others have read the best checkpoint before its removal
         if not main:
-            return
+            return None
         model.save_pretrained(paths.adapter)
         write_corrected_storage(params, paths.adapter, paths.start_adapter)
         if params.data.special_tokens or params.data.chat_template:
@@ -176,7 +188,7 @@ def _run(params: Params, paths: Paths, processes: PartialState) -> None:
         tracker.finish(summary, paths.adapter)
     finally:
         tracker.close()
-    shutil.rmtree(folder)
+    return partial(shutil.rmtree, folder)
 
 
 def _generation_options(params: Params, paths: Paths, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -286,4 +298,4 @@ def _summary(
 
 
 if __name__ == "__main__":
-    start(run)
+    start(train)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -83,12 +84,18 @@ def test_an_input_that_changes_while_the_stage_runs_is_named(
     monkeypatch.setattr(stage, "stage_name", lambda: "train")
     (tmp_path / "dvc.yaml").write_text("stages: {train: {params: [project.seed], deps: [rows]}}\n")
 
-    def run(params: Params, paths: Paths) -> None:
-        (tmp_path / "params.yaml").write_text("project: {seed: 8}\n")
+    seeds, finished = iter((8, 8)), []
+
+    def run(params: Params, paths: Paths) -> Any:
+        (tmp_path / "params.yaml").write_text(f"project: {{seed: {next(seeds)}}}\n")
+        return lambda: finished.append(True)
 
     with pytest.raises(SystemExit) as exited:
         stage.start(run)
-    assert exited.value.code == 1
+    assert exited.value.code == 1 and not finished
+    with pytest.raises(SystemExit) as exited:
+        stage.start(run)
+    assert exited.value.code == 0 and finished
     expected = "error: project.seed of params.yaml changed while stage train ran, and its results belong to the former"
     assert capsys.readouterr().err.startswith(expected)
 
