@@ -64,7 +64,7 @@ REASONS = (
         r"test_get_peft_model_repeated_invocation",
         "a PeftModel is the model itself, so a second `get_peft_model` does not wrap it again",
     ),
-    (r"test_lora_plus_embedding_lr", NAMES),
+    (r"test_lora_plus_embedding_lr|test_dora_save_and_load_remapping", NAMES),
     (
         r"test_lora_plus_model_without_peft_wrapper",
         "an optimiser of LoRA's factors is refused for a model without a LoRA",

@@ -524,7 +524,7 @@ class PeftConfig(SharedOptions):
             raise CheckpointError(f"{path} holds a {type(values).__name__}, not the fields of a configuration")
         if values.pop("runtime_config", None):
             warnings.warn(f"{path}: runtime_config is not read; assign it to the configuration", stacklevel=5)
-        return values
+        return {**dict.fromkeys(cls.not_saved_if_none), **values}
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Write `adapter_config.json` into a directory, atomically.

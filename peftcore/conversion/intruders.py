@@ -68,6 +68,7 @@ def reduce_intruder_dimension(
     injection = prepare_injection(peft_model, config, new_adapter_name, Creation(initialise=False))
     reduced: dict[str, Factors] = {}
     for path, adapter in layers.items():
+        injection.adapters[path].to(next(adapter.parameters()).dtype)
         count, factors = _reduced(adapter, top_k, threshold_epsilon, mitigation_lambda)
         if count:
             reduced[path] = factors

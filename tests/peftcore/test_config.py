@@ -119,6 +119,13 @@ def test_the_fields_of_a_file_without_the_options_of_one_process(tmp_path: Path)
         assert PeftConfig.from_json_file(file) == config.to_dict()
 
 
+def test_the_fields_of_a_file_hold_the_unset_ones_that_are_not_written(tmp_path: Path) -> None:
+    config = peftcore.VeraConfig()
+    config.save_pretrained(tmp_path)
+    assert "exclude_modules" not in (tmp_path / "adapter_config.json").read_text()
+    assert peftcore.VeraConfig.from_json_file(tmp_path / "adapter_config.json") == config.to_dict()
+
+
 def test_from_peft_type_takes_the_class_of_the_method() -> None:
     assert PeftConfig.from_peft_type(peft_type=PeftType.LORA, r=3) == LoraConfig(r=3)
     assert LoraConfig.from_peft_type(r=3) == LoraConfig(r=3)

@@ -96,8 +96,11 @@ def test_without_intruders_it_is_a_copy_that_trains_alone() -> None:
     assert torch.equal(model(TOKENS).logits, expected)
 
 
-def test_it_computes_in_float32_for_a_model_in_16_bits() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_it_computes_in_float32_for_a_model_in_16_bits(dtype: torch.dtype) -> None:
     model = random_adapter(LoraConfig(**LINEAR), llama().bfloat16())
+    for adapter in adapter_set(model).adapters("default").values():
+        adapter.to(dtype)
     reduce_intruder_dimension(model, threshold_epsilon=1.0, logging_sink=None)
     assert model(TOKENS).logits.isfinite().all()
     assert {p.dtype for n, p in model.named_parameters() if "intruder_reduced" in n} == {
