@@ -75,7 +75,7 @@ REASONS = (
     ),
     (r"'(\w+)' object is not callable|'_\w+' object is not iterable|equal\(\): argument|object at 0x", INTERNAL),
     (r"warns_about_hooks|create_attention_mask|has no attribute 'forward'|_get_module_names_tied", INTERNAL),
-    (r"test_bdlora_merge_delta", INTERNAL),
+    (r"test_bdlora_merge_delta|test_dora_caching", INTERNAL),
     (
         r"same_prng|different_prng",
         "each VeRA or FRoD adapter has projections of its own, so a second one may have other options",

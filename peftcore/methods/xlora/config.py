@@ -3,7 +3,7 @@
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from peftcore.config import PeftConfig, TunerConfig
 from peftcore.errors import ConfigError
@@ -13,14 +13,6 @@ from peftcore.files import hub
 @dataclass
 class XLoraConfig(TunerConfig):
     """X-LoRA's options under PEFT's names. The layers are those of the LoRAs; there is no need to name them."""
-
-    not_saved_if_none: ClassVar[tuple[str, ...]] = (
-        "exclude_modules",
-        "layers_pattern",
-        "layers_to_transform",
-        "modules_to_save",
-        "target_modules",
-    )
 
     hidden_size: int | None = None
     """Size of the model's hidden states (count); needed."""
