@@ -51,6 +51,15 @@ class FactorNames(NamedTuple):
     """True if `Adapter.output_gain` returns g."""
 
 
+class ScaleName(NamedTuple):
+    """The parameter of an adapter that computes y = l∘(W x + b), or y = W (l∘x) + b."""
+
+    name: str
+    """Name of l, with as many elements as the layer has outputs or inputs."""
+    of_input: bool
+    """True: l scales the input."""
+
+
 class _Constants(nn.Module):
     """A module whose non-persistent buffers are computed from the configuration, and are therefore never saved."""
 
@@ -364,6 +373,14 @@ class Adapter(_Constants):
         """Return the names of the parameters if `low_rank` returns only them, `scaling` and `output_gain`; else None.
 
         A layer that decodes then reads them itself. What is returned may change only if an attribute is assigned.
+        """
+        return None
+
+    def scale_name(self) -> ScaleName | None:
+        """Return the name of a parameter that scales the output or the input, if that is all in evaluation mode.
+
+        Else return None. A layer that decodes then reads it itself. What is returned may change only if an attribute is
+        assigned.
         """
         return None
 

@@ -57,7 +57,7 @@ def scaled(y: Tensor, scale: Tensor) -> Tensor:
     gradients are multiplied in float32 and rounded once, which takes fewer operations.
     """
     if y.dtype.itemsize > 2:
-        return y * scale.to(y.dtype)
+        return y * (scale if scale.dtype is y.dtype else scale.to(y.dtype))
     if y.numel() <= SMALL and not torch.is_grad_enabled():
         return (y * scale).to(y.dtype)
     return torch.addcmul(y, y, (scale - 1).to(y.dtype))

@@ -43,6 +43,17 @@ class OwnFactors(NamedTuple):
     names: FactorNames
 
 
+class OwnScale(NamedTuple):
+    """An adapter that only scales the output or the input of its layer, as `Adapter.scale_name` says."""
+
+    adapter: Adapter
+    changes: int
+    """`adapter.changes` when the plan was made."""
+    parameters: Mapping[str, Any]
+    name: str
+    of_input: bool
+
+
 class DecodingPlan(NamedTuple):
     """The calculation of a layer for one chain of adapters, and the state of the layer for which it is right."""
 
@@ -62,11 +73,13 @@ class DecodingPlan(NamedTuple):
     """The adapters that act: those of `names` that the layer has and that are not merged."""
     factors: list[OwnFactors] | None
     """The same as factors; None if that does not describe all of them."""
+    scale: OwnScale | None
+    """The same as a scale; None if there are several, or it is none."""
 
     def holds(self, layer: "AdapterLayer", names: tuple[str, ...]) -> bool:
         """Return True if neither the adapters in effect nor the layer have changed since the plan was made."""
         modules: Any = layer._modules
-        own_names, holder, changes, merged, base_layer, (before, after, back, before_back), _, _, factors = self
+        own_names, holder, changes, merged, base_layer, (before, after, back, before_back), _, _, factors, scale = self
         if not (
             (own_names is names or own_names == names)
             and modules["adapters"] is holder
@@ -75,6 +88,7 @@ class DecodingPlan(NamedTuple):
             and modules["base_layer"] is base_layer
             and not (before or after or back or before_back or layer.has_trained_biases)
             and "forward" not in base_layer.__dict__
+            and (scale is None or scale.adapter.changes == scale.changes)
         ):
             return False
         for adapter, changes, dropout, *_ in factors or ():
@@ -112,7 +126,7 @@ def decoded(layer: "AdapterLayer", x: Tensor) -> Tensor | None:
         if plan is None:
             return None
     if plan.factors is None:
-        return _computed(layer, plan, x)
+        return _computed(layer, plan, x) if plan.scale is None else _scaled(layer, plan, plan.scale, x)
     y = _base_output(layer, plan, x)
     if y is None:
         return None
@@ -148,6 +162,7 @@ def _new_plan(layer: "AdapterLayer", names: tuple[str, ...]) -> DecodingPlan | N
         base._parameters if is_plain else None,
         adapters,
         None if None in factors else factors,  # type: ignore[arg-type]
+        _own_scale(adapters[0]) if len(adapters) == 1 else None,
     )
 
 
@@ -157,6 +172,11 @@ def _own_factors(adapter: Adapter) -> OwnFactors | None:
         return None
     dropout = adapter._modules.get("dropout")
     return OwnFactors(adapter, adapter.changes, dropout, adapter._parameters, names)
+
+
+def _own_scale(adapter: Adapter) -> OwnScale | None:
+    names = adapter.scale_name()
+    return None if names is None else OwnScale(adapter, adapter.changes, adapter._parameters, *names)
 
 
 def _base_output(layer: "AdapterLayer", plan: DecodingPlan, x: Tensor) -> Tensor | None:
@@ -183,6 +203,15 @@ def _add(
     if diagonal is not None:
         h.mul_(diagonal.squeeze(1))
     y.add_(F.linear(h, b), alpha=scaling)
+
+
+def _scaled(layer: "AdapterLayer", plan: DecodingPlan, own: OwnScale, x: Tensor) -> Tensor | None:
+    """Return the output with a scale on the input, or on the output."""
+    scale = own.parameters[own.name].view(-1)
+    if own.of_input:
+        return _base_output(layer, plan, scaled(x, scale))
+    y = _base_output(layer, plan, x)
+    return None if y is None else scaled(y, scale)
 
 
 def _computed(layer: "AdapterLayer", plan: DecodingPlan, x: Tensor) -> Tensor | None:

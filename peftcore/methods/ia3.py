@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcore._util.patterns import matched
-from peftcore.adapter import Adapter
+from peftcore.adapter import Adapter, ScaleName
 from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig
 from peftcore.detection import detect
@@ -94,6 +94,9 @@ class IA3(Adapter):
 
     def after(self, x: Tensor, y: Tensor) -> Tensor:
         return y if self.scales_input else self._scaled(y)
+
+    def scale_name(self) -> ScaleName | None:
+        return ScaleName("ia3_l", self.scales_input) if self.base.kind == "linear" else None
 
     def merged_weight(self, weight: Tensor) -> Tensor:
         scale = self.ia3_l.flatten().to(weight)

@@ -275,3 +275,23 @@ def test_an_input_is_never_changed_in_place() -> None:
     with torch.no_grad():
         assert not torch.equal(model[0](torch.ones(2, 8, dtype=torch.float64)), kept)
     assert torch.equal(kept, torch.ones(2, 8, dtype=torch.float64))
+
+
+def test_edits_of_a_scale_are_seen(taken: list[bool]) -> None:
+    model = adapted(METHODS["ia3"], bias=True)
+    first, second = (layer.adapters["default"] for layer in model)
+    assert [one.scale_name().of_input for one in (first, second)] == [False, True]
+    edits: list[Callable[[], Any]] = [
+        lambda: first.ia3_l.data.mul_(2),
+        lambda: setattr(first, "ia3_l", nn.Parameter(torch.full_like(first.ia3_l, 3.0))),
+        lambda: second.ia3_l.data.add_(1),
+        lambda: setattr(second, "scales_input", True),
+        lambda: model.disable_adapters(),
+    ]
+    with torch.no_grad():
+        model(X)
+        for edit in edits:
+            edit()
+            taken.clear()
+            torch.testing.assert_close(model(X), general(model, X), atol=1e-12, rtol=0)
+            assert taken[0]
