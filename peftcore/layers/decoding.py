@@ -74,7 +74,7 @@ class DecodingPlan(NamedTuple):
     factors: list[OwnFactors] | None
     """The same as factors; None if that does not describe all of them."""
     scale: OwnScale | None
-    """The same as a scale; None if there are several, or it is none."""
+    """The adapter that acts, if there is only one and it is a scale; else None."""
 
     def holds(self, layer: "AdapterLayer", names: tuple[str, ...]) -> bool:
         """Return True if neither the adapters in effect nor the layer have changed since the plan was made."""
@@ -206,7 +206,7 @@ def _add(
 
 
 def _scaled(layer: "AdapterLayer", plan: DecodingPlan, own: OwnScale, x: Tensor) -> Tensor | None:
-    """Return the output with a scale on the input, or on the output."""
+    """Return the output of a layer whose only adapter scales the input or the output."""
     scale = own.parameters[own.name].view(-1)
     if own.of_input:
         return _base_output(layer, plan, scaled(x, scale))

@@ -85,13 +85,9 @@ class PerAdapter(MutableMapping[str, Any]):
         element = next(iter(self.values()), None)
         if element is None:
             return nn.ParameterDict if "embedding" in self._attribute else nn.ModuleDict
-        return (
-            nn.ModuleDict
-            if isinstance(element, nn.Module)
-            else nn.ParameterDict
-            if isinstance(element, Tensor)
-            else dict
-        )
+        if isinstance(element, nn.Module):
+            return nn.ModuleDict
+        return nn.ParameterDict if isinstance(element, Tensor) else dict
 
     def __getattr__(self, name: str) -> Any:
         if "_attribute" not in vars(self):  # while a copy is made
