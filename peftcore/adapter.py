@@ -544,6 +544,15 @@ class Adapter(_Constants):
         for name, key in self.checkpoint_keys().items():
             self._put(self._parameter(name), tensors[key])
 
+    def before_load(self, module: nn.Module, name: str, saved: Tensor) -> None:
+        """Prepare to load one tensor of a model's state dict, which must fit; the default leaves the tensor as it is.
+
+        Args:
+            module: the adapter, or the module inside of it, that holds the tensor.
+            name: the tensor's name in the module.
+            saved: the tensor of the state dict.
+        """
+
     def _parameter(self, name: str) -> nn.Parameter:
         parameter = self._parameters.get(name)
         if parameter is not None:

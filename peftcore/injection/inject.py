@@ -580,7 +580,7 @@ def remove_wrappers(model: nn.Module, keep_trained: bool) -> None:
             slot.keep_base()
         else:
             slot.restore_base(*slot.replaced_by)
-        slot.adapters._modules.clear()
+        slot.adapters.clear()
     adapters.layers.clear()
     _remove_empty_wrappers(module_index)
     if adapters.replication is not None:

@@ -19,9 +19,10 @@ from peftcore.layers.adapter_slot import AdapterSlot
 from peftcore.layers.composed import ascend, descend
 from peftcore.layers.decoding import DecodingPlan, decoded
 from peftcore.layers.forward_paths import has_no_hooks, is_traced, layer_output
+from peftcore.layers.named_tensors import TensorHolder
 from peftcore.layers.peft_attributes import PeftLayerAttributes
 from peftcore.layers.trained_bias import TrainedBias
-from peftcore.layers.wrapper import LayerWrapper, NamedModules
+from peftcore.layers.wrapper import LayerWrapper
 
 
 class _Chain(NamedTuple):
@@ -35,7 +36,7 @@ class _Chain(NamedTuple):
     adapters: list[Adapter]
 
 
-class AdapterLayer(PeftLayerAttributes, LayerWrapper, AdapterSlot):
+class AdapterLayer(PeftLayerAttributes, TensorHolder, LayerWrapper, AdapterSlot):  # type: ignore[misc]
     """A base layer and its adapters by name.
 
     Args:
@@ -45,7 +46,7 @@ class AdapterLayer(PeftLayerAttributes, LayerWrapper, AdapterSlot):
 
     def __init__(self, base_layer: nn.Module, selection: Selection):
         super().__init__(base_layer, selection)
-        self.adapters = NamedModules()
+        self.add_slot()
         self.merged = ()
         self._view: BaseWeight | None = None
         self.siblings: list[AdapterLayer] = []
@@ -114,7 +115,7 @@ class AdapterLayer(PeftLayerAttributes, LayerWrapper, AdapterSlot):
     def chain(self, names: tuple[str, ...]) -> list[Adapter]:
         """Return `in_order(names)`, remembered from the last call."""
         chain = self._chain
-        adapters: Any = self._modules["adapters"]
+        adapters = self.adapters
         if (
             chain is None
             or chain.names != names

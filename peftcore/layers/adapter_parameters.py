@@ -11,6 +11,7 @@ from peftcore.errors import RoutingError
 from peftcore.layers.active import Selection
 from peftcore.layers.adapter_slot import AdapterSlot
 from peftcore.layers.composed import composed_weight
+from peftcore.layers.named_tensors import TensorHolder
 from peftcore.layers.peft_attributes import PeftLayerAttributes
 from peftcore.layers.wrapper import LayerWrapper, NamedModules
 
@@ -78,7 +79,7 @@ class AdapterParameters(PeftLayerAttributes, LayerWrapper):
         return call_with_parameters(self.base_layer, adapted, args, kwargs)
 
 
-class ParameterSlot(nn.Module, AdapterSlot):
+class ParameterSlot(TensorHolder, AdapterSlot):
     """One raw parameter of a module and its adapters."""
 
     def __init__(self, base: ParameterWeight, owner: AdapterParameters):
@@ -87,7 +88,7 @@ class ParameterSlot(nn.Module, AdapterSlot):
         self._owner = (owner,)  # in a tuple, so that the owner is no submodule of its slot
         self.path = f"{owner.path}.{base.name}"
         self.selection = owner.selection
-        self.adapters = NamedModules()
+        self.add_slot()
         self.merged = ()
 
     @property

@@ -137,7 +137,7 @@ class AdapterSlot:
 
     def unmerged(self) -> dict[str, Adapter]:
         """Return {name: adapter} of the adapters that are not merged."""
-        adapters = self._modules["adapters"]._modules  # type: ignore[attr-defined]
+        adapters: Any = self.adapters._modules
         return {name: a for name, a in adapters.items() if name not in self.merged} if self.merged else adapters
 
     def unmerged_among(self, names: Iterable[str]) -> dict[str, Adapter]:

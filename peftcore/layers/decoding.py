@@ -82,7 +82,7 @@ class DecodingPlan(NamedTuple):
         own_names, holder, changes, merged, base_layer, (before, after, back, before_back), _, _, factors, scale = self
         if not (
             (own_names is names or own_names == names)
-            and modules["adapters"] is holder
+            and layer.adapters is holder
             and holder.changes == changes
             and layer.merged is merged
             and modules["base_layer"] is base_layer
@@ -148,7 +148,7 @@ def _new_plan(layer: "AdapterLayer", names: tuple[str, ...]) -> DecodingPlan | N
     hooks = (base._forward_pre_hooks, base._forward_hooks, base._backward_hooks, base._backward_pre_hooks)
     if any(hooks) or "forward" in base.__dict__ or layer.has_trained_biases:
         return None
-    holder: Any = layer._modules["adapters"]
+    holder = layer.adapters
     is_plain = type(view) is LinearWeight and type(base) is nn.Linear
     adapters = layer.in_order(names)
     factors = [_own_factors(adapter) for adapter in adapters]

@@ -1,10 +1,12 @@
-"""The modules inside of HF PEFT's layers, such as `layer.lora_A["default"]`, as views on an adapter.
+"""Modules that show an adapter's tensors under the names of HF PEFT's layers, such as `q_proj.lora_A.default.weight`.
 
-A view is a module that holds the adapter's own parameters. It is made at each access and is no submodule of the model.
-So a change of the parameters is a change of the adapter, and hooks on a view would never run: they are refused.
+An adapter holds its tensors itself, and its layer reads them there. The modules of this file have the adapter's own
+parameters and buffers: whatever replaces a tensor in them (`to`, a load, a parallel wrapper) replaces it in the
+adapter.
 """
 
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -12,55 +14,237 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftcore.adapter import Adapter
+from peftcore.bases.offload import offloading
 from peftcore.errors import ConfigError, PeftError
 
 
-class FactorView(nn.Module):
-    """A module with parameters of an adapter, such as `weight` and `bias`.
+class TensorTable(dict[str, Any]):
+    """The parameters or the buffers in a `TensorView`; writing one writes it into its adapter.
 
     Args:
-        adapter: the adapter that holds the parameters.
-        parameters: {attribute: the parameter's name in the adapter}.
+        view: the module that shows the tensors.
+        table: "_parameters" or "_buffers".
+    """
+
+    def __init__(self, view: "TensorView", table: str):
+        self._view, self._table = view, table
+        for name in view.tensor_names():
+            module, own = view.place(name)
+            tensors = getattr(module, table)
+            if own in tensors:
+                super().__setitem__(name, tensors[own])
+
+    def __setitem__(self, name: str, tensor: Any) -> None:
+        super().__setitem__(name, tensor)
+        module, own = self._view.place(name)
+        getattr(module, self._table)[own] = tensor
+        self._view.adapter_of(name).mark_changed()
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        module, own = self._view.place(name)
+        del getattr(module, self._table)[own]
+        self._view.adapter_of(name).mark_changed()
+
+    def pop(self, name: str, *default: Any) -> Any:
+        """Remove a tensor and return it; without it, return the default, or raise KeyError."""
+        if name not in self and default:
+            return default[0]
+        tensor = self[name]
+        del self[name]
+        return tensor
+
+
+def _table_of_adapters(table: str) -> property:
+    def read(view: "TensorView") -> TensorTable:
+        return TensorTable(view, table)
+
+    def ignore(view: "TensorView", value: Any) -> None:
+        """Ignore the empty table that nn.Module makes for itself."""
+
+    return property(read, ignore)
+
+
+class TensorView(nn.Module):
+    """A module without tensors of its own: those that it shows are adapters'."""
+
+    _parameters: Any = _table_of_adapters("_parameters")
+    _buffers: Any = _table_of_adapters("_buffers")
+    is_no_part_of_the_base = True
+
+    def tensor_names(self) -> Iterable[str]:
+        """Return the names of the tensors in this module."""
+        raise NotImplementedError
+
+    def place(self, name: str) -> tuple[nn.Module, str]:
+        """Return the module that holds a tensor, and the tensor's name there."""
+        raise NotImplementedError
+
+    def adapter_of(self, name: str) -> Adapter:
+        """Return the adapter that a tensor belongs to."""
+        raise NotImplementedError
+
+    @property
+    def _non_persistent_buffers_set(self) -> set[str]:  # type: ignore[override]
+        places = ((name, *self.place(name)) for name in self.tensor_names())
+        return {name for name, module, own in places if own in module._non_persistent_buffers_set}
+
+    @_non_persistent_buffers_set.setter
+    def _non_persistent_buffers_set(self, value: set[str]) -> None:
+        """Ignore the empty set that nn.Module makes for itself."""
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Put a tensor into the place of another one; one that is no parameter comes from FSDP version 1."""
+        module, own = self.place(name)
+        setattr(module, own, tensor)
+        self.adapter_of(name).mark_changed()
+
+    def __delattr__(self, name: str) -> None:
+        if name not in self.tensor_names():
+            super().__delattr__(name)
+            return
+        module, own = self.place(name)
+        delattr(module, own)
+        self.adapter_of(name).mark_changed()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        for name in self.tensor_names():
+            self.adapter_of(name).mark_changed()
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        for name in self.tensor_names():
+            if (saved := state_dict.get(f"{prefix}{name}")) is not None:
+                module, own = self.place(name)
+                self.adapter_of(name).before_load(module, own, saved)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    @property
+    def _hf_hook(self) -> Any:
+        raise AttributeError("accelerate's hooks have no effect here")
+
+    @_hf_hook.setter
+    def _hf_hook(self, hook: Any) -> None:
+        """Bring back what accelerate has just offloaded: the layer reads its adapters without calling this module."""
+        if (part := offloading(hook)) is not None:
+            part.pre_forward(self)
+
+    def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
+        """Register a hook, with a warning that the layer does not call this module."""
+        _warn_of_hook()
+        return super().register_forward_hook(*args, **kwargs)
+
+    def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
+        """Register a hook, with a warning that the layer does not call this module."""
+        _warn_of_hook()
+        return super().register_forward_pre_hook(*args, **kwargs)
+
+    def register_full_backward_hook(self, *args: Any, **kwargs: Any) -> Any:
+        """Register a hook, with a warning that the layer does not call this module."""
+        _warn_of_hook()
+        return super().register_full_backward_hook(*args, **kwargs)
+
+    def register_full_backward_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
+        """Register a hook, with a warning that the layer does not call this module."""
+        _warn_of_hook()
+        return super().register_full_backward_pre_hook(*args, **kwargs)
+
+
+def _warn_of_hook() -> None:
+    warnings.warn(
+        "the layer computes with an adapter's tensors itself and does not call the modules that show them, so a hook "
+        "of such a module does not run when the layer is called; register it on the layer",
+        stacklevel=3,
+    )
+
+
+class FactorView(TensorView):
+    """A module with tensors of one adapter, such as `weight` and `bias`.
+
+    Args:
+        adapter: the adapter that holds the tensors.
+        names: {name in this module: the tensor's name in the adapter}.
+        computed: names of tensors that the adapter does not hold but computes, as that of a tied weight does; they
+            cannot be assigned. None looks for them in the adapter.
     """
 
     weight: Tensor
     bias: Tensor | None
     _of_adapter: tuple[Adapter, Mapping[str, str]]
+    _computed: frozenset[str]
 
-    def __init__(self, adapter: Adapter, parameters: Mapping[str, str]):
-        nn.Module.__init__(self)  # not that of nn.Linear, which would make parameters
+    def __init__(self, adapter: Adapter, names: Mapping[str, str], computed: frozenset[str] | None = None):
         attributes = vars(self)
-        attributes |= {"training": adapter.training, "_of_adapter": (adapter, parameters)}  # in a tuple: no submodule
-        self._parameters["bias"] = None
-        for name, full in parameters.items():
-            shown = adapter.shown_parameter(full)
-            if isinstance(shown, nn.Parameter):
-                self._parameters[name] = shown
-            else:  # computed, for the adapter of a tied weight
-                self._parameters.pop(name, None)
-                attributes[name] = shown
-        if "weight" in parameters and self.weight.dim() == 2:
-            attributes["out_features"], attributes["in_features"] = self.weight.shape
+        attributes["_of_adapter"] = (adapter, names)  # in a tuple: no submodule
+        if computed is None:
+            places = ((name, *self.place(name)) for name in names)
+            computed = frozenset(
+                name for name, module, own in places if own not in module._parameters and own not in module._buffers
+            )
+        attributes["_computed"] = computed
+        nn.Module.__init__(self)  # not that of nn.Linear, which would make parameters
+
+    @property
+    def training(self) -> bool:  # type: ignore[override]
+        """The adapter's training mode."""
+        return self._of_adapter[0].training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        adapter = self._of_adapter[0]
+        if "_modules" in vars(self) and adapter.training != mode:  # not while nn.Module.__init__ sets it
+            adapter.training = mode
+
+    def tensor_names(self) -> Iterable[str]:
+        """Return the names of the tensors in this module."""
+        return self._of_adapter[1].keys() - self._computed if self._computed else self._of_adapter[1]
+
+    def place(self, name: str) -> tuple[nn.Module, str]:
+        """Return the module that holds a tensor, and the tensor's name there."""
+        adapter, names = self._of_adapter
+        path, _, own = names[name].rpartition(".")
+        return adapter.get_submodule(path), own
+
+    def adapter_of(self, name: str) -> Adapter:
+        """Return the adapter."""
+        return self._of_adapter[0]
+
+    def __getattr__(self, name: str) -> Any:
+        adapter, names = self._of_adapter
+        if name in self._computed:
+            return adapter.shown_parameter(names[name])
+        if name in names:
+            return getattr(*self.place(name))
+        if name == "bias":
+            return None
+        if name in ("in_features", "out_features") and "weight" in names and self.weight.dim() == 2:
+            return self.weight.shape[name == "in_features"]
+        if inside := self._inside(name):
+            return FactorView(adapter, inside)
+        raise AttributeError(f"this view of an adapter's tensors has {sorted(names)}, not {name!r}")
+
+    def _inside(self, name: str) -> dict[str, str]:
+        """Return the names of the tensors in a module inside of this one; {} if there is no such module."""
+        start = f"{name}."
+        return {local[len(start) :]: full for local, full in self._of_adapter[1].items() if local.startswith(start)}
 
     def __setattr__(self, name: str, value: Any) -> None:
-        adapter, parameters = self._of_adapter
-        if name == "training":
-            super().__setattr__(name, value)
+        names = self._of_adapter[1]
+        if name not in names:
+            if name == "__class__" or isinstance(value, Tensor | nn.Module):
+                raise AttributeError(f"this view of an adapter's tensors has {sorted(names)}, not {name!r}")
+            object.__setattr__(self, name, value)
             return
-        if name not in parameters:
-            raise AttributeError(f"this view of an adapter's parameters has {sorted(parameters)}, not {name!r}")
-        shown = adapter.shown_parameter(parameters[name])
-        if not isinstance(shown, nn.Parameter):
+        if name in self._computed:
             raise PeftError(f"{name} is that of the tied embedding's adapter; assign it there")
-        if not isinstance(value, nn.Parameter) or value.shape != shown.shape:
+        shown = self._parameters.get(name)  # FSDP version 1 takes it away before it puts another one there
+        if shown is not None and (not isinstance(value, nn.Parameter) or value.shape != shown.shape):
             raise ConfigError(
                 f"{name} of an adapter must be an nn.Parameter of shape {tuple(shown.shape)}; got "
                 f"{type(value).__name__} of shape {tuple(getattr(value, 'shape', ()))}"
             )
-        path, _, leaf = parameters[name].rpartition(".")
-        setattr(adapter.get_submodule(path), leaf, value)
-        adapter.mark_changed()
-        self._parameters[name] = value
+        self.put(name, value)
 
     def __len__(self) -> int:
         """Return the number of modules or parameters, if this is a list of them."""
@@ -71,23 +255,9 @@ class FactorView(nn.Module):
 
     def __getitem__(self, number: int) -> "FactorView | Tensor":
         """Return one module of a list of modules, or one parameter of a list of parameters."""
-        adapter, parameters = self._of_adapter
-        if str(number) in parameters:
-            return adapter.shown_parameter(parameters[str(number)])
-        start = f"{number}."
-        own = {name[len(start) :]: full for name, full in parameters.items() if name.startswith(start)}
-        if not own:
+        if not 0 <= number < len(self):
             raise IndexError(f"this view of an adapter's parameters has {len(self)} elements; got {number}")
-        return FactorView(adapter, own)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        before = dict(self._parameters)
-        super()._apply(fn, recurse)
-        for name, parameter in self._parameters.items():
-            if parameter is not before[name]:
-                setattr(self, name, parameter)
-        self._of_adapter[0].mark_changed()
-        return self
+        return getattr(self, str(number))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x (..., in_features) times the transposed weight (out_features, in_features), plus the bias.
@@ -99,44 +269,47 @@ class FactorView(nn.Module):
             raise PeftError("this view of an adapter's parameters can only be called for a matrix; call the layer")
         return F.linear(x, self.weight, self.bias)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:  # a copy is a module of its own
+    def linked_state(self) -> tuple[Any, ...]:
+        """Return what `type(self)(*state)` needs to make this module again, for a copy of the whole layer."""
+        return (*self._of_adapter, self._computed)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # a copy of this module alone has tensors of its own
         return _copied, ({name: getattr(self, name) for name in self._of_adapter[1]}, self.training)
 
-    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
-        raise PeftError(
-            "this module is a view of an adapter's parameters, made at each access, so hooks and further members of it "
-            "would have no effect; register them on the layer"
-        )
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Put a parameter into the place of the one that this module has."""
+        setattr(self, name, param)
 
-    register_forward_hook = register_forward_pre_hook = _refuse
-    register_full_backward_hook = register_full_backward_pre_hook = register_backward_hook = _refuse
-    register_parameter = register_buffer = register_module = add_module = _refuse
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise PeftError("this module shows an adapter's tensors, so further members of it would have no effect")
+
+    register_buffer = register_module = add_module = _refuse
 
 
 class LinearView(FactorView, nn.Linear):  # type: ignore[override]
     """A factor of LoRA, such as `layer.lora_A["default"]`: an nn.Linear, as in HF PEFT."""
 
 
-def factor_view(adapter: Adapter, attribute: str, parameters: Mapping[str, str]) -> FactorView:
+def factor_view(adapter: Adapter, attribute: str, names: Mapping[str, str]) -> FactorView:
     """Return the module that HF PEFT's layer has for an adapter.
 
     Args:
         adapter: the adapter.
         attribute: the attribute of HF PEFT's layer that holds the module, such as "lora_A".
-        parameters: {attribute of the module: the parameter's name in the adapter}.
+        names: {name in the module: the tensor's name in the adapter}.
     """
-    is_linear = attribute in ("lora_A", "lora_B") and adapter.shown_parameter(parameters["weight"]).dim() == 2
-    return (LinearView if is_linear else FactorView)(adapter, parameters)
+    is_linear = attribute in ("lora_A", "lora_B") and adapter.shown_parameter(names["weight"]).dim() == 2
+    return (LinearView if is_linear else FactorView)(adapter, names)
 
 
-def _copied(parameters: dict[str, Tensor], training: bool) -> nn.Module:
+def _copied(tensors: dict[str, Tensor], training: bool) -> nn.Module:
     """Return a plain module with parameters of its own, an nn.Linear if they fit one."""
-    weight, bias = parameters.get("weight"), parameters.get("bias")
-    if weight is not None and weight.dim() == 2 and parameters.keys() <= {"weight", "bias"}:
+    weight, bias = tensors.get("weight"), tensors.get("bias")
+    if weight is not None and weight.dim() == 2 and tensors.keys() <= {"weight", "bias"}:
         out_features, in_features = weight.shape
         module: nn.Module = nn.Linear(in_features, out_features, bias is not None, device=torch.device("meta"))
     else:
         module = nn.Module()
-    for name, tensor in parameters.items():
+    for name, tensor in tensors.items():
         module._parameters[name] = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
     return module.train(training)

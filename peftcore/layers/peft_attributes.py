@@ -24,7 +24,7 @@ from peftcore.layers.switching import MergingMethods
 from peftcore.layers.trained_bias import TrainedBias
 from peftcore.registry import method_named
 
-_IN_A_MODULE = ("lora_magnitude_vector",)
+IN_A_MODULE = ("lora_magnitude_vector",)
 """Attributes that hold a module with a `weight` in HF PEFT's layers, while the keys on disk have no "weight"."""
 _COMPUTED = ("scaling", "trainable_tokens_original")
 """Attributes of adapters that are shown although they may be tensors and no parameters, besides buffers whose
@@ -207,7 +207,7 @@ def _prefix(adapter: Adapter) -> str:
 
 def _element(adapter: Adapter, attribute: str) -> Any:
     parameters = _parameters(adapter, attribute)
-    if attribute in _IN_A_MODULE and "" in parameters:
+    if attribute in IN_A_MODULE and "" in parameters:
         parameters = {"weight": parameters[""]}
     if parameters == {"": parameters.get("")}:
         return adapter.shown_parameter(parameters[""])

@@ -215,14 +215,12 @@ class Adamss(Adapter):
             parameter = self.get_parameter(name)
             parameter.data = tensors[key].to(parameter, copy=True)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+    def before_load(self, module: nn.Module, name: str, saved: Tensor) -> None:
         """Take over the sizes of a state dict, whose model may have had other clusters."""
-        for name in self.checkpoint_keys():
-            saved, parameter = state_dict.get(prefix + name), self.get_parameter(name)
-            if saved is not None and saved.shape != parameter.shape:
-                parameter.data = parameter.new_empty(saved.shape)
-        self.has_clusters |= f"{prefix}places" in state_dict
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        tensor = getattr(module, name)
+        if isinstance(tensor, nn.Parameter) and saved.shape != tensor.shape:
+            tensor.data = tensor.new_empty(saved.shape)
+        self.has_clusters |= name == "places"
 
     @classmethod
     def config_to_save(cls, config: AdamssConfig, adapters: Mapping[str, Adapter]) -> AdamssConfig:

@@ -145,7 +145,7 @@ def test_conversion_to_lora(tmp_path: Path) -> None:
     add = peftcore.add_as_lora
     assert add(model, "default", "exact").ranks == {"0": 2}
     assert add(model, "h", "small", rank=1, is_trainable=True).ranks == {"0": 1}
-    assert trained(model) >= {f"0.adapters.small.lora_{f}_weight" for f in "AB"} and not any(
+    assert trained(model) >= {f"0.lora_{f}.small.weight" for f in "AB"} and not any(
         "exact" in n for n in trained(model)
     )
     loose, tight = (add(model, "h", f"t{t}", tolerance=t / 10).ranks["0"] for t in (8, 1))

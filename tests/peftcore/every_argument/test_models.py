@@ -159,7 +159,7 @@ def test_the_configuration_of_a_model() -> None:
 def test_set_adapter(setter: Callable[..., None]) -> None:
     model = net("a", "b")
     setter(model, "b")
-    assert model.active_adapters == ["b"] and trained(model) == {f"0.adapters.b.lora_{f}_weight" for f in "AB"}
+    assert model.active_adapters == ["b"] and trained(model) == {f"0.lora_{f}.b.weight" for f in "AB"}
     setter(model, ["b", "a"], inference_mode=True)
     assert model.active_adapters == ["b", "a"] and not trained(model)
     if setter is functional.set_adapter:
@@ -176,7 +176,7 @@ def test_set_requires_grad(setter: Any) -> None:
     setter(model, "b")
     assert len(trained(model)) == 4
     setter(model, ["a"], requires_grad=False)
-    assert trained(model) == {f"0.adapters.b.lora_{f}_weight" for f in "AB"}
+    assert trained(model) == {f"0.lora_{f}.b.weight" for f in "AB"}
 
 
 @checks("PeftModel.delete_adapter", "adapter_name")
@@ -286,7 +286,7 @@ def test_switching_by_a_layer() -> None:
     layer.set_adapter(["b", "a"], inference_mode=True)
     assert model.active_adapters == ["b", "a"] and not trained(model)
     layer.set_adapter("b")
-    assert model.active_adapters == ["b"] and trained(model) == {f"0.adapters.b.lora_{f}_weight" for f in "AB"}
+    assert model.active_adapters == ["b"] and trained(model) == {f"0.lora_{f}.b.weight" for f in "AB"}
     adapted = model(X)
     layer.enable_adapters(enabled=False)
     assert torch.equal(model(X), Plain()(X)) and not torch.equal(model(X), adapted)

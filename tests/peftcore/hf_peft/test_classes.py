@@ -66,8 +66,8 @@ def test_the_parameters_of_lora_layers_can_be_selected() -> None:
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
     assert len(layers) == 1
     assert [name for name, _ in model.named_parameters() if "lora_" in name] == [
-        "1.adapters.default.lora_A_weight",
-        "1.adapters.default.lora_B_weight",
+        "1.lora_A.default.weight",
+        "1.lora_B.default.weight",
     ]
 
 

@@ -22,7 +22,7 @@ def test_lora_fa_freezes_a_and_checks_the_stated_options(model: nn.Module) -> No
     with pytest.raises(ConfigError, match="use_rslora=True"):
         create_lorafa_optimizer(model, r=2, lora_alpha=8, lr=1e-3, use_rslora=True)
     create_lorafa_optimizer(model, r=2, lora_alpha=8, lr=1e-3)
-    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["0.adapters.default.lora_B_weight"]
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == ["0.lora_B.default.weight"]
 
 
 def test_riemannian_preconditioning_takes_any_optimiser(model: nn.Module) -> None:

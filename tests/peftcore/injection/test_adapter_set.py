@@ -49,8 +49,8 @@ def test_the_parameters_of_a_name_are_all_that_it_trains_each_once() -> None:
     assert {"2.modules_to_save.a.weight", "2.modules_to_save.a.bias"} < trained
     assert len(trained) == 5  # A, B and the layer's bias
     assert names_of(model, adapter_set(model).parameters("b")) == {
-        "1.adapters.b.lora_A_weight",
-        "1.adapters.b.lora_B_weight",
+        "1.lora_A.b.weight",
+        "1.lora_B.b.weight",
     }
 
 

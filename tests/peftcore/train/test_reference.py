@@ -53,7 +53,7 @@ def test_a_named_adapter_is_the_reference_where_training_started_from_one(tmp_pa
     start = pair_log_probs(model.eval(), batch)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "adapters.default.lora_B_weight" in name:
+            if "lora_B.default.weight" in name:
                 parameter.mul_(2)
     moved = pair_log_probs(model, batch)
     with reference_acting(model, "start"):

@@ -90,7 +90,7 @@ def test_an_adapter_of_the_output_head_learns_with_the_mixin_only(
     model = with_head(adapted())
     before = trained(model)
     sft(model, tmp_path, made_by).train()
-    assert ("lm_head.adapters.default.lora_B_weight" in moved(model, before)) == learns
+    assert ("lm_head.lora_B.default.weight" in moved(model, before)) == learns
 
 
 def test_a_configuration_of_ours_is_refused_by_trl(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def trained(model: nn.Module) -> list[str]:
 def test_b_never_trains() -> None:
     net, x = net_and_input("linear")
     net = lora(net, init_lora_weights="mica")
-    only_a = ["0.adapters.default.lora_A_weight"]
+    only_a = ["0.lora_A.default.weight"]
     assert trained(net) == only_a
     net(x).square().sum().backward()
     assert adapter(net).lora_B_weight.grad is None and adapter(net).lora_A_weight.grad.any()
@@ -68,7 +68,7 @@ def test_start_and_files_are_pefts(layer: str, tmp_path: Path) -> None:
     theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
     ours = PeftModel.from_pretrained(net(), tmp_path / "theirs", is_trainable=True)
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
-    assert trained(ours) == ["0.adapters.default.lora_A_weight"]
+    assert trained(ours) == ["0.lora_A.default.weight"]
     ours.save_pretrained(tmp_path / "ours")
     again = peft.PeftModel.from_pretrained(net(), tmp_path / "ours")
     torch.testing.assert_close(again(x), theirs(x), rtol=1e-5, atol=1e-5)

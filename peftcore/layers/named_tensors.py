@@ -1,0 +1,248 @@
+"""The submodules of a layer that hold its adapters' tensors under HF PEFT's names.
+
+HF PEFT's layer has one container per kind of tensor, `q_proj.lora_A.default.weight`. Here each adapter has its tensors
+itself and is no submodule of the layer. The layer's submodules are the base layer and the containers, in which each
+tensor stands under the name that it has in HF PEFT.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from peftcore.adapter import Adapter
+from peftcore.layers.adapter_slot import AdapterSlot
+from peftcore.layers.factor_view import FactorView, TensorView, factor_view
+from peftcore.layers.peft_attributes import IN_A_MODULE, PerAdapter
+from peftcore.layers.trained_bias import TrainedBias
+from peftcore.layers.wrapper import NamedModules
+
+
+def tensor_names(adapter: Adapter) -> dict[str, dict[str, str]]:
+    """Return {attribute of HF PEFT's layer: {name inside of it: name in the adapter}} of all tensors of an adapter.
+
+    The name inside is "" for a tensor that is the attribute's element itself, as with `q_proj.ia3_l.default`.
+    """
+    names: dict[str, dict[str, str]] = {}
+    keys = adapter.checkpoint_keys()
+    for path, module in adapter.named_modules():
+        tensors = {**module._parameters, **module._buffers}
+        for own in (own for own, tensor in tensors.items() if tensor is not None):
+            name = f"{path}.{own}" if path else own
+            is_bias = isinstance(module, TrainedBias)
+            key = "trained_bias" if is_bias else keys.get(name, name.removeprefix("shared."))
+            attribute, _, inside = key.partition(".")
+            if attribute in IN_A_MODULE and not inside:
+                inside = "weight"
+            names.setdefault(attribute, {})[inside] = name
+    return names
+
+
+class _Container(PerAdapter, TensorView):
+    """{adapter name: element} of one attribute of HF PEFT's layer: modules, or tensors.
+
+    Args:
+        slot: the layer's adapters.
+        attribute: the attribute's name, such as "lora_A".
+    """
+
+    def __init__(self, slot: AdapterSlot, attribute: str):
+        vars(self).update(_slot=slot, _attribute=attribute, _names={}, elements={})
+        nn.Module.__init__(self)
+
+    _names: dict[str, str]
+    """{adapter: name of its tensor} of the elements that are tensors."""
+    elements: dict[str, nn.Module]
+    """{adapter: module} of the elements that are modules."""
+
+    @property
+    def _modules(self) -> dict[str, nn.Module]:  # type: ignore[override]
+        return self.elements
+
+    @_modules.setter
+    def _modules(self, value: dict[str, nn.Module]) -> None:
+        """Ignore the empty dictionary that nn.Module makes for itself."""
+
+    def show(self, name: str, adapter: Adapter, names: Mapping[str, str]) -> None:
+        """Show the tensors of an adapter: {name inside of this attribute: name in the adapter}."""
+        self.hide(name)
+        if "" in names:
+            self._names[name] = names[""]
+        else:
+            self.elements[name] = factor_view(adapter, self._attribute, names)
+
+    def hide(self, name: str) -> None:
+        """Remove the element of an adapter, if there is one."""
+        self._names.pop(name, None)
+        self.elements.pop(name, None)
+
+    def is_empty(self) -> bool:
+        """Return True if there is no element."""
+        return not (self._names or self.elements)
+
+    def tensor_names(self) -> Iterable[str]:
+        """Return the names of the adapters whose elements are tensors."""
+        return self._names
+
+    def place(self, name: str) -> tuple[nn.Module, str]:
+        """Return the module that holds an adapter's tensor, and the tensor's name there."""
+        path, _, own = self._names[name].rpartition(".")
+        return self.adapter_of(name).get_submodule(path), own
+
+    def adapter_of(self, name: str) -> Adapter:
+        """Return the adapter of a name."""
+        return self._slot.adapters[name]
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self.elements:
+            return self.elements[name]
+        return getattr(*self.place(name)) if name in self._names else super().__getitem__(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.elements or name in self._names or super().__contains__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._names:
+            self.put(name, value)
+        elif isinstance(value, nn.Module) and name in self:
+            self[name] = value
+        else:
+            object.__setattr__(self, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        TensorView.__delattr__(self, name)
+
+    def __getattr__(self, name: str) -> Any:
+        if "elements" in vars(self) and name in self:
+            return self[name]
+        raise AttributeError(f"{vars(self).get('_attribute')} has no adapter {name!r}")
+
+    __class__ = property(lambda self: type(self))  # type: ignore[assignment]
+    __hash__ = nn.Module.__hash__
+    __eq__ = nn.Module.__eq__
+    __repr__ = nn.Module.__repr__
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # a copy has tensors of its own
+        return self.plain, (dict(self),)
+
+
+class ShownModules(_Container, nn.ModuleDict):  # type: ignore[misc]
+    """A container whose elements are modules, such as `lora_A`."""
+
+    plain = nn.ModuleDict
+
+    def _get_name(self) -> str:
+        return "ModuleDict"
+
+
+class ShownTensors(_Container, nn.ParameterDict):  # type: ignore[misc]
+    """A container whose elements are tensors, such as `ia3_l`."""
+
+    plain = nn.ParameterDict
+
+    def _get_name(self) -> str:
+        return "ParameterDict"
+
+
+class SlotAdapters(NamedModules):
+    """The adapters of a slot by name. Additions and removals change the containers of the slot's module.
+
+    Args:
+        holder: the module with the containers.
+    """
+
+    def __init__(self, holder: "TensorHolder"):
+        super().__init__()
+        vars(self)["_holder"] = holder  # no submodule
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if isinstance(value, nn.Module):
+            self._holder.show(name)
+
+    def __setitem__(self, name: str, module: nn.Module) -> None:
+        super().__setitem__(name, module)
+        self._holder.show(name)
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        self._holder.hide(name)
+
+    def clear(self) -> None:
+        """Remove all adapters."""
+        for name in list(self):
+            del self[name]
+
+
+class TensorHolder(nn.Module):
+    """A module whose submodules are the containers of its adapters' tensors."""
+
+    adapters: SlotAdapters
+
+    def add_slot(self) -> None:
+        """Add an empty slot."""
+        vars(self)["adapters"] = SlotAdapters(self)  # no submodule
+
+    def show(self, name: str) -> None:
+        """Make the submodules that show an adapter's tensors."""
+        self.hide(name)
+        adapter: Any = self.adapters[name]
+        if adapter.dropout_module is not None:
+            self._container(adapter.dropout_option, ShownModules).elements[name] = adapter.dropout_module
+        for attribute, names in tensor_names(adapter).items():
+            kind = ShownTensors if "" in names else ShownModules
+            self._container(attribute, kind).show(name, adapter, names)
+
+    def _container(self, attribute: str, kind: type[_Container]) -> _Container:
+        if attribute not in self._modules:
+            self._modules[attribute] = kind(self, attribute)  # type: ignore[arg-type]
+        return self._modules[attribute]  # type: ignore[return-value]
+
+    def hide(self, name: str) -> None:
+        """Remove the submodules that show an adapter's tensors."""
+        for attribute, container in list(self._containers().items()):
+            container.hide(name)
+            if container.is_empty():
+                del self._modules[attribute]
+
+    def _containers(self) -> dict[str, _Container]:
+        return {name: module for name, module in self._modules.items() if isinstance(module, _Container)}
+
+    def train(self, mode: bool = True) -> Any:
+        """Set the training mode of the module and its adapters."""
+        super().train(mode)
+        if "adapters" in vars(self):
+            self.adapters.train(mode)
+        return self
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        if recurse:
+            for module in self.children():
+                if not isinstance(module, _Container):
+                    module._apply(fn)
+            self.adapters._apply(fn)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        containers = self._containers()
+        modules = {name: module for name, module in self._modules.items() if name not in containers}
+        linked = [(type(one), name, dict(one._names), _linked(one.elements)) for name, one in containers.items()]
+        return {**vars(self), "_modules": modules, "_linked": linked}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        linked = state.pop("_linked")
+        super().__setstate__(state)
+        for kind, attribute, names, elements in linked:  # adapters may be incomplete yet, while a pickle is read
+            container = self._modules[attribute] = kind(self, attribute)
+            container._names.update(names)
+            container.elements.update(
+                {name: make if isinstance(make, nn.Module) else make(*of) for name, (make, of) in elements.items()}
+            )
+
+
+def _linked(elements: Mapping[str, nn.Module]) -> dict[str, tuple[Any, Any]]:
+    """Return {adapter: (class, its arguments)} of modules that show tensors, and {adapter: (module, None)} of others."""
+    return {
+        name: (type(one), one.linked_state()) if isinstance(one, FactorView) else (one, None)
+        for name, one in elements.items()
+    }
