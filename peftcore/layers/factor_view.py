@@ -180,7 +180,7 @@ class FactorView(TensorView):
         if computed is None:
             places = ((name, *self.place(name)) for name in names)
             computed = frozenset(
-                name for name, module, own in places if own not in module._parameters and own not in module._buffers
+                name for name, m, own in places if m._parameters.get(own) is None and m._buffers.get(own) is None
             )
         attributes["_computed"] = computed
         nn.Module.__init__(self)  # not that of nn.Linear, which would make parameters

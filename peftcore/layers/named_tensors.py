@@ -38,6 +38,16 @@ def tensor_names(adapter: Adapter) -> dict[str, dict[str, str]]:
     return names
 
 
+def _own_module(adapter: Adapter, attribute: str, names: Mapping[str, str]) -> nn.Module | None:
+    """Return the adapter's module that holds the tensors of an attribute under the same names; None without such."""
+    for module, path in ((adapter, attribute), (adapter.shared, f"shared.{attribute}")):
+        own = None if module is None else module._modules.get(attribute)
+        is_plain = own is not None and not isinstance(own, nn.ParameterList | nn.ParameterDict)
+        if is_plain and all(name == f"{path}.{inside}" for inside, name in names.items()):
+            return own
+    return None
+
+
 class _Container(PerAdapter, TensorView):
     """{adapter name: element} of one attribute of HF PEFT's layer: modules, or tensors.
 
@@ -69,7 +79,8 @@ class _Container(PerAdapter, TensorView):
         if "" in names:
             self._names[name] = names[""]
         else:
-            self.elements[name] = factor_view(adapter, self._attribute, names)
+            own = _own_module(adapter, self._attribute, names)
+            self.elements[name] = factor_view(adapter, self._attribute, names) if own is None else own
 
     def hide(self, name: str) -> None:
         """Remove the element of an adapter, if there is one."""

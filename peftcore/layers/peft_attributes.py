@@ -10,7 +10,6 @@ adapter.
 import dataclasses
 from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
-from weakref import WeakValueDictionary
 
 from torch import Tensor, nn
 
@@ -114,27 +113,6 @@ class PerAdapter(MutableMapping[str, Any]):
 
     def __reduce__(self) -> Any:  # the default one would take `__class__` for the type
         return PerAdapter, (self._slot, self._attribute)
-
-    def identity(self) -> tuple[Any, ...]:
-        """Return the attribute's name, and for each adapter the id of the parameter, or of the adapter without one."""
-        parts = {name: self._slot.adapters[name] for name in self}
-        names = {name: _parameters(part, self._attribute) for name, part in parts.items()}
-        shown = {name: parts[name].shown_parameter(n[""]) for name, n in names.items() if n.keys() == {""}}
-        parts |= {name: parameter for name, parameter in shown.items() if isinstance(parameter, nn.Parameter)}
-        return self._attribute, *((name, id(part)) for name, part in parts.items())
-
-
-_VIEWS: WeakValueDictionary[tuple[Any, ...], PerAdapter] = WeakValueDictionary()
-"""Views that are in use: layers that show the same parameters, such as those of a tied weight, have one view."""
-
-
-def shared_view(view: PerAdapter) -> PerAdapter:
-    """Return the view that is in use for the same parameters; `view` itself if there is none."""
-    key = view.identity()
-    used = _VIEWS.setdefault(key, view)
-    if used.identity() != key:  # other objects had these ids when `used` was made
-        used = _VIEWS[key] = view
-    return used
 
 
 class _FrozenNames(Mapping[str, tuple[str, ...]]):
@@ -411,7 +389,7 @@ class PeftLayerAttributes(MergingMethods):
         slot = self._slot
         view = PerAdapter(slot, name)
         if len(view):
-            return shared_view(view)
+            return view
         is_lora = name in _OF_EACH_LORA_LAYER and any(
             getattr(slot.adapters[one].printed[0], "peft_type", "") == "LORA" for one in slot.adapters
         )

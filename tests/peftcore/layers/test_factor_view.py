@@ -62,8 +62,9 @@ def test_a_copy_of_a_factor_is_a_layer_of_its_own(pair: tuple[Any, Any]) -> None
 
 def test_what_would_have_no_effect_is_refused(pair: tuple[Any, Any]) -> None:
     factor = pair[0].lora_A["default"]
-    with pytest.raises(PeftError, match="register them on the layer"):
-        factor.register_forward_hook(print)
+    for kind in ("forward", "forward_pre", "full_backward", "full_backward_pre"):
+        with pytest.warns(UserWarning, match="register it on the layer"):
+            getattr(factor, f"register_{kind}_hook")(print).remove()
     with pytest.raises(AttributeError, match="__class__"):
         nn.utils.parametrizations.weight_norm(factor)
     with pytest.raises(AttributeError, match="not 'extra'"):

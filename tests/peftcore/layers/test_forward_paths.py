@@ -295,7 +295,7 @@ def test_a_trained_bias_is_added_to_what_the_fast_path_gives(calls: list[int]) -
     assert_as_in_general(model)
     calls.clear()
     _, gradients = loss_and_gradients(model)
-    assert gradients["model.layers.0.self_attn.q_proj.adapters.default.trained_bias.bias"].any() and calls == [1, 1]
+    assert gradients["model.layers.0.self_attn.q_proj.trained_bias.default"].any() and calls == [1, 1]
 
 
 # -- what layers compute for one another ----------------------------------------------------------------------------

@@ -215,7 +215,6 @@ def test_a_head_that_follows_its_embedding_shows_the_same_rows() -> None:
     adapted = peftcore.get_peft_model(model, peftcore.TrainableTokensConfig(target_modules=["0"], token_indices=[1]))
     rows = [layer.trainable_tokens_delta["default"] for layer in adapted]
     assert rows[0] is rows[1]
-    assert adapted[0].trainable_tokens_delta is adapted[1].trainable_tokens_delta
 
 
 def test_a_dictionary_is_the_same_object_only_for_the_same_parameters() -> None:
@@ -237,7 +236,7 @@ def test_each_layer_of_lora_has_all_attributes_of_lora(pair: tuple[Any, Any], at
 def test_layers_print_as_in_peft(pair: tuple[Any, Any]) -> None:
     for ours, theirs in zip(pair[0][:2], pair[1][:2], strict=True):
         assert repr(ours).split("(")[0] == repr(theirs).split("(")[0]
-        assert all(f"{name}=(" in repr(ours) for name in ours.adapter_layer_names)
+        assert all(f"({name}): " in repr(ours) for name in ours.adapter_layer_names)
     options = {"r": 2, "target_parameters": ["1.weight"]}
     layers = [lib.get_peft_model(base(), lib.LoraConfig(**options)).base_model.model[1] for lib in (peftcore, peft)]
     for layer in layers:

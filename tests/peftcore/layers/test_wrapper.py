@@ -90,9 +90,9 @@ def test_layers_whose_rows_cannot_be_matched_are_refused() -> None:
     torch.testing.assert_close(mixed[4:], model(x, adapter_names="__base__")[4:])
 
 
-def test_adapters_of_a_layer_are_found_as_a_module_dict() -> None:
+def test_factors_of_adapters_are_found_in_module_dicts() -> None:
     model = get_peft_model(nn.Sequential(nn.Linear(2, 2)), LoraConfig(target_modules=["0"], r=1))
     model.add_adapter("other", LoraConfig(target_modules=["0"], r=1))
     holders = [module for module in model.modules() if isinstance(module, nn.ModuleDict)]
-    assert [list(holder) for holder in holders] == [["default", "other"]]
-    assert [list(holder.values()) for holder in holders] == [[model[0].adapters["default"], model[0].adapters["other"]]]
+    assert [list(holder) for holder in holders] == [["default", "other"], ["default", "other"]]
+    assert holders[0] is model[0].lora_A and holders[1] is model[0].lora_B
