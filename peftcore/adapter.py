@@ -211,11 +211,9 @@ class Adapter(_Constants):
         return self
 
     def extra_repr(self) -> str:
-        """Return the options at this layer that are not at their defaults, all non-zero numbers, and the shapes."""
+        """Return the options at this layer that are not at their defaults, and all non-zero numbers."""
         config, path = self.printed
-        options = [f"{name}={value}" for name, value in options_at(config, path).items()]
-        shapes = {key: tuple(self.shown_parameter(name).shape) for name, key in self.checkpoint_keys().items()}
-        return ", ".join([*options, *(f"{key.removesuffix('.weight')}={shape}" for key, shape in shapes.items())])
+        return ", ".join(f"{name}={value}" for name, value in options_at(config, path).items())
 
     # -- making an adapter -----------------------------------------------------------------------------------------
 

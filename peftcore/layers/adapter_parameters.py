@@ -79,7 +79,7 @@ class AdapterParameters(PeftLayerAttributes, LayerWrapper):
         return call_with_parameters(self.base_layer, adapted, args, kwargs)
 
 
-class ParameterSlot(TensorHolder, AdapterSlot):
+class ParameterSlot(TensorHolder, AdapterSlot):  # type: ignore[misc]
     """One raw parameter of a module and its adapters."""
 
     def __init__(self, base: ParameterWeight, owner: AdapterParameters):

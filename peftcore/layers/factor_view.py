@@ -6,8 +6,9 @@ adapter.
 """
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -85,12 +86,12 @@ class TensorView(nn.Module):
         raise NotImplementedError
 
     @property
-    def _non_persistent_buffers_set(self) -> set[str]:  # type: ignore[override]
+    def _non_persistent_buffers_set(self) -> set[str]:
         places = ((name, *self.place(name)) for name in self.tensor_names())
         return {name for name, module, own in places if own in module._non_persistent_buffers_set}
 
     @_non_persistent_buffers_set.setter
-    def _non_persistent_buffers_set(self, value: set[str]) -> None:
+    def _non_persistent_buffers_set(self, value: set[str]) -> None:  # type: ignore[override]
         """Ignore the empty set that nn.Module makes for itself."""
 
     def put(self, name: str, tensor: Tensor) -> None:
@@ -104,6 +105,7 @@ class TensorView(nn.Module):
             super().__delattr__(name)
             return
         module, own = self.place(name)
+        vars(self)["_taken_away"] = (name, weakref.ref(getattr(module, own)))
         delattr(module, own)
         self.adapter_of(name).mark_changed()
 
@@ -164,7 +166,7 @@ class FactorView(TensorView):
 
     Args:
         adapter: the adapter that holds the tensors.
-        names: {name in this module: the tensor's name in the adapter}.
+        names: {name in this module: the tensor's name in the adapter}; "0.weight" is in a module inside of this one.
         computed: names of tensors that the adapter does not hold but computes, as that of a tied weight does; they
             cannot be assigned. None looks for them in the adapter.
     """
@@ -184,21 +186,33 @@ class FactorView(TensorView):
             )
         attributes["_computed"] = computed
         nn.Module.__init__(self)  # not that of nn.Linear, which would make parameters
+        inside: dict[str, dict[str, str]] = {}
+        for name, full in names.items():
+            child, _, rest = name.partition(".")
+            if rest:
+                inside.setdefault(child, {})[rest] = full
+        for child, below in inside.items():
+            self._modules[child] = FactorView(adapter, below, frozenset())
 
     @property
-    def training(self) -> bool:  # type: ignore[override]
+    def names(self) -> Mapping[str, str]:
+        """{name in this module: the tensor's name in the adapter}."""
+        return self._of_adapter[1]
+
+    @property
+    def training(self) -> bool:
         """The adapter's training mode."""
         return self._of_adapter[0].training
 
     @training.setter
-    def training(self, mode: bool) -> None:
+    def training(self, mode: bool) -> None:  # type: ignore[override]
         adapter = self._of_adapter[0]
         if "_modules" in vars(self) and adapter.training != mode:  # not while nn.Module.__init__ sets it
             adapter.training = mode
 
     def tensor_names(self) -> Iterable[str]:
         """Return the names of the tensors in this module."""
-        return self._of_adapter[1].keys() - self._computed if self._computed else self._of_adapter[1]
+        return [name for name in self._of_adapter[1] if "." not in name and name not in self._computed]
 
     def place(self, name: str) -> tuple[nn.Module, str]:
         """Return the module that holds a tensor, and the tensor's name there."""
@@ -220,19 +234,16 @@ class FactorView(TensorView):
             return None
         if name in ("in_features", "out_features") and "weight" in names and self.weight.dim() == 2:
             return self.weight.shape[name == "in_features"]
-        if inside := self._inside(name):
-            return FactorView(adapter, inside)
+        if name in vars(self).get("_modules", ()):
+            return self._modules[name]
         raise AttributeError(f"this view of an adapter's tensors has {sorted(names)}, not {name!r}")
-
-    def _inside(self, name: str) -> dict[str, str]:
-        """Return the names of the tensors in a module inside of this one; {} if there is no such module."""
-        start = f"{name}."
-        return {local[len(start) :]: full for local, full in self._of_adapter[1].items() if local.startswith(start)}
 
     def __setattr__(self, name: str, value: Any) -> None:
         names = self._of_adapter[1]
+        if name == "__class__":
+            self._refuse_parametrisation()
         if name not in names:
-            if name == "__class__" or isinstance(value, Tensor | nn.Module):
+            if isinstance(value, Tensor | nn.Module):
                 raise AttributeError(f"this view of an adapter's tensors has {sorted(names)}, not {name!r}")
             object.__setattr__(self, name, value)
             return
@@ -245,6 +256,13 @@ class FactorView(TensorView):
                 f"{type(value).__name__} of shape {tuple(getattr(value, 'shape', ()))}"
             )
         self.put(name, value)
+
+    def _refuse_parametrisation(self) -> NoReturn:
+        """Put back the tensor that `torch.nn.utils.parametrize` has taken away, and raise PeftError."""
+        name, taken = vars(self).get("_taken_away", ("", lambda: None))
+        if (tensor := taken()) is not None:
+            self.put(name, tensor)
+        raise PeftError("an adapter's tensors cannot be parametrised; choose a method that has the form, such as DoRA")
 
     def __len__(self) -> int:
         """Return the number of modules or parameters, if this is a list of them."""
@@ -274,11 +292,15 @@ class FactorView(TensorView):
         return (*self._of_adapter, self._computed)
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # a copy of this module alone has tensors of its own
-        return _copied, ({name: getattr(self, name) for name in self._of_adapter[1]}, self.training)
+        own = {name: getattr(self, name) for name in self._of_adapter[1] if "." not in name}
+        return _copied, (own, dict(self._modules), self.training)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Put a parameter into the place of the one that this module has."""
         setattr(self, name, param)
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        return nn.Module()
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise PeftError("this module shows an adapter's tensors, so further members of it would have no effect")
@@ -302,8 +324,8 @@ def factor_view(adapter: Adapter, attribute: str, names: Mapping[str, str]) -> F
     return (LinearView if is_linear else FactorView)(adapter, names)
 
 
-def _copied(tensors: dict[str, Tensor], training: bool) -> nn.Module:
-    """Return a plain module with parameters of its own, an nn.Linear if they fit one."""
+def _copied(tensors: dict[str, Tensor], modules: dict[str, nn.Module], training: bool) -> nn.Module:
+    """Return a plain module with parameters and modules of its own, an nn.Linear if they fit one."""
     weight, bias = tensors.get("weight"), tensors.get("bias")
     if weight is not None and weight.dim() == 2 and tensors.keys() <= {"weight", "bias"}:
         out_features, in_features = weight.shape
@@ -312,4 +334,5 @@ def _copied(tensors: dict[str, Tensor], training: bool) -> nn.Module:
         module = nn.Module()
     for name, tensor in tensors.items():
         module._parameters[name] = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
+    module._modules.update(modules)
     return module.train(training)

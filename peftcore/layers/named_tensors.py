@@ -6,11 +6,13 @@ tensor stands under the name that it has in HF PEFT.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
 
 from peftcore.adapter import Adapter
+from peftcore.errors import PeftError
 from peftcore.layers.adapter_slot import AdapterSlot
 from peftcore.layers.factor_view import FactorView, TensorView, factor_view
 from peftcore.layers.peft_attributes import IN_A_MODULE, PerAdapter
@@ -21,16 +23,22 @@ from peftcore.layers.wrapper import NamedModules
 def tensor_names(adapter: Adapter) -> dict[str, dict[str, str]]:
     """Return {attribute of HF PEFT's layer: {name inside of it: name in the adapter}} of all tensors of an adapter.
 
-    The name inside is "" for a tensor that is the attribute's element itself, as with `q_proj.ia3_l.default`.
+    The name inside is "" for a tensor that is the attribute's element itself, as with `q_proj.ia3_l.default`. Tensors
+    that are not saved have names that begin with the method's.
     """
+    method = f"{getattr(adapter.printed[0], 'peft_type', '').lower()}_"
     names: dict[str, dict[str, str]] = {}
     keys = adapter.checkpoint_keys()
     for path, module in adapter.named_modules():
         tensors = {**module._parameters, **module._buffers}
         for own in (own for own, tensor in tensors.items() if tensor is not None):
             name = f"{path}.{own}" if path else own
-            is_bias = isinstance(module, TrainedBias)
-            key = "trained_bias" if is_bias else keys.get(name, name.removeprefix("shared."))
+            if isinstance(module, TrainedBias):
+                key = "trained_bias.bias"
+            elif name in keys or name.startswith("shared."):
+                key = keys.get(name, name.removeprefix("shared."))
+            else:
+                key = name if name.startswith(method) or isinstance(tensors[own], nn.Parameter) else f"{method}{name}"
             attribute, _, inside = key.partition(".")
             if attribute in IN_A_MODULE and not inside:
                 inside = "weight"
@@ -57,21 +65,11 @@ class _Container(PerAdapter, TensorView):
     """
 
     def __init__(self, slot: AdapterSlot, attribute: str):
-        vars(self).update(_slot=slot, _attribute=attribute, _names={}, elements={})
+        vars(self).update(_slot=slot, _attribute=attribute, _names={})
         nn.Module.__init__(self)
 
     _names: dict[str, str]
-    """{adapter: name of its tensor} of the elements that are tensors."""
-    elements: dict[str, nn.Module]
-    """{adapter: module} of the elements that are modules."""
-
-    @property
-    def _modules(self) -> dict[str, nn.Module]:  # type: ignore[override]
-        return self.elements
-
-    @_modules.setter
-    def _modules(self, value: dict[str, nn.Module]) -> None:
-        """Ignore the empty dictionary that nn.Module makes for itself."""
+    """{adapter: name of its tensor in the adapter} of the elements that are tensors; the others are submodules."""
 
     def show(self, name: str, adapter: Adapter, names: Mapping[str, str]) -> None:
         """Show the tensors of an adapter: {name inside of this attribute: name in the adapter}."""
@@ -80,16 +78,30 @@ class _Container(PerAdapter, TensorView):
             self._names[name] = names[""]
         else:
             own = _own_module(adapter, self._attribute, names)
-            self.elements[name] = factor_view(adapter, self._attribute, names) if own is None else own
+            self._modules[name] = factor_view(adapter, self._attribute, names) if own is None else own
+
+    def names_of(self, name: str) -> Mapping[str, str]:
+        """Return {name inside of this attribute: name in the adapter} of an adapter's tensors, as `show` was given."""
+        if name in self._names:
+            return {"": self._names[name]}
+        element = self._modules.get(name)
+        return element.names if isinstance(element, FactorView) else {}
+
+    def own_path(self, name: str) -> str | None:
+        """Return the path, in an adapter, of its module that is an element here; None if there is no such element."""
+        element = self._modules.get(name)
+        if element is None or isinstance(element, FactorView):
+            return None
+        return next(path for path, module in self.adapter_of(name).named_modules() if module is element)
 
     def hide(self, name: str) -> None:
         """Remove the element of an adapter, if there is one."""
         self._names.pop(name, None)
-        self.elements.pop(name, None)
+        self._modules.pop(name, None)
 
     def is_empty(self) -> bool:
         """Return True if there is no element."""
-        return not (self._names or self.elements)
+        return not (self._names or self._modules)
 
     def tensor_names(self) -> Iterable[str]:
         """Return the names of the adapters whose elements are tensors."""
@@ -105,18 +117,21 @@ class _Container(PerAdapter, TensorView):
         return self._slot.adapters[name]
 
     def __getitem__(self, name: str) -> Any:
-        if name in self.elements:
-            return self.elements[name]
+        if name in self._modules:
+            return self._modules[name]
         return getattr(*self.place(name)) if name in self._names else super().__getitem__(name)
 
     def __contains__(self, name: object) -> bool:
-        return name in self.elements or name in self._names or super().__contains__(name)
+        return name in self._modules or name in self._names or super().__contains__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._names:
             self.put(name, value)
-        elif isinstance(value, nn.Module) and name in self:
-            self[name] = value
+        elif isinstance(value, nn.Module):
+            raise PeftError(
+                f"{self._attribute}.{name} shows tensors of an adapter and cannot be replaced by a module; for FSDP, wrap "
+                "whole blocks, as peftcore.utils.fsdp_auto_wrap_policy does"
+            )
         else:
             object.__setattr__(self, name, value)
 
@@ -124,17 +139,20 @@ class _Container(PerAdapter, TensorView):
         TensorView.__delattr__(self, name)
 
     def __getattr__(self, name: str) -> Any:
-        if "elements" in vars(self) and name in self:
+        if "_modules" in vars(self) and name in self:
             return self[name]
         raise AttributeError(f"{vars(self).get('_attribute')} has no adapter {name!r}")
 
     __class__ = property(lambda self: type(self))  # type: ignore[assignment]
-    __hash__ = nn.Module.__hash__
-    __eq__ = nn.Module.__eq__
-    __repr__ = nn.Module.__repr__
+    __hash__ = nn.Module.__hash__  # type: ignore[assignment]
+    __eq__ = nn.Module.__eq__  # type: ignore[assignment]
+    __repr__ = nn.Module.__repr__  # type: ignore[assignment]
 
-    def __reduce_ex__(self, protocol: Any) -> Any:  # a copy has tensors of its own
+    def __reduce_ex__(self, protocol: Any) -> Any:  # a copy of the container alone has tensors of its own
         return self.plain, (dict(self),)
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        return nn.Module()
 
 
 class ShownModules(_Container, nn.ModuleDict):  # type: ignore[misc]
@@ -162,6 +180,8 @@ class SlotAdapters(NamedModules):
         holder: the module with the containers.
     """
 
+    _holder: Any
+
     def __init__(self, holder: "TensorHolder"):
         super().__init__()
         vars(self)["_holder"] = holder  # no submodule
@@ -185,6 +205,57 @@ class SlotAdapters(NamedModules):
             del self[name]
 
 
+class _ReplicaAdapters(NamedModules):
+    """The adapters of a layer's replica, which DataParallel makes for one forward; made when they are first read.
+
+    Args:
+        holder: the layer.
+        replica: its replica, into whose submodules DataParallel puts the copied tensors.
+    """
+
+    _of: Any
+    _made: dict[str, nn.Module]
+
+    def __init__(self, holder: "TensorHolder", replica: nn.Module):
+        vars(self).update(_of=(holder, replica), _made={})
+        super().__init__()
+
+    @property
+    def _modules(self) -> dict[str, nn.Module]:
+        holder, replica = self._of
+        for name in holder.adapters if not self._made else ():
+            self._made[name] = _replica(holder, replica, name)
+        return self._made
+
+    @_modules.setter
+    def _modules(self, value: dict[str, nn.Module]) -> None:  # type: ignore[override]
+        """Ignore the empty dictionary that nn.Module makes for itself."""
+
+
+def _replica(holder: "TensorHolder", replica: Any, name: str) -> nn.Module:
+    """Return a copy of one adapter with the tensors that DataParallel has put into the layer's replica."""
+    copied: Any = _shallow_copy(holder.adapters[name])
+    for attribute, container in holder._containers().items():
+        held = getattr(replica, attribute)
+        own = container.own_path(name)
+        if own is not None:
+            path, _, leaf = own.rpartition(".")
+            copied.get_submodule(path)._modules[leaf] = getattr(held, name)
+        for inside, full in container.names_of(name).items():
+            path, _, leaf = full.rpartition(".")
+            module = copied.get_submodule(path)
+            tensors = module._buffers if leaf in module._buffers else module._parameters
+            tensors[leaf] = attrgetter(f"{name}.{inside}" if inside else name)(held)
+    return copied
+
+
+def _shallow_copy(module: nn.Module) -> nn.Module:
+    copied: Any = module._replicate_for_data_parallel()
+    for name, child in module._modules.items():
+        copied._modules[name] = None if child is None else _shallow_copy(child)
+    return copied
+
+
 class TensorHolder(nn.Module):
     """A module whose submodules are the containers of its adapters' tensors."""
 
@@ -199,7 +270,7 @@ class TensorHolder(nn.Module):
         self.hide(name)
         adapter: Any = self.adapters[name]
         if adapter.dropout_module is not None:
-            self._container(adapter.dropout_option, ShownModules).elements[name] = adapter.dropout_module
+            self._container(adapter.dropout_option, ShownModules)._modules[name] = adapter.dropout_module
         for attribute, names in tensor_names(adapter).items():
             kind = ShownTensors if "" in names else ShownModules
             self._container(attribute, kind).show(name, adapter, names)
@@ -234,10 +305,20 @@ class TensorHolder(nn.Module):
             self.adapters._apply(fn)
         return self
 
+    def extra_repr(self) -> str:
+        """Return the options of each adapter that are not at their defaults."""
+        parts = {name: self.adapters[name].extra_repr() for name in self.adapters}
+        return "\n".join(f"{name}: {options}" for name, options in parts.items() if options)
+
+    def _replicate_for_data_parallel(self) -> Any:
+        replica = super()._replicate_for_data_parallel()  # type: ignore[operator]
+        vars(replica)["adapters"] = _ReplicaAdapters(self, replica)
+        return replica
+
     def __getstate__(self) -> dict[str, Any]:
         containers = self._containers()
         modules = {name: module for name, module in self._modules.items() if name not in containers}
-        linked = [(type(one), name, dict(one._names), _linked(one.elements)) for name, one in containers.items()]
+        linked = [(type(one), name, dict(one._names), _linked(one._modules)) for name, one in containers.items()]
         return {**vars(self), "_modules": modules, "_linked": linked}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -246,13 +327,13 @@ class TensorHolder(nn.Module):
         for kind, attribute, names, elements in linked:  # adapters may be incomplete yet, while a pickle is read
             container = self._modules[attribute] = kind(self, attribute)
             container._names.update(names)
-            container.elements.update(
+            container._modules.update(
                 {name: make if isinstance(make, nn.Module) else make(*of) for name, (make, of) in elements.items()}
             )
 
 
-def _linked(elements: Mapping[str, nn.Module]) -> dict[str, tuple[Any, Any]]:
-    """Return {adapter: (class, its arguments)} of modules that show tensors, and {adapter: (module, None)} of others."""
+def _linked(elements: Mapping[str, nn.Module | None]) -> dict[str, tuple[Any, Any]]:
+    """Return {adapter: (class, its arguments)} of modules that show tensors, {adapter: (module, None)} of others."""
     return {
         name: (type(one), one.linked_state()) if isinstance(one, FactorView) else (one, None)
         for name, one in elements.items()

@@ -46,8 +46,8 @@ def test_only_the_adapter_trains_and_the_class_stays() -> None:
     net = Net(nn.Linear(6, 6))
     assert inject_adapter_in_model(CONFIG, net) is net and type(net) is Net
     assert {name for name, p in net.named_parameters() if p.requires_grad} == {
-        "target.adapters.default.lora_A_weight",
-        "target.adapters.default.lora_B_weight",
+        "target.lora_A.default.weight",
+        "target.lora_B.default.weight",
     }
 
 

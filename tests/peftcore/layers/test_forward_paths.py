@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from method_example import randomise
+from replicas import replicas
 from torch import Tensor, nn
 from transformers import (
     BitsAndBytesConfig,
@@ -295,7 +296,7 @@ def test_a_trained_bias_is_added_to_what_the_fast_path_gives(calls: list[int]) -
     assert_as_in_general(model)
     calls.clear()
     _, gradients = loss_and_gradients(model)
-    assert gradients["model.layers.0.self_attn.q_proj.trained_bias.default"].any() and calls == [1, 1]
+    assert gradients["model.layers.0.self_attn.q_proj.trained_bias.default.bias"].any() and calls == [1, 1]
 
 
 # -- what layers compute for one another ----------------------------------------------------------------------------
@@ -376,8 +377,7 @@ def test_different_dropouts_are_not_shared(calls: list[int]) -> None:
 def test_replicas_of_data_parallel_compute_for_themselves(calls: list[int]) -> None:
     model = get_peft_model(llama(), lora())
     attention = model.model.layers[0].self_attn
-    replica = attention.q_proj._replicate_for_data_parallel()  # what nn.DataParallel calls for each module
-    replica.base_layer, replica.adapters = attention.q_proj.base_layer, attention.q_proj.adapters
+    replica = replicas(attention.q_proj)[0]
     x = torch.randn(2, 3, 32, dtype=torch.float64)
     torch.testing.assert_close(replica(x), attention.q_proj(x), atol=1e-12, rtol=0)
     calls.clear()

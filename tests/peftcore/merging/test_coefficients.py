@@ -25,7 +25,7 @@ def test_the_average_of_an_adapter_with_itself_is_that_adapter(linears: Any, cha
     """Not half of it, whatever the weights."""
     model = linears(a={}, b={})
     model.load_state_dict(
-        {k.replace("adapters.a.", "adapters.b."): v for k, v in model.state_dict().items() if ".a." in k}, strict=False
+        {k.replace(".a.", ".b."): v for k, v in model.state_dict().items() if ".a." in k}, strict=False
     )
     for weights in ({"a": 1.0, "b": 1.0}, {"a": 3.0, "b": 1.0}):
         for recipe in (Recipe.linear(), Recipe.ties(density=1), Recipe.slerp(), Recipe.dare_ties(1.0)):

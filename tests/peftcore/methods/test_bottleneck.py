@@ -58,7 +58,7 @@ def test_a_learned_scaling_starts_at_one_and_scales_the_change(scaling: str, siz
     plain, model = net(scaling=1.0), net(scaling=scaling)
     own = adapter_of(model).bottleneck_scaling
     assert own.shape == (size,)
-    model.load_state_dict({**plain.state_dict(), "0.adapters.default.bottleneck_scaling": torch.ones(size)})
+    model.load_state_dict({**plain.state_dict(), "0.bottleneck_scaling.default": torch.ones(size)})
     torch.testing.assert_close(model(X), plain(X))
     base = model[0].base_layer(X)
     factors = torch.arange(1.0, size + 1, dtype=torch.float64) + 1

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from quantised_layers import quantised
+from replicas import replicas
 from torch import Tensor, nn
 
 from peftcore import ArrowConfig, ConfigError, IA3Config, LoraConfig, MergeError, get_peft_model
@@ -119,10 +120,7 @@ def test_gradients_reach_the_experts_and_the_input() -> None:
 def test_a_replica_uses_its_own_loras() -> None:
     model = routed()
     layer, y = model[0], model(X)
-    replica = layer._replicate_for_data_parallel()  # what nn.DataParallel calls for each module
-    holder = layer.adapters._replicate_for_data_parallel()
-    holder._modules = {name: copy.deepcopy(layer.adapters[name]) for name in layer.adapters}
-    replica._modules = {"base_layer": copy.deepcopy(layer.base_layer), "adapters": holder}
+    replica = replicas(layer)[0]
     with torch.no_grad():
         assert torch.equal(replica(X), y)
         for name in "abc":
