@@ -129,8 +129,8 @@ class _Container(PerAdapter, TensorView):
             self.put(name, value)
         elif isinstance(value, nn.Module):
             raise PeftError(
-                f"{self._attribute}.{name} shows tensors of an adapter and cannot be replaced by a module; for FSDP, wrap "
-                "whole blocks, as peftcore.utils.fsdp_auto_wrap_policy does"
+                f"{self._attribute}.{name} shows tensors of an adapter and cannot be replaced by a module; for FSDP, "
+                "wrap whole blocks, as peftcore.utils.fsdp_auto_wrap_policy does"
             )
         else:
             object.__setattr__(self, name, value)
