@@ -32,7 +32,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftcore.bases import BaseWeight
-from peftcore.bases.offload import offloading
 from peftcore.config import options_at
 from peftcore.kernels.factors import Factors
 from peftcore.kernels.low_rank import LowRankBranch
@@ -68,16 +67,6 @@ class _Constants(nn.Module):
 
     def make_constants(self) -> None:
         """Compute the non-persistent buffers; called again after `to_empty` has moved them from the meta device."""
-
-    @property
-    def _hf_hook(self) -> Any:
-        raise AttributeError("accelerate's hooks have no effect here")
-
-    @_hf_hook.setter
-    def _hf_hook(self, hook: Any) -> None:
-        """Bring back what accelerate has just offloaded: a layer reads its adapters without calling them."""
-        if (part := offloading(hook)) is not None:
-            part.pre_forward(self)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         constants = [self._buffers[name] for name in self._non_persistent_buffers_set]

@@ -140,7 +140,9 @@ class BaseWeight(ABC):
     @property
     def bias(self) -> Tensor | None:
         """The layer's current bias (o,), merged changes included; None if the layer has no bias."""
-        return self.layer.bias if hasattr(self.layer, "bias") else None
+        bias = self.layer.bias if hasattr(self.layer, "bias") else None
+        hook = offload_hook(self.layer) if bias is not None and bias.is_meta else None
+        return bias if hook is None else offloaded_tensor(hook, "bias")
 
     @property
     def unmerged_bias(self) -> Tensor | None:

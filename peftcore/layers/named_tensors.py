@@ -6,7 +6,6 @@ tensor stands under the name that it has in HF PEFT.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from operator import attrgetter
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from peftcore.errors import PeftError
 from peftcore.layers.adapter_slot import AdapterSlot
 from peftcore.layers.factor_view import FactorView, TensorView, factor_view
 from peftcore.layers.peft_attributes import IN_A_MODULE, PerAdapter
+from peftcore.layers.replicas import ReplicaAdapters
 from peftcore.layers.trained_bias import TrainedBias
 from peftcore.layers.wrapper import NamedModules
 
@@ -47,11 +47,11 @@ def tensor_names(adapter: Adapter) -> dict[str, dict[str, str]]:
 
 
 def _own_module(adapter: Adapter, attribute: str, names: Mapping[str, str]) -> nn.Module | None:
-    """Return the adapter's module that holds the tensors of an attribute under the same names; None without such."""
+    """Return the module that an adapter calls for an attribute, with the same names of tensors; None without such."""
     for module, path in ((adapter, attribute), (adapter.shared, f"shared.{attribute}")):
         own = None if module is None else module._modules.get(attribute)
-        is_plain = own is not None and not isinstance(own, nn.ParameterList | nn.ParameterDict)
-        if is_plain and all(name == f"{path}.{inside}" for inside, name in names.items()):
+        is_called = own is not None and type(own).forward is not nn.Module.forward
+        if is_called and all(name == f"{path}.{inside}" for inside, name in names.items()):
             return own
     return None
 
@@ -205,57 +205,6 @@ class SlotAdapters(NamedModules):
             del self[name]
 
 
-class _ReplicaAdapters(NamedModules):
-    """The adapters of a layer's replica, which DataParallel makes for one forward; made when they are first read.
-
-    Args:
-        holder: the layer.
-        replica: its replica, into whose submodules DataParallel puts the copied tensors.
-    """
-
-    _of: Any
-    _made: dict[str, nn.Module]
-
-    def __init__(self, holder: "TensorHolder", replica: nn.Module):
-        vars(self).update(_of=(holder, replica), _made={})
-        super().__init__()
-
-    @property
-    def _modules(self) -> dict[str, nn.Module]:
-        holder, replica = self._of
-        for name in holder.adapters if not self._made else ():
-            self._made[name] = _replica(holder, replica, name)
-        return self._made
-
-    @_modules.setter
-    def _modules(self, value: dict[str, nn.Module]) -> None:  # type: ignore[override]
-        """Ignore the empty dictionary that nn.Module makes for itself."""
-
-
-def _replica(holder: "TensorHolder", replica: Any, name: str) -> nn.Module:
-    """Return a copy of one adapter with the tensors that DataParallel has put into the layer's replica."""
-    copied: Any = _shallow_copy(holder.adapters[name])
-    for attribute, container in holder._containers().items():
-        held = getattr(replica, attribute)
-        own = container.own_path(name)
-        if own is not None:
-            path, _, leaf = own.rpartition(".")
-            copied.get_submodule(path)._modules[leaf] = getattr(held, name)
-        for inside, full in container.names_of(name).items():
-            path, _, leaf = full.rpartition(".")
-            module = copied.get_submodule(path)
-            tensors = module._buffers if leaf in module._buffers else module._parameters
-            tensors[leaf] = attrgetter(f"{name}.{inside}" if inside else name)(held)
-    return copied
-
-
-def _shallow_copy(module: nn.Module) -> nn.Module:
-    copied: Any = module._replicate_for_data_parallel()
-    for name, child in module._modules.items():
-        copied._modules[name] = None if child is None else _shallow_copy(child)
-    return copied
-
-
 class TensorHolder(nn.Module):
     """A module whose submodules are the containers of its adapters' tensors."""
 
@@ -282,12 +231,13 @@ class TensorHolder(nn.Module):
 
     def hide(self, name: str) -> None:
         """Remove the submodules that show an adapter's tensors."""
-        for attribute, container in list(self._containers().items()):
+        for attribute, container in list(self.containers().items()):
             container.hide(name)
             if container.is_empty():
                 del self._modules[attribute]
 
-    def _containers(self) -> dict[str, _Container]:
+    def containers(self) -> dict[str, _Container]:
+        """Return {attribute: container} of the submodules that show tensors."""
         return {name: module for name, module in self._modules.items() if isinstance(module, _Container)}
 
     def train(self, mode: bool = True) -> Any:
@@ -312,11 +262,11 @@ class TensorHolder(nn.Module):
 
     def _replicate_for_data_parallel(self) -> Any:
         replica = super()._replicate_for_data_parallel()  # type: ignore[operator]
-        vars(replica)["adapters"] = _ReplicaAdapters(self, replica)
+        vars(replica)["adapters"] = ReplicaAdapters(self, replica)
         return replica
 
     def __getstate__(self) -> dict[str, Any]:
-        containers = self._containers()
+        containers = self.containers()
         modules = {name: module for name, module in self._modules.items() if name not in containers}
         linked = [(type(one), name, dict(one._names), _linked(one._modules)) for name, one in containers.items()]
         return {**vars(self), "_modules": modules, "_linked": linked}
