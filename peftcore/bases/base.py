@@ -253,7 +253,9 @@ class BaseWeight(ABC):
 
     def write_bias(self, bias: Tensor) -> None:
         """Give the layer a new bias (o,); the previous parameter object is not modified."""
-        self._replace("bias", bias.to(self.layer.bias))
+        old = self.bias
+        assert old is not None
+        self._replace("bias", bias.to(old))
 
     def _replace(self, name: str, values: Tensor) -> None:
         """Give the layer a new parameter `name`; MergeError if the layer cannot hold these values."""

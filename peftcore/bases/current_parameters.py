@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftcore.bases.offload import offload_hook, offloaded_tensor
+
 
 def call_with_parameters(
     module: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any] | None = None
@@ -26,7 +28,12 @@ def call_with_parameters(
     Returns:
         The module's output.
     """
-    parameters = dict(tensors)
+    parameters, hooked = dict(tensors), module.__dict__.get("forward")
+    if (hook := offload_hook(module)) is not None:
+        # accelerate's forward would put the offloaded parameters into the places of the given ones
+        missing = (name for name, own in module._parameters.items() if own is not None and own.is_meta)
+        parameters = {**{name: offloaded_tensor(hook, name) for name in missing}, **parameters}
+        module.__dict__["forward"] = module._old_forward
     attributes_before: list[tuple[dict[str, Any], str, Tensor]] = []
     for path in tensors:
         owner, _, name = path.rpartition(".")
@@ -38,5 +45,7 @@ def call_with_parameters(
         # tie_weights=False: another name of a tied tensor may have an adapter slot of its own
         return torch.func.functional_call(module, parameters, args, dict(kwargs or {}), tie_weights=False)
     finally:
+        if hook is not None:
+            module.__dict__["forward"] = hooked
         for attributes, name, tensor in attributes_before:
             attributes[name] = tensor

@@ -236,6 +236,9 @@ class FactorView(TensorView):
             return self.weight.shape[name == "in_features"]
         if name in vars(self).get("_modules", ()):
             return self._modules[name]
+        local, full = next(iter(names.items()))
+        if full.endswith(f".{local}"):  # a module of the adapter has the tensors, and maybe this attribute
+            return getattr(adapter.get_submodule(full.removesuffix(f".{local}")), name)
         raise AttributeError(f"this view of an adapter's tensors has {sorted(names)}, not {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -46,16 +46,6 @@ def tensor_names(adapter: Adapter) -> dict[str, dict[str, str]]:
     return names
 
 
-def _own_module(adapter: Adapter, attribute: str, names: Mapping[str, str]) -> nn.Module | None:
-    """Return the module that an adapter calls for an attribute, with the same names of tensors; None without such."""
-    for module, path in ((adapter, attribute), (adapter.shared, f"shared.{attribute}")):
-        own = None if module is None else module._modules.get(attribute)
-        is_called = own is not None and type(own).forward is not nn.Module.forward
-        if is_called and all(name == f"{path}.{inside}" for inside, name in names.items()):
-            return own
-    return None
-
-
 class _Container(PerAdapter, TensorView):
     """{adapter name: element} of one attribute of HF PEFT's layer: modules, or tensors.
 
@@ -77,8 +67,7 @@ class _Container(PerAdapter, TensorView):
         if "" in names:
             self._names[name] = names[""]
         else:
-            own = _own_module(adapter, self._attribute, names)
-            self._modules[name] = factor_view(adapter, self._attribute, names) if own is None else own
+            self._modules[name] = factor_view(adapter, self._attribute, names)
 
     def names_of(self, name: str) -> Mapping[str, str]:
         """Return {name inside of this attribute: name in the adapter} of an adapter's tensors, as `show` was given."""
@@ -86,13 +75,6 @@ class _Container(PerAdapter, TensorView):
             return {"": self._names[name]}
         element = self._modules.get(name)
         return element.names if isinstance(element, FactorView) else {}
-
-    def own_path(self, name: str) -> str | None:
-        """Return the path, in an adapter, of its module that is an element here; None if there is no such element."""
-        element = self._modules.get(name)
-        if element is None or isinstance(element, FactorView):
-            return None
-        return next(path for path, module in self.adapter_of(name).named_modules() if module is element)
 
     def hide(self, name: str) -> None:
         """Remove the element of an adapter, if there is one."""

@@ -47,10 +47,6 @@ def _replica(holder: "TensorHolder", replica: Any, name: str) -> nn.Module:
     copied: Any = _shallow_copy(holder.adapters[name])
     for attribute, container in holder.containers().items():
         held = getattr(replica, attribute)
-        own = container.own_path(name)
-        if own is not None:
-            path, _, leaf = own.rpartition(".")
-            copied.get_submodule(path)._modules[leaf] = getattr(held, name)
         for inside, full in container.names_of(name).items():
             path, _, leaf = full.rpartition(".")
             module = copied.get_submodule(path)

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache, partial, wraps
 from typing import Any
@@ -15,6 +15,7 @@ from peftcore.composition.algebra import Spec
 from peftcore.config import PeftConfig
 from peftcore.errors import ConfigError
 from peftcore.files import hub
+from peftcore.files.tensors import PREFIX
 from peftcore.injection import forward_hooks, inject, merge
 from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set, untouched_names
 from peftcore.injection.base_view import hide_model, show_model
@@ -182,6 +183,27 @@ class PeftModel(LoadingMethods, ActivationMethods, MergingMethods, SavingMethods
             with suppress(AttributeError):  # HF PEFT's path with an adapter of a prompt
                 return super().get_submodule(target.removeprefix("base_model."))  # type: ignore[misc]
         return super().get_submodule(target.removeprefix("base_model.model."))  # type: ignore[misc]
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a state dict of this model, or that of the same model with HF PEFT's adapters.
+
+        Args:
+            state_dict: {name: tensor}; names may begin with `base_model.model`, as in HF PEFT.
+            strict: True makes missing and unexpected names an error.
+            assign: True takes the tensors themselves in place of their values.
+
+        Returns:
+            The missing and the unexpected names.
+
+        Raises:
+            RuntimeError: a tensor has another shape; or, with `strict`, names are missing or unexpected.
+        """
+        if state_dict and all(name.startswith(PREFIX) for name in state_dict):
+            names = {
+                name: name.removeprefix(PREFIX).replace(".original_module.", ".base_layer.") for name in state_dict
+            }
+            state_dict = {names[name]: tensor for name, tensor in state_dict.items()}
+        return super().load_state_dict(state_dict, strict, assign)  # type: ignore[misc]
 
     def get_base_model(self) -> Any:
         """Return the model itself, with its adapters; `unload` returns the model without them."""

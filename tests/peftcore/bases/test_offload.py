@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import cpu_offload, disk_offload
 from accelerate.hooks import remove_hook_from_submodules
+from method_example import examples, randomise
 from quiet_training import tiny_llama
 from torch import Tensor, nn
 
@@ -16,13 +17,16 @@ from peftcore import (
     ConfigError,
     IA3Config,
     LoraConfig,
+    MergeError,
     OFTConfig,
     PeftConfig,
     PeftModel,
     VeraConfig,
     get_peft_model,
+    set_peft_model_state_dict,
 )
 from peftcore import get_peft_model_state_dict as state_of
+from peftcore.registry import methods
 
 CPU = torch.device("cpu")
 TOKENS = torch.arange(6)[None]
@@ -110,3 +114,57 @@ def test_what_cannot_be_saved_says_how_to_bring_the_values_back(tmp_path: Path) 
     model.save_pretrained(tmp_path)
     saved = PeftModel.from_pretrained(llama(), str(tmp_path)).base_model.model.lm_head.modules_to_save["default"]
     assert torch.equal(saved.weight, expected)
+
+
+# -- every method, on one layer --------------------------------------------------------------------------------------
+
+EXAMPLES = {name: example for name, example in examples().items() if not example.whole_model}
+LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
+    "linear": (lambda: nn.Linear(16, 16), lambda: torch.randn(3, 16)),
+    "embedding": (lambda: nn.Embedding(8, 16), lambda: torch.arange(5)),
+    "norm": (lambda: nn.LayerNorm(16), lambda: torch.randn(3, 16)),
+}
+CASES = [
+    pytest.param(name, kind, id=f"{name}-{kind}")
+    for name in EXAMPLES
+    for kind in LAYERS
+    if kind in methods()[name].adapter.layer_kinds
+]
+
+
+def on_one_layer(method: str, kind: str, offloaded_first: bool) -> Any:
+    torch.manual_seed(0)
+    base = nn.Sequential(LAYERS[kind][0]()).eval()
+    if offloaded_first:
+        cpu_offload(base, execution_device=CPU)
+    torch.manual_seed(1)
+    model = get_peft_model(base, EXAMPLES[method].make(target_modules=["0"]))
+    torch.manual_seed(2)
+    randomise(model, EXAMPLES[method].spread)
+    return model.eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("first", [True, False], ids=["offloaded then adapted", "adapted then offloaded"])
+@pytest.mark.parametrize(("method", "kind"), CASES)
+def test_every_method_on_an_offloaded_layer(method: str, kind: str, first: bool) -> None:
+    plain, model, x = on_one_layer(method, kind, False), on_one_layer(method, kind, first), LAYERS[kind][1]()
+    expected = plain(x)
+    if not first:
+        cpu_offload(model, execution_device=CPU)
+    assert model[0].base_layer.weight.is_meta
+    for _ in range(2):
+        torch.testing.assert_close(model(x), expected)
+    values = {key: tensor / 2 for key, tensor in state_of(plain).items()}
+    for one in (plain, model):
+        set_peft_model_state_dict(one, values)
+    expected = plain(x)
+    torch.testing.assert_close(model(x), expected)
+    try:
+        plain.merge_adapter()
+    except MergeError:
+        return  # its change depends on the input
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-5)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(x), expected)

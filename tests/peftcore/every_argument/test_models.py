@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from argument_checks import checks
@@ -150,6 +151,27 @@ def test_the_configuration_of_a_model() -> None:
     assert peftcore.LoraModel.get_model_config(plain) == {"model_type": "custom"}
     plain.config = {"layers": 2}  # type: ignore[assignment]
     assert peftcore.LoraModel.get_model_config(plain) == {"layers": 2}
+
+
+@checks("PeftModel.load_state_dict", "state_dict strict assign")
+def test_load_state_dict() -> None:
+    options: dict[str, Any] = {"r": 2, "target_modules": ["0"], "modules_to_save": ["1"], "init_lora_weights": False}
+    theirs = peft.get_peft_model(Plain(), peft.LoraConfig(**options))
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.add_(torch.rand_like(parameter))
+    first = get_peft_model(Plain(), lora(**options))
+    assert first.load_state_dict(theirs.state_dict()) == ([], [])
+    for state in (theirs.state_dict(), first.state_dict()):
+        model = get_peft_model(Plain(), lora(**options))
+        assert model.load_state_dict(state) == ([], [])
+        torch.testing.assert_close(model(X), theirs(X))
+        given = {name: tensor for name, tensor in state.items() if "lora_B" not in name}
+        with pytest.raises(RuntimeError, match="Missing key"):
+            model.load_state_dict(given)
+        assert model.load_state_dict(given, strict=False) == (["0.lora_B.default.weight"], [])
+        model.load_state_dict(state, assign=True)
+        assert model[0].lora_A["default"].weight.data_ptr() in {tensor.data_ptr() for tensor in state.values()}
 
 
 @checks("PeftModel.set_adapter", "adapter_name inference_mode")

@@ -8,7 +8,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-from accelerate import cpu_offload
 from method_example import examples, randomise
 from replicas import replicas
 from torch import Tensor, nn
@@ -143,17 +142,6 @@ def test_a_replica_of_data_parallel_computes_with_its_own_tensors(method: str, t
             parameter.zero_()
         torch.manual_seed(0)
         torch.testing.assert_close(second(x), expected)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(("method", "target"), ONE_EACH)
-def test_adapters_compute_the_same_once_their_model_is_offloaded(method: str, target: str) -> None:
-    model, x = adapted(method, target).eval(), input_of(target)
-    expected = model[int(target)](x)
-    cpu_offload(model, execution_device=torch.device("cpu"))
-    assert model[int(target)].base_layer.weight.is_meta
-    for _ in range(2):
-        torch.testing.assert_close(model[int(target)](x), expected)
 
 
 def test_names_follow_the_adapters_of_a_layer() -> None:
