@@ -194,6 +194,18 @@ class FactorView(TensorView):
         for child, below in inside.items():
             self._modules[child] = FactorView(adapter, below, frozenset())
 
+    def _module(self) -> nn.Module | None:
+        """Return the adapter's module that has the same tensors; None if the adapter itself has them."""
+        adapter, names = self._of_adapter
+        name, full = next(iter(names.items()))
+        return adapter.get_submodule(full.removesuffix(f".{name}")) if full.endswith(f".{name}") else None
+
+    @property
+    def __class__(self) -> Any:  # type: ignore[override]
+        """The class of the adapter's module that has the same tensors, for `isinstance`; else the own class."""
+        module = None if "_of_adapter" not in vars(self) else self._module()
+        return type(self) if module is None else type(module)
+
     @property
     def names(self) -> Mapping[str, str]:
         """{name in this module: the tensor's name in the adapter}."""
@@ -236,9 +248,8 @@ class FactorView(TensorView):
             return self.weight.shape[name == "in_features"]
         if name in vars(self).get("_modules", ()):
             return self._modules[name]
-        local, full = next(iter(names.items()))
-        if full.endswith(f".{local}"):  # a module of the adapter has the tensors, and maybe this attribute
-            return getattr(adapter.get_submodule(full.removesuffix(f".{local}")), name)
+        if (module := self._module()) is not None:
+            return getattr(module, name)
         raise AttributeError(f"this view of an adapter's tensors has {sorted(names)}, not {name!r}")
 
     def __setattr__(self, name: str, value: Any) -> None:
