@@ -48,7 +48,9 @@ class NormWeight(BaseWeight):
         base_bias, wide = current_parameter(self.layer, "bias"), torch.promote_types(x.dtype, weight.dtype)
         tensors = {"weight": weight.to(wide)}  # rounding to 16 bits would lose small changes of the weight
         if base_bias is not None:
-            tensors["bias"] = torch.zeros_like(base_bias, dtype=wide, device=x.device) if bias is None else bias.to(wide)
+            tensors["bias"] = (
+                torch.zeros_like(base_bias, dtype=wide, device=x.device) if bias is None else bias.to(wide)
+            )
         return call_with_parameters(self.layer, tensors, (x.to(wide),)).to(x.dtype)
 
     def pointwise(self, h: Tensor, weight: Tensor) -> Tensor:

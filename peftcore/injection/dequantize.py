@@ -40,9 +40,9 @@ def dequantize_base(model: Model, dtype: torch.dtype | None = None) -> Model:
     if not quantized:
         raise TargetError(f"dequantize_base: {type(model).__name__} has no quantised layer")
     for path, module in modules.items():
-        if isinstance(module, AdapterLayer) and module.merged and module.base.quantized:
+        if isinstance(module, AdapterLayer) and module.merged_names and module.base.quantized:
             raise MergeError(
-                f"dequantize_base: {list(module.merged)} are merged into the quantised layer {path}; call "
+                f"dequantize_base: {list(module.merged_names)} are merged into the quantised layer {path}; call "
                 "unmerge_adapter first, and merge after dequantize_base"
             )
     layers = {id(base.layer) for base in quantized.values()}

@@ -458,7 +458,7 @@ def check_deletable(model: nn.Module, *names: str) -> None:
     if merged := [name for name in names if name in adapters.merged]:
         raise MergeError(f"{merged} are merged into the base, so they cannot be deleted; call unmerge_adapter first")
     for path, slot in adapters.layers.items():
-        if slot.merged and slot.replaced_by and set(slot.replaced_by) <= set(names):
+        if slot.merged_names and slot.replaced_by and set(slot.replaced_by) <= set(names):
             raise MergeError(
                 f"{list(slot.replaced_by)} replaced the weight of {path} (LoftQ), and {list(adapters.merged)} are "
                 "merged into it; call unmerge_adapter first"

@@ -132,7 +132,7 @@ def _checked_merges(
     merges = []
     for slot in dict.fromkeys(slots):
         adapters_here = slot.adapters
-        new = {name: adapters_here[name] for name in names if name in adapters_here and name not in slot.merged}
+        new = {name: adapters_here[name] for name in names if name in adapters_here and name not in slot.merged_names}
         if new:
             merges.append(_LayerMerge(slot.path, slot, slot.base, new))
     for merge in merges:
@@ -144,7 +144,7 @@ def _checked_merges(
 
 def _check(merge: _LayerMerge) -> None:
     bias = merge.base.bias
-    before = [merge.slot.adapters[name] for name in merge.slot.merged]
+    before = [merge.slot.adapters[name] for name in merge.slot.merged_names]
     for name, first in merge.adapters.items():
         for adapter in with_trained_biases([first]):
             try:
@@ -211,13 +211,13 @@ def _write(merges: list[_LayerMerge], progressbar: bool) -> None:
     first_with: dict[int, _LayerMerge] = {}  # {id of an unmerged weight: the first merge into it}
     try:
         for merge in tqdm(merges, desc="merge", unit="layer", disable=not progressbar):
-            before.append((merge.base.state(), merge.slot.merged))
+            before.append((merge.base.state(), merge.slot.merged_names))
             first = first_with.setdefault(id(before[-1][0].get("weight")), merge)
             _write_one(merge, before[-1][0], scratch, first if _stay_tied(first, merge) else None)
     except BaseException:
         for (_, slot, base, _), (state, merged) in zip(merges, before, strict=False):
             base.restore(state)
-            slot.merged = merged
+            slot.merged_names = merged
             if not merged:
                 base.layer.__dict__.pop(base.unmerged_attribute, None)
         raise
@@ -251,7 +251,7 @@ def _write_one(
         base.write(weight)
     if bias is not None and bias is not old_bias:
         base.write_bias(bias)
-    merge.slot.merged += tuple(merge.adapters)
+    merge.slot.merged_names += tuple(merge.adapters)
 
 
 def unmerge_adapter(model: nn.Module) -> None:
@@ -269,11 +269,11 @@ def unmerge_slots(adapters: AdapterSet, slots: Iterable[AdapterSlot]) -> None:
     """
     with adapters.selection.locked():
         for slot in slots:
-            if slot.merged:
+            if slot.merged_names:
                 base = slot.base
                 base.restore(base.layer.__dict__.pop(base.unmerged_attribute))
-                slot.merged = ()
-        still = {name for slot in _merged_slots(adapters) for name in slot.merged}
+                slot.merged_names = ()
+        still = {name for slot in _merged_slots(adapters) for name in slot.merged_names}
         adapters.merged = tuple(name for name in adapters.merged if name in still)
 
 
@@ -301,7 +301,9 @@ def merged(model: nn.Module, adapter_names: str | list[str] | None = None, safe_
 
 def _merged_slots(adapters: AdapterSet) -> list[AdapterSlot]:
     """Return the slots with merged adapters, without a search if no adapter is merged."""
-    return list(dict.fromkeys(slot for slot in adapters.layers.values() if slot.merged)) if adapters.merged else []
+    return (
+        list(dict.fromkeys(slot for slot in adapters.layers.values() if slot.merged_names)) if adapters.merged else []
+    )
 
 
 @contextlib.contextmanager
@@ -333,7 +335,7 @@ def original_weights(model: nn.Module) -> Iterator[None]:
             if exchanges and not adapters.unmerged_by:
                 for slot in adapters.layers.values():
                     state, slot.merged_state = slot.merged_state, None
-                    if state is not None and slot.merged:  # not if unmerged inside of the context
+                    if state is not None and slot.merged_names:  # not if unmerged inside of the context
                         slot.base.restore(state)
 
 

@@ -495,9 +495,9 @@ def _check_new_bases(module_index: ModuleIndex, adapters: Mapping[str, Adapter],
         wrapper = module_index.modules.get(path)
         if adapter.new_base is None or not isinstance(wrapper, AdapterLayer):
             continue
-        if wrapper.merged:
+        if wrapper.merged_names:
             raise MergeError(
-                f"the adapter replaces the weight of {path} (LoftQ or KaSA), and {list(wrapper.merged)} are merged "
+                f"the adapter replaces the weight of {path} (LoftQ or KaSA), and {wrapper.merged_adapters} are merged "
                 "into it; call unmerge_adapter first"
             )
         others = [name for name in wrapper.replaced_by if name != replaced]

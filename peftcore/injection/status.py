@@ -121,7 +121,7 @@ def _layer_status(adapters: AdapterSet, slot: AdapterSlot) -> TunerLayerStatus |
         path = path.rpartition(".")[0]
     path = f"{path}.{part.disk_prefix}".removesuffix(".")
     kind = layer_type(slot)
-    status = _status(slot.selection, path, kind, parts, slot.merged, _backend(slot.base))
+    status = _status(slot.selection, path, kind, parts, slot.merged_names, _backend(slot.base))
     return _with_own_active(status) if kind == TOKENS_LAYER else status
 
 

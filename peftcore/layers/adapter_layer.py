@@ -31,7 +31,7 @@ class _Chain(NamedTuple):
     names: tuple[str, ...]
     holder: Any
     changes: int
-    merged: tuple[str, ...]
+    merged_names: tuple[str, ...]
     with_biases: bool
     adapters: list[Adapter]
 
@@ -47,7 +47,7 @@ class AdapterLayer(PeftLayerAttributes, TensorHolder, LayerWrapper, AdapterSlot)
     def __init__(self, base_layer: nn.Module, selection: Selection):
         super().__init__(base_layer, selection)
         self.add_slot()
-        self.merged = ()
+        self.merged_names = ()
         self._view: BaseWeight | None = None
         self.siblings: list[AdapterLayer] = []
         """Adapter layers that are called later and may read the same input as this one."""
@@ -121,11 +121,11 @@ class AdapterLayer(PeftLayerAttributes, TensorHolder, LayerWrapper, AdapterSlot)
             or chain.names != names
             or chain.holder is not adapters  # another one in a DataParallel replica
             or chain.changes != adapters.changes
-            or chain.merged != self.merged
+            or chain.merged_names != self.merged_names
             or chain.with_biases != self.has_trained_biases
         ):
             parts = self.in_order(names)
-            chain = _Chain(names, adapters, adapters.changes, self.merged, self.has_trained_biases, parts)
+            chain = _Chain(names, adapters, adapters.changes, self.merged_names, self.has_trained_biases, parts)
             self.__dict__["_chain"] = chain
         return chain.adapters
 

@@ -41,9 +41,9 @@ class AdapterParameters(PeftLayerAttributes, LayerWrapper):
         return f"parameter_name={names[0]!r}" if len(names) == 1 else f"parameter_names={names}"
 
     @property
-    def merged(self) -> tuple[str, ...]:
+    def merged_names(self) -> tuple[str, ...]:
         """Names of the adapters that are merged into the first adapted parameter."""
-        return self._slot.merged
+        return self._slot.merged_names
 
     def is_empty(self) -> bool:
         """Return True if no slot holds an adapter."""
@@ -89,7 +89,7 @@ class ParameterSlot(TensorHolder, AdapterSlot):  # type: ignore[misc]
         self.path = f"{owner.path}.{base.name}"
         self.selection = owner.selection
         self.add_slot()
-        self.merged = ()
+        self.merged_names = ()
 
     @property
     def base(self) -> ParameterWeight:

@@ -22,7 +22,7 @@ class AdapterSlot:
     """The adapters of one base weight by name, and which of them are merged into the weight."""
 
     adapters: NamedModules
-    merged: tuple[str, ...]
+    merged_names: tuple[str, ...]
     selection: Selection
     training: bool
     path: str
@@ -121,10 +121,10 @@ class AdapterSlot:
 
     def move_adapters(self, old: BaseWeight, new: BaseWeight) -> None:
         """Move the adapters to a new view; raise MergeError if adapters are merged into a layer that was replaced."""
-        if self.merged and old.layer is not new.layer:
+        if self.merged_names and old.layer is not new.layer:
             raise MergeError(
-                f"{self.path}: the base layer was replaced while {list(self.merged)} are merged into it; put the old "
-                "layer back, call unmerge_adapter, and replace it then"
+                f"{self.path}: the base layer was replaced while {list(self.merged_names)} are merged into it; put the "
+                "old layer back, call unmerge_adapter, and replace it then"
             )
         if old.layer is not new.layer:
             self.replaced_by = ()
@@ -138,7 +138,11 @@ class AdapterSlot:
     def unmerged(self) -> dict[str, Adapter]:
         """Return {name: adapter} of the adapters that are not merged."""
         adapters: Any = self.adapters._modules
-        return {name: a for name, a in adapters.items() if name not in self.merged} if self.merged else adapters
+        return (
+            {name: a for name, a in adapters.items() if name not in self.merged_names}
+            if self.merged_names
+            else adapters
+        )
 
     def unmerged_among(self, names: Iterable[str]) -> dict[str, Adapter]:
         """Return {name: adapter} of the unmerged adapters with these names, in this order."""

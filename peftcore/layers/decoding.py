@@ -84,7 +84,7 @@ class DecodingPlan(NamedTuple):
             (own_names is names or own_names == names)
             and layer.adapters is holder
             and holder.changes == changes
-            and layer.merged is merged
+            and layer.merged_names is merged
             and modules["base_layer"] is base_layer
             and not (before or after or back or before_back or layer.has_trained_biases)
             and "forward" not in base_layer.__dict__
@@ -156,7 +156,7 @@ def _new_plan(layer: "AdapterLayer", names: tuple[str, ...]) -> DecodingPlan | N
         names,
         holder,
         holder.changes,
-        layer.merged,
+        layer.merged_names,
         base,
         hooks,
         base._parameters if is_plain else None,

@@ -160,7 +160,7 @@ class Member(NamedTuple):
         layer, base = self.layer, self.base
         return (
             layer.adapters.changes == self.changes
-            and layer.merged == self.merged
+            and layer.merged_names == self.merged
             and layer.training == self.training
             and layer.base is base
             and has_no_hooks(base.layer)
@@ -266,7 +266,7 @@ def _plan_for(
         stack = current_stack(_stack_cache(layer), layer, spec())
     if stack is None:
         return None
-    members = [Member(each, each.base, each.adapters.changes, each.merged, each.training) for each in together]
+    members = [Member(each, each.base, each.adapters.changes, each.merged_names, each.training) for each in together]
     columns = Columns(tuple(name for by_name in together.values() for name in by_name), stack.ranks, own)
     mask = None if route.depends_on_tokens or blocks is not None else route.mask(x, layer.path, columns, dtype)
     return Plan(members, siblings, dtype, spec(), columns, mask, blocks)

@@ -268,9 +268,14 @@ class PeftLayerAttributes(MergingMethods):
         return isinstance(self._slot.base, Conv1DWeight)
 
     @property
+    def merged(self) -> bool:
+        """True if adapters are merged into this layer's weight."""
+        return bool(self._slot.merged_names)
+
+    @property
     def merged_adapters(self) -> list[str]:
         """Names of the adapters that are merged into this layer's weight."""
-        return list(self._slot.merged)
+        return list(self._slot.merged_names)
 
     @property
     def scaling(self) -> Any:

@@ -153,7 +153,7 @@ class MergingMethods(SwitchingMethods):
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter of this layer alone; see `SwitchingMethods.delete_adapter`."""
         for slot in self._slots():
-            if adapter_name in slot.merged:
+            if adapter_name in slot.merged_names:
                 raise MergeError(f"adapter {adapter_name!r} is merged into {slot.path}; call unmerge first")
         super().delete_adapter(adapter_name)
         for slot in self._slots():

@@ -297,7 +297,7 @@ def test_adalora_merges_into_four_bits() -> None:
         peft.get_peft_model(quantised_net("nf4"), peft.AdaLoraConfig(**options)).eval().merge_adapter()
     model = get_peft_model(quantised_net("nf4"), AdaLoraConfig(**options))
     model.merge_adapter()
-    assert model[0].merged == ("default",)
+    assert model[0].merged_names == ("default",)
 
 
 # -- merge, unmerge, disable ---------------------------------------------------------------------------------------
@@ -341,7 +341,7 @@ def test_a_merged_model_is_merged_again_after_it_was_disabled() -> None:
         with model.disable_adapter():
             torch.testing.assert_close(model(x), linear()(x))
         host = layer_of(model) if make is theirs else model[0]
-        assert bool(host.merged) is merged
+        assert host.merged is merged
         torch.testing.assert_close(model(x), before)
 
 

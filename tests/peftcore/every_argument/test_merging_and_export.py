@@ -67,9 +67,9 @@ def test_merging_for_a_block() -> None:
     model = net("a", "b")
     model[0].adapters["b"].lora_A_weight.data.fill_(float("nan"))
     with model.merged(["a"]):
-        assert model[0].merged == ("a",)
+        assert model[0].merged_names == ("a",)
     with model.merged(["b"]):
-        assert model[0].merged == ("b",) and model(X).isnan().any()
+        assert model[0].merged_names == ("b",) and model(X).isnan().any()
     with pytest.raises(MergeError, match="NaN or Inf"), model.merged(["b"], safe_merge=True):
         pass
     assert not model[0].merged and not model(X).isnan().any()

@@ -114,7 +114,7 @@ def test_safe_merge_looks_at_biases_too() -> None:
 def test_one_name_need_not_be_a_list() -> None:
     net = adapt(nn.Sequential(nn.Linear(12, 12)))
     net.merge_adapter("default")
-    assert net[0].merged == ("default",)
+    assert net[0].merged_names == ("default",)
 
 
 @pytest.mark.parametrize("storage", ["nf4", "int8", "Q4_1"])
@@ -159,7 +159,7 @@ def test_a_merged_model_and_its_copies_can_be_disabled_and_unmerged_on_their_own
         torch.testing.assert_close(other(x), base(x), rtol=0, atol=0)
     torch.testing.assert_close(other.unload()(x), base(x), rtol=0, atol=0)
     if other is not net:
-        assert net[1].merged == ("default", "b")
+        assert net[1].merged_names == ("default", "b")
         torch.testing.assert_close(net(x), expected, rtol=0, atol=0)
 
 
@@ -180,7 +180,7 @@ def test_an_error_in_the_middle_of_a_merge_puts_back_what_was_written(
     with pytest.raises(MemoryError):
         net.merge_adapter(["default", "b"])
     assert {name: id(parameter) for name, parameter in net.named_parameters()} == state
-    assert [host.merged for host in net] == [("default",) if merged_before else ()] * 2
+    assert [host.merged_names for host in net] == [("default",) if merged_before else ()] * 2
     torch.testing.assert_close(net(x), before, rtol=0, atol=0)
     with net.disable_adapter():
         torch.testing.assert_close(net(x), base(x), rtol=0, atol=0)
@@ -317,11 +317,11 @@ def test_a_block_merges_and_gives_the_same_weights_back() -> None:
     x, weight = torch.randn(3, 8, dtype=torch.float64), net[0].base_layer.weight
     expected = net(x)
     with net.merged():
-        assert net[0].merged == ("default",)
+        assert net[0].merged_names == ("default",)
         torch.testing.assert_close(net(x), expected)
         with pytest.raises(MergeError, match=r"\['default'\] are merged already"), net.merged():
             pass
-        assert net[0].merged == ("default",)  # the refused block has not unmerged them
+        assert net[0].merged_names == ("default",)  # the refused block has not unmerged them
     assert not net[0].merged and net[0].base_layer.weight is weight
 
 
@@ -355,7 +355,7 @@ def test_nothing_is_merged_while_a_route_is_open(route: Callable[[Any], Any], in
                 in_a_thread(merges) if in_thread else merges()
         assert torch.equal(net(x), before)
     net.merge_adapter()
-    assert net[0].merged == ("default",)
+    assert net[0].merged_names == ("default",)
 
 
 def test_nothing_is_merged_while_another_thread_is_inside_of_disable_adapter() -> None:
