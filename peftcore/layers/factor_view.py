@@ -213,14 +213,16 @@ class FactorView(TensorView):
 
     @property
     def training(self) -> bool:
-        """The adapter's training mode."""
-        return self._of_adapter[0].training
+        """The training mode of the adapter, or of its module that has the same tensors."""
+        return (self._module() or self._of_adapter[0]).training
 
     @training.setter
     def training(self, mode: bool) -> None:  # type: ignore[override]
-        adapter = self._of_adapter[0]
-        if "_modules" in vars(self) and adapter.training != mode:  # not while nn.Module.__init__ sets it
-            adapter.training = mode
+        if "_modules" not in vars(self):  # nn.Module.__init__ sets it
+            return
+        module = self._module() or self._of_adapter[0]
+        if module.training != mode:
+            module.training = mode
 
     def tensor_names(self) -> Iterable[str]:
         """Return the names of the tensors in this module."""
