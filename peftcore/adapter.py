@@ -540,14 +540,6 @@ class Adapter(_Constants):
             saved: the tensor of the state dict.
         """
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
-        for path, module in self.named_modules():
-            for name in (*module._parameters, *module._buffers):
-                key = f"{prefix}{path}.{name}" if path else f"{prefix}{name}"
-                if (saved := state_dict.get(key)) is not None:
-                    self.before_load(module, name, saved)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
     def _parameter(self, name: str) -> nn.Parameter:
         parameter = self._parameters.get(name)
         if parameter is not None:

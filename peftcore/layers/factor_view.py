@@ -5,6 +5,7 @@ parameters and buffers: whatever replaces a tensor in them (`to`, a load, a para
 adapter.
 """
 
+import functools
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -64,6 +65,21 @@ def _table_of_adapters(table: str) -> property:
         """Ignore the empty table that nn.Module makes for itself."""
 
     return property(read, ignore)
+
+
+def _warned(register: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a method that registers a hook with a warning that it does not run when the layer is called."""
+
+    @functools.wraps(register)
+    def registered(*args: Any, **kwargs: Any) -> Any:
+        warnings.warn(
+            "the layer computes with an adapter's tensors itself and does not call the modules that show them, so a "
+            "hook of such a module does not run when the layer is called; register it on the layer",
+            stacklevel=2,
+        )
+        return register(*args, **kwargs)
+
+    return registered
 
 
 class TensorView(nn.Module):
@@ -132,33 +148,10 @@ class TensorView(nn.Module):
         if (part := offloading(hook)) is not None:
             part.pre_forward(self)
 
-    def register_forward_hook(self, *args: Any, **kwargs: Any) -> Any:
-        """Register a hook, with a warning that the layer does not call this module."""
-        _warn_of_hook()
-        return super().register_forward_hook(*args, **kwargs)
-
-    def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
-        """Register a hook, with a warning that the layer does not call this module."""
-        _warn_of_hook()
-        return super().register_forward_pre_hook(*args, **kwargs)
-
-    def register_full_backward_hook(self, *args: Any, **kwargs: Any) -> Any:
-        """Register a hook, with a warning that the layer does not call this module."""
-        _warn_of_hook()
-        return super().register_full_backward_hook(*args, **kwargs)
-
-    def register_full_backward_pre_hook(self, *args: Any, **kwargs: Any) -> Any:
-        """Register a hook, with a warning that the layer does not call this module."""
-        _warn_of_hook()
-        return super().register_full_backward_pre_hook(*args, **kwargs)
-
-
-def _warn_of_hook() -> None:
-    warnings.warn(
-        "the layer computes with an adapter's tensors itself and does not call the modules that show them, so a hook "
-        "of such a module does not run when the layer is called; register it on the layer",
-        stacklevel=3,
-    )
+    register_forward_hook = _warned(nn.Module.register_forward_hook)
+    register_forward_pre_hook = _warned(nn.Module.register_forward_pre_hook)
+    register_full_backward_hook = _warned(nn.Module.register_full_backward_hook)
+    register_full_backward_pre_hook = _warned(nn.Module.register_full_backward_pre_hook)
 
 
 class FactorView(TensorView):
