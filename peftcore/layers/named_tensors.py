@@ -197,14 +197,18 @@ class TensorHolder(nn.Module):
         vars(self)["adapters"] = SlotAdapters(self)  # no submodule
 
     def show(self, name: str) -> None:
-        """Make the submodules that show an adapter's tensors."""
+        """Make the submodules that show an adapter's tensors.
+
+        A submodule whose name would hide an attribute of the layer has "adapter_" before its name.
+        """
         self.hide(name)
         adapter: Any = self.adapters[name]
         if adapter.dropout_module is not None:
             self._container(adapter.dropout_option, ShownModules)._modules[name] = adapter.dropout_module
         for attribute, names in tensor_names(adapter).items():
             kind = ShownTensors if "" in names else ShownModules
-            self._container(attribute, kind).show(name, adapter, names)
+            hides = hasattr(type(self), attribute) or hasattr(adapter.base.layer, attribute)
+            self._container(f"adapter_{attribute}" if hides else attribute, kind).show(name, adapter, names)
 
     def _container(self, attribute: str, kind: type[_Container]) -> _Container:
         if attribute not in self._modules:

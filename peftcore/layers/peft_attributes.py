@@ -18,7 +18,7 @@ from peftcore.bases.plain import Conv1DWeight
 from peftcore.config import options_at
 from peftcore.errors import ConfigError, PeftError
 from peftcore.layers.adapter_slot import AdapterSlot
-from peftcore.layers.factor_view import factor_view
+from peftcore.layers.factor_view import FactorView, factor_view
 from peftcore.layers.switching import MergingMethods
 from peftcore.layers.trained_bias import TrainedBias
 from peftcore.registry import method_named
@@ -73,6 +73,14 @@ class PerAdapter(MutableMapping[str, Any]):
             if attribute == "scaling":
                 _start_scaling(adapter)
             setattr(adapter, attribute, value)
+        elif _is_dropout(adapter, self._attribute) and isinstance(value, nn.Dropout | nn.Identity):
+            adapter._modules.pop("dropout", None)
+            if isinstance(value, nn.Dropout):
+                adapter.add_module("dropout", value)
+            adapter.mark_changed()
+            self._slot.adapters[name] = adapter  # shows the new module
+        elif isinstance(value, nn.Module) and isinstance(shown := self[name], FactorView):
+            _take_tensors(shown, value, f"{self._attribute}[{name!r}]")
         else:
             raise PeftError(
                 f"{self._attribute}[{name!r}] is a view and cannot be replaced; assign its weight or change it in place"
@@ -178,6 +186,23 @@ def _number(adapter: Adapter, attribute: str) -> Any:
     return value if isinstance(value, int | float) or attribute == "token_indices" else None
 
 
+def _is_dropout(adapter: Adapter, attribute: str) -> bool:
+    option = adapter.dropout_option
+    return bool(option) and attribute in (option, f"{_prefix(adapter)}{option}")  # such as supertuning_lora_dropout
+
+
+def _take_tensors(shown: FactorView, module: nn.Module, what: str) -> None:
+    """Give an adapter the parameters of a module that has the same ones; else raise ConfigError."""
+    wanted = {name: tuple(getattr(shown, name).shape) for name in shown.names}
+    given = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    if given != wanted:
+        raise ConfigError(
+            f"{what} must be a module with the parameters {wanted}; got {type(module).__name__} with {given}"
+        )
+    for name, parameter in module.named_parameters():
+        setattr(shown, name, parameter)
+
+
 def _prefix(adapter: Adapter) -> str:
     """Return how the names of the method's tensors begin, such as "vera_"."""
     return f"{getattr(adapter.printed[0], 'peft_type', '').lower()}_"
@@ -189,7 +214,7 @@ def _element(adapter: Adapter, attribute: str) -> Any:
         parameters = {"weight": parameters[""]}
     if parameters == {"": parameters.get("")}:
         return adapter.shown_parameter(parameters[""])
-    if attribute in (option := adapter.dropout_option, f"{_prefix(adapter)}{option}"):  # supertuning_lora_dropout
+    if _is_dropout(adapter, attribute):
         return adapter.dropout_module or nn.Identity()
     if parameters:
         return factor_view(adapter, attribute, parameters)
@@ -366,6 +391,29 @@ class PeftLayerAttributes(MergingMethods):
         if adapter in self._slot.adapters:
             part = self._slot.adapters[adapter]
             part.scaling = scale * _start_scaling(part)
+
+    def reset_lora_parameters(self, adapter_name: str, init_lora_weights: Any) -> None:
+        """Give a LoRA of this layer new start values; an adapter that the layer does not have is no error.
+
+        Args:
+            adapter_name: the adapter's name.
+            init_lora_weights: the initialisation, as the option of `LoraConfig`; False changes nothing, as in HF PEFT.
+
+        Raises:
+            PeftError: the adapter is no LoRA.
+            ConfigError: there is no such initialisation.
+        """
+        if adapter_name not in self._slot.adapters or init_lora_weights is False:
+            return
+        part: Any = self._slot.adapter(adapter_name)
+        config = part.printed[0]
+        if getattr(config, "peft_type", "") != "LORA":
+            raise PeftError(f"reset_lora_parameters: {adapter_name!r} is no LoRA; it is {type(part).__name__}")
+        part.config = dataclasses.replace(config, init_lora_weights=init_lora_weights)
+        try:
+            part.reset_parameters()
+        finally:
+            part.config = config
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scaling of the active adapters.

@@ -279,6 +279,19 @@ def test_signatures() -> None:
 
 
 @checks("PeftLayerAttributes.get_delta_weight", "adapter")
+@checks("PeftLayerAttributes.reset_lora_parameters", "adapter_name init_lora_weights")
+def test_reset_lora_parameters() -> None:
+    model = net("a", "b")
+    before = {name: tensors_of(model, name) for name in "ab"}
+    model[0].reset_lora_parameters("b", "orthogonal")
+    assert same(tensors_of(model, "a"), before["a"]) and not same(tensors_of(model, "b"), before["b"])
+    with pytest.raises(ConfigError, match="init_lora_weights"):
+        model[0].reset_lora_parameters("b", "unknown")
+    model.add_adapter("c", peftcore.LoHaConfig(target_modules=["0"]))
+    with pytest.raises(PeftError, match="'c' is no LoRA"):
+        model[0].reset_lora_parameters("c", True)
+
+
 @checks("PeftLayerAttributes.set_scale", "adapter scale")
 @checks("PeftLayerAttributes.scale_layer", "scale")
 @checks("PeftLayerAttributes.unscale_layer", "scale")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import peftcore
+from peftcore.adapter import Adapter
 
 KINDS = {"linear": "0", "conv": "1", "embedding": "2", "norm": "3"}
 METHODS = {name: example for name, example in examples().items() if not example.whole_model}
@@ -157,6 +158,26 @@ def test_names_follow_the_adapters_of_a_layer() -> None:
     assert set(model.state_dict()) == plain
     again = adapted("LORA", "0").unload()
     assert set(again.state_dict()) == plain
+
+
+class Plain(Adapter):
+    """An adapter whose parameters have names that its layer has, too."""
+
+    def __init__(self, config: Any, base: Any, path: str) -> None:
+        super().__init__(config, base, path)
+        self.weight = nn.Parameter(torch.zeros(16, 16))
+        self.merge = nn.Parameter(torch.zeros(1))
+
+    def delta_weight(self) -> Tensor:
+        return self.weight
+
+
+def test_a_parameter_hides_no_attribute_of_the_layer() -> None:
+    layer = adapted("LORA", "0")[0]
+    layer.place("plain", Plain(peftcore.LoraConfig(), layer.base, "0"))
+    assert layer.weight is layer.base_layer.weight and callable(layer.merge)
+    names = {name for name, _ in layer.named_parameters()}
+    assert {"adapter_weight.plain", "adapter_merge.plain", "lora_A.default.weight"} <= names
 
 
 def test_dropout_is_a_module_of_the_layer_and_follows_its_mode() -> None:

@@ -95,10 +95,44 @@ def test_what_a_layer_says_of_its_adapters(pair: tuple[Any, Any]) -> None:
     assert ours.disable_adapters is True
 
 
+def test_modules_of_an_adapter_can_be_assigned(pair: tuple[Any, Any]) -> None:
+    x, factor = torch.randn(3, 6).double(), nn.Linear(6, 2, bias=False).double()
+    outputs = []
+    for model in pair:
+        layer = model[1]
+        layer.lora_A["default"] = factor
+        layer.lora_A.update({"default": factor})
+        layer.lora_dropout["default"] = nn.Dropout(1.0)
+        layer.train()
+        dropped = layer(x)
+        torch.testing.assert_close(dropped, layer.base_layer(x))
+        layer.lora_dropout["default"] = nn.Identity()
+        outputs.append(layer(x))
+        assert not torch.allclose(outputs[-1], dropped)
+    torch.testing.assert_close(*outputs)
+    assert pair[0][1].lora_A["default"].weight is factor.weight
+
+
+@pytest.mark.parametrize("start", [True, "gaussian"])
+def test_start_values_are_drawn_again_as_in_hf_peft(pair: tuple[Any, Any], start: Any) -> None:
+    for model in pair:
+        torch.manual_seed(3)
+        linear, embedding = model[1].float(), model[0].float()
+        for layer in (linear, embedding):
+            layer.reset_lora_parameters("default", start)
+            layer.reset_lora_parameters("absent", start)
+            layer.reset_lora_parameters("default", False)
+        assert not linear.lora_B["default"].weight.any() and not embedding.lora_embedding_A["default"].any()
+        assert embedding.lora_embedding_B["default"].std() > 0.5
+    torch.testing.assert_close(*(model[1].lora_A["default"].weight for model in pair))
+
+
 def test_what_cannot_be_written_is_an_error(pair: tuple[Any, Any]) -> None:
     layer = pair[0][1]
-    with pytest.raises(PeftError, match="is a view and cannot be replaced"):
+    with pytest.raises(ConfigError, match=r"with the parameters {'weight': \(2, 6\)}; got Linear with .*'bias'"):
         layer.lora_A["default"] = nn.Linear(6, 2)
+    with pytest.raises(PeftError, match="is a view and cannot be replaced"):
+        layer.lora_dropout["default"] = nn.ReLU()
     with pytest.raises(PeftError, match="no such adapter"):
         layer.scaling["other"] = 1.0
     with pytest.raises(PeftError, match="delete the whole adapter"):
