@@ -160,24 +160,19 @@ class FactorView(TensorView):
     Args:
         adapter: the adapter that holds the tensors.
         names: {name in this module: the tensor's name in the adapter}; "0.weight" is in a module inside of this one.
-        computed: names of tensors that the adapter does not hold but computes, as that of a tied weight does; they
-            cannot be assigned. None looks for them in the adapter.
     """
 
     weight: Tensor
     bias: Tensor | None
     _of_adapter: tuple[Adapter, Mapping[str, str]]
-    _computed: frozenset[str]
+    _computed: set[str]
+    """Names of tensors that the adapter computes, as that of a tied weight does; they cannot be assigned."""
 
-    def __init__(self, adapter: Adapter, names: Mapping[str, str], computed: frozenset[str] | None = None):
+    def __init__(self, adapter: Adapter, names: Mapping[str, str]):
         attributes = vars(self)
         attributes["_of_adapter"] = (adapter, names)  # in a tuple: no submodule
-        if computed is None:
-            places = ((name, *self.place(name)) for name in names)
-            computed = frozenset(
-                name for name, m, own in places if m._parameters.get(own) is None and m._buffers.get(own) is None
-            )
-        attributes["_computed"] = computed
+        places = ((name, *self.place(name)) for name in names)
+        attributes["_computed"] = {name for name, module, own in places if not _has(module, own)}
         nn.Module.__init__(self)  # not that of nn.Linear, which would make parameters
         inside: dict[str, dict[str, str]] = {}
         for name, full in names.items():
@@ -185,7 +180,7 @@ class FactorView(TensorView):
             if rest:
                 inside.setdefault(child, {})[rest] = full
         for child, below in inside.items():
-            self._modules[child] = FactorView(adapter, below, frozenset())
+            self._modules[child] = FactorView(adapter, below)
 
     def _module(self) -> nn.Module | None:
         """Return the adapter's module that has the same tensors; None if the adapter itself has them."""
@@ -296,10 +291,6 @@ class FactorView(TensorView):
             raise PeftError("this view of an adapter's parameters can only be called for a matrix; call the layer")
         return F.linear(x, self.weight, self.bias)
 
-    def linked_state(self) -> tuple[Any, ...]:
-        """Return what `type(self)(*state)` needs to make this module again, for a copy of the whole layer."""
-        return (*self._of_adapter, self._computed)
-
     def __reduce_ex__(self, protocol: Any) -> Any:  # a copy of this module alone has tensors of its own
         own = {name: getattr(self, name) for name in self._of_adapter[1] if "." not in name}
         return _copied, (own, dict(self._modules), self.training)
@@ -331,6 +322,11 @@ def factor_view(adapter: Adapter, attribute: str, names: Mapping[str, str]) -> F
     """
     is_linear = attribute in ("lora_A", "lora_B") and adapter.shown_parameter(names["weight"]).dim() == 2
     return (LinearView if is_linear else FactorView)(adapter, names)
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    """Return True if a module has a tensor; with FSDP version 1 it may be a plain attribute."""
+    return any(table.get(name) is not None for table in (module._parameters, module._buffers, vars(module)))
 
 
 def _copied(tensors: dict[str, Tensor], modules: dict[str, nn.Module], training: bool) -> nn.Module:

@@ -5,8 +5,10 @@ itself and is no submodule of the layer. The layer's submodules are the base lay
 tensor stands under the name that it has in HF PEFT.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from functools import cache
 from typing import Any
+from weakref import WeakValueDictionary
 
 from torch import Tensor, nn
 
@@ -19,8 +21,11 @@ from peftcore.layers.replicas import ReplicaAdapters
 from peftcore.layers.trained_bias import TrainedBias
 from peftcore.layers.wrapper import NamedModules
 
+FEW_ADAPTERS = 8
+"""Number of adapters up to which a layer keeps the modules that show their tensors, about 5 kB for each adapter."""
 
-def tensor_names(adapter: Adapter) -> dict[str, dict[str, str]]:
+
+def tensor_names(adapter: Adapter) -> dict[str, Mapping[str, str]]:
     """Return {attribute of HF PEFT's layer: {name inside of it: name in the adapter}} of all tensors of an adapter.
 
     The name inside is "" for a tensor that is the attribute's element itself, as with `q_proj.ia3_l.default`. Tensors
@@ -43,7 +48,13 @@ def tensor_names(adapter: Adapter) -> dict[str, dict[str, str]]:
             if attribute in IN_A_MODULE and not inside:
                 inside = "weight"
             names.setdefault(attribute, {})[inside] = name
-    return names
+    return {attribute: _same_for_all(tuple(inside.items())) for attribute, inside in names.items()}
+
+
+@cache
+def _same_for_all(names: tuple[tuple[str, str], ...]) -> Mapping[str, str]:
+    """Return one dictionary for all adapters with the same names, because there may be thousands."""
+    return dict(names)
 
 
 class _Container(PerAdapter, TensorView):
@@ -55,43 +66,48 @@ class _Container(PerAdapter, TensorView):
     """
 
     def __init__(self, slot: AdapterSlot, attribute: str):
-        vars(self).update(_slot=slot, _attribute=attribute, _names={})
+        vars(self).update(_slot=slot, _attribute=attribute, names={}, own={}, _views={})
         nn.Module.__init__(self)
 
-    _names: dict[str, str]
-    """{adapter: name of its tensor in the adapter} of the elements that are tensors; the others are submodules."""
+    names: dict[str, Mapping[str, str]]
+    """{adapter: names of its tensors, as `tensor_names` returns them for one attribute}."""
+    own: dict[str, nn.Module]
+    """{adapter: its dropout}."""
+    _views: MutableMapping[str, FactorView]
+    """{adapter: module}, made at access; with more than `FEW_ADAPTERS`, only those that are in use elsewhere."""
 
-    def show(self, name: str, adapter: Adapter, names: Mapping[str, str]) -> None:
-        """Show the tensors of an adapter: {name inside of this attribute: name in the adapter}."""
-        self.hide(name)
-        if "" in names:
-            self._names[name] = names[""]
-        else:
-            self._modules[name] = factor_view(adapter, self._attribute, names)
+    @property
+    def _modules(self) -> dict[str, nn.Module]:
+        return self.own | {name: self._view(name) for name, names in self.names.items() if "" not in names}
 
-    def names_of(self, name: str) -> Mapping[str, str]:
-        """Return {name inside of this attribute: name in the adapter} of an adapter's tensors, as `show` was given."""
-        if name in self._names:
-            return {"": self._names[name]}
-        element = self._modules.get(name)
-        return element.names if isinstance(element, FactorView) else {}
+    @_modules.setter
+    def _modules(self, value: dict[str, nn.Module]) -> None:  # type: ignore[override]
+        """Ignore the empty dictionary that nn.Module makes for itself."""
+
+    def _view(self, name: str) -> FactorView:
+        if type(self._views) is dict and len(self.names) > FEW_ADAPTERS:
+            vars(self)["_views"] = WeakValueDictionary(self._views)
+        adapter, view = self.adapter_of(name), self._views.get(name)
+        if view is None or view.adapter_of("") is not adapter:
+            view = self._views[name] = factor_view(adapter, self._attribute, self.names[name])
+        return view
 
     def hide(self, name: str) -> None:
         """Remove the element of an adapter, if there is one."""
-        self._names.pop(name, None)
-        self._modules.pop(name, None)
+        self.names.pop(name, None)
+        self.own.pop(name, None)
 
     def is_empty(self) -> bool:
         """Return True if there is no element."""
-        return not (self._names or self._modules)
+        return not (self.names or self.own)
 
     def tensor_names(self) -> Iterable[str]:
         """Return the names of the adapters whose elements are tensors."""
-        return self._names
+        return [name for name, names in self.names.items() if "" in names]
 
     def place(self, name: str) -> tuple[nn.Module, str]:
         """Return the module that holds an adapter's tensor, and the tensor's name there."""
-        path, _, own = self._names[name].rpartition(".")
+        path, _, own = self.names[name][""].rpartition(".")
         return self.adapter_of(name).get_submodule(path), own
 
     def adapter_of(self, name: str) -> Adapter:
@@ -99,15 +115,17 @@ class _Container(PerAdapter, TensorView):
         return self._slot.adapters[name]
 
     def __getitem__(self, name: str) -> Any:
-        if name in self._modules:
-            return self._modules[name]
-        return getattr(*self.place(name)) if name in self._names else super().__getitem__(name)
+        if name in self.own:
+            return self.own[name]
+        if name not in self.names:
+            return super().__getitem__(name)
+        return getattr(*self.place(name)) if "" in self.names[name] else self._view(name)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._modules or name in self._names or super().__contains__(name)
+        return name in self.own or name in self.names or super().__contains__(name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self._names:
+        if "" in self.names.get(name, ()):
             self.put(name, value)
         elif isinstance(value, nn.Module):
             raise PeftError(
@@ -121,7 +139,7 @@ class _Container(PerAdapter, TensorView):
         TensorView.__delattr__(self, name)
 
     def __getattr__(self, name: str) -> Any:
-        if "_modules" in vars(self) and name in self:
+        if "_views" in vars(self) and name in self:
             return self[name]
         raise AttributeError(f"{vars(self).get('_attribute')} has no adapter {name!r}")
 
@@ -204,11 +222,11 @@ class TensorHolder(nn.Module):
         self.hide(name)
         adapter: Any = self.adapters[name]
         if adapter.dropout_module is not None:
-            self._container(adapter.dropout_option, ShownModules)._modules[name] = adapter.dropout_module
+            self._container(adapter.dropout_option, ShownModules).own[name] = adapter.dropout_module
         for attribute, names in tensor_names(adapter).items():
             kind = ShownTensors if "" in names else ShownModules
             hides = hasattr(type(self), attribute) or hasattr(adapter.base.layer, attribute)
-            self._container(f"adapter_{attribute}" if hides else attribute, kind).show(name, adapter, names)
+            self._container(f"adapter_{attribute}" if hides else attribute, kind).names[name] = names
 
     def _container(self, attribute: str, kind: type[_Container]) -> _Container:
         if attribute not in self._modules:
@@ -228,7 +246,12 @@ class TensorHolder(nn.Module):
 
     def train(self, mode: bool = True) -> Any:
         """Set the training mode of the module and its adapters."""
-        super().train(mode)
+        self.training = mode
+        for module in self.children():
+            if isinstance(module, _Container):
+                vars(module)["training"] = mode  # what it shows has the adapter's mode
+            else:
+                module.train(mode)
         if "adapters" in vars(self):
             self.adapters.train(mode)
         return self
@@ -254,23 +277,12 @@ class TensorHolder(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         containers = self.containers()
         modules = {name: module for name, module in self._modules.items() if name not in containers}
-        linked = [(type(one), name, dict(one._names), _linked(one._modules)) for name, one in containers.items()]
-        return {**vars(self), "_modules": modules, "_linked": linked}
+        shown = [(type(one), name, one.names, one.own) for name, one in containers.items()]
+        return {**vars(self), "_modules": modules, "_shown": shown}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        linked = state.pop("_linked")
+        shown = state.pop("_shown")
         super().__setstate__(state)
-        for kind, attribute, names, elements in linked:  # adapters may be incomplete yet, while a pickle is read
+        for kind, attribute, names, own in shown:  # without the adapters, which may be incomplete until all is read
             container = self._modules[attribute] = kind(self, attribute)
-            container._names.update(names)
-            container._modules.update(
-                {name: make if isinstance(make, nn.Module) else make(*of) for name, (make, of) in elements.items()}
-            )
-
-
-def _linked(elements: Mapping[str, nn.Module | None]) -> dict[str, tuple[Any, Any]]:
-    """Return {adapter: (class, its arguments)} of modules that show tensors, {adapter: (module, None)} of others."""
-    return {
-        name: (type(one), one.linked_state()) if isinstance(one, FactorView) else (one, None)
-        for name, one in elements.items()
-    }
+            vars(container).update(names=names, own=own)

@@ -47,7 +47,7 @@ def _replica(holder: "TensorHolder", replica: Any, name: str) -> nn.Module:
     copied: Any = _shallow_copy(holder.adapters[name])
     for attribute, container in holder.containers().items():
         held = getattr(replica, attribute)
-        for inside, full in container.names_of(name).items():
+        for inside, full in container.names.get(name, {}).items():
             path, _, leaf = full.rpartition(".")
             module = copied.get_submodule(path)
             tensors = module._buffers if leaf in module._buffers else module._parameters

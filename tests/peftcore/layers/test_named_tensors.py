@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import pickle
+import weakref
 from typing import Any
 
 import peft
@@ -15,6 +16,7 @@ from torch.func import functional_call
 
 import peftcore
 from peftcore.adapter import Adapter
+from peftcore.layers.named_tensors import FEW_ADAPTERS
 
 KINDS = {"linear": "0", "conv": "1", "embedding": "2", "norm": "3"}
 METHODS = {name: example for name, example in examples().items() if not example.whole_model}
@@ -202,3 +204,17 @@ def test_moves_reach_every_tensor_once() -> None:
     assert model[0].lora_A["default"].weight is weight and weight.dtype == torch.float64
     model.to("meta")
     assert model[0].adapters["default"].lora_A_weight.is_meta and model[0].lora_A["default"].weight.is_meta
+
+
+def test_a_layer_with_many_adapters_keeps_no_modules_of_theirs() -> None:
+    model: Any = adapted("LORA", "0")
+    kept = model[0].lora_A["default"]
+    assert model[0].lora_A["default"] is kept
+    for number in range(FEW_ADAPTERS):
+        model.add_adapter(f"a{number}", peftcore.LoraConfig(r=2, target_modules=["0"]))
+    assert model[0].lora_A["default"] is kept
+    first = weakref.ref(model[0].lora_A["a0"])
+    assert first() is None
+    names = [name for name, _ in model.named_parameters() if "lora_A" in name]
+    assert names == [f"0.lora_A.{name}.weight" for name in ["default", *(f"a{n}" for n in range(FEW_ADAPTERS))]]
+    assert torch.equal(replicas(model[0])[0](torch.ones(1, 16)), model[0](torch.ones(1, 16)))
