@@ -1,14 +1,15 @@
 """`TunerModel`: the object between a `PeftModel` and its base in HF PEFT, as a view: `model.base_model.model`."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from peftcore.config import PeftConfig
 from peftcore.detection.model_kind import model_config_of
+from peftcore.errors import ConfigError
 from peftcore.injection import activation, inject, merge
-from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set, shared_by
+from peftcore.injection.adapter_set import adapter_set, shared_by
 from peftcore.layers.adapter_slot import AdapterSlot
 from peftcore.layers.peft_attributes import shared_tensor
 from peftcore.layers.trained_bias import TrainedBias
@@ -31,6 +32,16 @@ def parameter_prefix(peft_type: str) -> str:
     return _PREFIXES.get(peft_type, f"{peft_type.lower()}_")
 
 
+class _Prefix:
+    """The attribute `prefix` of a `TunerModel` and of its class."""
+
+    def __get__(self, view: "TunerModel | None", owner: type["TunerModel"]) -> str:
+        if view is None:
+            return parameter_prefix(owner.peft_type) if owner.peft_type else ""
+        first = next(iter(view.peft_config.values()), None)
+        return "" if first is None else parameter_prefix(first.peft_type)
+
+
 class TunerModel:
     """A view on a model with adapters.
 
@@ -38,12 +49,15 @@ class TunerModel:
     save or count are those of the model.
 
     Each method of HF PEFT has a subclass, such as `peftcore.LoraModel`, whose call adds an adapter to a model without
-    changing the model's class: `LoraModel(model, config, "default")`.
+    changing the model's class, and makes it the active one: `LoraModel(model, config, "default")`.
 
     Args:
         model: a model; changed in place if a configuration is given.
         config: the configuration of a new adapter, or {adapter name: configuration}; None if the model has adapters.
-        adapter_name: the name of the new adapter.
+        adapter_name: the name of the new adapter; of several, the one that becomes active.
+        low_cpu_mem_usage: see `inject_adapter_in_model`.
+        state_dict: see `inject_adapter_in_model`.
+        peft_config: HF PEFT's other name of `config`.
 
     Raises:
         ConfigError: an option does not fit the model.
@@ -60,13 +74,17 @@ class TunerModel:
         model: nn.Module,
         config: PeftConfig | dict[str, PeftConfig] | None = None,
         adapter_name: str = "default",
+        low_cpu_mem_usage: bool = False,
+        state_dict: Mapping[str, Tensor] | None = None,
+        *,
+        peft_config: PeftConfig | dict[str, PeftConfig] | None = None,
     ):
+        if config is not None and peft_config is not None:
+            raise ConfigError(f"{type(self).__name__}: config and peft_config are two names of one argument; give one")
+        config = peft_config if config is None else config
         configs = {adapter_name: config} if isinstance(config, PeftConfig) else config or {}
-        for name, one in configs.items():
-            if ATTRIBUTE in model.__dict__:
-                inject.add_adapter(model, one, name).set_requires_grad([name], False)  # until it is active
-            else:
-                inject.inject_adapter_in_model(one, model, name)
+        for name, one in sorted(configs.items(), key=lambda item: item[0] == adapter_name):  # the last one is active
+            inject.inject_adapter_in_model(one, model, name, low_cpu_mem_usage, state_dict)
         adapter_set(model)
         self.__dict__["model"] = model
 
@@ -101,11 +119,10 @@ class TunerModel:
     def __repr__(self) -> str:
         return f"{type(self).__name__}(model={self.model!r})"
 
-    @property
-    def prefix(self) -> str:
-        """Start of the names of the parameters of the first adapter's method, such as "lora_"; "" without adapters."""
-        first = next(iter(self.peft_config.values()), None)
-        return "" if first is None else parameter_prefix(first.peft_type)
+    prefix = _Prefix()
+    """Start of the names of the parameters of the first adapter's method, such as "lora_"; "" without adapters.
+
+    The attribute of a class, such as `LoraModel.prefix`, is that of its method."""
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
@@ -157,6 +174,11 @@ class TunerModel:
         """Delete an adapter; see `PeftModel.delete_adapter`."""
         activation.delete_adapter(self.model, adapter_name)
 
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Set `requires_grad` of all parameters of adapters; see `PeftModel.set_requires_grad`."""
+        names = adapter_names if isinstance(adapter_names, str) else list(adapter_names)
+        activation.set_requires_grad(self.model, names, requires_grad)
+
     def update_and_allocate(self, global_step: int) -> None:
         """Run the active adapters' update of a training step.
 
@@ -178,6 +200,20 @@ class TunerModel:
     def unmerge_adapter(self) -> None:
         """Restore the unmerged base weights."""
         merge.unmerge_adapter(self.model)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """Merge adapters for good, and return the plain model; see `PeftModel.merge_and_unload`."""
+        if hasattr(self.model, "merge_and_unload"):  # a `PeftModel`, whose class changes back
+            return self.model.merge_and_unload(progressbar, safe_merge, adapter_names)  # type: ignore[operator]
+        return merge.merge_and_unload(self.model, safe_merge, adapter_names, progressbar)
+
+    def unload(self) -> nn.Module:
+        """Remove all adapters, and return the base model with its weights; see `PeftModel.unload`."""
+        if hasattr(self.model, "unload"):
+            return self.model.unload()  # type: ignore[operator]
+        return merge.unload(self.model)
 
 
 class SharedTensors(Mapping[str, Tensor]):
