@@ -38,8 +38,11 @@ _OTHER_PLACES = {
 }
 """{module of HF PEFT: the module here that has its names}"""
 
-_FUNCTIONS = {"LOKR": ("factorization",)}
-"""{method: functions of HF PEFT's `layer` that scripts import}; the method's own module has them"""
+_MORE_NAMES = {
+    "ADALORA": {"RankAllocator": "peftcore.injection.rank_allocator"},
+    "LOKR": {"factorization": "peftcore.methods.lokr"},
+}
+"""{method: {further class or function of HF PEFT's module that scripts import: its module here}}"""
 
 
 class _AliasLoader:
@@ -112,8 +115,8 @@ class _MethodLoader:
         layer = layer_class(f"{stem}Layer", method.name)
         vars(module).update({method.config.__name__: method.config, layer.__name__: layer})
         vars(module).update(layer_classes(method.name))
-        source = importlib.import_module(method.config.__module__)
-        vars(module).update({name: getattr(source, name) for name in _FUNCTIONS.get(self._method, ())})
+        for name, source in _MORE_NAMES.get(self._method, {}).items():
+            vars(module)[name] = getattr(importlib.import_module(source), name)
         vars(module)["__getattr__"] = lambda name: _from_root(peftcore, module, name)
 
 

@@ -25,6 +25,8 @@ _BASE_MODEL_READERS = (
 _METHODS_OF_VIEWS = (
     "get_nb_savable_parameters",
     "print_savable_parameters",
+    "resize_modules_by_rank_pattern",
+    "resize_state_dict_by_rank_pattern",
     "update_and_allocate",
     *(name for name, own in vars(XLoraModel).items() if callable(own)),
 )
