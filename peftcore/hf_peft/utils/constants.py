@@ -14,6 +14,7 @@ from peftcore.hf_peft.utils import (
     bloom_model_postprocess_past_key_value,
 )
 from peftcore.injection.targets import MANY_TARGETS as MIN_TARGET_MODULES_FOR_OPTIMIZATION
+from peftcore.injection.targets import NO_TARGETS as DUMMY_TARGET_MODULES
 
 EMBEDDING_LAYER_NAMES = ["embed_tokens", "lm_head"]
 """Names of input and output embeddings, whose weights `save_embedding_layers="auto"` saves with an adapter."""
@@ -25,6 +26,7 @@ TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
 __all__ = [
     "CONFIG_NAME",
     "DUMMY_MODEL_CONFIG",
+    "DUMMY_TARGET_MODULES",
     "EMBEDDING_LAYER_NAMES",
     "INCLUDE_LINEAR_LAYERS_SHORTHAND",
     "MIN_TARGET_MODULES_FOR_OPTIMIZATION",
