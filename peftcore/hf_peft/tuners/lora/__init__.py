@@ -5,7 +5,13 @@ from typing import Any
 from peftcore.conversion import convert_to_lora, save_as_lora
 from peftcore.hf_peft.alias import is_submodule, submodule
 from peftcore.hf_peft.classes import layer_class, layer_classes
-from peftcore.hf_peft.data_start import get_eva_state_dict, initialize_lora_eva_weights
+from peftcore.hf_peft.data_start import (
+    forward_fn_dict,
+    get_eva_state_dict,
+    initialize_lora_eva_weights,
+    prepare_layer_inputs_fn_language_modeling,
+    prepare_model_inputs_fn_language_modeling,
+)
 from peftcore.hf_peft.default_targets import is_table, table
 from peftcore.hf_peft.options import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 from peftcore.hf_peft.preprocess import preprocess_loraga
@@ -60,8 +66,11 @@ __all__ = [
     "VeloraConfig",
     "convert_to_lora",
     "create_arrow_model",
+    "forward_fn_dict",
     "get_eva_state_dict",
     "initialize_lora_eva_weights",
+    "prepare_layer_inputs_fn_language_modeling",
+    "prepare_model_inputs_fn_language_modeling",
     "preprocess_loraga",
     "save_as_lora",
 ]
