@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from peftcore.config import PeftConfig
 from peftcore.detection.model_kind import model_config_of
-from peftcore.errors import ConfigError
+from peftcore.errors import ConfigError, PeftError
 from peftcore.injection import activation, inject, merge
 from peftcore.injection.adapter_set import adapter_set, shared_by
 from peftcore.layers.adapter_slot import AdapterSlot
@@ -19,6 +19,26 @@ _PREFIXES = {"ADALORA": "lora_", "LOHA": "hada_", "PVERA": "pvera_lambda_", "VER
 """{method: prefix of its parameter names}, for methods whose prefix is not the method's name"""
 _OF_THE_WHOLE_MODEL = ("num_parameters", "push_to_hub", "save_pretrained")
 """Methods that a `TunerModel` takes from the model with its head."""
+
+_NEVER_CALLED = (
+    "_check_target_module_exists",
+    "_create_and_replace",
+    "_create_and_replace_parameter",
+    "_create_new_module",
+    "_mark_only_adapters_as_trainable",
+    "_post_injection_hook",
+    "_pre_injection_hook",
+    "_prepare_adapter_config",
+    "_prepare_model",
+    "_replace_module",
+    "forward",
+    "inject_adapter",
+)
+"""Methods of HF PEFT's models that make layers and compute outputs; here, the layers and the model do."""
+_REASON = (
+    "peftcore never calls it; subclass peftcore.adapter.Adapter and register it by peftcore.registry.register for a "
+    "method of your own"
+)
 
 SHARED_TENSORS = (
     *("frod_V", "pvera_A", "pvera_B", "randlora_A", "randlora_B", "unilora_theta_d", "vblora_vector_bank"),
@@ -42,7 +62,16 @@ class _Prefix:
         return "" if first is None else parameter_prefix(first.peft_type)
 
 
-class TunerModel:
+class _OfTunerModels(type):
+    """Metaclass of `TunerModel`, which refuses methods that a program sets and peftcore would never call."""
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        if name in _NEVER_CALLED:
+            raise PeftError(f"{cls.__name__}.{name} cannot be set: {_REASON}")
+        super().__setattr__(name, value)
+
+
+class TunerModel(metaclass=_OfTunerModels):
     """A view on a model with adapters.
 
     An attribute is read from the model without its head if it is defined there, otherwise from the model. Methods that
@@ -62,6 +91,7 @@ class TunerModel:
     Raises:
         ConfigError: an option does not fit the model.
         TargetError: no layer matches, or a matching layer cannot be adapted.
+        PeftError: the class is a subclass that defines methods by which HF PEFT makes layers.
         AdapterNameError: the name is not valid; or no configuration is given, and the model has no adapters.
     """
 
@@ -79,6 +109,8 @@ class TunerModel:
         *,
         peft_config: PeftConfig | dict[str, PeftConfig] | None = None,
     ):
+        if own := [name for name in _NEVER_CALLED if hasattr(type(self), name)]:
+            raise PeftError(f"{type(self).__name__} cannot be made, because it defines {own[0]}: {_REASON}")
         if config is not None and peft_config is not None:
             raise ConfigError(f"{type(self).__name__}: config and peft_config are two names of one argument; give one")
         config = peft_config if config is None else config
@@ -86,11 +118,11 @@ class TunerModel:
         for name, one in sorted(configs.items(), key=lambda item: item[0] == adapter_name):  # the last one is active
             inject.inject_adapter_in_model(one, model, name, low_cpu_mem_usage, state_dict)
         adapter_set(model)
-        self.__dict__["model"] = model
+        vars(self)["model"] = model
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if cls.peft_type:
+        if "peft_type" in vars(cls):
             _CLASSES[cls.peft_type] = cls
 
     def __getattr__(self, name: str) -> Any:
@@ -265,5 +297,5 @@ def tuner_model(model: nn.Module) -> TunerModel:
     first = next(iter(adapter_set(model).configs.values()), None)
     kind = _CLASSES.get(getattr(first, "peft_type", ""), TunerModel)
     view = object.__new__(kind)
-    view.__dict__["model"] = model
+    vars(view)["model"] = model
     return view
