@@ -1,6 +1,7 @@
 """`TunerModel`: the object between a `PeftModel` and its base in HF PEFT, as a view: `model.base_model.model`."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -20,6 +21,11 @@ _PREFIXES = {"ADALORA": "lora_", "LOHA": "hada_", "PVERA": "pvera_lambda_", "VER
 _OF_THE_WHOLE_MODEL = ("num_parameters", "push_to_hub", "save_pretrained")
 """Methods that a `TunerModel` takes from the model with its head."""
 
+_CHAINED = (
+    *("apply", "bfloat16", "cpu", "cuda", "double", "eval", "float", "half", "requires_grad_", "to", "train", "type"),
+    *("to_empty", "xpu"),
+)
+"""Methods of nn.Module that return the module itself, here the view."""
 _NEVER_CALLED = (
     "_check_target_module_exists",
     "_create_and_replace",
@@ -75,7 +81,7 @@ class TunerModel(metaclass=_OfTunerModels):
     """A view on a model with adapters.
 
     An attribute is read from the model without its head if it is defined there, otherwise from the model. Methods that
-    save or count are those of the model.
+    save or count are those of the model. `to`, `eval` and similar methods return the view.
 
     Each method of HF PEFT has a subclass, such as `peftcore.LoraModel`, whose call adds an adapter to a model without
     changing the model's class, and makes it the active one: `LoraModel(model, config, "default")`.
@@ -129,6 +135,8 @@ class TunerModel(metaclass=_OfTunerModels):
         if name.startswith("__") or name == "model":  # `model` is not there yet while a copy is made
             raise AttributeError(name)
         model = self.model
+        if name in _CHAINED:
+            return partial(self._chained, getattr(model, name))
         # transformers reads other attributes of the model without its head here
         if not hasattr(nn.Module, name) and name not in _OF_THE_WHOLE_MODEL:
             headless = model._modules.get(getattr(model, "base_model_prefix", ""))
@@ -140,6 +148,10 @@ class TunerModel(metaclass=_OfTunerModels):
             if name.startswith("_") or not (tensors := SharedTensors(model, name)):
                 raise
             return tensors
+
+    def _chained(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> "TunerModel":
+        method(*args, **kwargs)
+        return self
 
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.model, name, value)

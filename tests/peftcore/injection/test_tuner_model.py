@@ -164,6 +164,15 @@ def test_a_second_call_of_the_class_makes_the_new_adapter_the_active_one() -> No
         LoraModel(base(), LoraConfig(), peft_config=LoraConfig())
 
 
+def test_methods_that_return_the_module_return_the_view() -> None:
+    for library in (peft, peftcore):
+        plain = base()
+        tuner = library.LoraModel(plain, library.LoraConfig(r=2, target_modules=["0"]), "default")
+        assert tuner.to(torch.float64).eval().requires_grad_(False) is tuner
+        assert {p.dtype for p in plain.parameters()} == {torch.float64} and not plain.training
+        assert type(tuner.cpu().train().merge_and_unload()[0]) is nn.Linear
+
+
 def test_a_class_has_the_prefix_of_its_method() -> None:
     classes = {method: kind for method, kind in peft.PEFT_TYPE_TO_TUNER_MAPPING.items() if hasattr(kind, "prefix")}
     theirs = {method: kind.prefix for method, kind in classes.items()}
