@@ -35,11 +35,17 @@ _OTHER_PLACES = {
     ),
     "tuners.adalora.gptq": "tuners.adalora",
     "tuners.adamss.asa_callback": "tuners.asa_callback",
+    "tuners.mixed.model": "tuners.mixed",
+    "tuners.shira.mask_functions": "tuners.shira_masks",
 }
 """{module of HF PEFT: the module here that has its names}"""
 
-_FUNCTIONS = {"LOKR": ("factorization",)}
-"""{method: functions of HF PEFT's `layer` that scripts import}; the method's own module has them"""
+_MORE_NAMES = {
+    "ADALORA": {"RankAllocator": "peftcore.injection.rank_allocator"},
+    "LOKR": {"factorization": "peftcore.methods.lokr"},
+    "MULTITASK_PROMPT_TUNING": {"MultitaskPromptEmbedding": "peftcore.hf_peft.classes"},
+}
+"""{method: {further class or function of HF PEFT's module that scripts import: its module here}}"""
 
 
 class _AliasLoader:
@@ -112,8 +118,8 @@ class _MethodLoader:
         layer = layer_class(f"{stem}Layer", method.name)
         vars(module).update({method.config.__name__: method.config, layer.__name__: layer})
         vars(module).update(layer_classes(method.name))
-        source = importlib.import_module(method.config.__module__)
-        vars(module).update({name: getattr(source, name) for name in _FUNCTIONS.get(self._method, ())})
+        for name, source in _MORE_NAMES.get(self._method, {}).items():
+            vars(module)[name] = getattr(importlib.import_module(source), name)
         vars(module)["__getattr__"] = lambda name: _from_root(peftcore, module, name)
 
 
@@ -124,9 +130,11 @@ def _from_root(root: ModuleType, module: ModuleType, name: str) -> Any:
         return table(name, module.__name__)
     if "__path__" in vars(module) and name in _PARTS:
         return submodule(module.__name__, name)
-    if name.startswith("__") or not hasattr(root, name):
-        raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
-    return getattr(root, name)
+    if not name.startswith("__") and hasattr(root, name):
+        return getattr(root, name)
+    from peftcore.hf_peft.reexports import reexported  # here, because its modules are imported through this finder
+
+    return reexported(module.__name__, name)
 
 
 def submodule(package: str, name: str) -> ModuleType:
@@ -135,10 +143,14 @@ def submodule(package: str, name: str) -> ModuleType:
     Raises:
         AttributeError: the package has no such submodule.
     """
-    path = f"{package}.{name}"
-    if name.startswith("__") or _spec_of(path) is None:
+    if not is_submodule(package, name):
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
-    return importlib.import_module(path)
+    return importlib.import_module(f"{package}.{name}")
+
+
+def is_submodule(package: str, name: str) -> bool:
+    """Return True if a package has the submodule `name`."""
+    return not name.startswith("__") and _spec_of(f"{package}.{name}") is not None
 
 
 class MethodFinder:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from peftcore.config import PeftConfig, TaskType
 from peftcore.errors import ConfigError
 from peftcore.files import hub
+from peftcore.hf_peft.reexports import reexported
 from peftcore.model import PeftModel
 
 _TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -201,3 +202,7 @@ _CLASSES = (
     AutoPeftModelForQuestionAnswering,
     AutoPeftModelForFeatureExtraction,
 )
+
+
+def __getattr__(name: str) -> Any:
+    return reexported(__name__, name)

@@ -32,6 +32,7 @@ class _TaskClass(type):
         return next(iter(instance.peft_config.values())).task_type == cls.task_type
 
     def __call__(cls, model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: Any) -> Any:
+        cls._refuse_subclass()
         if peft_config.task_type not in (None, cls.task_type):
             raise ConfigError(
                 f"{cls.__name__}: task_type must be {cls.task_type.value!r} or None; got {peft_config.task_type!r}"
@@ -41,7 +42,16 @@ class _TaskClass(type):
 
     def from_pretrained(cls, model: Any, *args: Any, **kwargs: Any) -> Any:
         """Load a saved adapter; see `PeftModel.from_pretrained`."""
+        cls._refuse_subclass()
         return PeftModel.from_pretrained(model, *args, **kwargs)
+
+    def _refuse_subclass(cls) -> None:
+        """Raise PeftError for a subclass, whose methods the model would not have."""
+        if cls.__base__ is not object:
+            raise PeftError(
+                f"{cls.__name__} cannot be made: {cls.__base__.__name__} is no base class, because a model with "  # type: ignore[union-attr]
+                "adapters keeps its own class; override methods in a subclass of the base model's class"
+            )
 
 
 class PeftModelForCausalLM(metaclass=_TaskClass):
@@ -104,6 +114,14 @@ class _Wrapper(type):
     """Metaclass of the layer classes; such a class is never made."""
 
     wrappers: tuple[type, ...]
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        if callable(value):  # others may be notes of a program, such as "patched"
+            raise PeftError(
+                f"{cls.__name__}.{name} cannot be set, because peftcore never calls it: the layers and prompts of a "
+                "model are of classes of its own; set it on those objects"
+            )
+        super().__setattr__(name, value)
 
     def __instancecheck__(cls, instance: Any) -> bool:
         return isinstance(instance, cls.wrappers)

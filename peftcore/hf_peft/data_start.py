@@ -5,10 +5,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from peftcore.errors import ConfigError
 from peftcore.files.tensors import PREFIX
+from peftcore.hf_peft.options import EvaConfig
 from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set
 from peftcore.injection.observation import observe
 from peftcore.injection.preparation import Creation, prepare_injection
@@ -38,8 +40,9 @@ def initialize_lora_eva_weights(
         eva_state_dict: the result of `get_eva_state_dict`, in place of batches. Layers that are not in it get
             the usual start, with a warning; layers with rank 0 lose the adapter.
         forward_fn: function to call as `forward_fn(model, batch)` in place of `model(**batch)`.
-        prepare_model_inputs_fn: only None; `EvaConfig(use_label_mask=...)` chooses the tokens that count.
-        prepare_layer_inputs_fn: only None.
+        prepare_model_inputs_fn: None or `prepare_model_inputs_fn_language_modeling`, which is the same;
+            `EvaConfig(use_label_mask=...)` chooses the tokens that count.
+        prepare_layer_inputs_fn: None or `prepare_layer_inputs_fn_language_modeling`, which is the same.
         adapter_name: the adapter.
         gather_distributed_inputs: only True.
         show_progress_bar: show a progress bar.
@@ -77,8 +80,9 @@ def get_eva_state_dict(
         dataloader: batches of the model's keyword arguments.
         peft_config: the LoRA to start; None for the one that the model has.
         forward_fn: function to call as `forward_fn(model, batch)` in place of `model(**batch)`.
-        prepare_model_inputs_fn: only None; `EvaConfig(use_label_mask=...)` chooses the tokens that count.
-        prepare_layer_inputs_fn: only None.
+        prepare_model_inputs_fn: None or `prepare_model_inputs_fn_language_modeling`, which is the same;
+            `EvaConfig(use_label_mask=...)` chooses the tokens that count.
+        prepare_layer_inputs_fn: None or `prepare_layer_inputs_fn_language_modeling`, which is the same.
         adapter_name: the adapter whose configuration is taken.
         gather_distributed_inputs: only True.
         show_progress_bar: show a progress bar.
@@ -131,16 +135,58 @@ def _start_from(model: nn.Module, eva_state_dict: Mapping[str, Tensor], adapter_
     apply_start(model, adapter_name, config, EvaStateDict(config, layers, starts))
 
 
+def forward_fn_dict(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    """Return the outputs of a model for a batch of its keyword arguments."""
+    return model(**inputs)
+
+
+def prepare_model_inputs_fn_language_modeling(model_input: Mapping[str, Tensor], peft_config: LoraConfig) -> Tensor:
+    """Return the positions (n, 2), row and token, of the tokens that count for EVA.
+
+    Args:
+        model_input: a batch of a language model, with `input_ids` (b, t), and `attention_mask` and `labels` if it has
+            them.
+        peft_config: the LoRA, whose `eva_config` says whether labels count.
+
+    Raises:
+        TypeError: the batch is no dictionary.
+    """
+    if not isinstance(model_input, Mapping):
+        raise TypeError(f"a batch must be a dictionary of the model's arguments; got {type(model_input).__name__}")
+    counts = model_input.get("attention_mask", torch.ones_like(model_input["input_ids"])).bool()
+    options = EvaConfig(**(peft_config.eva_config or {}))
+    if options["use_label_mask"] and "labels" in model_input:
+        counts = counts & (model_input["labels"] != options["label_mask_value"])
+    return counts.nonzero()
+
+
+def prepare_layer_inputs_fn_language_modeling(layer_input: Any, model_input: Tensor, layer_name: str) -> Tensor:
+    """Return the inputs (n, i) of a layer for the tokens that count for EVA.
+
+    Args:
+        layer_input: the input (b, t, i), or a tuple that begins with it.
+        model_input: positions (n, 2), from `prepare_model_inputs_fn_language_modeling`.
+        layer_name: the layer's path, for the error.
+
+    Raises:
+        TypeError: the input is neither.
+    """
+    first = layer_input[0] if isinstance(layer_input, tuple | list) else layer_input
+    if not isinstance(first, Tensor):
+        raise TypeError(f"the input of {layer_name} must be a tensor; got {type(first).__name__}")
+    return first[model_input.T.unbind()]
+
+
 def _only(function: str, model_inputs: Any, layer_inputs: Any, gather: Any) -> None:
-    """Raise ConfigError for a value of an option that has only one value here."""
-    fixed = {
-        "prepare_model_inputs_fn": (model_inputs, None),
-        "prepare_layer_inputs_fn": (layer_inputs, None),
-        "gather_distributed_inputs": (gather, True),
+    """Raise ConfigError for a value of an option that has one meaning here."""
+    meanings: dict[str, tuple[Any, tuple[Any, ...]]] = {
+        "prepare_model_inputs_fn": (model_inputs, (None, prepare_model_inputs_fn_language_modeling)),
+        "prepare_layer_inputs_fn": (layer_inputs, (None, prepare_layer_inputs_fn_language_modeling)),
+        "gather_distributed_inputs": (gather, (True,)),
     }
-    for name, (value, only) in fixed.items():
-        if value is not only:
-            raise ConfigError(f"{function}: {name} must be {only!r}; got {value!r:.200}")
+    for name, (value, allowed) in meanings.items():
+        if not any(value is one for one in allowed):
+            raise ConfigError(f"{function}: {name} must be {allowed[0]!r}; got {value!r:.200}")
 
 
 def shift_tokens_right(input_ids: Tensor, pad_token_id: int, decoder_start_token_id: int) -> Tensor:

@@ -8,6 +8,7 @@ from torch import nn
 
 from peftcore.errors import ConfigError
 from peftcore.hf_peft.classes import BaseTunerLayer
+from peftcore.hf_peft.reexports import reexported
 from peftcore.injection import activation
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.injection.inject import inject_adapter_in_model
@@ -114,3 +115,7 @@ def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dty
         if parameter.is_floating_point() and parameter.itemsize < 4:
             parameter.data = parameter.data.float()
     activation.refresh_adapters(model)
+
+
+def __getattr__(name: str) -> Any:
+    return reexported(__name__, name)

@@ -11,6 +11,7 @@ from torch import nn
 from peftcore.errors import ConfigError
 from peftcore.hf_peft.classes import check_if_peft_model
 from peftcore.hf_peft.kappa import KappaTuneSelector, find_kappa_target_modules
+from peftcore.hf_peft.reexports import reexported
 from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set
 
 __all__ = [
@@ -147,3 +148,7 @@ def _has_own_signature(model: nn.Module, method: str = "all") -> None:
 update_signature = _has_own_signature
 update_forward_signature = partial(_has_own_signature, method="forward")
 update_generate_signature = partial(_has_own_signature, method="generate")
+
+
+def __getattr__(name: str) -> Any:
+    return reexported(__name__, name)

@@ -5,6 +5,7 @@ from typing import Any
 
 from peftcore.config import PeftConfig
 from peftcore.hf_peft import classes
+from peftcore.hf_peft.reexports import reexported
 from peftcore.injection import tuner_models
 from peftcore.injection.inject import inject_adapter_in_model
 from peftcore.injection.tuner_model import parameter_prefix
@@ -95,3 +96,7 @@ def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
         ConfigError: the method is unknown, a key is misspelt, or a value does not fit.
     """
     return PeftConfig.from_dict(config_dict)
+
+
+def __getattr__(name: str) -> Any:
+    return reexported(__name__, name)

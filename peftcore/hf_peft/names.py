@@ -162,6 +162,7 @@ NAMES = [
 
 _TASK_CLASS = "same; answers `isinstance` by the first adapter's task, and is not a base class"
 _LEARNER = "for `isinstance`; get_peft_model makes the prompt"
+_EVA = "takes the default input functions alone"
 _VIEW = "same; a view on the model, which keeps its class"
 DIFFERENT = {
     "AdaLoraModel": f"{_VIEW}; the regulariser in the model's loss is squared, as in the paper",
@@ -182,8 +183,8 @@ DIFFERENT = {
     "ShadowConfig": '`shadow_model` must be "mirror"; only transformers\' decoders; the model has no `unload_shadow`',
     "TaskType": 'same; `str()` of a member is "CAUSAL_LM", not "TaskType.CAUSAL_LM"',
     "create_arrow_model": "same; GenKnowSub leaves the weights of the LoRAs themselves as they are",
-    "get_eva_state_dict": "reads the batches once, as `initialize_from_data` does; takes no input functions",
-    "initialize_lora_eva_weights": "does what `initialize_from_data` does; takes no input functions",
+    "get_eva_state_dict": f"reads the batches once, as `initialize_from_data` does; {_EVA}",
+    "initialize_lora_eva_weights": f"does what `initialize_from_data` does; {_EVA}",
 }
 """{name: how its arguments or its meaning differ from HF PEFT's}"""
 

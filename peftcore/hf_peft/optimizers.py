@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from peftcore.errors import ConfigError
-from peftcore.hf_peft.alias import submodule
+from peftcore.hf_peft.alias import is_submodule, submodule
+from peftcore.hf_peft.reexports import reexported
 from peftcore.injection.adapter_set import adapter_set
 
 if TYPE_CHECKING:
@@ -96,4 +97,4 @@ def create_riemannian_optimizer(
 
 
 def __getattr__(name: str) -> Any:
-    return submodule(__name__, name)
+    return submodule(__name__, name) if is_submodule(__name__, name) else reexported(__name__, name)

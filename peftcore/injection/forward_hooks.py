@@ -22,6 +22,7 @@ from peftcore.adapter import Adapter
 from peftcore.composition.route import Route
 from peftcore.errors import ConfigError, RoutingError
 from peftcore.injection.adapter_set import ATTRIBUTE, AdapterSet, shared_by
+from peftcore.injection.targets import NO_TARGETS
 from peftcore.layers.active import in_compiled_call
 from peftcore.layers.forward_paths import contiguous_input
 from peftcore.layers.wrapper import unwrapped
@@ -235,6 +236,8 @@ def _prepare_methods(
     values: dict[Any, dict[str, Any]] = {}
     for name in names:
         if name not in in_effect or name in adapters.prompts:
+            continue
+        if getattr(adapters.configs[name], "target_modules", None) == NO_TARGETS:
             continue
         kind, config, own = adapters.kinds[name], adapters.configs[name], adapters.of_method(name)
         if route is None or route.uniform is not None:

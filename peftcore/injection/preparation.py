@@ -31,6 +31,7 @@ from peftcore.errors import AdapterNameError, ConfigError, MergeError, NoMatchin
 from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set
 from peftcore.injection.module_index import ModuleIndex
 from peftcore.injection.targets import (
+    NO_TARGETS,
     checked_targets,
     complete,
     find_parameters,
@@ -225,7 +226,7 @@ def _adapters_for(
             f"target_parameters: {both[0]} belongs to a layer of target_modules; name it in one of the two"
         )
     bases |= parameters
-    if not bases:
+    if not bases and config.target_modules != NO_TARGETS:
         raise NoMatchingPeftModuleError(
             f"neither target_modules={config.target_modules!r} nor target_parameters={config.target_parameters!r} "
             "names a part of this model"

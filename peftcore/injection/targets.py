@@ -28,6 +28,9 @@ from peftcore.registry import method_of
 MANY_TARGETS = 20
 """Number of listed `target_modules` from which on shorter names are looked for; HF PEFT's number."""
 
+NO_TARGETS = "dummy-target-modules"
+"""Value of `target_modules` for an adapter without layers; HF PEFT's."""
+
 C = TypeVar("C", TunerConfig, PromptLearningConfig)
 
 TASK_HEADS = {
@@ -103,7 +106,7 @@ def checked_targets(
         {path: layer}; the wrapper in place of a layer that has one.
 
     Raises:
-        TargetError: no layer is left, or a layer cannot be adapted.
+        TargetError: no layer is left, and `target_modules` is not NO_TARGETS, or a layer cannot be adapted.
     """
     saved = {path for path in module_index.modules if named(path, config.modules_to_save)}
     targets = {
@@ -111,9 +114,9 @@ def checked_targets(
         for path in without_excluded(paths, config)
         if not (saved and is_within(path, saved))
     }
-    if not targets and not parameter_names(config):
+    if not targets and not parameter_names(config) and config.target_modules != NO_TARGETS:
         raise NoMatchingPeftModuleError(_nothing_matched(module_index.modules, paths, config))
-    if not targets and config.target_modules:
+    if not targets and config.target_modules and config.target_modules != NO_TARGETS:
         message = _nothing_matched(module_index.modules, paths, config)
         warnings.warn(f"{message}; only target_parameters have an effect", RuntimeWarning, stacklevel=2)
     for path, layer in targets.items():

@@ -1,14 +1,16 @@
 """`TunerModel`: the object between a `PeftModel` and its base in HF PEFT, as a view: `model.base_model.model`."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from peftcore.config import PeftConfig
 from peftcore.detection.model_kind import model_config_of
+from peftcore.errors import ConfigError, PeftError
 from peftcore.injection import activation, inject, merge
-from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set, shared_by
+from peftcore.injection.adapter_set import adapter_set, shared_by
 from peftcore.layers.adapter_slot import AdapterSlot
 from peftcore.layers.peft_attributes import shared_tensor
 from peftcore.layers.trained_bias import TrainedBias
@@ -18,6 +20,31 @@ _PREFIXES = {"ADALORA": "lora_", "LOHA": "hada_", "PVERA": "pvera_lambda_", "VER
 """{method: prefix of its parameter names}, for methods whose prefix is not the method's name"""
 _OF_THE_WHOLE_MODEL = ("num_parameters", "push_to_hub", "save_pretrained")
 """Methods that a `TunerModel` takes from the model with its head."""
+
+_CHAINED = (
+    *("apply", "bfloat16", "cpu", "cuda", "double", "eval", "float", "half", "requires_grad_", "to", "train", "type"),
+    *("to_empty", "xpu"),
+)
+"""Methods of nn.Module that return the module itself, here the view."""
+_NEVER_CALLED = (
+    "_check_target_module_exists",
+    "_create_and_replace",
+    "_create_and_replace_parameter",
+    "_create_new_module",
+    "_mark_only_adapters_as_trainable",
+    "_post_injection_hook",
+    "_pre_injection_hook",
+    "_prepare_adapter_config",
+    "_prepare_model",
+    "_replace_module",
+    "forward",
+    "inject_adapter",
+)
+"""Methods of HF PEFT's models that make layers and compute outputs; here, the layers and the model do."""
+_REASON = (
+    "peftcore never calls it; subclass peftcore.adapter.Adapter and register it by peftcore.registry.register for a "
+    "method of your own"
+)
 
 SHARED_TENSORS = (
     *("frod_V", "pvera_A", "pvera_B", "randlora_A", "randlora_B", "unilora_theta_d", "vblora_vector_bank"),
@@ -31,23 +58,46 @@ def parameter_prefix(peft_type: str) -> str:
     return _PREFIXES.get(peft_type, f"{peft_type.lower()}_")
 
 
-class TunerModel:
+class _Prefix:
+    """The attribute `prefix` of a `TunerModel` and of its class."""
+
+    def __get__(self, view: "TunerModel | None", owner: type["TunerModel"]) -> str:
+        if view is None:
+            return parameter_prefix(owner.peft_type) if owner.peft_type else ""
+        first = next(iter(view.peft_config.values()), None)
+        return "" if first is None else parameter_prefix(first.peft_type)
+
+
+class _OfTunerModels(type):
+    """Metaclass of `TunerModel`, which refuses methods that a program sets and peftcore would never call."""
+
+    def __setattr__(cls, name: str, value: Any) -> None:
+        if name in _NEVER_CALLED:
+            raise PeftError(f"{cls.__name__}.{name} cannot be set: {_REASON}")
+        super().__setattr__(name, value)
+
+
+class TunerModel(metaclass=_OfTunerModels):
     """A view on a model with adapters.
 
     An attribute is read from the model without its head if it is defined there, otherwise from the model. Methods that
-    save or count are those of the model.
+    save or count are those of the model. `to`, `eval` and similar methods return the view.
 
     Each method of HF PEFT has a subclass, such as `peftcore.LoraModel`, whose call adds an adapter to a model without
-    changing the model's class: `LoraModel(model, config, "default")`.
+    changing the model's class, and makes it the active one: `LoraModel(model, config, "default")`.
 
     Args:
         model: a model; changed in place if a configuration is given.
         config: the configuration of a new adapter, or {adapter name: configuration}; None if the model has adapters.
-        adapter_name: the name of the new adapter.
+        adapter_name: the name of the new adapter; of several, the one that becomes active.
+        low_cpu_mem_usage: see `inject_adapter_in_model`.
+        state_dict: see `inject_adapter_in_model`.
+        peft_config: HF PEFT's other name of `config`.
 
     Raises:
         ConfigError: an option does not fit the model.
         TargetError: no layer matches, or a matching layer cannot be adapted.
+        PeftError: the class is a subclass that defines methods by which HF PEFT makes layers.
         AdapterNameError: the name is not valid; or no configuration is given, and the model has no adapters.
     """
 
@@ -60,25 +110,33 @@ class TunerModel:
         model: nn.Module,
         config: PeftConfig | dict[str, PeftConfig] | None = None,
         adapter_name: str = "default",
+        low_cpu_mem_usage: bool = False,
+        state_dict: Mapping[str, Tensor] | None = None,
+        *,
+        peft_config: PeftConfig | dict[str, PeftConfig] | None = None,
     ):
+        if own := [name for name in _NEVER_CALLED if hasattr(type(self), name)]:
+            raise PeftError(f"{type(self).__name__} cannot be made, because it defines {own[0]}: {_REASON}")
+        if config is not None and peft_config is not None:
+            raise ConfigError(f"{type(self).__name__}: config and peft_config are two names of one argument; give one")
+        config = peft_config if config is None else config
         configs = {adapter_name: config} if isinstance(config, PeftConfig) else config or {}
-        for name, one in configs.items():
-            if ATTRIBUTE in model.__dict__:
-                inject.add_adapter(model, one, name).set_requires_grad([name], False)  # until it is active
-            else:
-                inject.inject_adapter_in_model(one, model, name)
+        for name, one in sorted(configs.items(), key=lambda item: item[0] == adapter_name):  # the last one is active
+            inject.inject_adapter_in_model(one, model, name, low_cpu_mem_usage, state_dict)
         adapter_set(model)
-        self.__dict__["model"] = model
+        vars(self)["model"] = model
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        if cls.peft_type:
+        if "peft_type" in vars(cls):
             _CLASSES[cls.peft_type] = cls
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name == "model":  # `model` is not there yet while a copy is made
             raise AttributeError(name)
         model = self.model
+        if name in _CHAINED:
+            return partial(self._chained, getattr(model, name))
         # transformers reads other attributes of the model without its head here
         if not hasattr(nn.Module, name) and name not in _OF_THE_WHOLE_MODEL:
             headless = model._modules.get(getattr(model, "base_model_prefix", ""))
@@ -91,6 +149,10 @@ class TunerModel:
                 raise
             return tensors
 
+    def _chained(self, method: Callable[..., Any], *args: Any, **kwargs: Any) -> "TunerModel":
+        method(*args, **kwargs)
+        return self
+
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.model, name, value)
 
@@ -101,11 +163,10 @@ class TunerModel:
     def __repr__(self) -> str:
         return f"{type(self).__name__}(model={self.model!r})"
 
-    @property
-    def prefix(self) -> str:
-        """Start of the names of the parameters of the first adapter's method, such as "lora_"; "" without adapters."""
-        first = next(iter(self.peft_config.values()), None)
-        return "" if first is None else parameter_prefix(first.peft_type)
+    prefix = _Prefix()
+    """Start of the names of the parameters of the first adapter's method, such as "lora_"; "" without adapters.
+
+    The attribute of a class, such as `LoraModel.prefix`, is that of its method."""
 
     @property
     def peft_config(self) -> dict[str, PeftConfig]:
@@ -157,6 +218,11 @@ class TunerModel:
         """Delete an adapter; see `PeftModel.delete_adapter`."""
         activation.delete_adapter(self.model, adapter_name)
 
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Set `requires_grad` of all parameters of adapters; see `PeftModel.set_requires_grad`."""
+        names = adapter_names if isinstance(adapter_names, str) else list(adapter_names)
+        activation.set_requires_grad(self.model, names, requires_grad)
+
     def update_and_allocate(self, global_step: int) -> None:
         """Run the active adapters' update of a training step.
 
@@ -178,6 +244,20 @@ class TunerModel:
     def unmerge_adapter(self) -> None:
         """Restore the unmerged base weights."""
         merge.unmerge_adapter(self.model)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """Merge adapters for good, and return the plain model; see `PeftModel.merge_and_unload`."""
+        if hasattr(self.model, "merge_and_unload"):  # a `PeftModel`, whose class changes back
+            return self.model.merge_and_unload(progressbar, safe_merge, adapter_names)  # type: ignore[operator]
+        return merge.merge_and_unload(self.model, safe_merge, adapter_names, progressbar)
+
+    def unload(self) -> nn.Module:
+        """Remove all adapters, and return the base model with its weights; see `PeftModel.unload`."""
+        if hasattr(self.model, "unload"):
+            return self.model.unload()  # type: ignore[operator]
+        return merge.unload(self.model)
 
 
 class SharedTensors(Mapping[str, Tensor]):
@@ -229,5 +309,5 @@ def tuner_model(model: nn.Module) -> TunerModel:
     first = next(iter(adapter_set(model).configs.values()), None)
     kind = _CLASSES.get(getattr(first, "peft_type", ""), TunerModel)
     view = object.__new__(kind)
-    view.__dict__["model"] = model
+    vars(view)["model"] = model
     return view

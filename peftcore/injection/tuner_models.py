@@ -1,14 +1,20 @@
 """HF PEFT's model class of each method: `LoraModel`, `IA3Model`, ...; see `TunerModel`."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from peftcore.errors import AdapterNameError
+from peftcore.files.tensors import PREFIX
 from peftcore.injection.adapter_set import adapter_set, shared_by
+from peftcore.injection.rank_allocator import Mask, RankAllocator, layers_of, masks_of, resize
 from peftcore.injection.tuner_model import TunerModel
 from peftcore.injection.xlora_model import XLoraModel as XLoraModel
 
 if TYPE_CHECKING:
+    from peftcore.methods.adalora import AdaLoraConfig
     from peftcore.methods.tinylora import TinyLoraConfig
 
 
@@ -22,6 +28,83 @@ class AdaLoraModel(TunerModel):
     """View on a model with adapters, the first of which is of the method ADALORA."""
 
     peft_type = "ADALORA"
+
+    @property
+    def trainable_adapter_name(self) -> str:
+        """Name of the first active AdaLoRA.
+
+        Raises:
+            AdapterNameError: no AdaLoRA is active.
+        """
+        adapters = adapter_set(self.model)
+        for name in adapters.selection.active:
+            if adapters.configs[name].peft_type == self.peft_type:
+                return name
+        raise AdapterNameError(f"no AdaLoRA is active; set_adapter one of {list(adapters.configs)}")
+
+    @property
+    def rankallocator(self) -> RankAllocator:
+        """The allocator of the first active AdaLoRA."""
+        name = self.trainable_adapter_name
+        return RankAllocator(self.model, cast("AdaLoraConfig", self.peft_config[name]), name)
+
+    def update_and_allocate(self, global_step: int) -> None:
+        """Move the budget of the active AdaLoRAs, and write the masks into `rank_pattern` of their configurations.
+
+        Call it after each optimiser step and before `zero_grad`.
+
+        Args:
+            global_step: number of the step.
+        """
+        super().update_and_allocate(global_step)
+        adapters = adapter_set(self.model)
+        for name in adapters.selection.active:
+            config = adapters.configs[name]
+            if config.peft_type == self.peft_type:
+                masks = {f"{path}.lora_E": one.kept.tolist() for path, one in layers_of(self.model, name).items()}
+                cast("AdaLoraConfig", config).rank_pattern = masks
+
+    def resize_modules_by_rank_pattern(self, rank_pattern: Mapping[str, Mask], adapter_name: str) -> None:
+        """Shrink the parameters of an AdaLoRA to the triplets that it keeps. They are new parameters then.
+
+        An optimiser that holds the former ones must be made anew; `PeftModel.on_optimizer_step` needs no such step.
+
+        Args:
+            rank_pattern: {name of a layer's lora_E, with or without the adapter's name: mask of its triplets}, such as
+                `model.peft_config["default"].rank_pattern`; other layers stay.
+            adapter_name: the adapter.
+
+        Raises:
+            ConfigError: a name is not that of an adapted layer, or a mask has another length than the layer's rank.
+            OptionTypeError: a mask is no list and no tensor.
+            AdapterNameError: the adapter is not loaded.
+        """
+        layers = layers_of(self.model, adapter_name)
+        for path, mask in masks_of(layers, rank_pattern, adapter_name).items():
+            resize(layers[path], mask)
+
+    def resize_state_dict_by_rank_pattern(
+        self, rank_pattern: Mapping[str, Mask], state_dict: dict[str, Tensor], adapter_name: str
+    ) -> dict[str, Tensor]:
+        """Shrink tensors of an AdaLoRA in a state dict with HF PEFT's names to the triplets that it keeps.
+
+        Args:
+            rank_pattern: {name of a layer's lora_E, with or without the adapter's name: mask of its triplets}.
+            state_dict: {name, such as "base_model.model.0.lora_E.default": tensor}; changed in place. Tensors that
+                have the mask's number of triplets already stay.
+            adapter_name: the adapter.
+
+        Returns:
+            The state dict.
+        """
+        for name, mask in rank_pattern.items():
+            path = name.removesuffix(f".{adapter_name}").removesuffix(".lora_E")
+            rows = torch.as_tensor(mask).flatten().bool().nonzero().flatten()
+            for tensor, axis in (("lora_E", 0), ("lora_A", 0), ("lora_B", 1)):
+                key = f"{PREFIX}{path}.{tensor}.{adapter_name}"
+                if len(rows) != state_dict[key].shape[axis]:
+                    state_dict[key] = state_dict[key].index_select(axis, rows.to(state_dict[key].device))
+        return state_dict
 
 
 class BOFTModel(TunerModel):

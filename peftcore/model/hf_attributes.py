@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from peftcore.injection.adapter_set import ATTRIBUTE
+from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set
 from peftcore.injection.base_view import view_of
 from peftcore.injection.tuner_model import SHARED_TENSORS, SharedTensors, tuner_model
 from peftcore.injection.tuner_models import XLoraModel  # the import defines the class of every method
@@ -25,6 +25,8 @@ _BASE_MODEL_READERS = (
 _METHODS_OF_VIEWS = (
     "get_nb_savable_parameters",
     "print_savable_parameters",
+    "resize_modules_by_rank_pattern",
+    "resize_state_dict_by_rank_pattern",
     "update_and_allocate",
     *(name for name, own in vars(XLoraModel).items() if callable(own)),
 )
@@ -76,6 +78,12 @@ def _method_of_view(model: Any, name: str) -> Callable[..., Any] | None:
     return getattr(view, name) if hasattr(type(view), name) else None
 
 
+def _word_embeddings(model: Any) -> Any:
+    """Return the input embeddings of a model with a prompt; None without a prompt."""
+    has_prompt = any(config.is_prompt_learning for config in adapter_set(model).configs.values())
+    return getattr(model, "get_input_embeddings", lambda: None)() if has_prompt else None
+
+
 class _FromAdapters:
     """An attribute of PEFT's models that follows from the adapters, unless the model itself has such an attribute.
 
@@ -101,6 +109,7 @@ class _FromAdapters:
 
 _FROM_ADAPTERS = (
     _FromAdapters("prefix", lambda model: tuner_model(model).prefix),
+    _FromAdapters("word_embeddings", _word_embeddings),
     *(_FromAdapters(name, partial(_shared, name=name)) for name in SHARED_TENSORS),
     *(_FromAdapters(name, partial(_method_of_view, name=name)) for name in _METHODS_OF_VIEWS),
 )

@@ -7,8 +7,11 @@
 from typing import Any
 
 import peftcore
-from peftcore.hf_peft.alias import submodule
+from peftcore.hf_peft.alias import is_submodule, submodule
+from peftcore.hf_peft.reexports import reexported
 
 
 def __getattr__(name: str) -> Any:
-    return getattr(peftcore, name) if name[:1].isupper() else submodule(__name__, name)
+    if name[:1].isupper() and hasattr(peftcore, name):
+        return getattr(peftcore, name)
+    return submodule(__name__, name) if is_submodule(__name__, name) else reexported(__name__, name)

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from peftcore.bases import base_weight, is_adaptable
 from peftcore.bases.offload import offload_hook, replace_offloaded
 from peftcore.config import TunerConfig
 from peftcore.errors import OptionTypeError, TargetError
 from peftcore.files.tensors import PREFIX
 from peftcore.hf_peft.classes import BaseTunerLayer
 from peftcore.hf_peft.functional import cast_adapter_dtype, delete_adapter, set_adapter, set_requires_grad
+from peftcore.hf_peft.reexports import reexported
 from peftcore.hf_peft.utils import _get_submodules
 from peftcore.hf_peft.utils.constants import (
     DUMMY_MODEL_CONFIG,
@@ -23,6 +25,7 @@ from peftcore.hf_peft.utils.constants import (
 )
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.injection.module_index import ModuleIndex
+from peftcore.injection.replication import replicate
 from peftcore.injection.targets import ALL_LINEAR, is_within, matches_targets, shortest_names, target_paths
 from peftcore.injection.tuner_model import TunerModel as BaseTuner
 from peftcore.layers.trained_bias import TrainedBias
@@ -36,13 +39,20 @@ __all__ = [
     "MIN_TARGET_MODULES_FOR_OPTIMIZATION",
     "BaseTuner",
     "BaseTunerLayer",
+    "_find_minimal_target_modules",
+    "_get_in_out_features",
     "_get_submodules",
+    "_maybe_include_all_linear_layers",
+    "_remove_adapter_name_from_state_dict_key",
     "cast_adapter_dtype",
     "check_adapters_to_merge",
     "check_target_module_exists",
     "delete_adapter",
+    "find_parameter_name_by_module",
+    "get_device_map",
     "inspect_matched_modules",
     "onload_layer",
+    "replicate_layers",
     "set_adapter",
     "set_requires_grad",
 ]
@@ -193,3 +203,54 @@ def _filter_state_dict_by_key_prefixes(state_dict: Mapping[str, Any], prefixes: 
     """
     prefixes = frozenset(prefixes)
     return {key: value for key, value in state_dict.items() if is_within(key, prefixes)}
+
+
+def _get_in_out_features(module: nn.Module) -> tuple[int, int] | tuple[None, None]:
+    """Return the sizes (inputs, outputs) of a layer; (None, None) for a layer that has no such sizes.
+
+    Args:
+        module: a layer: linear, also quantised, a convolution, an embedding, or an attention with joined projections.
+    """
+    if isinstance(module, nn.MultiheadAttention):
+        return module.embed_dim, 3 * module.embed_dim
+    if not is_adaptable(module):
+        return None, None
+    base = base_weight(module, type(module).__name__)
+    return (base.in_features, base.out_features) if base.kind in ("linear", "conv", "embedding") else (None, None)
+
+
+def find_parameter_name_by_module(model: nn.Module, reference_module: nn.Module) -> str:
+    """Return the path of a module in a model; "" if it is not there."""
+    return next((path for path, module in model.named_modules() if module is reference_module), "")
+
+
+def get_device_map(model: nn.Module) -> dict[str, Any]:
+    """Return {path: device} of a model that is divided among devices, {"": device} for one on a single device."""
+    device_map: Any = getattr(model, "hf_device_map", None)
+    return {"": next(model.parameters()).device} if device_map is None else device_map
+
+
+def replicate_layers(model: nn.Module, layer_map: Sequence[tuple[int, int]]) -> None:
+    """Replace the model's blocks, in place, by those of several ranges; repeated blocks share their weights.
+
+    Args:
+        model: a plain model with one list of blocks.
+        layer_map: (first block, last block + 1) of each range, in order.
+
+    Raises:
+        ConfigError: a range is empty or outside of the model.
+        TargetError: the model does not have exactly one list of blocks.
+    """
+    replicate(model, layer_map)
+
+
+def _remove_adapter_name_from_state_dict_key(key: str, adapter_name: str) -> str:
+    """Return the key of an adapter's tensor in a file, such as "q.lora_A.weight", for "q.lora_A.default.weight"."""
+    path, dot, last = key.rpartition(".")
+    if dot and last == adapter_name:
+        return path
+    return f"{path.removesuffix(f'.{adapter_name}')}{dot}{last}"
+
+
+def __getattr__(name: str) -> Any:
+    return reexported(__name__, name)

@@ -9,12 +9,13 @@ from peftcore.config import TaskType
 from peftcore.errors import PeftError
 from peftcore.files import CONFIG_NAME
 from peftcore.files.tensors import WEIGHTS_NAME as SAFETENSORS_WEIGHTS_NAME
-from peftcore.hf_peft.alias import submodule
+from peftcore.hf_peft.alias import is_submodule, submodule
 from peftcore.hf_peft.classes import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, TrainableTokensWrapper
 from peftcore.hf_peft.data_start import shift_tokens_right
 from peftcore.hf_peft.default_targets import is_table, table
 from peftcore.hf_peft.functional import cast_adapter_dtype
 from peftcore.hf_peft.precision import cast_mixed_precision_params
+from peftcore.hf_peft.reexports import reexported
 from peftcore.injection.loftq import replace_lora_weights_loftq
 from peftcore.injection.targets import ALL_LINEAR as INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peftcore.model import prepare_model_for_kbit_training
@@ -119,4 +120,6 @@ def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
 
 
 def __getattr__(name: str) -> Any:
-    return table(name, __name__) if is_table(name) else submodule(__name__, name)
+    if is_table(name):
+        return table(name, __name__)
+    return submodule(__name__, name) if is_submodule(__name__, name) else reexported(__name__, name)

@@ -1,5 +1,8 @@
 """`peft.utils.hotswap`: exchange of a loaded LoRA for a saved one."""
 
+from typing import Any
+
+from peftcore.hf_peft.reexports import reexported
 from peftcore.registry import PeftType
 from peftcore.storage.hotswap import (
     SAME_OPTIONS,
@@ -18,3 +21,7 @@ __all__ = [
     "hotswap_adapter_from_state_dict",
     "prepare_model_for_compiled_hotswap",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    return reexported(__name__, name)

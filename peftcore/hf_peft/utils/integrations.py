@@ -1,14 +1,16 @@
 """`peft.utils.integrations`: the weights of quantised layers, and DeepSpeed's sharded parameters."""
 
 import contextlib
+import functools
 import importlib
-from collections.abc import Iterable, Iterator
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, TypeVar, cast
 
 from torch import Tensor, nn
 
 from peftcore.bases import base_weight
 from peftcore.errors import ConfigError, require_extra
+from peftcore.hf_peft.reexports import reexported
 
 __all__ = [
     "check_deepspeed_zero3_enabled",
@@ -17,7 +19,11 @@ __all__ = [
     "gather_params_ctx",
     "get_bnb_param_type",
     "init_empty_weights",
+    "skip_init_on_device",
 ]
+
+_REGISTER = nn.Module.register_parameter, nn.Module.register_buffer
+"""PyTorch's own methods, which `init_empty_weights` replaces for its time."""
 
 
 def dequantize_module_weight(module: nn.Module) -> Tensor:
@@ -105,3 +111,36 @@ def init_empty_weights(include_buffers: bool | None = None) -> Iterator[None]:
     require_extra("train", "init_empty_weights", "accelerate")
     with importlib.import_module("accelerate").init_empty_weights(include_buffers=include_buffers):
         yield
+
+
+@contextlib.contextmanager
+def _skip_init_on_device() -> Iterator[None]:
+    """Make modules inside of the context with memory, also inside of `init_empty_weights(include_buffers=False)`."""
+    patched = nn.Module.register_parameter, nn.Module.register_buffer
+    nn.Module.register_parameter, nn.Module.register_buffer = _REGISTER  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter, nn.Module.register_buffer = patched  # type: ignore[assignment]
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def skip_init_on_device(func: _F) -> _F:
+    """Return a function that makes modules with memory, also inside of `init_empty_weights` without buffers.
+
+    Args:
+        func: the function.
+    """
+
+    @functools.wraps(func)
+    def with_memory(*args: Any, **kwargs: Any) -> Any:
+        with _skip_init_on_device():
+            return func(*args, **kwargs)
+
+    return cast(_F, with_memory)
+
+
+def __getattr__(name: str) -> Any:
+    return reexported(__name__, name)

@@ -4,12 +4,13 @@
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from peftcore.errors import ConfigError
+from peftcore.hf_peft.reexports import reexported
 from peftcore.merging.elementwise import merged_elements
 from peftcore.merging.recipe import Recipe, check_density
 from peftcore.merging.sparsify import sparsified
@@ -140,3 +141,7 @@ def _merged(tensors: Sequence[Tensor], weights: Tensor, recipe: Recipe) -> Tenso
     if len(tensors) != len(numbers):
         raise ConfigError(f"each tensor needs one weight: got {len(tensors)} tensors and {len(numbers)} weights")
     return merged_elements(tensors, numbers, recipe, None)
+
+
+def __getattr__(name: str) -> Any:
+    return reexported(__name__, name)

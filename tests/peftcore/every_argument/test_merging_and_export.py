@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from argument_checks import checks
-from argument_nets import X, adalora, lora, net, same, tensors_of, trained
+from argument_nets import Plain, X, adalora, lora, net, same, tensors_of, trained
 from torch import Tensor
 
 import peftcore
@@ -31,12 +31,14 @@ MERGERS: dict[str, Callable[..., Any]] = {
     "model": lambda model, **options: model.merge_adapter(**options),
     "view": lambda model, **options: model.base_model.merge_adapter(**options),
     "unloading": lambda model, **options: model.merge_and_unload(**options),
+    "view's unloading": lambda model, **options: model.base_model.merge_and_unload(**options),
 }
 
 
 @checks("PeftModel.merge_adapter", "adapter_names safe_merge")
 @checks("TunerModel.merge_adapter", "adapter_names safe_merge")
 @checks("PeftModel.merge_and_unload", "adapter_names safe_merge")
+@checks("TunerModel.merge_and_unload", "adapter_names safe_merge")
 @pytest.mark.parametrize("merge", MERGERS.values(), ids=list(MERGERS))
 def test_merging(merge: Callable[..., Any]) -> None:
     model = net("a", "b")
@@ -55,11 +57,13 @@ def test_merging(merge: Callable[..., Any]) -> None:
 
 
 @checks("PeftModel.merge_and_unload", "progressbar")
+@checks("TunerModel.merge_and_unload", "progressbar")
 def test_progress_of_a_merge(capfd: pytest.CaptureFixture[str]) -> None:
-    net().merge_and_unload(progressbar=False)
-    assert not capfd.readouterr().err
-    net().merge_and_unload(progressbar=True)
-    assert "merge" in capfd.readouterr().err
+    for model_of in (net, lambda: net().base_model, lambda: peftcore.LoraModel(Plain(), lora())):
+        model_of().merge_and_unload(progressbar=False)
+        assert not capfd.readouterr().err
+        model_of().merge_and_unload(progressbar=True)
+        assert "merge" in capfd.readouterr().err
 
 
 @checks("PeftModel.merged", "adapter_names safe_merge")

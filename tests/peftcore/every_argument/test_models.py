@@ -99,7 +99,7 @@ def test_prefixes_in_the_layout_of_an_old_cache() -> None:
 @checks("get_peft_model", "autocast_adapter_dtype low_cpu_mem_usage")
 @checks("PeftModel.add_adapter", "adapter_name peft_config autocast_adapter_dtype low_cpu_mem_usage")
 @checks("inject_adapter_in_model", "peft_config model adapter_name low_cpu_mem_usage state_dict")
-@checks("TunerModel.__init__", "model config adapter_name")
+@checks("TunerModel.__init__", "model config adapter_name low_cpu_mem_usage state_dict peft_config")
 def test_new_adapters() -> None:
     for autocast, dtype in ((True, torch.float32), (False, torch.bfloat16)):
         model = get_peft_model(Plain(torch.bfloat16), lora(), autocast_adapter_dtype=autocast)
@@ -120,6 +120,10 @@ def test_new_adapters() -> None:
         net().add_adapter("b", "c")
     view = peftcore.LoraModel(plain := Plain(), lora("1"), "d")
     assert view.model is plain and list(view.peft_config) == ["d"] and view.targeted_module_names == ["1"]
+    with pytest.warns(RuntimeWarning, match="adapts the 1 layers that state_dict names"):
+        view = peftcore.LoraModel(Plain(), peft_config=lora("0"), low_cpu_mem_usage=True, state_dict=state)
+    assert view.targeted_module_names == ["1"]
+    assert {p.is_meta for n, p in view.named_parameters() if "lora_" in n} == {True}
 
 
 @checks("_TaskClass.__call__", "model peft_config adapter_name kwargs")
@@ -191,8 +195,16 @@ def test_set_adapter(setter: Callable[..., None]) -> None:
 
 
 @checks("PeftModel.set_requires_grad", "adapter_names requires_grad")
+@checks("TunerModel.set_requires_grad", "adapter_names requires_grad")
 @checks("set_requires_grad", "model adapter_names requires_grad")
-@pytest.mark.parametrize("setter", [PeftModel.set_requires_grad, functional.set_requires_grad])
+@pytest.mark.parametrize(
+    "setter",
+    [
+        PeftModel.set_requires_grad,
+        lambda model, *names, **options: model.base_model.set_requires_grad(*names, **options),
+        functional.set_requires_grad,
+    ],
+)
 def test_set_requires_grad(setter: Any) -> None:
     model = net("a", "b")
     setter(model, "b")

@@ -23,6 +23,7 @@ from peftcore.hf_peft import functional, optimizers
 
 @checks("PeftModel.on_optimizer_step", "step optimizer")
 @checks("TunerModel.update_and_allocate", "global_step")
+@checks("AdaLoraModel.update_and_allocate", "global_step")
 @checks("PeftModel.load_adapter_state", "state")
 @checks("PeftModel.adapter_ranks", "adapter_name")
 def test_steps_of_training() -> None:
@@ -55,6 +56,24 @@ def test_steps_of_training() -> None:
     model = net("a")
     model.add_adapter("b", lora("1", r=5))
     assert model.adapter_ranks("b") == {"1": 5} != model.adapter_ranks()
+
+
+@checks("AdaLoraModel.resize_modules_by_rank_pattern", "rank_pattern adapter_name")
+@checks("AdaLoraModel.resize_state_dict_by_rank_pattern", "rank_pattern state_dict adapter_name")
+def test_ranks_by_masks() -> None:
+    model = adalora()
+    path, r = "0", model.peft_config["default"].init_r
+    keys = {f"base_model.model.{path}.lora_{letter}.{name}" for letter in "AEB" for name in ("default", "b")}
+    for kept in (r, 1):
+        masks = {f"{path}.lora_E": [True] * kept + [False] * (r - kept)}
+        state = {key: torch.ones(2, r) if "lora_B" in key else torch.ones(r, 2) for key in keys}
+        shrunken = model.resize_state_dict_by_rank_pattern(masks, dict(state), "default")
+        assert shrunken[f"base_model.model.{path}.lora_B.default"].shape == (2, kept)
+        assert shrunken[f"base_model.model.{path}.lora_B.b"].shape == (2, r)
+        model.resize_modules_by_rank_pattern(masks, "default")
+        assert model.adapter_ranks()[path] == kept
+    with pytest.raises(peftcore.AdapterNameError):
+        model.resize_modules_by_rank_pattern({}, "b")
 
 
 @checks("PeftModel.supports_lora_conversion", "adapter_name")

@@ -172,3 +172,21 @@ def test_layers_of_loha_and_lokr_are_lycoris_layers_and_adaloras_are_svd_linear(
     adalora = layer(AdaLoraConfig(target_modules=["0"], init_r=2, target_r=1, total_step=9))
     assert isinstance(loha, LycorisLayer) and isinstance(lokr, LycorisLayer) and not isinstance(adalora, LycorisLayer)
     assert isinstance(adalora, SVDLinear) and not isinstance(adalora, SVDConv2d) and not isinstance(loha, SVDLinear)
+
+
+@pytest.mark.parametrize("kind", [Linear, LoraLayer, classes.BaseTunerLayer, classes.ModulesToSaveWrapper])
+def test_a_method_that_would_never_be_called_cannot_be_set_on_a_class_of_layers(kind: type) -> None:
+    with pytest.raises(PeftError, match=r"\.forward cannot be set, because peftcore never calls it"):
+        kind.forward = lambda self, x: x  # type: ignore[attr-defined]
+    kind.patched = True  # type: ignore[attr-defined]
+    del kind.patched  # type: ignore[attr-defined]
+
+
+def test_a_subclass_of_a_task_class_cannot_be_made(tmp_path: Path) -> None:
+    class Own(peftcore.PeftModelForCausalLM):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    for make in (lambda: Own(base(), LoraConfig(target_modules=["0"])), lambda: Own.from_pretrained(base(), tmp_path)):
+        with pytest.raises(PeftError, match="Own cannot be made: PeftModelForCausalLM is no base class"):
+            make()

@@ -2,8 +2,10 @@ import copy
 from typing import Any
 
 import peft
+import peftcore.tuners.lora.eva as ours_of_eva
 import pytest
 import torch
+from peft.tuners.lora import eva as theirs_of_eva
 from torch import nn
 
 import peftcore
@@ -101,6 +103,48 @@ def test_the_directions_are_those_of_peft() -> None:
     )
     ours = get_eva_state_dict(model, batches(), LoraConfig(**config), show_progress_bar=False)
     torch.testing.assert_close((ours["layer"] @ theirs["layer"].float().T).abs(), torch.eye(2), atol=0.05, rtol=0)
+
+
+def test_functions_of_inputs_are_those_of_peft() -> None:
+    batch = {
+        "input_ids": torch.arange(8).view(2, 4),
+        "attention_mask": torch.tensor([[0, 1, 1, 1], [1, 1, 1, 0]]),
+        "labels": torch.tensor([[-100, -100, 2, 3], [1, -7, -100, 4]]),
+    }
+    hidden = torch.randn(2, 4, 3)
+    for keys in (("input_ids",), ("input_ids", "attention_mask"), tuple(batch)):
+        given = {key: batch[key] for key in keys}
+        for options in ({}, {"use_label_mask": False}, {"label_mask_value": -7}):
+            results = []
+            for library, module in ((peftcore, ours_of_eva), (peft, theirs_of_eva)):
+                config = library.LoraConfig(init_lora_weights="eva", eva_config=library.EvaConfig(**options))
+                positions = module.prepare_model_inputs_fn_language_modeling(given, config)
+                rows = [
+                    module.prepare_layer_inputs_fn_language_modeling(one, positions, "q") for one in (hidden, (hidden,))
+                ]
+                results.append((positions, *rows))
+            assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    for module in (ours_of_eva, theirs_of_eva):
+        assert module.forward_fn_dict(lambda x, y: (y, x), {"x": 1, "y": 2}) == (2, 1)
+        with pytest.raises(TypeError, match="must be a dictionary"):
+            module.prepare_model_inputs_fn_language_modeling([1], LoraConfig())
+        with pytest.raises(TypeError, match=r"layer q|input of q"):
+            module.prepare_layer_inputs_fn_language_modeling("x", torch.zeros(1, 2), "q")
+
+
+def test_the_functions_that_are_the_default_can_be_given() -> None:
+    starts = [
+        get_eva_state_dict(eva(), batches(), show_progress_bar=False, **options)
+        for options in (
+            {},
+            {
+                "forward_fn": ours_of_eva.forward_fn_dict,
+                "prepare_model_inputs_fn": ours_of_eva.prepare_model_inputs_fn_language_modeling,
+                "prepare_layer_inputs_fn": ours_of_eva.prepare_layer_inputs_fn_language_modeling,
+            },
+        )
+    ]
+    assert torch.equal(starts[0]["base_model.model.layer"], starts[1]["base_model.model.layer"])
 
 
 def test_a_start_with_other_ranks_changes_the_ranks() -> None:

@@ -11,12 +11,13 @@ from tiny_models import tiny
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
+import peftcore
 from peftcore import IA3Config, LoraConfig, PeftModel, TargetError, TaskType, get_peft_model
 from peftcore.config import TunerConfig
 from peftcore.injection import preparation, targets
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.injection.module_index import ModuleIndex
-from peftcore.injection.targets import MANY_TARGETS, find_targets, shortest_names, without_excluded
+from peftcore.injection.targets import MANY_TARGETS, NO_TARGETS, find_targets, shortest_names, without_excluded
 
 
 class Heads(nn.Module):
@@ -261,3 +262,34 @@ def test_a_whole_path_among_the_names_is_adapted_outside_of_the_chosen_blocks(tm
     theirs.save_pretrained(tmp_path)
     ours = PeftModel.from_pretrained(blocks(2), tmp_path)
     assert ours.targeted_module_names == theirs.targeted_module_names == ["layers.0.q", "layers.1.k", "head.k"]
+
+
+@pytest.mark.parametrize("method", ["Lora", "IA3", "VBLoRA", "Poly"])
+def test_an_adapter_without_layers_does_nothing_as_in_peft(method: str, tmp_path: Path) -> None:
+    """A program adds such an adapter and fills it later by others, or trains only `modules_to_save` with it."""
+    options = {"VBLoRA": {"num_vectors": 8, "vector_length": 2}, "IA3": {"feedforward_modules": []}}.get(method, {})
+    config = getattr(peftcore, f"{method}Config")(target_modules=NO_TARGETS, **options)
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    x = torch.randn(2, 4)
+    expected = plain(x)
+    model = get_peft_model(plain, config)
+    assert torch.equal(model(x), expected) and model.targeted_module_names == []
+    model.add_adapter("other", LoraConfig(target_modules=["0"], init_lora_weights=False))
+    model.set_adapter("other")
+    assert not torch.equal(model(x), expected)
+    model.set_adapter("default")
+    assert torch.equal(model(x), expected)
+    model.save_pretrained(tmp_path, selected_adapters=["default"])
+    loaded = PeftModel.from_pretrained(model.unload(), tmp_path)
+    assert torch.equal(loaded(x), expected)
+    assert torch.equal(loaded.merge_and_unload()(x), expected)
+
+
+def test_modules_train_whole_beside_an_adapter_without_layers() -> None:
+    for library in (peft, peftcore):
+        plain = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        config = library.LoraConfig(target_modules=NO_TARGETS, modules_to_save=["1"])
+        model = library.get_peft_model(plain, config)
+        trained = {name.removeprefix("base_model.model.") for name, p in model.named_parameters() if p.requires_grad}
+        assert trained == {"1.modules_to_save.default.weight", "1.modules_to_save.default.bias"}

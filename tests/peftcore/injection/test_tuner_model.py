@@ -13,7 +13,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 import peftcore
-from peftcore import AdapterNameError, IA3Model, LoraConfig, LoraModel, PeftModel, get_peft_model
+from peftcore import AdapterNameError, ConfigError, IA3Model, LoraConfig, LoraModel, PeftModel, get_peft_model
 
 SIZES = {
     "vocab_size": 16,
@@ -121,6 +121,63 @@ def test_calling_the_class_adds_an_adapter_and_keeps_the_models_class() -> None:
     tuner.delete_adapter("first")
     with pytest.raises(AdapterNameError):
         LoraModel(base())
+
+
+@pytest.mark.parametrize("end", ["merge_and_unload", "unload"])
+def test_a_model_that_keeps_its_class_is_merged_and_unloaded_as_in_peft(end: str) -> None:
+    torch.manual_seed(1)
+    x, outputs = torch.randn(2, 4, dtype=torch.float64), {}
+    for library in (peft, peftcore):
+        plain = base().double()
+        config = library.LoraConfig(r=2, target_modules=["0", "2"], init_lora_weights=False)
+        torch.manual_seed(2)
+        tuner = library.LoraModel(plain, config, "first")
+        unloaded = getattr(tuner, end)()
+        assert unloaded is plain and type(unloaded[0]) is nn.Linear and not hasattr(plain, "peft_config")
+        outputs[library] = unloaded(x)
+    torch.testing.assert_close(outputs[peftcore], outputs[peft], atol=1e-12, rtol=0)
+    adapted = get_peft_model(base(), LoraConfig(r=2, target_modules=["0"]))
+    assert type(getattr(adapted.base_model, end)()) is nn.Sequential
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_a_second_call_of_the_class_makes_the_new_adapter_the_active_one() -> None:
+    for library in (peft, peftcore):
+        plain = base().bfloat16()
+        config = library.LoraConfig(r=2, target_modules=["0"])
+        library.LoraModel(plain, config, "first")
+        tuner = library.LoraModel(plain, config, "second")
+        assert tuner.active_adapters == ["second"] and plain[0].active_adapters == ["second"]
+        assert {p.dtype for p in plain.parameters()} == {torch.bfloat16}
+        tuner.set_requires_grad(["first", "second"], False)
+        assert not any(p.requires_grad for p in plain.parameters())
+        tuner.set_requires_grad("first")
+        assert {n.split(".")[2] for n, p in plain.named_parameters() if p.requires_grad} <= {
+            "first",
+            "lora_A",
+            "lora_B",
+        }
+    configs: dict[str, peftcore.PeftConfig] = {name: LoraConfig(r=2, target_modules=["0"]) for name in ("a", "b")}
+    several = LoraModel(base(), configs, "a")
+    assert set(several.peft_config) == {"a", "b"} and several.active_adapters == ["a"]
+    with pytest.raises(ConfigError, match="config and peft_config are two names of one argument"):
+        LoraModel(base(), LoraConfig(), peft_config=LoraConfig())
+
+
+def test_methods_that_return_the_module_return_the_view() -> None:
+    for library in (peft, peftcore):
+        plain = base()
+        tuner = library.LoraModel(plain, library.LoraConfig(r=2, target_modules=["0"]), "default")
+        assert tuner.to(torch.float64).eval().requires_grad_(False) is tuner
+        assert {p.dtype for p in plain.parameters()} == {torch.float64} and not plain.training
+        assert type(tuner.cpu().train().merge_and_unload()[0]) is nn.Linear
+
+
+def test_a_class_has_the_prefix_of_its_method() -> None:
+    classes = {method: kind for method, kind in peft.PEFT_TYPE_TO_TUNER_MAPPING.items() if hasattr(kind, "prefix")}
+    theirs = {method: kind.prefix for method, kind in classes.items()}
+    assert {method: getattr(peftcore, kind.__name__).prefix for method, kind in classes.items()} == theirs
+    assert peftcore.injection.tuner_model.TunerModel.prefix == ""
 
 
 def test_set_adapter_trains_the_named_adapter_alone() -> None:

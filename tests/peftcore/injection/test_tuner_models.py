@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import peftcore
-from peftcore import LoraConfig, PeftConfig, get_peft_model
+from peftcore import LoraConfig, PeftConfig, PeftError, get_peft_model
 from peftcore.injection import tuner_models
 from peftcore.injection.tuner_model import TunerModel
 
@@ -117,3 +117,32 @@ def test_adalora_is_updated_by_the_model_or_by_its_base_model() -> None:
 def test_a_model_has_only_the_methods_of_its_own_method() -> None:
     model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
     assert not hasattr(model, "print_savable_parameters")
+
+
+def test_methods_by_which_hf_peft_makes_layers_are_refused() -> None:
+    class Own(peftcore.LoraModel):
+        def _create_new_module(self) -> None:
+            pass
+
+    plain, config = nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"])
+    with pytest.raises(PeftError, match="Own cannot be made, because it defines _create_new_module"):
+        Own(plain, config)
+    with pytest.raises(PeftError, match=r"LoraModel\._create_and_replace cannot be set: peftcore never calls it"):
+        peftcore.LoraModel._create_and_replace = None  # type: ignore[attr-defined]
+    assert type(plain[0]) is nn.Linear
+
+
+def test_other_methods_of_a_subclass_are_its_own() -> None:
+    class Own(peftcore.LoraModel):
+        def names(self) -> list[str]:
+            return self.targeted_module_names
+
+    plain, config = nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"])
+    assert Own(plain, config).names() == ["0"]
+    model = get_peft_model(nn.Sequential(nn.Linear(4, 4)), config)
+    assert type(model.base_model) is peftcore.LoraModel
+    try:
+        peftcore.LoraModel.layers = lambda self: "set"  # type: ignore[attr-defined]
+        assert model.base_model.layers() == "set"  # type: ignore[operator]
+    finally:
+        del peftcore.LoraModel.layers  # type: ignore[attr-defined]

@@ -2,11 +2,14 @@
 
 from typing import Any
 
+import peft
 import pytest
 import torch
+from quiet_training import tiny_llama
 from torch import nn
 from transformers import LlamaForCausalLM
 
+import peftcore
 from peftcore import LoraConfig, VeraConfig, get_peft_model
 
 
@@ -46,3 +49,19 @@ def test_tensors_that_all_layers_share_are_attributes_of_methods_that_have_them(
     with pytest.raises(AttributeError):
         lora.vera_A  # noqa: B018
     assert lora.prefix == "lora_"
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # HF PEFT's
+def test_a_model_with_a_prompt_shows_its_word_embeddings_as_in_peft() -> None:
+    tables = []
+    for library in (peft, peftcore):
+        torch.manual_seed(0)
+        config = library.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+        model = library.get_peft_model(tiny_llama(), config)
+        tables.append(model.word_embeddings(torch.arange(3)))
+    assert torch.equal(*tables)
+    assert model.word_embeddings is model.get_input_embeddings()
+    plain = get_peft_model(tiny_llama(), LoraConfig(r=2))
+    assert not hasattr(plain, "word_embeddings")
+    plain.word_embeddings = own = nn.Embedding(2, 2)
+    assert plain.word_embeddings is own

@@ -3,12 +3,19 @@
 from typing import Any
 
 from peftcore.conversion import convert_to_lora, save_as_lora
-from peftcore.hf_peft.alias import submodule
+from peftcore.hf_peft.alias import is_submodule, submodule
 from peftcore.hf_peft.classes import layer_class, layer_classes
-from peftcore.hf_peft.data_start import get_eva_state_dict, initialize_lora_eva_weights
+from peftcore.hf_peft.data_start import (
+    forward_fn_dict,
+    get_eva_state_dict,
+    initialize_lora_eva_weights,
+    prepare_layer_inputs_fn_language_modeling,
+    prepare_model_inputs_fn_language_modeling,
+)
 from peftcore.hf_peft.default_targets import is_table, table
 from peftcore.hf_peft.options import CordaConfig, EvaConfig, LoftQConfig, LoraGAConfig
 from peftcore.hf_peft.preprocess import preprocess_loraga
+from peftcore.hf_peft.reexports import reexported
 from peftcore.hf_peft.tuners.lora.arrow import create_arrow_model
 from peftcore.injection.tuner_models import LoraModel
 from peftcore.methods.lora import LoraConfig, LoraRuntimeConfig
@@ -59,12 +66,17 @@ __all__ = [
     "VeloraConfig",
     "convert_to_lora",
     "create_arrow_model",
+    "forward_fn_dict",
     "get_eva_state_dict",
     "initialize_lora_eva_weights",
+    "prepare_layer_inputs_fn_language_modeling",
+    "prepare_model_inputs_fn_language_modeling",
     "preprocess_loraga",
     "save_as_lora",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    return table(name, __name__) if is_table(name) else submodule(__name__, name)
+    if is_table(name):
+        return table(name, __name__)
+    return submodule(__name__, name) if is_submodule(__name__, name) else reexported(__name__, name)

@@ -12,6 +12,7 @@ from torch import nn
 
 from peftcore.adapter import Adapter
 from peftcore.errors import ConfigError, LayerKindError
+from peftcore.hf_peft.reexports import reexported
 from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set
 from peftcore.injection.module_index import ModuleIndex
 from peftcore.injection.targets import target_paths
@@ -157,3 +158,7 @@ def _resolve_adapter_source(path: str) -> tuple[str, str | None]:
         return str(path), None
     owner, *rest = str(path).strip("/").split("/")
     return "/".join([owner, *rest[:1]]), "/".join(rest[1:]) or None
+
+
+def __getattr__(name: str) -> Any:
+    return reexported(__name__, name)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from peftcore.config import PeftConfig
 from peftcore.errors import AdapterNameError, ConfigError
+from peftcore.hf_peft.reexports import reexported
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.methods.lora.variants.alora import last_positions
 
@@ -119,3 +120,7 @@ def _offsets(model: nn.Module, ids: Tensor, kwargs: Mapping[str, Any]) -> list[i
     adapters = adapter_set(model)
     active = next(iter(adapters.selection.active), _BASE)
     return calculate_alora_offsets(adapters.configs, active, ids, kwargs.get("adapter_names"))
+
+
+def __getattr__(name: str) -> Any:
+    return reexported(__name__, name)

@@ -7,6 +7,7 @@ import peft
 import pytest
 import torch
 from accelerate import cpu_offload
+from peft.tuners import tuners_utils as of_peft
 from peft.tuners.tuners_utils import _get_tuner_state_dict_key_prefixes as their_key_prefixes
 from peftcore.tuners.tuners_utils import (
     BaseTuner,
@@ -19,10 +20,13 @@ from peftcore.tuners.tuners_utils import _filter_state_dict_by_key_prefixes as f
 from peftcore.tuners.tuners_utils import _find_minimal_target_modules as find_minimal
 from peftcore.tuners.tuners_utils import _get_tuner_state_dict_key_prefixes as key_prefixes
 from peftcore.tuners.tuners_utils import _maybe_include_all_linear_layers as with_linear_layers
+from quiet_training import tiny_llama
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 import peftcore
 from peftcore import AdapterNameError, LoraConfig, TargetError, get_peft_model
+from peftcore.hf_peft.tuners import tuners_utils
 
 
 def test_a_path_is_selected_by_names_without_the_excluded_ones_and_in_the_chosen_blocks() -> None:
@@ -147,3 +151,50 @@ def test_a_layers_offloaded_weight_is_there_inside_and_changes_are_kept() -> Non
     plain = nn.Linear(2, 2)
     with onload_layer(plain):
         assert not plain.weight.is_meta
+
+
+LAYERS = [
+    nn.Linear(3, 5),
+    nn.Conv1d(2, 4, 3),
+    nn.Conv2d(2, 4, 3),
+    nn.Embedding(7, 3),
+    nn.MultiheadAttention(4, 2),
+    Conv1D(5, 3),
+    nn.ReLU(),
+]
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")
+@pytest.mark.parametrize("layer", LAYERS, ids=lambda layer: type(layer).__name__)
+def test_the_sizes_of_a_layer_are_those_of_peft(layer: nn.Module) -> None:
+    assert tuners_utils._get_in_out_features(layer) == of_peft._get_in_out_features(layer)
+
+
+def test_a_module_is_found_in_a_model() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.ReLU()))
+    for module in (of_peft, tuners_utils):
+        assert module.find_parameter_name_by_module(model, model[1][0]) == "1.0"
+        assert module.find_parameter_name_by_module(model, nn.ReLU()) == ""
+        assert module.get_device_map(model) == {"": torch.device("cpu")}
+    model.hf_device_map = {"0": 0}  # type: ignore[assignment]
+    assert tuners_utils.get_device_map(model) == of_peft.get_device_map(model) == {"0": 0}
+
+
+def test_blocks_are_replicated_as_in_peft() -> None:
+    outputs, counts = [], []
+    for module in (of_peft, tuners_utils):
+        torch.manual_seed(0)
+        model = tiny_llama().double().eval()
+        module.replicate_layers(model, [(0, 2), (1, 2)])
+        counts.append(
+            (len(model.model.layers), model.config.num_hidden_layers, sum(p.numel() for p in model.parameters()))
+        )
+        outputs.append(model(torch.arange(4)[None]).logits)
+    assert counts[0] == counts[1] and counts[1][0] == 3
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("key", ["q.lora_A.default.weight", "q.ia3_l.default", "default", "q.weight", "q.default.x.y"])
+def test_the_adapters_name_leaves_a_key_as_in_peft(key: str) -> None:
+    ours, theirs = (module._remove_adapter_name_from_state_dict_key for module in (tuners_utils, of_peft))
+    assert ours(key, "default") == theirs(key, "default")

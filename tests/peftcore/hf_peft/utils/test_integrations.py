@@ -62,3 +62,17 @@ def test_modules_are_made_without_memory() -> None:
     assert norm.weight.is_meta and not norm.running_mean.is_meta  # type: ignore[union-attr]
     with ours.init_empty_weights(include_buffers=True):
         assert nn.BatchNorm1d(2).running_mean.is_meta  # type: ignore[union-attr]
+
+
+def test_a_function_makes_modules_with_memory_inside_of_the_context() -> None:
+    for module in (theirs, ours):
+
+        @module.skip_init_on_device
+        def made(size: int, affine: bool = True) -> nn.Module:
+            return nn.BatchNorm1d(size, affine=affine)
+
+        with module.init_empty_weights():
+            norm = made(2, affine=True)
+            assert nn.BatchNorm1d(2).weight.is_meta  # type: ignore[union-attr]
+        assert not norm.weight.is_meta and made.__name__ == "made"  # type: ignore[union-attr]
+        assert not nn.BatchNorm1d(2).weight.is_meta  # type: ignore[union-attr]

@@ -34,3 +34,18 @@ def test_a_state_dict_of_peft_is_set_here() -> None:
     assert state.keys() == again.keys()
     x = torch.randn(3, 4)
     torch.testing.assert_close(ours(x), theirs(x))
+
+
+@pytest.mark.parametrize("prefix", ["lora_", "ia3_"])
+def test_the_adapters_name_enters_keys_as_in_peft(prefix: str) -> None:
+    keys = [
+        "q.lora_A.weight",
+        "q.lora_magnitude_vector",
+        "q.ia3_l",
+        "lora_net.ia3_l",
+        "score.weight",
+        "q.lora_A.0.weight",
+    ]
+    state = {key: torch.ones(1) for key in keys}
+    ours, theirs = (one._insert_adapter_name_into_state_dict(state, "b", prefix) for one in (save_and_load, of_peft))
+    assert list(ours) == list(theirs)
