@@ -52,7 +52,7 @@ FIRST = (
 LIBRARIES = ("peft", "peftcore")
 BEGIN, END = "<!-- tests -->", "<!-- /tests -->"
 INTERNAL = "a private name of HF PEFT, or a class or function that only its own layers and tests use"
-NAMES = "modules, parameters and `state_dict()` have the names of the plain model here"
+NAMES = "names of modules and parameters, and keys of `state_dict()`, lack `base_model.model.` here"
 WORDS = "an error or a warning has other words, which the test compares by itself"
 REASONS = (
     (
@@ -65,6 +65,10 @@ REASONS = (
         "a PeftModel is the model itself, so a second `get_peft_model` does not wrap it again",
     ),
     (r"test_lora_plus_embedding_lr|test_dora_save_and_load_remapping", NAMES),
+    (
+        r"is ParameterDict\(",
+        "the dictionaries of two layers with one tied weight are two objects, with the same parameters",
+    ),
     (
         r"test_lora_plus_model_without_peft_wrapper",
         "an optimiser of LoRA's factors is refused for a model without a LoRA",
