@@ -115,11 +115,12 @@ class Git:
         with TemporaryDirectory(prefix="peftcore-index-") as folder:
             index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
             self.run("read-tree", "HEAD", **index)
-            tracked = [path for path in update if self.run("ls-files", "--", path, **index)]
+            self._mark_absent_of_sparse_checkout(index)
+            tracked = [path for path in update if self._has_checked_out(path, index)]
             if tracked:
                 self.run("add", "--update", "--", *tracked, **index)
             if add:
-                self.run("add", "--force", "--", *add, **index)
+                self._add(add, index)
             tree, parent = self._tree_with(contents, index), self.head()
             return self.run("commit-tree", tree, "-p", parent, stdin=message, **self._identity()).strip()
 
@@ -145,10 +146,33 @@ class Git:
 
     def commit(self, paths: Sequence[str], message: str) -> None:
         """Commit files of the working tree and nothing else; unchanged files give no commit."""
-        self.run("add", "--force", "--", *paths)
+        self._add(paths, {})
         if self.run("diff", "--cached", "--name-only", "--", *paths).strip():
             self.run("commit", "--quiet", "--no-verify", "--no-gpg-sign", "--file=-", "--only", "--", *paths,
                      stdin=message, **self._identity())  # fmt: skip
+
+    def _add(self, paths: Sequence[str], index: Mapping[str, str]) -> None:
+        """Add files of the working tree, also ignored ones and ones outside of a sparse checkout."""
+        # earlier releases of git lack the option --sparse
+        options = ["--force", "--sparse"] if self._is_sparse() else ["--force"]
+        self.run("add", *options, "--", *paths, **index)
+
+    def _is_sparse(self) -> bool:
+        return self.run("config", "--type=bool", "--default=false", "--get", "core.sparseCheckout").strip() == "true"
+
+    def _mark_absent_of_sparse_checkout(self, index: Mapping[str, str]) -> None:
+        """Mark the files that the user's sparse checkout leaves out, so that they do not count as deleted."""
+        if not self._is_sparse():
+            return
+        absent = {entry[2:] for entry in self.run("ls-files", "-t", "-z").split("\0") if entry.startswith("S ")}
+        known = self.run("ls-files", "-z", **index).split("\0")
+        names = "".join(f"{name}\0" for name in known if name in absent)
+        self.run("update-index", "--skip-worktree", "-z", "--stdin", stdin=names, **index)
+
+    def _has_checked_out(self, path: str, index: Mapping[str, str]) -> bool:
+        """Return True if git tracks a file at or below a path that the sparse checkout does not leave out."""
+        entries = self.run("ls-files", "-t", "-z", "--", path, **index).split("\0")
+        return any(entry and not entry.startswith("S ") for entry in entries)
 
     def tags(self, *patterns: str) -> list[Tag]:
         """Return annotated tags whose name matches a pattern, oldest first."""

@@ -72,6 +72,22 @@ def test_snapshot_takes_ignored_files_that_are_asked_for(repository: Path) -> No
     assert git.show(git.snapshot([], ["result.json"], {}, "m"), "result.json") == "{}"
 
 
+@pytest.mark.parametrize("left_out", ["/code", "/code/gone.py"])
+def test_a_sparse_checkout_loses_no_file_that_it_leaves_out(repository: Path, left_out: str) -> None:
+    git = Git(repository)
+    patterns = ["/*", f"!{left_out}", "!/data"]
+    subprocess.run(["git", "sparse-checkout", "set", "--no-cone", *patterns], cwd=repository, check=True)
+    assert not (repository / "code" / "gone.py").exists()
+    (repository / "data").mkdir()
+    (repository / "data" / "rows.jsonl").write_text("{}\n")
+    (repository / "notes.txt").write_text("changed\n")
+    commit = git.snapshot(["code", "notes.txt"], ["data/rows.jsonl"], {"code/record.json": "text"}, "A run\n")
+    changes = git.run("diff", "--name-status", "HEAD", commit).split()
+    assert changes == ["A", "code/record.json", "A", "data/rows.jsonl", "M", "notes.txt"]
+    git.commit(["data/rows.jsonl"], "Data\n")
+    assert git.run("diff", "--name-status", "HEAD^", "HEAD").split() == ["A", "data/rows.jsonl"]
+
+
 def test_uncommitted_files_are_changed_and_new_ones_and_the_index_is_left_alone(repository: Path) -> None:
     (repository / "code" / "kept.py").write_text("changed\n")
     (repository / "new name.txt").write_text("")
