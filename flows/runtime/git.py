@@ -91,6 +91,13 @@ class Git:
         """Run a git command and return its output. Raises GitError with git's message."""
         return self._done(arguments, stdin, environment).stdout
 
+    def run_without_hooks(self, *arguments: str, stdin: str | None = None, **environment: str) -> str:
+        """Run a git command as `run` does, for commits and working trees that no user makes: no hook of the user runs.
+
+        A failing prepare-commit-msg or post-checkout hook fails the command, and `--no-verify` skips neither.
+        """
+        return self.run(*arguments, stdin=stdin, **environment, **_settings({"core.hooksPath": os.devnull}))
+
     def head(self) -> str:
         """Return the checked-out commit (40 hex digits)."""
         return self.run("rev-parse", "HEAD").strip()
@@ -148,8 +155,8 @@ class Git:
         """Commit files of the working tree and nothing else; unchanged files give no commit."""
         self._add(paths, {})
         if self.run("diff", "--cached", "--name-only", "--", *paths).strip():
-            self.run("commit", "--quiet", "--no-verify", "--no-gpg-sign", "--file=-", "--only", "--", *paths,
-                     stdin=message, **self._identity())  # fmt: skip
+            self.run_without_hooks("commit", "--quiet", "--no-gpg-sign", "--file=-", "--only", "--", *paths,
+                                   stdin=message, **self._identity())  # fmt: skip
 
     def _add(self, paths: Sequence[str], index: Mapping[str, str]) -> None:
         """Add files of the working tree, also ignored ones and ones outside of a sparse checkout."""

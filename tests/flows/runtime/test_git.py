@@ -140,6 +140,19 @@ def test_commits_of_a_machine_are_not_signed_by_the_users_key(repository: Path) 
     assert git.head() != before
 
 
+@pytest.mark.parametrize("name", ["pre-commit", "prepare-commit-msg", "commit-msg", "reference-transaction"])
+def test_the_users_hooks_do_not_decide_on_commits_of_a_machine(repository: Path, name: str) -> None:
+    hook = repository / "hooks" / name
+    hook.parent.mkdir()
+    hook.write_text("#!/bin/sh\nexit 1\n")
+    hook.chmod(0o755)
+    subprocess.run(["git", "config", "core.hooksPath", str(hook.parent)], cwd=repository, check=True)
+    (repository / "notes.txt").write_text("changed\n")
+    git = Git(repository)
+    git.commit(["notes.txt"], "Notes\n")
+    assert git.show("HEAD", "notes.txt") == "changed\n"
+
+
 def test_identity_of_the_configuration_and_of_the_environment_wins(
     repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
