@@ -167,6 +167,14 @@ def test_an_absent_column_is_told_with_those_there_are(tmp_path: Path) -> None:
         read(tmp_path, group_column="book")
 
 
+@pytest.mark.parametrize("column", ["group_column", "slice_column"])
+@pytest.mark.parametrize("value", [None, float("nan"), "", " "])
+def test_rows_without_a_value_are_no_group_and_no_slice(tmp_path: Path, column: str, value: Any) -> None:
+    write_lines(tmp_path, ROWS[0] | {"book": 0}, ROWS[0] | {"book": value})
+    with pytest.raises(DataError, match=rf"1 rows .*\n  rows\.jsonl:2: it has no book \(data\.{column}\)"):
+        read(tmp_path, **{column: "book"})
+
+
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.parquet"])
 def test_an_empty_file_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / name).touch()
