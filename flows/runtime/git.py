@@ -106,6 +106,14 @@ class Git:
         """Return git's folder, which all working trees of the repository share."""
         return self.root / self.run("rev-parse", "--git-common-dir").strip()
 
+    def main_top(self) -> Path:
+        """Return the top folder of the clone's main working tree; in a submodule, and beside a bare repository, `top`.
+
+        There git's folder is not in the main working tree.
+        """
+        folder = self.common_folder().resolve()
+        return folder.parent if folder.name == ".git" else self.top
+
     def show(self, commit: str, path: str) -> str:
         """Return a file's text in `commit`. Raises GitError if it is absent."""
         return self.run("show", f"{commit}:{self.prefix}{path}")

@@ -179,6 +179,21 @@ def test_a_hook_of_another_repository_leaves_the_folder_s_repository_in_use(
     assert state(repository)["status"] == ""
 
 
+def test_the_main_working_tree_of_each_layout(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    def git(folder: Path, *arguments: str) -> None:
+        subprocess.run(["git", "-c", "protocol.file.allow=always", *arguments], cwd=folder, check=True)
+
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    git(repository, "worktree", "add", "--quiet", "--detach", str(elsewhere / "linked"))
+    assert Git(elsewhere / "linked").main_top() == Git(repository).main_top() == repository
+    git(elsewhere, "clone", "--quiet", "--bare", str(repository), "bare.git")
+    git(elsewhere / "bare.git", "worktree", "add", "--quiet", "--detach", str(elsewhere / "beside"))
+    assert Git(elsewhere / "beside").main_top() == elsewhere / "beside"
+    git(elsewhere, "init", "--quiet", "outer")
+    git(elsewhere / "outer", "submodule", "--quiet", "add", str(repository), "inner")
+    assert Git(elsewhere / "outer" / "inner").main_top() == elsewhere / "outer" / "inner"
+
+
 def test_no_repository_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(RepositoryError, match=r"not in a git repository.*git init"):
         Git(tmp_path)
