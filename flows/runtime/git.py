@@ -250,11 +250,14 @@ class Git:
 
     def push_tags(self, remote: str, names: Sequence[str]) -> None:
         """Push tags, all or none. Raises GitError if the remote has another tag of a name, or is unreachable."""
-        self.run("push", "--atomic", "--", remote, *(f"refs/tags/{name}:refs/tags/{name}" for name in names))
+        self._run_for_remote(
+            "push", "--atomic", "--", remote, *(f"refs/tags/{name}:refs/tags/{name}" for name in names)
+        )
 
     def remote_objects(self, remote: str, names: Sequence[str]) -> dict[str, str]:
         """Return {tag: hash of its object} at a remote. Raises GitError if the remote is unreachable."""
-        lines = self.run("ls-remote", "--tags", "--", remote, *(f"refs/tags/{name}" for name in names)).splitlines()
+        references = [f"refs/tags/{name}" for name in names]
+        lines = self._run_for_remote("ls-remote", "--tags", "--", remote, *references).splitlines()
         pairs = (line.split("\t", 1) for line in lines)
         return {ref.removeprefix("refs/tags/"): digest for digest, ref in pairs if not ref.endswith("^{}")}
 
@@ -272,8 +275,8 @@ class Git:
 
         namespace: temporary place of the fetched tags, such as "refs/peftcore/fetched".
         """
-        self.run("fetch", "--quiet", "--no-tags", "--prune", "--no-write-fetch-head", "--", remote,
-                 f"+refs/tags/*:{namespace}/*")  # fmt: skip
+        self._run_for_remote("fetch", "--quiet", "--no-tags", "--prune", "--no-write-fetch-head", "--", remote,
+                             f"+refs/tags/*:{namespace}/*")  # fmt: skip
         fetched = self.objects(f"{namespace}/")
         self.run("update-ref", "--stdin", stdin="".join(f"delete {namespace}/{name}\n" for name in fetched))
         return fetched
@@ -290,6 +293,10 @@ class Git:
             GitError: The reference has another value than `before`.
         """
         self.run("update-ref", name, digest, before or "0" * len(digest))
+
+    def _run_for_remote(self, *arguments: str) -> str:
+        """Run a git command in the main working tree, from which git resolves a remote with a relative path."""
+        return _completed(self.main_top(), arguments, None, {}).stdout
 
     def _done(
         self, arguments: Sequence[str], stdin: str | None, environment: Mapping[str, str]

@@ -194,6 +194,17 @@ def test_the_main_working_tree_of_each_layout(repository: Path, tmp_path_factory
     assert Git(elsewhere / "outer" / "inner").main_top() == elsewhere / "outer" / "inner"
 
 
+def test_a_remote_with_a_relative_path_is_found_from_each_working_tree(repository: Path, tmp_path: Path) -> None:
+    subprocess.run(["git", "init", "--quiet", "--bare", str(tmp_path / "remote")], check=True)
+    subprocess.run(["git", "remote", "add", "origin", "remote"], cwd=repository, check=True)
+    tree = tmp_path / "deep" / "down" / "tree"  # as that of a retraining
+    subprocess.run(["git", "worktree", "add", "--quiet", "--detach", str(tree)], cwd=repository, check=True)
+    git = Git(tree)
+    git.create_tag("t", git.head(), "m", after=0)
+    git.push_tags("origin", ["t"])
+    assert git.remote_objects("origin", ["t"]) == git.fetch_tags("origin", "refs/peftcore/fetched")
+
+
 def test_no_repository_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(RepositoryError, match=r"not in a git repository.*git init"):
         Git(tmp_path)
