@@ -24,6 +24,7 @@ LEAST_UNPACKED, MOST_EXPANSION = 1 << 30, 1000
 SHOWN = 5
 """Maximum number of unread files that an error lists."""
 _UNPACK, _CONVERT = "unpack it", "write it as .csv, .jsonl or .parquet"
+_ONE_A_LINE = "write one object a line (`jq -c . FILE`; of a list `jq -c '.[]' FILE`)"
 _OFTEN_ROWS = {
     ".json": "write one row a line as .jsonl (`jq -c '.[]' FILE.json > FILE.jsonl`)",
     ".ndjson": "name it .jsonl",
@@ -116,6 +117,8 @@ def _json_lines(path: Path, name: str) -> Iterator[Row]:
         for number, line in enumerate(_lines(file, name), start=1):
             if not line.strip():
                 continue
+            if line.strip(b"\xef\xbb\xbf \t\r\n") in (b"{", b"["):
+                raise DataError(f"{name}:{number}: it begins a JSON value of several lines; {_ONE_A_LINE}")
             try:
                 row = json.loads(line, object_pairs_hook=_object)
             except UnicodeDecodeError as error:
@@ -123,7 +126,9 @@ def _json_lines(path: Path, name: str) -> Iterator[Row]:
             except (ValueError, RecursionError) as error:  # bad JSON, or endless nesting
                 raise DataError(f"{name}:{number}: not JSON ({error}); correct or remove the line") from error
             if not isinstance(row, dict):
-                raise DataError(f"{name}:{number}: a row is a JSON object, and this is {type(row).__name__}")
+                raise DataError(
+                    f"{name}:{number}: a row is a JSON object, and this is {type(row).__name__}; {_ONE_A_LINE}"
+                )
             if b"\\u" in line and not _is_text(row):
                 raise DataError(
                     f"{name}:{number}: it holds half of a surrogate pair (\\ud800 to \\udfff), not a character; "

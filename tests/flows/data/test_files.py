@@ -60,7 +60,17 @@ def test_two_values_of_one_name_are_told(tmp_path: Path) -> None:
 def test_a_row_that_is_no_object_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("[1]\n")
-    with pytest.raises(DataError, match=r"^rows\.jsonl:1: a row is a JSON object, and this is list"):
+    with pytest.raises(
+        DataError, match=r"^rows\.jsonl:1: a row is a JSON object, and this is list; write one object a"
+    ):
+        rows(path)
+
+
+@pytest.mark.parametrize("text", ['{\n  "prompt": "a"\n}\n', '\ufeff[\r\n{"prompt": "a"}\r\n]\r\n'])
+def test_json_of_several_lines_is_told_how_to_write_it(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text)
+    with pytest.raises(DataError, match=r"^rows\.jsonl:1: it begins a JSON value of several lines; write one object a"):
         rows(path)
 
 
