@@ -22,11 +22,13 @@ from urllib.parse import urlsplit
 
 import httpx
 
-from flows.errors import ParamsError, RepositoryError, StageError
+from flows.errors import BusyError, ParamsError, RepositoryError, StageError
 from flows.paths import Paths
 from flows.retraining.committed import last_readable_params
+from flows.retraining.tree import home
 from flows.runtime.cron import next_time
 from flows.runtime.git import Git
+from flows.runtime.locks import exclusive_if_free
 from flows.runtime.processes import die_with_parent, this_host
 from flows.webhooks import Event, try_to_announce, try_to_deliver
 from peftcore.files import write_atomically
@@ -54,6 +56,7 @@ def serve(paths: Paths, cron: str, timezone: str, push_to: str | None) -> None:
 
     Raises:
         ParamsError: the cron expression or the time zone is invalid.
+        BusyError: another schedule of this project runs.
         StageError: the server did not start.
     """
     is_ours = not os.environ.get("PREFECT_API_URL")
@@ -74,7 +77,7 @@ def serve(paths: Paths, cron: str, timezone: str, push_to: str | None) -> None:
         ) from error
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     threading.Thread(target=_deliver_webhooks, args=(paths,), daemon=True).start()
-    with _announced_failure(paths), _server(paths, url) if is_ours else nullcontext():
+    with _only_one(paths), _announced_failure(paths), _server(paths, url) if is_ours else nullcontext():
         from flows.retraining.flow import retrain
 
         note = {"cron": cron, "timezone": timezone, "pid": os.getpid(), "host": this_host(), "server": url}
@@ -87,6 +90,18 @@ def serve(paths: Paths, cron: str, timezone: str, push_to: str | None) -> None:
             )  # fmt: skip
         finally:
             paths.schedule.unlink(missing_ok=True)
+
+
+@contextmanager
+def _only_one(paths: Paths) -> Iterator[None]:
+    """Hold the lock of the schedule. Two would share `paths.schedule`, which the first one to end removes."""
+    with exclusive_if_free(home(paths.root) / "schedule.lock") as is_mine:
+        if not is_mine:
+            raise BusyError(
+                f"busy: a schedule of {paths.root} runs already; `peftcore status` shows it, and ending its process "
+                "makes room for another"
+            )
+        yield
 
 
 @contextmanager
