@@ -6,7 +6,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -24,6 +24,7 @@ LEAST_UNPACKED, MOST_EXPANSION = 1 << 30, 1000
 SHOWN = 5
 """Maximum number of unread files that an error lists."""
 _UNPACK, _CONVERT = "unpack it", "write it as .csv, .jsonl or .parquet"
+_ONE_A_LINE = "write one object a line (`jq -c . FILE`; of a list `jq -c '.[]' FILE`)"
 _OFTEN_ROWS = {
     ".json": "write one row a line as .jsonl (`jq -c '.[]' FILE.json > FILE.jsonl`)",
     ".ndjson": "name it .jsonl",
@@ -116,18 +117,35 @@ def _json_lines(path: Path, name: str) -> Iterator[Row]:
         for number, line in enumerate(_lines(file, name), start=1):
             if not line.strip():
                 continue
+            if line.strip(b"\xef\xbb\xbf \t\r\n") in (b"{", b"["):
+                raise DataError(f"{name}:{number}: it begins a JSON value of several lines; {_ONE_A_LINE}")
             try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, or endless nesting
+                row = json.loads(line, object_pairs_hook=_object)
+            except UnicodeDecodeError as error:
+                raise DataError(f"{name}:{number}: not JSON in UTF-8 ({error}); write the file in UTF-8") from error
+            except (ValueError, RecursionError) as error:  # bad JSON, or endless nesting
                 raise DataError(f"{name}:{number}: not JSON ({error}); correct or remove the line") from error
             if not isinstance(row, dict):
-                raise DataError(f"{name}:{number}: a row is a JSON object, and this is {type(row).__name__}")
+                raise DataError(
+                    f"{name}:{number}: a row is a JSON object, and this is {type(row).__name__}; {_ONE_A_LINE}"
+                )
             if b"\\u" in line and not _is_text(row):
                 raise DataError(
                     f"{name}:{number}: it holds half of a surrogate pair (\\ud800 to \\udfff), not a character; "
                     "correct or remove the row"
                 )
             yield f"{name}:{number}", row
+
+
+def _object(fields: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the fields of a JSON object; raises ValueError if two have one name, of which `json` keeps the last."""
+    if len(value := dict(fields)) < len(fields):
+        raise ValueError(f"several fields are called {', '.join(_repeated(name for name, _ in fields))}")
+    return value
+
+
+def _repeated(names: Iterable[str]) -> list[str]:
+    return [name for name, count in Counter(names).items() if count > 1]
 
 
 def _is_text(row: dict[str, Any]) -> bool:
@@ -148,7 +166,7 @@ def _csv(path: Path, name: str) -> Iterator[Row]:
             header = next(_lines(file, name), "")
             file.seek(0)
             rows = csv.DictReader(_lines(file, name), strict=True, delimiter=_delimiter(header))
-            if repeated := [one for one, count in Counter(rows.fieldnames or ()).items() if one and count > 1]:
+            if repeated := _repeated(one for one in rows.fieldnames or () if one):
                 raise DataError(f"{name}:1: several columns are called {', '.join(repeated)}; rename all but one")
             for row in rows:
                 line = rows.line_num
@@ -182,6 +200,8 @@ def _parquet(path: Path, name: str) -> Iterator[Row]:
     limit, number, unpacked = max(LEAST_UNPACKED, MOST_EXPANSION * path.stat().st_size), 0, 0
     try:
         with parquet.ParquetFile(path, memory_map=False) as file:
+            if repeated := _repeated(file.schema_arrow.names):
+                raise DataError(f"{name}: several columns are called {', '.join(repeated)}; rename all but one")
             for batch in file.iter_batches(_BATCH):
                 unpacked += batch.nbytes
                 if unpacked > limit:

@@ -56,6 +56,8 @@ def chat(row: dict[str, Any], ignored: Collection[str] = ()) -> list[Message]:
             return turns
     for question, answer in ONE_TURN.items():
         if row.get(question) is not None and answer in row:
+            if isinstance(row[question], list):
+                raise FaultyRow(f"its {question} is a list, not text; write all turns with the answer as messages")
             return _one_turn(row, question, answer, ignored)
         if row.get(question) is not None:
             raise FaultyRow(f"it has no {answer}{spelled_otherwise(row, [answer])}")
@@ -394,10 +396,13 @@ def _system(row: dict[str, Any], turns: list[Message]) -> list[Message]:
 
 
 def _text(row: dict[str, Any], column: str) -> str:
-    if not isinstance(row[column], str) or not row[column].strip():
-        raise FaultyRow(f"its {column} is {'empty' if not row[column] else 'no text'}")
-    check_characters(row[column], f"its {column}")
-    return row[column]
+    value = row[column]
+    if value is None or (isinstance(value, str) and not value.strip()):
+        raise FaultyRow(f"its {column} is empty")
+    if not isinstance(value, str):
+        raise FaultyRow(f"its {column} is no text, but {value!r:.80}; write it as text")
+    check_characters(value, f"its {column}")
+    return value
 
 
 def _turns_of(row: dict[str, Any], column: str, role: str, ignored: Collection[str]) -> list[Message]:

@@ -197,7 +197,9 @@ def _digest(question: str | list[Message]) -> str:
 
 
 def _column(row: dict[str, Any], column: str, parameter: str) -> str:
-    if row.get(column) is None:
+    value = row.get(column)
+    # pandas writes a missing number as NaN; rows without a group are no group
+    if value is None or value != value or not str(value).strip():
         hint = spelled_otherwise(row, [column])
         raise FaultyRow(f"it has no {column} (data.{parameter}); its columns are {', '.join(row)}{hint}")
-    return str(row[column])
+    return str(value)

@@ -170,11 +170,14 @@ def _content(fields: dict[str, Any], subject: str) -> tuple[str, list[str]]:
         return value, []
     text, thoughts = "", []
     if not isinstance(value, list):
-        raise FaultyRow(f"{subject} has no text as its content")
+        raise FaultyRow(f"{subject} has no text as its content, but {value!r:.80}; write it as text")
     for part in value:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind not in ("text", "refusal", "thinking") or not isinstance(part.get(kind, ""), str):
-            raise FaultyRow(f"{subject} has no text as its content")
+            raise FaultyRow(
+                f"{subject} has no text as its content, but the part {part!r:.80}; only parts of the type text, "
+                "refusal or thinking can be trained on, with text under this name"
+            )
         if others := sorted(key for key, item in part.items() if key not in ("type", kind) and item):
             raise FaultyRow(f"{subject} has {', '.join(others)} in a part of its content, which is not read; remove it")
         if kind == "thinking":

@@ -81,8 +81,7 @@ def note_trial(paths: Paths, lock: str, parameters: str) -> None:
 def _first_tree(paths: Paths) -> Paths:
     """Return the paths of the clone's main working tree, where the counts are stored for all working trees."""
     git = Git(paths.root)
-    git_folder = git.common_folder().resolve()
-    return Paths(git_folder.parent / git.prefix) if git_folder.name == ".git" else paths
+    return Paths(git.main_top() / git.prefix)
 
 
 def _read_trials(paths: Paths) -> dict[str, list[str]]:

@@ -166,7 +166,7 @@ class Retraining:
         self.tree = Paths(working_tree(root))
         # an interrupted retraining has changed the parameters and removed files of rows that may be trusted since
         everything = (".", f":(exclude){LOCK}")  # the lock has the stages that the interrupted retraining has run
-        Git(self.tree.root).run("checkout", "--quiet", Git(root).head(), "--", *everything)
+        Git(self.tree.root).run_without_hooks("checkout", "--quiet", Git(root).head(), "--", *everything)
         check_artifact_name(self.tree.root, self.params.project.name)
         for warning in left_over(self.params):
             logger.warning("%s", warning)

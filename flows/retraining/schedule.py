@@ -13,18 +13,22 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
-from flows.errors import ParamsError, RepositoryError, StageError
+from flows.errors import BusyError, ParamsError, RepositoryError, StageError
 from flows.paths import Paths
 from flows.retraining.committed import last_readable_params
+from flows.retraining.tree import home
 from flows.runtime.cron import next_time
 from flows.runtime.git import Git
+from flows.runtime.locks import exclusive_if_free
 from flows.runtime.processes import die_with_parent, this_host
 from flows.webhooks import Event, try_to_announce, try_to_deliver
 from peftcore.files import write_atomically
@@ -33,6 +37,8 @@ logger = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_DELIVERIES = 30.0
 """Seconds between two looks for webhooks that are due."""
+SECONDS_BETWEEN_STARTS = 5.0
+"""Seconds between the end of the server and its next start."""
 SECONDS_TO_START = 180.0
 """Time limit for the server's start; the first start migrates the database."""
 
@@ -50,8 +56,12 @@ def serve(paths: Paths, cron: str, timezone: str, push_to: str | None) -> None:
 
     Raises:
         ParamsError: the cron expression or the time zone is invalid.
+        BusyError: another schedule of this project runs.
         StageError: the server did not start.
     """
+    is_ours = not os.environ.get("PREFECT_API_URL")
+    # before the import of prefect, which reads it: without it, Prefect starts a temporary server beside this one
+    url = os.environ["PREFECT_API_URL"] = os.environ.get("PREFECT_API_URL") or f"http://127.0.0.1:{_free_port()}/api"
     from prefect.client.schemas.schedules import CronSchedule
     from pydantic import ValidationError
 
@@ -67,8 +77,7 @@ def serve(paths: Paths, cron: str, timezone: str, push_to: str | None) -> None:
         ) from error
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     threading.Thread(target=_deliver_webhooks, args=(paths,), daemon=True).start()
-    with _announced_failure(paths), _server(paths) as url:
-        os.environ["PREFECT_API_URL"] = url
+    with _only_one(paths), _announced_failure(paths), _server(paths, url) if is_ours else nullcontext():
         from flows.retraining.flow import retrain
 
         note = {"cron": cron, "timezone": timezone, "pid": os.getpid(), "host": this_host(), "server": url}
@@ -81,6 +90,18 @@ def serve(paths: Paths, cron: str, timezone: str, push_to: str | None) -> None:
             )  # fmt: skip
         finally:
             paths.schedule.unlink(missing_ok=True)
+
+
+@contextmanager
+def _only_one(paths: Paths) -> Iterator[None]:
+    """Hold the lock of the schedule. Two would share `paths.schedule`, which the first one to end removes."""
+    with exclusive_if_free(home(paths.root) / "schedule.lock") as is_mine:
+        if not is_mine:
+            raise BusyError(
+                f"busy: a schedule of {paths.root} runs already; `peftcore status` shows it, and ending its process "
+                "makes room for another"
+            )
+        yield
 
 
 @contextmanager
@@ -110,25 +131,60 @@ def _deliver_webhooks(paths: Paths) -> None:
 
 
 @contextmanager
-def _server(paths: Paths) -> Iterator[str]:
-    """Give the address of a Prefect server, started here unless PREFECT_API_URL names one."""
-    if running := os.environ.get("PREFECT_API_URL"):
-        yield running
-        return
-    port = _free_port()
-    url = f"http://127.0.0.1:{port}/api"
-    options = ["--host", "127.0.0.1", "--port", str(port), "--no-ui"]
+def _server(paths: Paths, url: str) -> Iterator[None]:
+    """Run a Prefect server at an address of this host while the context is open."""
+    options = ["--host", "127.0.0.1", "--port", str(urlsplit(url).port), "--no-ui"]
     command = [sys.executable, "-m", "prefect", "server", "start", *options]
     log = paths.root / ".prefect" / "server.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, stdout=output, stderr=output, preexec_fn=die_with_parent)
+    log.unlink(missing_ok=True)
+    server = _Server(command, log)
     try:
-        _wait(process, url, str(log))
-        yield url
+        _wait(server.process, url, str(log))
+        threading.Thread(target=server.watch, daemon=True).start()
+        yield
     finally:
-        process.terminate()
-        process.wait(30)
+        server.stop()
+
+
+class _Server:
+    """The process of a Prefect server, which is started again if it ends.
+
+    Without a server, the schedule would go on without a message, and never retrain.
+    """
+
+    def __init__(self, command: Sequence[str], log: Path) -> None:
+        """Start the server. log: file to which its output is appended."""
+        self._command, self._log = command, log
+        self._stops, self._lock = threading.Event(), threading.Lock()
+        self.process = self._start()
+
+    def watch(self) -> None:
+        """Start the server again whenever it ends, until `stop`."""
+        while True:
+            status = self.process.wait()
+            if self._stops.wait(SECONDS_BETWEEN_STARTS):
+                return
+            with self._lock:
+                if self._stops.is_set():
+                    return
+                logger.warning("Prefect's server ended with status %d; it is started again; see %s", status, self._log)
+                self.process = self._start()
+
+    def stop(self) -> None:
+        """End the server."""
+        with self._lock:
+            self._stops.set()
+        self.process.terminate()
+        self.process.wait(30)
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        with self._log.open("ab") as output:
+            # in a session of its own, because Ctrl-C and `timeout` send their signal to the whole process group, and
+            # this process would wait for minutes for a server that has ended
+            return subprocess.Popen(
+                self._command, stdout=output, stderr=output, start_new_session=True, preexec_fn=die_with_parent
+            )
 
 
 def _wait(process: subprocess.Popen[bytes], url: str, log: str) -> None:

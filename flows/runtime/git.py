@@ -91,6 +91,13 @@ class Git:
         """Run a git command and return its output. Raises GitError with git's message."""
         return self._done(arguments, stdin, environment).stdout
 
+    def run_without_hooks(self, *arguments: str, stdin: str | None = None, **environment: str) -> str:
+        """Run a git command as `run` does, for commits and working trees that no user makes: no hook of the user runs.
+
+        A failing prepare-commit-msg or post-checkout hook fails the command, and `--no-verify` skips neither.
+        """
+        return self.run(*arguments, stdin=stdin, **environment, **_settings({"core.hooksPath": os.devnull}))
+
     def head(self) -> str:
         """Return the checked-out commit (40 hex digits)."""
         return self.run("rev-parse", "HEAD").strip()
@@ -98,6 +105,14 @@ class Git:
     def common_folder(self) -> Path:
         """Return git's folder, which all working trees of the repository share."""
         return self.root / self.run("rev-parse", "--git-common-dir").strip()
+
+    def main_top(self) -> Path:
+        """Return the top folder of the clone's main working tree; in a submodule, and beside a bare repository, `top`.
+
+        There git's folder is not in the main working tree.
+        """
+        folder = self.common_folder().resolve()
+        return folder.parent if folder.name == ".git" else self.top
 
     def show(self, commit: str, path: str) -> str:
         """Return a file's text in `commit`. Raises GitError if it is absent."""
@@ -115,11 +130,12 @@ class Git:
         with TemporaryDirectory(prefix="peftcore-index-") as folder:
             index = {"GIT_INDEX_FILE": str(Path(folder) / "index")}
             self.run("read-tree", "HEAD", **index)
-            tracked = [path for path in update if self.run("ls-files", "--", path, **index)]
+            self._mark_absent_of_sparse_checkout(index)
+            tracked = [path for path in update if self._has_checked_out(path, index)]
             if tracked:
                 self.run("add", "--update", "--", *tracked, **index)
             if add:
-                self.run("add", "--force", "--", *add, **index)
+                self._add(add, index)
             tree, parent = self._tree_with(contents, index), self.head()
             return self.run("commit-tree", tree, "-p", parent, stdin=message, **self._identity()).strip()
 
@@ -145,10 +161,33 @@ class Git:
 
     def commit(self, paths: Sequence[str], message: str) -> None:
         """Commit files of the working tree and nothing else; unchanged files give no commit."""
-        self.run("add", "--force", "--", *paths)
+        self._add(paths, {})
         if self.run("diff", "--cached", "--name-only", "--", *paths).strip():
-            self.run("commit", "--quiet", "--no-verify", "--no-gpg-sign", "--file=-", "--only", "--", *paths,
-                     stdin=message, **self._identity())  # fmt: skip
+            self.run_without_hooks("commit", "--quiet", "--no-gpg-sign", "--file=-", "--only", "--", *paths,
+                                   stdin=message, **self._identity())  # fmt: skip
+
+    def _add(self, paths: Sequence[str], index: Mapping[str, str]) -> None:
+        """Add files of the working tree, also ignored ones and ones outside of a sparse checkout."""
+        # earlier releases of git lack the option --sparse
+        options = ["--force", "--sparse"] if self._is_sparse() else ["--force"]
+        self.run("add", *options, "--", *paths, **index)
+
+    def _is_sparse(self) -> bool:
+        return self.run("config", "--type=bool", "--default=false", "--get", "core.sparseCheckout").strip() == "true"
+
+    def _mark_absent_of_sparse_checkout(self, index: Mapping[str, str]) -> None:
+        """Mark the files that the user's sparse checkout leaves out, so that they do not count as deleted."""
+        if not self._is_sparse():
+            return
+        absent = {entry[2:] for entry in self.run("ls-files", "-t", "-z").split("\0") if entry.startswith("S ")}
+        known = self.run("ls-files", "-z", **index).split("\0")
+        names = "".join(f"{name}\0" for name in known if name in absent)
+        self.run("update-index", "--skip-worktree", "-z", "--stdin", stdin=names, **index)
+
+    def _has_checked_out(self, path: str, index: Mapping[str, str]) -> bool:
+        """Return True if git tracks a file at or below a path that the sparse checkout does not leave out."""
+        entries = self.run("ls-files", "-t", "-z", "--", path, **index).split("\0")
+        return any(entry and not entry.startswith("S ") for entry in entries)
 
     def tags(self, *patterns: str) -> list[Tag]:
         """Return annotated tags whose name matches a pattern, oldest first."""
@@ -211,11 +250,14 @@ class Git:
 
     def push_tags(self, remote: str, names: Sequence[str]) -> None:
         """Push tags, all or none. Raises GitError if the remote has another tag of a name, or is unreachable."""
-        self.run("push", "--atomic", "--", remote, *(f"refs/tags/{name}:refs/tags/{name}" for name in names))
+        self._run_for_remote(
+            "push", "--atomic", "--", remote, *(f"refs/tags/{name}:refs/tags/{name}" for name in names)
+        )
 
     def remote_objects(self, remote: str, names: Sequence[str]) -> dict[str, str]:
         """Return {tag: hash of its object} at a remote. Raises GitError if the remote is unreachable."""
-        lines = self.run("ls-remote", "--tags", "--", remote, *(f"refs/tags/{name}" for name in names)).splitlines()
+        references = [f"refs/tags/{name}" for name in names]
+        lines = self._run_for_remote("ls-remote", "--tags", "--", remote, *references).splitlines()
         pairs = (line.split("\t", 1) for line in lines)
         return {ref.removeprefix("refs/tags/"): digest for digest, ref in pairs if not ref.endswith("^{}")}
 
@@ -233,8 +275,8 @@ class Git:
 
         namespace: temporary place of the fetched tags, such as "refs/peftcore/fetched".
         """
-        self.run("fetch", "--quiet", "--no-tags", "--prune", "--no-write-fetch-head", "--", remote,
-                 f"+refs/tags/*:{namespace}/*")  # fmt: skip
+        self._run_for_remote("fetch", "--quiet", "--no-tags", "--prune", "--no-write-fetch-head", "--", remote,
+                             f"+refs/tags/*:{namespace}/*")  # fmt: skip
         fetched = self.objects(f"{namespace}/")
         self.run("update-ref", "--stdin", stdin="".join(f"delete {namespace}/{name}\n" for name in fetched))
         return fetched
@@ -251,6 +293,10 @@ class Git:
             GitError: The reference has another value than `before`.
         """
         self.run("update-ref", name, digest, before or "0" * len(digest))
+
+    def _run_for_remote(self, *arguments: str) -> str:
+        """Run a git command in the main working tree, from which git resolves a remote with a relative path."""
+        return _completed(self.main_top(), arguments, None, {}).stdout
 
     def _done(
         self, arguments: Sequence[str], stdin: str | None, environment: Mapping[str, str]

@@ -17,7 +17,7 @@ import psutil
 
 from flows.errors import GateError
 from flows.paths import Paths
-from flows.runtime.processes import is_noted_alive, this_host
+from flows.runtime.processes import is_noted_alive, start_time, this_host
 from peftcore.files import write_atomically
 
 INTERRUPTED = 130
@@ -66,7 +66,7 @@ class RunRecord:
 
     def _note(self) -> None:
         process = psutil.Process()
-        note = {"pid": process.pid, "created": process.create_time(), "host": this_host()}
+        note = {"pid": process.pid, "start_time": start_time(process), "host": this_host()}
         note |= {"started": self.started, "task": self.task}
         write_atomically(running_file(self.paths), json.dumps(note) + "\n")
 
@@ -97,7 +97,8 @@ def running(paths: Paths) -> dict[str, Any] | None:
     if note is None:
         return None
     alive = is_noted_alive(note)
-    note.pop("created")
+    note.pop("start_time", None)
+    note.pop("created", None)  # the key of earlier releases, whose value moved with the system's clock
     return note | {"alive": alive}
 
 

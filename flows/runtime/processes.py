@@ -55,14 +55,25 @@ def watch_parent(seconds: float = 1.0) -> None:
     threading.Thread(target=watch, name="watch-parent", daemon=True).start()
 
 
-def is_alive(pid: int, created: float | None = None) -> bool:
-    """Return True if a process lives and, if `created` (seconds since 1970) is given, started at that time.
+def start_time(process: psutil.Process) -> float:
+    """Return the time at which a process started: seconds since the boot on Linux, elsewhere since 1970.
+
+    Linux counts from the boot. psutil adds the time of the boot, which moves whenever the system's clock is set.
+    """
+    if sys.platform != "linux":
+        return process.create_time()
+    boot = psutil.boot_time()  # before create_time(): earlier releases of psutil add the last result of boot_time()
+    return round(process.create_time() - boot, 2)  # in Linux's ticks of 0.01 seconds
+
+
+def is_alive(pid: int, started: float | None = None) -> bool:
+    """Return True if a process lives and, if `started` is given, has this `start_time`.
 
     A zombie, killed but not yet collected by its parent, counts as dead.
     """
     try:
         process = psutil.Process(pid)
-        return process.status() != psutil.STATUS_ZOMBIE and (created is None or process.create_time() == created)
+        return process.status() != psutil.STATUS_ZOMBIE and (started is None or start_time(process) == started)
     except psutil.NoSuchProcess:
         return False
 
@@ -93,10 +104,10 @@ def is_noted_alive(note: Mapping[str, Any]) -> bool | None:
 
     A process of an earlier boot of this machine has ended.
 
-    note: `pid`, and optionally `created` (seconds since 1970) and `host`, from `this_host`.
+    note: `pid`, and optionally `start_time`, from the function of this name, and `host`, from `this_host`.
     """
     host, here = str(note.get("host", this_host())), this_host()
     if host != here:
         is_of_this_machine = here.count("/") == 2 and host.rpartition("/")[0] == here.rpartition("/")[0]
         return False if is_of_this_machine else None
-    return is_alive(int(note["pid"]), note.get("created"))
+    return is_alive(int(note["pid"]), note.get("start_time"))

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ruamel.yaml import YAML
 
 from flows.errors import RepositoryError
+from flows.runtime.databases import sqlite_url
 from flows.runtime.git import environment_without_locations, git_output
 from flows.runtime.temporary import temporary_folder
 
@@ -96,7 +97,13 @@ def set_prefect_environment(root: Path) -> None:
 
     Call this before the import of prefect, which reads the environment.
     """
-    os.environ.setdefault("PREFECT_HOME", str(root / ".prefect"))
+    if "PREFECT_HOME" not in os.environ:
+        home = root / ".prefect"
+        os.environ["PREFECT_HOME"] = str(home)
+        has_database = any(name.startswith(("PREFECT_SERVER_DATABASE", "PREFECT_API_DATABASE")) for name in os.environ)
+        if not has_database and any(sign in str(home) for sign in "%?"):
+            # Prefect puts the path into a URL without quoting it, so %20 in a folder's name is read as a space
+            os.environ["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = sqlite_url(home / "prefect.db", "sqlite+aiosqlite")
     for name, value in _PREFECT_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
 

@@ -46,7 +46,7 @@ def add_worktree(root: Path, folder: Path, commit: str) -> Path:
         )
     git.run("worktree", "prune")
     try:
-        git.run("worktree", "add", "--quiet", "--detach", str(folder), commit)
+        git.run_without_hooks("worktree", "add", "--quiet", "--detach", str(folder), commit)
     except GitError as error:
         raise RepositoryError(f"no working tree of {commit[:10]} could be created in {folder}: {error}") from error
     project = folder / git.prefix

@@ -17,6 +17,7 @@ from flows.errors import BusyError
 from flows.gate.holdout_reuse import note_trial
 from flows.params import check_overrides, load_params, source_names
 from flows.paths import Paths
+from flows.runtime.databases import sqlite_url
 from flows.runtime.git import Git
 from flows.runtime.inputs import check_source_is_tracked
 from flows.runtime.locks import exclusive_if_free
@@ -73,7 +74,7 @@ class Search:
         self.database.parent.mkdir(parents=True, exist_ok=True)
         pruner = optuna.pruners.MedianPruner(n_startup_trials=STARTUP_TRIALS, n_warmup_steps=WARMUP_EVALUATIONS + 1)
         return optuna.create_study(
-            storage=f"sqlite:///{self.database}",
+            storage=sqlite_url(self.database),
             study_name=self.name,
             pruner=pruner,
             direction="minimize",

@@ -88,11 +88,11 @@ def deliver(params: Params, root: Path, at_once: bool = False) -> Result:
     with exclusive(lock) if at_once else exclusive_if_free(lock) as is_mine:
         if is_mine is not False:
             _settle(outbox, root)
-            project = Git(root).common_folder().resolve().parent  # a working tree of a retraining has no secret
+            clone = Git(root).main_top()  # a working tree of a retraining has no secret
             waiting = outbox.waiting()
             for endpoint in params.webhooks.endpoints:
                 deliveries = [delivery for delivery in waiting if delivery.url == endpoint.url]
-                count, failure = _deliver_to(endpoint, project, outbox, deliveries, at_once, until)
+                count, failure = _deliver_to(endpoint, clone, outbox, deliveries, at_once, until)
                 sent += count
                 failures += [] if failure is None else [failure]
     return Result(sent, tuple(outbox.waiting()), tuple(failures))

@@ -16,6 +16,7 @@ from typing import Any
 
 from flows.params.train import WITHOUT_CHAT
 from flows.paths import Paths
+from flows.runtime.databases import sqlite_url
 from flows.runtime.tracking.flat import flat, numbers
 from peftcore.errors import require_extra
 
@@ -194,7 +195,7 @@ def client_of(uri: str | None, directory: Path) -> Any:
     mlflow: Any = import_module("mlflow")
     logging.getLogger("mlflow").setLevel(logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    address = uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{directory.resolve()}/mlflow.db"
+    address = uri or os.environ.get("MLFLOW_TRACKING_URI") or sqlite_url(directory.resolve() / "mlflow.db")
     return mlflow.MlflowClient(tracking_uri=address, registry_uri=address)
 
 

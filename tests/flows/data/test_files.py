@@ -35,14 +35,42 @@ def test_bad_json_is_told_by_its_line(tmp_path: Path) -> None:
 def test_bytes_that_are_no_text_are_told_by_their_line(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'{}\n{"prompt": "\xff\xfe"}\n')
-    with pytest.raises(DataError, match=r"^rows\.jsonl:2: not JSON"):
+    with pytest.raises(DataError, match=r"^rows\.jsonl:2: not JSON in UTF-8 .*; write the file in UTF-8"):
+        rows(path)
+
+
+def test_utf_16_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a"}\n', encoding="utf-16")  # as Windows' PowerShell writes
+    with pytest.raises(DataError, match=r"^rows\.jsonl:1: not JSON in UTF-8 .*; write the file in UTF-8"):
+        rows(path)
+
+
+def test_two_values_of_one_name_are_told(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": {"x": 1}, "b": {"x": 2}}\n{"a": [{"x": 1, "y": 2, "x": 3}]}\n')
+    with pytest.raises(DataError, match=r"^rows\.jsonl:2: not JSON \(several fields are called x\); correct"):
+        rows(path)
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], ["prompt"] * 2), path)
+    with pytest.raises(DataError, match=r"^rows\.parquet: several columns are called prompt; rename all but one"):
         rows(path)
 
 
 def test_a_row_that_is_no_object_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text("[1]\n")
-    with pytest.raises(DataError, match=r"^rows\.jsonl:1: a row is a JSON object, and this is list"):
+    with pytest.raises(
+        DataError, match=r"^rows\.jsonl:1: a row is a JSON object, and this is list; write one object a"
+    ):
+        rows(path)
+
+
+@pytest.mark.parametrize("text", ['{\n  "prompt": "a"\n}\n', '\ufeff[\r\n{"prompt": "a"}\r\n]\r\n'])
+def test_json_of_several_lines_is_told_how_to_write_it(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text)
+    with pytest.raises(DataError, match=r"^rows\.jsonl:1: it begins a JSON value of several lines; write one object a"):
         rows(path)
 
 

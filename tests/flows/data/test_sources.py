@@ -133,8 +133,13 @@ def test_columns_that_are_spelled_otherwise_are_named(
         ({"title": "a"}, "neither messages nor prompt and completion, but title"),
         ({"prompt": "a", "completion": ""}, "its completion is empty"),
         ({"prompt": "a", "completion": None}, "its completion is empty"),
-        ({"prompt": "a", "completion": "  "}, "its completion is no text"),
-        ({"prompt": 1, "completion": "b"}, "its prompt is no text"),
+        ({"prompt": "a", "completion": "  "}, "its completion is empty"),
+        ({"prompt": 1, "completion": "b"}, "its prompt is no text, but 1; write it as text"),
+        (
+            {"prompt": CHAT[:1], "completion": CHAT[1:]},
+            "its prompt is a list, not text; write all turns .* as messages",
+        ),
+        ({"prompt": "a", "completion": 0}, "its completion is no text, but 0; write it as text"),
         ({"messages": "not json"}, "its messages are no JSON"),
         ({"messages": {"role": "user"}}, "its messages are no list"),
         ({"messages": []}, "it has no completion"),
@@ -165,6 +170,14 @@ def test_an_absent_column_is_told_with_those_there_are(tmp_path: Path) -> None:
     write_lines(tmp_path, ROWS[0])
     with pytest.raises(DataError, match=r"no book \(data\.group_column\); its columns are prompt, completion"):
         read(tmp_path, group_column="book")
+
+
+@pytest.mark.parametrize("column", ["group_column", "slice_column"])
+@pytest.mark.parametrize("value", [None, float("nan"), "", " "])
+def test_rows_without_a_value_are_no_group_and_no_slice(tmp_path: Path, column: str, value: Any) -> None:
+    write_lines(tmp_path, ROWS[0] | {"book": 0}, ROWS[0] | {"book": value})
+    with pytest.raises(DataError, match=rf"1 rows .*\n  rows\.jsonl:2: it has no book \(data\.{column}\)"):
+        read(tmp_path, **{column: "book"})
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.parquet"])

@@ -104,7 +104,7 @@ def test_what_another_host_has_noted_is_not_taken_for_dead(project: Any) -> None
     note = {"cron": "30 4 * * *", "timezone": "Europe/Berlin"}
     project.paths.schedule.parent.mkdir(parents=True, exist_ok=True)
     project.paths.schedule.write_text(json.dumps(note | elsewhere))
-    run = {"started": "2026-01-01T00:00:00+00:00", "task": "train", "created": 1.0}
+    run = {"started": "2026-01-01T00:00:00+00:00", "task": "train", "start_time": 1.0}
     running_file(project.paths).write_text(json.dumps(run | elsewhere))
     lock = project.root / ".dvc" / "tmp" / "retraining" / "lock"
     (lock.parent / "tree").mkdir(parents=True)

@@ -13,9 +13,10 @@ from threading import Thread
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
-from flows.errors import ParamsError, StageError
+from flows.errors import BusyError, ParamsError, StageError
 from flows.retraining import schedule
 from flows.retraining.history import entries
 from flows.retraining.schedule import serve
@@ -91,6 +92,8 @@ def test_a_scheduled_retraining_runs_is_told_of_and_ends_in_order(
         subprocess.run([sys.executable, "-c", SAVE_BLOCK, hook[0]], env=here, capture_output=True, check=True)
         deployed = wait_for(deployment, process, log)
         assert deployed["schedules"][0]["schedule"]["cron"] == "0 3 * * 1"
+        children = [" ".join(child.cmdline()) for child in psutil.Process(process.pid).children()]
+        assert ["prefect server start" in child for child in children if "server" in child] == [True], "one server"
         # Prefect's own command asks again while the server's database is busy (503)
         ask = [sys.executable, "-m", "prefect", "deployment", "run", "retrain/scheduled"]
         subprocess.run(ask, env=here, capture_output=True, check=True)
@@ -119,6 +122,38 @@ def test_a_scheduled_retraining_runs_is_told_of_and_ends_in_order(
 def test_a_schedule_that_is_none_is_said(project: Any, cron: str, zone: str) -> None:
     with pytest.raises(ParamsError, match="give five fields"):
         serve(project.paths, cron, zone, None)
+
+
+def test_a_second_schedule_of_a_project_is_refused(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    monkeypatch.setattr(schedule, "SECONDS_BETWEEN_DELIVERIES", 3600.0)
+    monkeypatch.setattr(schedule.signal, "signal", lambda *_: None)
+    project.paths.schedule.parent.mkdir(parents=True, exist_ok=True)
+    project.paths.schedule.write_text("the first one's")
+    with schedule._only_one(project.paths), pytest.raises(BusyError, match=r"a schedule of .* runs already"):
+        serve(project.paths, "0 3 * * 1", "UTC", None)
+    assert project.paths.schedule.read_text() == "the first one's"
+
+
+def test_a_server_that_ends_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(schedule, "SECONDS_BETWEEN_STARTS", 0.0)
+    log = tmp_path / "server.log"
+    server = schedule._Server(["sleep", "300"], log)
+    watcher = Thread(target=server.watch, daemon=True)
+    watcher.start()
+    first = server.process
+    assert os.getsid(first.pid) != os.getsid(0), "a signal to the process group of the schedule does not end it"
+    first.kill()
+    until = time.monotonic() + LIMIT
+    while server.process is first and time.monotonic() < until:
+        time.sleep(0.05)
+    assert server.process is not first and server.process.poll() is None
+    assert "ended with status -9; it is started again" in caplog.text
+    server.stop()
+    watcher.join(10)
+    assert not watcher.is_alive() and server.process.poll() is not None
 
 
 def test_a_schedule_whose_server_does_not_start_is_announced(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:

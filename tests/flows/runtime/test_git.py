@@ -72,6 +72,22 @@ def test_snapshot_takes_ignored_files_that_are_asked_for(repository: Path) -> No
     assert git.show(git.snapshot([], ["result.json"], {}, "m"), "result.json") == "{}"
 
 
+@pytest.mark.parametrize("left_out", ["/code", "/code/gone.py"])
+def test_a_sparse_checkout_loses_no_file_that_it_leaves_out(repository: Path, left_out: str) -> None:
+    git = Git(repository)
+    patterns = ["/*", f"!{left_out}", "!/data"]
+    subprocess.run(["git", "sparse-checkout", "set", "--no-cone", *patterns], cwd=repository, check=True)
+    assert not (repository / "code" / "gone.py").exists()
+    (repository / "data").mkdir()
+    (repository / "data" / "rows.jsonl").write_text("{}\n")
+    (repository / "notes.txt").write_text("changed\n")
+    commit = git.snapshot(["code", "notes.txt"], ["data/rows.jsonl"], {"code/record.json": "text"}, "A run\n")
+    changes = git.run("diff", "--name-status", "HEAD", commit).split()
+    assert changes == ["A", "code/record.json", "A", "data/rows.jsonl", "M", "notes.txt"]
+    git.commit(["data/rows.jsonl"], "Data\n")
+    assert git.run("diff", "--name-status", "HEAD^", "HEAD").split() == ["A", "data/rows.jsonl"]
+
+
 def test_uncommitted_files_are_changed_and_new_ones_and_the_index_is_left_alone(repository: Path) -> None:
     (repository / "code" / "kept.py").write_text("changed\n")
     (repository / "new name.txt").write_text("")
@@ -124,6 +140,19 @@ def test_commits_of_a_machine_are_not_signed_by_the_users_key(repository: Path) 
     assert git.head() != before
 
 
+@pytest.mark.parametrize("name", ["pre-commit", "prepare-commit-msg", "commit-msg", "reference-transaction"])
+def test_the_users_hooks_do_not_decide_on_commits_of_a_machine(repository: Path, name: str) -> None:
+    hook = repository / "hooks" / name
+    hook.parent.mkdir()
+    hook.write_text("#!/bin/sh\nexit 1\n")
+    hook.chmod(0o755)
+    subprocess.run(["git", "config", "core.hooksPath", str(hook.parent)], cwd=repository, check=True)
+    (repository / "notes.txt").write_text("changed\n")
+    git = Git(repository)
+    git.commit(["notes.txt"], "Notes\n")
+    assert git.show("HEAD", "notes.txt") == "changed\n"
+
+
 def test_identity_of_the_configuration_and_of_the_environment_wins(
     repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,6 +177,32 @@ def test_a_hook_of_another_repository_leaves_the_folder_s_repository_in_use(
         assert "GIT_DIR" not in stage_environment()
     assert not (other / ".git" / "index").exists()
     assert state(repository)["status"] == ""
+
+
+def test_the_main_working_tree_of_each_layout(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    def git(folder: Path, *arguments: str) -> None:
+        subprocess.run(["git", "-c", "protocol.file.allow=always", *arguments], cwd=folder, check=True)
+
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    git(repository, "worktree", "add", "--quiet", "--detach", str(elsewhere / "linked"))
+    assert Git(elsewhere / "linked").main_top() == Git(repository).main_top() == repository
+    git(elsewhere, "clone", "--quiet", "--bare", str(repository), "bare.git")
+    git(elsewhere / "bare.git", "worktree", "add", "--quiet", "--detach", str(elsewhere / "beside"))
+    assert Git(elsewhere / "beside").main_top() == elsewhere / "beside"
+    git(elsewhere, "init", "--quiet", "outer")
+    git(elsewhere / "outer", "submodule", "--quiet", "add", str(repository), "inner")
+    assert Git(elsewhere / "outer" / "inner").main_top() == elsewhere / "outer" / "inner"
+
+
+def test_a_remote_with_a_relative_path_is_found_from_each_working_tree(repository: Path, tmp_path: Path) -> None:
+    subprocess.run(["git", "init", "--quiet", "--bare", str(tmp_path / "remote")], check=True)
+    subprocess.run(["git", "remote", "add", "origin", "remote"], cwd=repository, check=True)
+    tree = tmp_path / "deep" / "down" / "tree"  # as that of a retraining
+    subprocess.run(["git", "worktree", "add", "--quiet", "--detach", str(tree)], cwd=repository, check=True)
+    git = Git(tree)
+    git.create_tag("t", git.head(), "m", after=0)
+    git.push_tags("origin", ["t"])
+    assert git.remote_objects("origin", ["t"]) == git.fetch_tags("origin", "refs/peftcore/fetched")
 
 
 def test_no_repository_says_what_to_do(tmp_path: Path) -> None:

@@ -59,7 +59,7 @@ def test_the_note_of_a_run_names_this_process_and_its_task(paths: Paths) -> None
 def test_a_note_whose_process_is_another_one_by_now_is_of_a_run_that_was_killed(paths: Paths) -> None:
     with recorded(paths) as record, record.at("make"):
         note = json.loads(running_file(paths).read_text())
-    running_file(paths).write_text(json.dumps(note | {"created": note["created"] - 1.0}))
+    running_file(paths).write_text(json.dumps(note | {"start_time": note["start_time"] - 1.0}))
     found = running(paths)
     assert found is not None and found["alive"] is False
 

@@ -10,7 +10,7 @@ import psutil
 import pytest
 
 from flows.runtime import processes
-from flows.runtime.processes import is_noted_alive, this_host
+from flows.runtime.processes import is_alive, is_noted_alive, start_time, this_host
 
 ROOT = Path(__file__).parents[3]
 
@@ -60,6 +60,20 @@ def test_a_process_of_an_earlier_boot_has_ended_and_one_of_another_machine_is_un
 ) -> None:
     monkeypatch.setattr(processes, "this_host", lambda: here)
     assert is_noted_alive({"pid": os.getpid(), "host": noted}) is alive
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the start of a process does not move with the clock")
+@pytest.mark.parametrize("seconds", [-86400, -1, 1, 3600])
+def test_a_process_is_known_after_the_clock_was_set(seconds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from psutil import _pslinux
+
+    note = start_time(psutil.Process())
+    assert is_alive(os.getpid(), note)
+    boot = int(_pslinux.boot_time()) + seconds  # `btime` of /proc/stat, which follows the clock
+    monkeypatch.setattr(_pslinux, "boot_time", lambda: float(boot))
+    monkeypatch.setattr(_pslinux, "BOOT_TIME", float(boot), raising=False)  # psutil before 7.1
+    assert is_alive(os.getpid(), note)
+    assert not is_alive(os.getpid(), note - 0.01)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has a boot id")

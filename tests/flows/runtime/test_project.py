@@ -1,13 +1,15 @@
 """The repository as DVC sees it: its root, its order, what changed, files of another commit."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy.engine import make_url
 
 from flows.errors import RepositoryError
-from flows.runtime.project import changed_stages, dvc, files_at, find_root, stage_order
+from flows.runtime.project import changed_stages, dvc, files_at, find_root, set_prefect_environment, stage_order
 
 DIAMOND = """\
 stages:
@@ -85,3 +87,25 @@ def test_files_of_another_commit_come_at_their_paths_and_go_again(project: Any) 
         assert (folder / "artifacts" / "merge.json").read_text() == before
         assert (folder / "artifacts" / "adapter" / "adapter_config.json").is_file()
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("name", ["plain", "100%20 (1)", "what?"])
+def test_prefects_database_is_in_the_project_whatever_its_folder_is_called(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in [name for name in os.environ if name.startswith("PREFECT_")]:
+        monkeypatch.delenv(variable)
+    home = tmp_path / name / ".prefect"
+    set_prefect_environment(home.parent)
+    assert os.environ["PREFECT_HOME"] == str(home)
+    # Prefect's own default
+    url = os.environ.get("PREFECT_SERVER_DATABASE_CONNECTION_URL", f"sqlite+aiosqlite:///{home}/prefect.db")
+    assert make_url(url).database == str(home / "prefect.db")
+
+
+def test_a_configured_database_of_prefect_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in [name for name in os.environ if name.startswith("PREFECT_")]:
+        monkeypatch.delenv(variable)
+    monkeypatch.setenv("PREFECT_API_DATABASE_CONNECTION_URL", "postgresql+asyncpg://host/prefect")
+    set_prefect_environment(tmp_path / "100%20")
+    assert "PREFECT_SERVER_DATABASE_CONNECTION_URL" not in os.environ

@@ -54,6 +54,15 @@ def test_folders_with_umlauts_share_their_cache_and_remote(project: Any, tmp_pat
         assert Path(dvc(tree, "config", "remote.local.url").strip()).resolve() == root / ".dvc-remote"
 
 
+def test_the_users_hooks_do_not_run_there(project: Any) -> None:
+    hook = project.root / ".git" / "hooks" / "post-checkout"  # `dvc install` makes one that fails there
+    hook.parent.mkdir(exist_ok=True)
+    hook.write_text("#!/bin/sh\nexit 1\n")
+    hook.chmod(0o755)
+    with worktree_at(project.root, "HEAD") as tree:
+        assert (tree / "params.yaml").exists()
+
+
 def test_a_submodule_is_refused(project: Any, tmp_path: Path) -> None:
     outer = tmp_path / "outer"
     outer.mkdir()

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import hmac
 import json
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -225,6 +226,16 @@ def test_without_a_secret_events_wait_until_there_is_one(
     assert "the environment variable PEFTCORE_WEBHOOK_SECRET has no secret of webhooks" in caplog.text
     (repository / "secret").write_text(SECRET.decode() + "\n")
     assert deliver(params_of(secret="file:secret"), repository, at_once=True).sent == 1
+
+
+def test_a_secrets_file_is_found_where_gits_folder_is_elsewhere(
+    repository: Path, receiver: Receiver, params_of: Make, tmp_path: Path
+) -> None:
+    # as in a submodule
+    subprocess.run(["git", "init", "--quiet", "--separate-git-dir", str(tmp_path / "away")], cwd=repository, check=True)
+    (repository / "secret").write_text(SECRET.decode() + "\n")
+    announce(params_of(secret="file:secret"), repository, event("v0.1.0"))
+    assert len(receiver.requests) == 1
 
 
 @pytest.mark.parametrize(
