@@ -1,6 +1,7 @@
 """URLs of SQLite files, as SQLAlchemy reads them."""
 
 from pathlib import Path
+from urllib.parse import quote
 
 
 def sqlite_url(file: Path, driver: str = "sqlite") -> str:
@@ -10,6 +11,4 @@ def sqlite_url(file: Path, driver: str = "sqlite") -> str:
         file: Path of the file, which need not exist.
         driver: SQLAlchemy's dialect and driver, such as sqlite+aiosqlite.
     """
-    from sqlalchemy.engine import URL
-
-    return URL.create(driver, database=str(file)).render_as_string()
+    return f"{driver}:///{quote(str(file))}"

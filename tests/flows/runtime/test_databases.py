@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from sqlalchemy.engine import make_url
+from sql_urls import make_url
 
 from flows.runtime.databases import sqlite_url
 

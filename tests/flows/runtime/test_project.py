@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy.engine import make_url
+from sql_urls import make_url
 
 from flows.errors import RepositoryError
 from flows.runtime.project import changed_stages, dvc, files_at, find_root, set_prefect_environment, stage_order
