@@ -122,7 +122,7 @@ def base_weight(layer: nn.Module, path: str = "") -> BaseWeight:
     if view is None:
         fits = refusal(layer) or (
             "adapters support Linear, Conv1D, Conv1d/2d/3d, Embedding, norms, and quantised layers or weights of the "
-            f"classes {', '.join(registered_classes())}"
+            f"classes {', '.join(registered_classes())}; peftcore.register_storage adds others"
         )
         raise TargetError(f"{path or 'layer'} is a {type(layer).__name__}, which cannot be adapted; {fits}")
     return view(layer)

@@ -302,6 +302,14 @@ class LoraConfig(TunerConfig):
         by_target = ids.items() if isinstance(ids, dict) else [(None, ids)]
         return [kind(token_indices=list(tokens), target_modules=target and [target]) for target, tokens in by_target]
 
+    def _register_custom_module(self, mapping: Mapping[type, type]) -> None:
+        """Raise ConfigError: HF PEFT's classes of layers, from which a script derives its own, do not exist here."""
+        raise ConfigError(
+            f"LoraConfig: {[kind.__name__ for kind in mapping]} cannot get layers of a script's own, because peftcore has "
+            "one class of layer for all; describe how the weight of such a module is read by peftcore.register_storage "
+            "(docs/how-to/add-a-storage.md), or name its raw parameter in target_parameters"
+        )
+
     def beyond_low_rank(self) -> str:
         return next((variant.beyond_low_rank for variant in self.variants() if variant.beyond_low_rank), "")
 

@@ -56,3 +56,8 @@ def test_offloading_that_cannot_act_is_said(monkeypatch: pytest.MonkeyPatch) -> 
 def test_options_of_another_start_warn(start: str) -> None:
     with pytest.warns(UserWarning, match=f"{start}_config has no effect with init_lora_weights=True"):
         LoraConfig(**{f"{start}_config": {"some": 1}})
+
+
+def test_layer_classes_of_a_script_are_refused_with_what_to_do() -> None:
+    with pytest.raises(ConfigError, match=r"\['Linear'\] cannot get layers of a script's own.*register_storage"):
+        LoraConfig()._register_custom_module({torch.nn.Linear: torch.nn.Module})
