@@ -305,9 +305,9 @@ class LoraConfig(TunerConfig):
     def _register_custom_module(self, mapping: Mapping[type, type]) -> None:
         """Raise ConfigError: HF PEFT's classes of layers, from which a script derives its own, do not exist here."""
         raise ConfigError(
-            f"LoraConfig: {[kind.__name__ for kind in mapping]} cannot get layers of a script's own, because peftcore has "
-            "one class of layer for all; describe how the weight of such a module is read by peftcore.register_storage "
-            "(docs/how-to/add-a-storage.md), or name its raw parameter in target_parameters"
+            f"LoraConfig: {[kind.__name__ for kind in mapping]} cannot get layers of a script's own, because peftcore "
+            "has one class of layer for all; describe how the weight of such a module is read by "
+            "peftcore.register_storage (docs/how-to/add-a-storage.md), or name its raw parameter in target_parameters"
         )
 
     def beyond_low_rank(self) -> str:
