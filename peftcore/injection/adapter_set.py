@@ -22,7 +22,7 @@ from peftcore.prompts.learner import PromptLearner
 
 ATTRIBUTE = "_adapter_set"
 """Attribute of a model that holds its `AdapterSet`."""
-PROMPTS = "peftcore_prompts"
+PROMPTS = "prompt_encoder"
 """Name of the submodule that holds a model's prompt learners."""
 
 

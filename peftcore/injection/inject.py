@@ -166,7 +166,8 @@ def _set_trainable(adapter: Adapter, trainable: bool) -> None:
 
 def _add_prompt(model: nn.Module, adapters: AdapterSet, name: str, prompt: PromptLearner) -> None:
     if not len(adapters.prompts):
-        model.add_module(PROMPTS, adapters.prompts)
+        # SAM has a prompt encoder of its own
+        model.add_module(f"peft_{PROMPTS}" if hasattr(model, PROMPTS) else PROMPTS, adapters.prompts)
         forward_hooks.install_prompts(model, adapters)
     adapters.prompts[name] = prompt
     prompt.attach(model, partial(adapters.selection.share, name))
@@ -176,7 +177,7 @@ def _remove_prompt(model: nn.Module, adapters: AdapterSet, name: str) -> None:
     adapters.prompts[name].detach(model)
     del adapters.prompts[name]
     if not len(adapters.prompts):
-        del model._modules[PROMPTS]
+        del model._modules[next(path for path, module in model.named_children() if module is adapters.prompts)]
         forward_hooks.remove_prompts(model)
 
 

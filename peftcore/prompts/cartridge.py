@@ -53,7 +53,7 @@ class Cartridge(KeyValuePrefix):
         self.trainable_embedding = nn.Parameter(torch.empty(self.count - frozen, self.size))
 
     @property
-    def embedding(self) -> Tensor:  # type: ignore[override]
+    def vectors(self) -> Tensor:
         """The trained tokens."""
         return self.trainable_embedding
 

@@ -18,6 +18,7 @@ from peftcore._util.per_thread import PerThread
 from peftcore.config import PromptLearningConfig, TaskType
 from peftcore.errors import ConfigError
 from peftcore.kernels.start_values import normal_
+from peftcore.prompts.learner import rows
 from peftcore.prompts.placement import mask_of, placement
 from peftcore.prompts.virtual_tokens import IGNORED, VirtualTokens
 from peftcore.prompts.vocabulary import embeddings_of
@@ -76,6 +77,20 @@ class CPTConfig(PromptLearningConfig):
         return {"opt_loss_decay_factor": "opt_weighted_loss_type='decay'"} if unused else {}
 
 
+class _Fixed(nn.Module):
+    """Rows (n, d) that never train.
+
+    Args:
+        values: the rows.
+    """
+
+    weight: Tensor
+
+    def __init__(self, values: Tensor):
+        super().__init__()
+        self.register_buffer("weight", values)
+
+
 @register("CPT", CPTConfig)
 class Cpt(VirtualTokens):
     """A prompt of example tokens whose embeddings move within small balls."""
@@ -85,51 +100,51 @@ class Cpt(VirtualTokens):
 
     def __init__(self, config: CPTConfig, model: nn.Module):
         super().__init__(config, model)
-        self.register_buffer("embedding", torch.empty(self.count, self.width))
-        self.delta_embedding: nn.Parameter | None = nn.Parameter(torch.zeros(self.count, self.width))
+        self.embedding = _Fixed(torch.empty(self.count, self.width))
+        self.delta_embedding: nn.Embedding | None = rows(torch.zeros(self.count, self.width))
 
     @torch.no_grad()
     def reset_parameters(self, model: nn.Module) -> None:
         for _ in range(2):  # PEFT draws two embeddings and overwrites both
-            normal_(self.embedding)
-        self.embedding.copy_(embeddings_of(model, torch.tensor(self.config.cpt_token_ids)))
+            normal_(self.vectors)
+        self.vectors.copy_(embeddings_of(model, torch.tensor(self.config.cpt_token_ids)))
 
     # -- the prompt ------------------------------------------------------------------------------------------
 
     @property
     def types(self) -> Tensor:
         """Token types of the prompt (n,)."""
-        return torch.tensor(self.config.cpt_tokens_type_mask, device=self.embedding.device)
+        return torch.tensor(self.config.cpt_tokens_type_mask, device=self.vectors.device)
 
     def radii(self) -> Tensor:
         """Return ε of each token (n, 1)."""
-        scale = math.sqrt(self.embedding.shape[1] / 2048)
+        scale = math.sqrt(self.vectors.shape[1] / 2048)
         of_format, of_input = self.config.opt_projection_format_epsilon, self.config.opt_projection_epsilon
         by_type = torch.tensor([_FIXED, of_format * scale, of_input * scale, of_format * scale])
-        return by_type.to(self.embedding)[self.types.clamp(min=0) % 4].unsqueeze(1)
+        return by_type.to(self.vectors)[self.types.clamp(min=0) % 4].unsqueeze(1)
 
     def projected(self) -> Tensor:
         """Return δ (n, d), projected into the balls."""
         assert self.delta_embedding is not None
-        delta, radii = self.delta_embedding.detach(), self.radii()
+        delta, radii = self.delta_embedding.weight.detach(), self.radii()
         return delta * (radii / delta.norm(dim=1, keepdim=True).clamp(min=radii))
 
     def encoded(self) -> Tensor:
         if self.delta_embedding is None:
-            return self.embedding
-        if torch.is_grad_enabled() and self.delta_embedding.requires_grad:
+            return self.vectors
+        if torch.is_grad_enabled() and self.delta_embedding.weight.requires_grad:
             with torch.no_grad():  # projected gradient descent: the last optimiser step may have left the ball
-                self.delta_embedding.copy_(self.projected())
+                self.delta_embedding.weight.copy_(self.projected())
             free = (self.types % 4 != 0).unsqueeze(1)
-            return self.embedding + torch.where(free, self.delta_embedding, self.delta_embedding.detach())
-        return self.embedding + self.projected()
+            return self.vectors + torch.where(free, self.delta_embedding.weight, self.delta_embedding.weight.detach())
+        return self.vectors + self.projected()
 
     def has_encoder(self) -> bool:
         return self.delta_embedding is not None
 
     def drop_encoder(self, encoded: Tensor) -> None:
         self.delta_embedding = None
-        self.embedding.copy_(encoded)
+        self.vectors.copy_(encoded)
 
     # -- the loss --------------------------------------------------------------------------------------------
 

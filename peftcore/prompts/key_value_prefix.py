@@ -101,7 +101,7 @@ class KeyValuePrefix(PromptLearner):
         self_attention: Cache = getattr(cache, "self_attention_cache", cache)
         devices = layer_devices(model, len(self.shapes), tokens.device)
         dtype = torch.get_autocast_dtype(tokens.device.type) if torch.is_autocast_enabled(tokens.device.type) else None
-        dtype = dtype or getattr(model, "dtype", self.embedding.dtype)
+        dtype = dtype or getattr(model, "dtype", self.vectors.dtype)
         states = self.states(len(tokens)).to(dtype)
         for layer, (shape, device) in enumerate(zip(self.shapes, devices, strict=True)):
             if shape is not None:
@@ -113,7 +113,7 @@ class KeyValuePrefix(PromptLearner):
 
     def for_rows(self, model: nn.Module, rows: int, inputs: dict[str, Any]) -> Any:
         self.check_arguments(inputs)
-        return self._fill(model, new_cache(model), torch.empty(rows, 0, device=self.embedding.device))
+        return self._fill(model, new_cache(model), torch.empty(rows, 0, device=self.vectors.device))
 
     def key_values(self) -> Tensor:
         """Return the prefix (2·L, k, n, w), from (n, 2·L·k·w) in the checkpoint's layout."""

@@ -21,6 +21,12 @@ EMBEDDINGS = "prompt_embeddings"
 """HF PEFT's checkpoint key of the computed prompt."""
 
 
+def rows(values: Tensor) -> nn.Embedding:
+    """Return a module whose `weight` (n, d) is a new parameter with these values."""
+    count, width = values.shape
+    return nn.Embedding(count, width, _weight=values)
+
+
 class PromptLearner(nn.Module):
     """The prompt of one adapter. The prompt is for the whole model, while an `Adapter` is for one layer.
 
@@ -47,8 +53,8 @@ class PromptLearner(nn.Module):
     generate_arguments: ClassVar[dict[str, Any]] = {}
     """Arguments that `generate` receives while the prompt is active."""
 
-    embedding: Tensor
-    """The trained tensor, (n, d) for virtual tokens."""
+    embedding: Any
+    """The module whose `weight` is trained, as in HF PEFT; `vectors` reads it."""
 
     def __init__(self, config: Any, model: nn.Module):
         super().__init__()
@@ -145,11 +151,16 @@ class PromptLearner(nn.Module):
         """Return the outputs for the caller, given the model's outputs; the default returns them unchanged."""
         return outputs
 
+    @property
+    def vectors(self) -> Tensor:
+        """The trained tensor, from which `encoded` computes the prompt; (n, d) for virtual tokens."""
+        return self.embedding.weight
+
     # -- disk ------------------------------------------------------------------------------------------------
 
     def encoded(self) -> Tensor:
         """Return the prompt in HF PEFT's checkpoint layout: (n, d) for virtual tokens."""
-        return self.embedding
+        return self.vectors
 
     def has_encoder(self) -> bool:
         """Return True if the prompt is computed by an encoder whose state is needed for training."""
@@ -180,7 +191,7 @@ class PromptLearner(nn.Module):
         Args:
             tensors: Tensors by key, as `checkpoint_tensors` returned them; keys and shapes are already checked.
         """
-        self.embedding.copy_(tensors[EMBEDDINGS])
+        self.vectors.copy_(tensors[EMBEDDINGS])
 
     def training_state(self) -> dict[str, Tensor]:
         """Return the tensors that training needs in addition to `checkpoint_tensors`; {} without an encoder."""
@@ -211,6 +222,9 @@ class PromptLearner(nn.Module):
             self.drop_encoder(tensors[EMBEDDINGS])
 
     def _load_encoder(self, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+        # earlier releases saved these as parameters of the learner itself
+        renamed = {key: f"{key}.weight" for key in ("embedding", "delta_embedding") if key in state}
+        state = {renamed.get(key, key): tensor for key, tensor in state.items()}
         current = self.state_dict()
         if {k: t.shape for k, t in current.items()} != {k: t.shape for k, t in state.items()}:
             raise CheckpointError(f"the saved training state does not fit this {type(self).__name__} configuration")

@@ -134,7 +134,7 @@ class MixedTokens(VirtualTokens):
         self.count = max(learner.count for learner in present)
         self.parts = max(learner.total // learner.count for learner in present)
         self.total = self.count * self.parts
-        self.device = first.embedding.device
+        self.device = first.vectors.device
         self.prompts_decoder = any(learner.prompts_decoder for learner in present)
         self.feeds_decoder = not has_encoder or (self.prompts_decoder and self.parts > 1)
 
@@ -211,13 +211,13 @@ class MixedPrefix(KeyValuePrefix):
         super().before_forward(model, inputs)
 
     @property
-    def embedding(self) -> Tensor:  # type: ignore[override]
+    def vectors(self) -> Tensor:
         """A prefix with the device and dtype of all prefixes."""
-        return next(learner.embedding for learner in self.__dict__["learners"] if learner is not None)
+        return next(learner.vectors for learner in self.__dict__["learners"] if learner is not None)
 
     def filler_count(self, rows: int) -> Tensor:
         counts = [0 if learner is None else learner.count for learner in self.__dict__["learners"]]
-        return self.count - _by_row(counts, rows, self.embedding.device)
+        return self.count - _by_row(counts, rows, self.vectors.device)
 
     def first_positions(self, mask: Tensor) -> Tensor:
         # a row without any prompt has the model's own positions, which count padding

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from peftcore.errors import CheckpointError, ConfigError
 from peftcore.kernels.start_values import normal_
-from peftcore.prompts.learner import EMBEDDINGS
+from peftcore.prompts.learner import EMBEDDINGS, rows
 from peftcore.prompts.virtual_tokens import VirtualTokens
 from peftcore.prompts.vocabulary import VocabularyPromptConfig, initial_embeddings
 from peftcore.registry import register
@@ -67,16 +67,16 @@ class MultitaskPromptTuning(VirtualTokens):
     def __init__(self, config: MultitaskPromptTuningConfig, model: nn.Module):
         super().__init__(config, model)
         tasks, rank, width = config.num_tasks, config.num_ranks, self.width
-        self.embedding = nn.Parameter(torch.empty(self.total, width))
+        self.embedding = rows(torch.empty(self.total, width))
         self.prefix_task_cols = nn.Parameter(torch.empty(tasks, self.total, rank))
         self.prefix_task_rows = nn.Parameter(torch.empty(tasks, rank, width))
 
     @torch.no_grad()
     def reset_parameters(self, model: nn.Module) -> None:
-        normal_(self.embedding)
+        normal_(self.vectors)
         initial = initial_embeddings(self.config, model, self.total)
         if initial is not None:
-            self.embedding.copy_(initial)
+            self.vectors.copy_(initial)
         normal_(self.prefix_task_cols, std=0.02)
         normal_(self.prefix_task_rows, std=0.02)
         if self.config.prompt_tuning_init in FROM_SOURCE:
@@ -92,7 +92,7 @@ class MultitaskPromptTuning(VirtualTokens):
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"the source prompt {path} cannot be read: {error}") from error
         initialisation = self.config.prompt_tuning_init
-        parameters = {EMBEDDINGS: self.embedding}
+        parameters = {EMBEDDINGS: self.vectors}
         if initialisation != "ONLY_SOURCE_SHARED":
             parameters |= {"prefix_task_cols": self.prefix_task_cols, "prefix_task_rows": self.prefix_task_rows}
         for key, parameter in parameters.items():
@@ -121,14 +121,14 @@ class MultitaskPromptTuning(VirtualTokens):
             raise ConfigError("multitask prompt tuning needs task_ids, the task index of each row")
         if rows % len(tasks):
             raise ConfigError(f"task_ids has {len(tasks)} entries for {rows} rows; give one for each row")
-        tasks = tasks.to(self.embedding.device).repeat_interleave(
+        tasks = tasks.to(self.vectors.device).repeat_interleave(
             rows // len(tasks)
         )  # with beam search a row has several beams
-        return self.embedding * (self.prefix_task_cols[tasks] @ self.prefix_task_rows[tasks])
+        return self.vectors * (self.prefix_task_cols[tasks] @ self.prefix_task_rows[tasks])
 
     def checkpoint_tensors(self) -> dict[str, Tensor]:
         tensors = {key: tensor.detach() for key, tensor in self.named_parameters()}
-        return {EMBEDDINGS: tensors.pop("embedding"), **tensors}
+        return {EMBEDDINGS: tensors.pop("embedding.weight"), **tensors}
 
     @torch.no_grad()
     def load_checkpoint_tensors(self, tensors: Mapping[str, Tensor]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from peftcore.config import PromptLearningConfig
 from peftcore.kernels.start_values import module_, normal_, without_values
+from peftcore.prompts.learner import rows
 from peftcore.prompts.virtual_tokens import VirtualTokens
 from peftcore.registry import register
 
@@ -57,7 +58,7 @@ class PTuning(VirtualTokens):
         super().__init__(config, model)
         d, h = self.width, config.encoder_hidden_size
         assert h is not None
-        self.embedding = nn.Parameter(torch.empty(self.total, d))
+        self.embedding = rows(torch.empty(self.total, d))
         self.lstm_head = None
         if config.encoder_reparameterization_type == "MLP":
             self.mlp_head = nn.Sequential(_linear(d, h), nn.ReLU(), _linear(h, h), nn.ReLU(), _linear(h, d))
@@ -74,15 +75,15 @@ class PTuning(VirtualTokens):
 
     @torch.no_grad()
     def reset_parameters(self, model: nn.Module) -> None:
-        normal_(self.embedding)
+        normal_(self.vectors)
         for encoder in (self.lstm_head, self.mlp_head):
             if encoder is not None:
                 module_(encoder)
 
     def encoded(self) -> Tensor:
         if self.mlp_head is None:
-            return self.embedding
-        hidden = self.embedding if self.lstm_head is None else self.lstm_head(self.embedding)[0]
+            return self.vectors
+        hidden = self.vectors if self.lstm_head is None else self.lstm_head(self.vectors)[0]
         return self.mlp_head(hidden)
 
     def has_encoder(self) -> bool:
@@ -90,7 +91,7 @@ class PTuning(VirtualTokens):
 
     def drop_encoder(self, encoded: Tensor) -> None:
         self.lstm_head = self.mlp_head = None
-        self.embedding = nn.Parameter(encoded.to(self.embedding), requires_grad=False)
+        self.embedding = rows(encoded.to(self.vectors)).requires_grad_(False)
 
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peftcore.config import PromptLearningConfig
 from peftcore.kernels.start_values import module_, normal_, without_values
 from peftcore.prompts.key_value_prefix import KeyValuePrefix
+from peftcore.prompts.learner import rows
 from peftcore.registry import register
 
 
@@ -50,11 +51,11 @@ class PrefixTuning(KeyValuePrefix):
         assert width and hidden
         self.transform = None
         if config.prefix_projection:
-            self.embedding = nn.Parameter(torch.empty(self.count, width))
+            self.embedding = rows(torch.empty(self.count, width))
             down, up = (without_values(nn.Linear, *size) for size in ((width, hidden), (hidden, self.size)))
             self.transform = nn.Sequential(down, nn.Tanh(), up)
         else:
-            self.embedding = nn.Parameter(torch.empty(self.count, self.size))
+            self.embedding = rows(torch.empty(self.count, self.size))
 
     @classmethod
     def completed(cls, config: PrefixTuningConfig, model: nn.Module) -> Any:
@@ -63,21 +64,21 @@ class PrefixTuning(KeyValuePrefix):
 
     @torch.no_grad()
     def reset_parameters(self, model: nn.Module) -> None:
-        normal_(self.embedding)
+        normal_(self.vectors)
         if self.transform is not None:
             module_(self.transform)
         if self.config.init_weights == "zero":
-            for parameter in (self.embedding,) if self.transform is None else self.transform[-1].parameters():
+            for parameter in (self.vectors,) if self.transform is None else self.transform[-1].parameters():
                 parameter.zero_()
 
     # -- disk ------------------------------------------------------------------------------------------------
 
     def encoded(self) -> Tensor:
-        return self.embedding if self.transform is None else self.transform(self.embedding)
+        return self.vectors if self.transform is None else self.transform(self.vectors)
 
     def has_encoder(self) -> bool:
         return self.transform is not None
 
     def drop_encoder(self, encoded: Tensor) -> None:
         self.transform = None
-        self.embedding = nn.Parameter(encoded.to(self.embedding), requires_grad=False)
+        self.embedding = rows(encoded.to(self.vectors)).requires_grad_(False)

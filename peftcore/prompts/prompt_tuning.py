@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from peftcore.kernels.start_values import normal_
+from peftcore.prompts.learner import rows
 from peftcore.prompts.virtual_tokens import VirtualTokens
 from peftcore.prompts.vocabulary import VocabularyPromptConfig, initial_embeddings
 from peftcore.registry import register
@@ -26,11 +27,11 @@ class PromptTuning(VirtualTokens):
 
     def __init__(self, config: PromptTuningConfig, model: nn.Module):
         super().__init__(config, model)
-        self.embedding = nn.Parameter(torch.empty(self.total, self.width))
+        self.embedding = rows(torch.empty(self.total, self.width))
 
     @torch.no_grad()
     def reset_parameters(self, model: nn.Module) -> None:
-        normal_(self.embedding)
+        normal_(self.vectors)
         initial = initial_embeddings(self.config, model, self.total)
         if initial is not None:
-            self.embedding.copy_(initial)
+            self.vectors.copy_(initial)

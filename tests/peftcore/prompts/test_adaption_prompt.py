@@ -31,13 +31,13 @@ def test_parity(family: str, layers: int, tmp_path: Path) -> None:
 def test_starts_at_the_base(family: str) -> None:
     base = call(family, build(family))
     model = get_peft_model(build(family), AdaptionPromptConfig(**OPTIONS))
-    assert all(prompt.std() > 0.5 for prompt in model.peftcore_prompts["default"].prompts)
+    assert all(prompt.std() > 0.5 for prompt in model.prompt_encoder["default"].prompts)
     torch.testing.assert_close(call(family, model), base, rtol=0, atol=0)
 
 
 def test_the_top_layer_adds_gated_attention() -> None:
     model = attach("llama", AdaptionPromptConfig(**{**OPTIONS, "adapter_layers": 1}), 1.0).double()
-    learner, attention = model.peftcore_prompts["default"], model.model.layers[1].self_attn
+    learner, attention = model.prompt_encoder["default"], model.model.layers[1].self_attn
     seen: dict[str, Any] = {}
     attention.register_forward_hook(lambda _m, _a, kw, out: seen.update(kw, out=out[0]), with_kwargs=True)
     with torch.no_grad():
@@ -74,7 +74,7 @@ def test_works_by_form_for_other_families() -> None:
     torch.manual_seed(0)
     model = get_peft_model(Qwen2(Qwen2Config(**DECODER)).eval(), AdaptionPromptConfig(**OPTIONS))
     base = model(batch()).logits
-    for gate in model.peftcore_prompts["default"].gates:
+    for gate in model.prompt_encoder["default"].gates:
         gate.data.fill_(1.0)
     assert (model(batch()).logits - base).abs().max() > 1e-3
 
@@ -82,7 +82,7 @@ def test_works_by_form_for_other_families() -> None:
 def test_only_prompts_and_gates_train_and_all_get_gradients() -> None:
     model = attach("llama", AdaptionPromptConfig(**OPTIONS), 1.0).train()
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert len(trained) == 4 and all(name.startswith("peftcore_prompts.") for name in trained)
+    assert len(trained) == 4 and all(name.startswith("prompt_encoder.") for name in trained)
     model(batch(), labels=batch()).loss.backward()
     assert all(p.grad.norm() > 0 for p in model.parameters() if p.requires_grad)
 
@@ -91,7 +91,7 @@ def test_two_of_them_and_lora_act_together() -> None:
     model = attach("llama", AdaptionPromptConfig(**OPTIONS), 1.0)
     one = call("llama", model)
     model.add_adapter("two", AdaptionPromptConfig(**OPTIONS))
-    for gate in model.peftcore_prompts["two"].gates:
+    for gate in model.prompt_encoder["two"].gates:
         gate.data.fill_(0.7)
     model.add_adapter("lora", LoraConfig(init_lora_weights=False))
     model.set_adapter(["default", "two"])
@@ -113,7 +113,7 @@ def test_copies_have_hooks_of_their_own() -> None:
     before = call("llama", model)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         torch.testing.assert_close(call("llama", copied), before, rtol=0, atol=0)
-        for gate in copied.peftcore_prompts["default"].gates:
+        for gate in copied.prompt_encoder["default"].gates:
             gate.data.zero_()
         torch.testing.assert_close(call("llama", copied), call("llama", build("llama")), rtol=0, atol=0)
         torch.testing.assert_close(call("llama", model), before, rtol=0, atol=0)

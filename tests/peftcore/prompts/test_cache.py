@@ -79,7 +79,7 @@ def test_rows_with_different_prompts_decode_from_recurrent_states() -> None:
     model: Any = get_peft_model(tiny("mamba", "cpu").double(), PromptTuningConfig(num_virtual_tokens=3))
     model.add_adapter("five", PromptTuningConfig(num_virtual_tokens=5))
     model.eval().requires_grad_(True)
-    for learner in model.peftcore_prompts.values():
+    for learner in model.prompt_encoder.values():
         randomise(learner, 0.3)
     text = torch.arange(10, 24).view(2, 7)
     options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}

@@ -39,7 +39,7 @@ def test_parity_of_the_loss_and_its_gradient(weighting: str, typed: bool) -> Non
     options = {**EXAMPLES, "opt_weighted_loss_type": weighting}
     hf, ours = peft.get_peft_model(build("llama"), peft.CPTConfig(**options)), attach("llama", CPTConfig(**options), 0)
     randomise(hf, 0.002)
-    delta = ours.peftcore_prompts["default"].delta_embedding
+    delta = ours.prompt_encoder["default"].delta_embedding.weight
     delta.data.copy_(hf.prompt_encoder["default"].delta_embedding.weight)
     labels = batch()
     labels[0, :2] = -100
@@ -58,7 +58,7 @@ def test_parity_of_the_loss_and_its_gradient(weighting: str, typed: bool) -> Non
 
 
 def learner_of(**options: Any) -> Any:
-    return get_peft_model(build("llama"), CPTConfig(**{**EXAMPLES, **options})).peftcore_prompts["default"]
+    return get_peft_model(build("llama"), CPTConfig(**{**EXAMPLES, **options})).prompt_encoder["default"]
 
 
 def test_starts_at_the_examples() -> None:
@@ -69,19 +69,19 @@ def test_starts_at_the_examples() -> None:
 
 def test_moves_stay_in_their_balls() -> None:
     learner = learner_of()
-    learner.delta_embedding.data.normal_()
+    learner.delta_embedding.weight.data.normal_()
     with torch.no_grad():
-        moved = (learner.encoded() - learner.embedding).norm(dim=1)
+        moved = (learner.encoded() - learner.vectors).norm(dim=1)
     scale = (32 / 2048) ** 0.5
     expected = torch.tensor([0.1, 0.2, 0.1, 0, 0.1, 0.2, 0.1, 0]) * scale
     torch.testing.assert_close(moved, expected, rtol=1e-5, atol=1e-6)
-    learner.delta_embedding.data.fill_(1e-6)
-    torch.testing.assert_close(learner.projected()[0], learner.delta_embedding[0].detach(), rtol=1e-6, atol=0)
+    learner.delta_embedding.weight.data.fill_(1e-6)
+    torch.testing.assert_close(learner.projected()[0], learner.delta_embedding.weight[0].detach(), rtol=1e-6, atol=0)
 
 
 def test_training_projects_before_each_forward() -> None:
     model = get_peft_model(build("llama"), CPTConfig(**EXAMPLES)).train()
-    delta = model.peftcore_prompts["default"].delta_embedding
+    delta = model.prompt_encoder["default"].delta_embedding.weight
     optimizer = torch.optim.SGD([delta], lr=100.0)
     for _ in range(3):
         model(batch(), labels=batch()).loss.backward()
@@ -89,7 +89,7 @@ def test_training_projects_before_each_forward() -> None:
         optimizer.zero_grad()
     assert (delta.norm(dim=1) > 1).any(), "a step may leave the ball"
     model(batch())
-    assert (delta.detach().norm(dim=1) <= model.peftcore_prompts["default"].radii()[:, 0] * (1 + 1e-5)).all()
+    assert (delta.detach().norm(dim=1) <= model.prompt_encoder["default"].radii()[:, 0] * (1 + 1e-5)).all()
 
 
 def test_weights_decay_with_age() -> None:
@@ -137,9 +137,9 @@ def test_accumulated_losses_add_up_to_their_mean() -> None:
 def test_training_goes_on_around_the_same_examples(tmp_path: Path) -> None:
     model = attach("llama", CPTConfig(**EXAMPLES), 0.001)
     model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(build("llama"), tmp_path, is_trainable=True).peftcore_prompts["default"]
-    assert torch.equal(again.embedding, model.peftcore_prompts["default"].embedding)
-    assert [name for name, p in again.named_parameters() if p.requires_grad] == ["delta_embedding"]
+    again = PeftModel.from_pretrained(build("llama"), tmp_path, is_trainable=True).prompt_encoder["default"]
+    assert torch.equal(again.vectors, model.prompt_encoder["default"].vectors)
+    assert [name for name, p in again.named_parameters() if p.requires_grad] == ["delta_embedding.weight"]
     (tmp_path / "prompt_encoder.safetensors").unlink()
     (tmp_path / "SHA256SUMS").unlink()
     with pytest.raises(CheckpointError, match="training cannot continue"):

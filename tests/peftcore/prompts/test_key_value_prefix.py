@@ -52,7 +52,7 @@ def test_encoders_attend_to_the_prefix(attention: str, masked: bool) -> None:
     plain = BertModel(ENCODER).eval()
     plain.load_state_dict(build("bert-features").state_dict())
     plain.set_attn_implementation("eager")
-    with_prefix_in_each_layer(plain, model.peftcore_prompts["default"].key_values())
+    with_prefix_in_each_layer(plain, model.prompt_encoder["default"].key_values())
     wide = torch.cat([torch.ones(2, 3), mask.float()], 1)[:, None, None].expand(2, 1, 6, 9)
     for layer in plain.encoder.layer:
         split_for_nine_keys(layer.attention.self)
@@ -92,7 +92,7 @@ def test_keys_and_values_reach_the_softmax() -> None:
     torch.manual_seed(0)
     config = LlamaConfig(**{**DECODER, "num_hidden_layers": 1, "num_attention_heads": 1, "num_key_value_heads": 1})
     model = get_peft_model(LlamaForCausalLM(config).double().eval(), PrefixTuningConfig(**CAUSAL))
-    learner = model.peftcore_prompts["default"]
+    learner = model.prompt_encoder["default"]
     attention = model.model.layers[0].self_attn
     seen: dict[str, Any] = {}
     attention.register_forward_hook(lambda _m, _a, kw, out: seen.update(kw, out=out[0]), with_kwargs=True)
@@ -104,7 +104,7 @@ def test_keys_and_values_reach_the_softmax() -> None:
             a, b = x.chunk(2, -1)
             return x * cos + torch.cat([-b, a], -1) * sin
 
-        key, value = learner.embedding.view(3, 2, 32).unbind(1)
+        key, value = learner.vectors.view(3, 2, 32).unbind(1)
         q, k = rotated(attention.q_proj(hidden))[0], rotated(attention.k_proj(hidden))[0]
         k, v = torch.cat([key, k]), torch.cat([value, attention.v_proj(hidden)[0]])
         causal = torch.ones(6, 9, dtype=torch.bool).tril(3)
@@ -117,7 +117,7 @@ def test_grouped_queries_need_a_narrow_prefix() -> None:
     """Llama here has 4 query heads and 2 key/value heads of width 8, 2 layers: (n, 2·2·2·8)."""
     config = PrefixTuningConfig(**CAUSAL)
     model = get_peft_model(build("llama"), config)
-    assert model.peftcore_prompts["default"].embedding.shape == (3, 2 * 2 * 2 * 8)
+    assert model.prompt_encoder["default"].vectors.shape == (3, 2 * 2 * 2 * 8)
     made = model.peft_config["default"]
     assert (made.token_dim, made.num_attention_heads, made.num_layers) == (16, 2, 2)
     assert config.token_dim is None, "the user's configuration is never changed"
@@ -144,7 +144,7 @@ def test_layers_without_keys_and_values_are_passed_by() -> None:
     model = get_peft_model(model, PrefixTuningConfig(**CAUSAL))
     base = model(batch()).logits
     with torch.no_grad():
-        rows = model.peftcore_prompts["default"].embedding.view(3, 8, 16)
+        rows = model.prompt_encoder["default"].vectors.view(3, 8, 16)
         rows[:, :6] += 1
         torch.testing.assert_close(model(batch()).logits, base, rtol=0, atol=0)
         rows[:, 6:] += 1
@@ -170,7 +170,7 @@ def test_activation_checkpointing_is_refused_both_ways() -> None:
     model.activation_checkpointing_enable()
     with pytest.raises(ConfigError, match="turn checkpointing off"):
         get_peft_model(model, PrefixTuningConfig(**CAUSAL))
-    assert "peftcore_prompts" not in model._modules
+    assert "prompt_encoder" not in model._modules
     assert all(p.requires_grad for p in model.parameters()), "nothing was changed"
     model.activation_checkpointing_disable()
     model = get_peft_model(model, PrefixTuningConfig(**CAUSAL)).train()
@@ -192,17 +192,17 @@ def test_under_autocast_the_prefix_has_the_activations_type() -> None:
 def test_gradients_reach_every_layer() -> None:
     model = get_peft_model(build("llama"), PrefixTuningConfig(**CAUSAL)).train()
     model(batch(), labels=batch()).loss.backward()
-    gradient = model.peftcore_prompts["default"].embedding.grad
+    gradient = model.prompt_encoder["default"].vectors.grad
     assert (gradient.view(3, 4, 16).norm(dim=-1) > 0).all()
 
 
 def test_sequence_to_sequence_rows_follow_peft() -> None:
     """PEFT lays 2·L rows out twice and gives each decoder layer every other pair."""
     model = get_peft_model(build("t5"), PrefixTuningConfig(num_virtual_tokens=3, task_type="SEQ_2_SEQ_LM"))
-    learner = model.peftcore_prompts["default"]
+    learner = model.prompt_encoder["default"]
     assert [learner.indices_of(layer) for layer in range(2)] == [(0, 1), (0, 1)]
     one = PrefixTuningConfig(num_virtual_tokens=3, num_transformer_submodules=1)
-    learner = get_peft_model(model.unload(), one).peftcore_prompts["default"]
+    learner = get_peft_model(model.unload(), one).prompt_encoder["default"]
     assert [learner.indices_of(layer) for layer in range(2)] == [(0, 1), (2, 3)]
     randomise(model, 0.3)
     assert call("t5", model).shape == (2, 4, 64)

@@ -1,6 +1,7 @@
 """What all prompts share: generating with a cache, padding, answers, composition, switching, saving, training."""
 
 import copy
+import dataclasses
 import pickle
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,15 @@ import pytest
 import torch
 from method_example import randomise
 from prompt_models import FAMILIES, attach, batch, build, call
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache, StaticCache, TrainingArguments
 
+import peftcore
 from peftcore import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peftcore.errors import AdapterNameError, ConfigError, MergeError
+from peftcore.injection.inject import delete_adapter
 from peftcore.prompts.adaption_prompt import AdaptionPromptConfig
 from peftcore.prompts.cartridge import CartridgeConfig
 from peftcore.prompts.cpt import CPTConfig
@@ -56,6 +60,42 @@ def prompted(method: str, family: str, spread: float = 1.0) -> Any:
     return attach(family, METHODS[method](task_type=FAMILIES[family][1]), spread)
 
 
+@pytest.mark.filterwarnings("ignore")  # transformers' own, of what HF PEFT calls
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "ADAPTION_PROMPT"])
+def test_parameters_have_the_names_of_hf_peft(method: str) -> None:
+    names = []
+    for library in (peftcore, peft):
+        config = dataclasses.replace(METHODS[method](), task_type="CAUSAL_LM")
+        options = {o.name: getattr(config, o.name) for o in dataclasses.fields(config) if o.init}
+        kind = getattr(library, type(config).__name__)
+        known = {o.name for o in dataclasses.fields(kind)} - {"peft_type"}
+        given = {name: value for name, value in options.items() if name in known and value is not None}
+        model = library.get_peft_model(build("llama"), kind(**given))
+        names.append({name for name, parameter in model.named_parameters() if parameter.requires_grad})
+    assert names[0] == names[1]
+
+
+def test_a_model_with_a_prompt_encoder_of_its_own_keeps_it() -> None:
+    model: Any = build("llama")
+    model.prompt_encoder = own = nn.Linear(2, 2)
+    inject_adapter_in_model(METHODS["PROMPT_TUNING"](task_type="CAUSAL_LM"), model)
+    assert model.prompt_encoder is own and hasattr(model, "peft_prompt_encoder")
+    delete_adapter(model, "default")
+    assert model.prompt_encoder is own and not hasattr(model, "peft_prompt_encoder")
+
+
+@pytest.mark.parametrize("method", ["CPT", "P_TUNING", "PREFIX_TUNING"])
+def test_the_encoder_that_an_earlier_release_saved_is_read(method: str, tmp_path: Path) -> None:
+    model = prompted(method, "llama")
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "prompt_encoder.safetensors"
+    save_file({key.replace("embedding.weight", "embedding"): t for key, t in load_file(file).items()}, file)
+    (tmp_path / "SHA256SUMS").unlink()
+    again = PeftModel.from_pretrained(build("llama"), tmp_path, is_trainable=True)
+    for name, tensor in model.prompt_encoder.state_dict().items():
+        assert torch.equal(again.prompt_encoder.state_dict()[name], tensor)
+
+
 def extra(method: str, rows: int = 2) -> dict[str, Any]:
     """Arguments of the method's own; row r has task r."""
     return {"task_ids": torch.arange(rows)} if method == "MULTITASK_PROMPT_TUNING" else {}
@@ -82,7 +122,7 @@ def by_whole_forwards(model: Any, inputs: dict[str, Tensor], steps: int, **more:
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     for _ in range(steps):
         given = {"position_ids": positions_of(mask)} if mask.shape[1] % 2 else {}  # a prompt counts the same without
-        if any(type(m).__name__ == "AdaptionPrompt" for m in model.peftcore_prompts.children()):
+        if any(type(m).__name__ == "AdaptionPrompt" for m in model.prompt_encoder.children()):
             given = {"position_ids": positions_of(mask)}  # the base counts padding too
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **more, **given).logits
         ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
@@ -108,8 +148,9 @@ def test_generate_with_any_cache_is_greedy_by_whole_forwards(method: str, family
     expected = by_whole_forwards(model, inputs, 6, **own)
     for cache, options in CACHES.items():
         assert torch.equal(model.generate(**inputs, **own, **GREEDY, **options), expected), cache
-    with model.disable_adapter():
-        assert not torch.equal(model.generate(**inputs, **GREEDY), expected)
+    logits = model(**inputs, **own).logits[:, -1]
+    with model.disable_adapter(), torch.no_grad():
+        assert not torch.allclose(model(**inputs).logits[:, -1], logits)
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -214,7 +255,7 @@ def test_an_empty_row_starts_from_its_prompt(family: str) -> None:
     inputs = padded([batch(1, width)[0], batch(1, 0)[0]])
     both = model.generate(**inputs, **GREEDY)
     assert torch.equal(both[:1], model.generate(batch(1, width), **GREEDY))
-    prompt = next(iter(model.peftcore_prompts.children())).encoded()[None]
+    prompt = next(iter(model.prompt_encoder.children())).encoded()[None]
     with model.disable_adapter():
         alone = model.generate(inputs_embeds=prompt, **GREEDY)
     assert torch.equal(both[1, width], alone[0, 0])  # later ones differ: generate counts a position of the padding
@@ -271,7 +312,7 @@ def test_answers_of_token_tasks_are_those_of_the_text(method: str) -> None:
 
 def test_token_types_stand_with_their_tokens() -> None:
     model, types = prompted("PROMPT_TUNING", "bert-features"), batch() % 2
-    prompt = model.peftcore_prompts["default"].embedding
+    prompt = model.prompt_encoder["default"].vectors
     out = call("bert-features", model, token_type_ids=types)
     embedded = torch.cat([prompt.expand(2, N, 32), model.get_input_embeddings()(batch())], 1)
     with model.disable_adapter(), torch.no_grad():
@@ -299,11 +340,11 @@ def test_a_prompt_and_lora_are_a_prompt_on_the_merged_model(method: str) -> None
     model.add_adapter("lora", LoraConfig(target_modules="all-linear", init_lora_weights=False))
     model.set_adapter(["lora", "default"])
     both = call("llama", model, **extra(method))
-    assert all(not path.startswith("peftcore_prompts") for path in model.peft_config["lora"].target_modules)
-    prompt = copy.deepcopy(model.peftcore_prompts["default"])
+    assert all(not path.startswith("prompt_encoder") for path in model.peft_config["lora"].target_modules)
+    prompt = copy.deepcopy(model.prompt_encoder["default"])
     base = model.merge_and_unload(adapter_names=["lora"])
     again = get_peft_model(base, METHODS[method](task_type="CAUSAL_LM"))
-    again.peftcore_prompts["default"].load_state_dict(prompt.state_dict())
+    again.prompt_encoder["default"].load_state_dict(prompt.state_dict())
     torch.testing.assert_close(call("llama", again, **extra(method)), both, rtol=0, atol=1e-5)
 
 
@@ -352,11 +393,11 @@ def test_taking_a_prompt_away_leaves_the_base(method: str, family: str) -> None:
 
 def test_prompts_are_parameters_of_the_model() -> None:
     model = get_peft_model(build("llama"), METHODS["P_TUNING"](task_type="CAUSAL_LM"))
-    learner = model.peftcore_prompts["default"]
+    learner = model.prompt_encoder["default"]
     assert {id(p) for p in learner.parameters()} == {id(p) for p in model.parameters() if p.requires_grad}
     assert model.get_nb_trainable_parameters()[0] == sum(p.numel() for p in learner.parameters())
-    assert not model.eval().peftcore_prompts["default"].training
-    assert model.double().peftcore_prompts["default"].embedding.dtype == torch.float64
+    assert not model.eval().prompt_encoder["default"].training
+    assert model.double().prompt_encoder["default"].vectors.dtype == torch.float64
     model.set_requires_grad("default", False)
     assert not any(p.requires_grad for p in model.parameters())
 
@@ -376,7 +417,7 @@ def test_copies_and_pickles(method: str, family: str) -> None:
     before = call(family, model)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         torch.testing.assert_close(call(family, copied), before, rtol=0, atol=0)
-        copied.peftcore_prompts["default"].embedding.data.add_(1)
+        copied.prompt_encoder["default"].vectors.data.add_(1)
         assert (call(family, copied) - before).abs().max() > 1e-3
         torch.testing.assert_close(call(family, model), before, rtol=0, atol=0)
 
@@ -399,13 +440,13 @@ def steps(model: Any, method: str, first: int, last: int) -> None:
 def test_training_goes_on_from_disk_bit_for_bit(method: str, tmp_path: Path) -> None:
     torch.manual_seed(3)
     model = get_peft_model(build("llama"), METHODS[method](task_type="CAUSAL_LM"))
-    start = {key: value.clone() for key, value in model.peftcore_prompts["default"].state_dict().items()}
+    start = {key: value.clone() for key, value in model.prompt_encoder["default"].state_dict().items()}
     steps(model, method, 0, 2)
     model.save_pretrained(tmp_path)
     steps(model, method, 2, 4)
     again = PeftModel.from_pretrained(build("llama"), tmp_path, is_trainable=True)
     steps(again, method, 2, 4)
-    ours, theirs = (m.peftcore_prompts["default"].state_dict() for m in (again, model))
+    ours, theirs = (m.prompt_encoder["default"].state_dict() for m in (again, model))
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
     assert any(not torch.equal(start[key], theirs[key]) for key in theirs)
 
@@ -436,7 +477,7 @@ def test_the_trainer_computes_the_models_loss_and_resumes(method: str, tmp_path:
     torch.testing.assert_close(ours, whole.model(**given).loss, rtol=0, atol=1e-6)
     whole.train()
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
-    first, second = (t.model.peftcore_prompts["default"].state_dict() for t in (whole, resumed))
+    first, second = (t.model.prompt_encoder["default"].state_dict() for t in (whole, resumed))
     assert all(torch.equal(first[key], second[key]) for key in first)
 
 

@@ -45,10 +45,10 @@ def test_parity_of_an_encoder_decoder(tmp_path: Path) -> None:
 
 def test_each_row_has_the_prompt_of_its_task() -> None:
     model = attach("llama", MultitaskPromptTuningConfig(**OPTIONS), spread=1.0).double()
-    learner = model.peftcore_prompts["default"]
+    learner = model.prompt_encoder["default"]
     text = model.get_input_embeddings()(batch())
     rows = [
-        torch.cat([learner.embedding * (learner.prefix_task_cols[t] @ learner.prefix_task_rows[t]), text[row]])
+        torch.cat([learner.vectors * (learner.prefix_task_cols[t] @ learner.prefix_task_rows[t]), text[row]])
         for row, t in enumerate(TASKS.tolist())
     ]
     with model.disable_adapter(), torch.no_grad():
@@ -81,9 +81,9 @@ def test_starts_from_source_tasks(start: str, source: Path) -> None:
         prompt_tuning_init_state_dict_path=str(source),
         **({"prompt_tuning_init_task": 2} if start == "EXACT_SOURCE_TASK" else {}),
     )
-    learner = get_peft_model(build("llama"), config).peftcore_prompts["default"]
+    learner = get_peft_model(build("llama"), config).prompt_encoder["default"]
     saved = load_file(source)
-    torch.testing.assert_close(learner.embedding.data, saved["prompt_embeddings"], rtol=0, atol=0)
+    torch.testing.assert_close(learner.vectors.data, saved["prompt_embeddings"], rtol=0, atol=0)
     for key in ("prefix_task_cols", "prefix_task_rows"):
         own, given = getattr(learner, key).data[0], saved[key]
         expected = {"AVERAGE_SOURCE_TASKS": given.mean(0), "EXACT_SOURCE_TASK": given[2]}.get(start)

@@ -32,8 +32,8 @@ def test_parity(family: str, kind: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_encoder_is_what_the_paper_says(kind: str) -> None:
     model = attach("llama", PromptEncoderConfig(num_virtual_tokens=4, **KINDS[kind])).double()
-    learner = model.peftcore_prompts["default"]
-    x = learner.embedding
+    learner = model.prompt_encoder["default"]
+    x = learner.vectors
     if learner.lstm_head is not None:
         x = learner.lstm_head(x)[0]  # both directions side by side
         assert x.shape == (4, 2 * learner.config.encoder_hidden_size)
@@ -50,10 +50,10 @@ def test_directory_holds_the_encoder_beside_the_prompt(kind: str, tmp_path: Path
     model = attach("llama", PromptEncoderConfig(num_virtual_tokens=3, task_type="CAUSAL_LM", **KINDS[kind]))
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(build("llama"), tmp_path, is_trainable=True)
-    ours, theirs = (m.peftcore_prompts["default"].state_dict() for m in (model, again))
+    ours, theirs = (m.prompt_encoder["default"].state_dict() for m in (model, again))
     assert list(ours) == list(theirs)
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
-    assert all(p.requires_grad for p in again.peftcore_prompts["default"].parameters())
+    assert all(p.requires_grad for p in again.prompt_encoder["default"].parameters())
 
 
 def test_without_its_encoder_a_prompt_can_be_read_and_saved_but_not_trained(tmp_path: Path) -> None:

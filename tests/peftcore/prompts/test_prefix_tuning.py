@@ -32,16 +32,16 @@ def test_parity(family: str, projection: bool, tmp_path: Path) -> None:
 def test_zero_start() -> None:
     for projection in (False, True):
         config = PrefixTuningConfig(**CAUSAL, init_weights="zero", prefix_projection=projection)
-        learner = get_peft_model(build("llama"), config).peftcore_prompts["default"]
+        learner = get_peft_model(build("llama"), config).prompt_encoder["default"]
         assert not learner.encoded().any()
 
 
 def test_projection_is_two_layers_with_tanh() -> None:
     config = PrefixTuningConfig(**CAUSAL, prefix_projection=True, encoder_hidden_size=5)
-    learner = attach("llama", config).double().peftcore_prompts["default"]
+    learner = attach("llama", config).double().prompt_encoder["default"]
     first, _, second = learner.transform
     assert first.weight.shape == (5, 16)
-    expected = torch.tanh(learner.embedding @ first.weight.T + first.bias) @ second.weight.T + second.bias
+    expected = torch.tanh(learner.vectors @ first.weight.T + first.bias) @ second.weight.T + second.bias
     torch.testing.assert_close(learner.encoded(), expected, rtol=0, atol=1e-12)
 
 

@@ -11,7 +11,7 @@ from peftcore.prompts.prompt_tuning import PromptTuningConfig
 
 def test_the_model_reads_the_prompt_then_the_text() -> None:
     model = attach("llama", PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
-    prompt = model.peftcore_prompts["default"].embedding
+    prompt = model.prompt_encoder["default"].vectors
     text = model.get_input_embeddings()(batch())
     with torch.no_grad():
         out = model(batch()).logits
@@ -22,7 +22,7 @@ def test_the_model_reads_the_prompt_then_the_text() -> None:
 
 def test_half_precision_bases_keep_a_float32_prompt() -> None:
     model = get_peft_model(build("llama").bfloat16(), PromptTuningConfig(num_virtual_tokens=3))
-    assert model.peftcore_prompts["default"].embedding.dtype == torch.float32
+    assert model.prompt_encoder["default"].vectors.dtype == torch.float32
     assert model(batch()).logits.dtype == torch.bfloat16
 
 

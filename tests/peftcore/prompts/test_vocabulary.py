@@ -25,13 +25,13 @@ def test_starts_at_a_text(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) ->
         )
         model = get_peft_model(base, config)
         expected = table[torch.tensor((tokens * 3)[:count])]
-        torch.testing.assert_close(model.peftcore_prompts["default"].embedding, expected, rtol=0, atol=0)
+        torch.testing.assert_close(model.prompt_encoder["default"].vectors, expected, rtol=0, atol=0)
         base = model.unload()
 
 
 def test_starts_at_tokens_of_the_vocabulary() -> None:
     model = get_peft_model(build("gpt2"), PromptTuningConfig(num_virtual_tokens=5, prompt_tuning_init="SAMPLE_VOCAB"))
-    table, prompt = model.get_input_embeddings().weight, model.peftcore_prompts["default"].embedding
+    table, prompt = model.get_input_embeddings().weight, model.prompt_encoder["default"].vectors
     assert (prompt.unsqueeze(1) == table).all(-1).any(1).all()
 
 
@@ -49,7 +49,7 @@ def test_a_saved_prompt_needs_no_tokenizer(tokenizer: PreTrainedTokenizerBase, t
     model.save_pretrained(tmp_path / "prompt")
     for file in (tmp_path / "tokenizer").iterdir():
         file.unlink()
-    prompt = model.peftcore_prompts["default"].embedding.clone()
+    prompt = model.prompt_encoder["default"].vectors.clone()
     model.delete_adapter("default")
     model.load_adapter(tmp_path / "prompt", is_trainable=True)
-    torch.testing.assert_close(model.peftcore_prompts["default"].embedding, prompt, rtol=0, atol=0)
+    torch.testing.assert_close(model.prompt_encoder["default"].vectors, prompt, rtol=0, atol=0)
