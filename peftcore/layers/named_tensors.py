@@ -96,6 +96,7 @@ class _Container(PerAdapter, TensorView):
         """Remove the element of an adapter, if there is one."""
         self.names.pop(name, None)
         self.own.pop(name, None)
+        self._views.pop(name, None)
 
     def is_empty(self) -> bool:
         """Return True if there is no element."""

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import gc
 import pickle
 import weakref
 from typing import Any
@@ -180,6 +181,16 @@ def test_a_parameter_hides_no_attribute_of_the_layer() -> None:
     assert layer.weight is layer.base_layer.weight and callable(layer.merge)
     names = {name for name, _ in layer.named_parameters()}
     assert {"adapter_weight.plain", "adapter_merge.plain", "lora_A.default.weight"} <= names
+
+
+def test_a_deleted_adapter_leaves_memory() -> None:
+    model: Any = adapted("LORA", "0")
+    model.add_adapter("other", peftcore.LoraConfig(r=2, target_modules=["0"]))
+    adapter = weakref.ref(model[0].adapters["other"])
+    assert model[0].lora_A["other"] is model[0].lora_A.other
+    model.delete_adapter("other")
+    gc.collect()
+    assert adapter() is None
 
 
 def test_dropout_is_a_module_of_the_layer_and_follows_its_mode() -> None:
