@@ -38,7 +38,7 @@ for _ in range(5):
     optimizer.step()
 model.eval()
 adapted = model(x)
-gains = [p for name, p in model.named_parameters() if ".gain." in name]
+gains = [p for name, p in model.named_parameters() if ".lora_gain." in name]
 assert len(gains) == 2 and all((gain - 1).abs().max() > 0.01 for gain in gains)
 model.merge_adapter()
 torch.testing.assert_close(model(x), adapted)
