@@ -32,17 +32,17 @@ def test_bad_json_is_told_by_its_line(tmp_path: Path) -> None:
         rows(path)
 
 
-def test_bytes_that_are_no_text_are_told_by_their_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("content", "line"),
+    [
+        (b'{}\n{"prompt": "\xff\xfe"}\n', 2),
+        ('{"prompt": "a"}\n'.encode("utf-16"), 1),  # as Windows' PowerShell writes
+    ],
+)
+def test_bytes_that_are_no_text_are_told_by_their_line(content: bytes, line: int, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
-    path.write_bytes(b'{}\n{"prompt": "\xff\xfe"}\n')
-    with pytest.raises(DataError, match=r"^rows\.jsonl:2: not JSON in UTF-8 .*; write the file in UTF-8"):
-        rows(path)
-
-
-def test_utf_16_is_told(tmp_path: Path) -> None:
-    path = tmp_path / "rows.jsonl"
-    path.write_text('{"prompt": "a"}\n', encoding="utf-16")  # as Windows' PowerShell writes
-    with pytest.raises(DataError, match=r"^rows\.jsonl:1: not JSON in UTF-8 .*; write the file in UTF-8"):
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=rf"^rows\.jsonl:{line}: not JSON in UTF-8 .*; write the file in UTF-8"):
         rows(path)
 
 
