@@ -4,8 +4,8 @@ In HF PEFT a layer holds one dictionary per parameter, `layer.lora_A["default"].
 parameters, and `layer.lora_A` is a view: {adapter name: element}. An element is the parameter itself
 (`layer.ia3_l["default"]`), a number (`layer.scaling["default"]`), or a module: the adapter's own
 (`layer.lora_dropout["default"]`), or one that shows its parameters (`factor_view.py`). Writing an element changes the
-adapter. Views of tensors and modules are submodules of the layer (`named_tensors.py`); those of numbers are made at each
-access.
+adapter. Views of tensors and modules are submodules of the layer (`named_tensors.py`); those of numbers are made at
+each access.
 """
 
 import dataclasses
