@@ -136,7 +136,8 @@ class GrpoObjective(ReferenceObjective):
     def sampled(self, batches: list[Any]) -> list[dict[str, Tensor]]:
         """Return the batches of an optimiser step with sampled answers and advantages in place of their prompts.
 
-        A further iteration returns the answers that were sampled last.
+        They lie on the CPU; the trainer moves each of them when its turn comes. A further iteration returns the answers
+        that were sampled last.
         """
         step = self.trainer.state.global_step
         if step % self.grpo.iterations and len(self._reused) == len(batches):
@@ -150,7 +151,7 @@ class GrpoObjective(ReferenceObjective):
             sequences = supervised_batch([row["input_ids"] for row in rows], answers, self.sampler.pad)
             # a row that only fills up the last round of several processes has no label, and so no weight
             counts = (batch["labels"] >= 0).all(1)
-            weights = (batch[WEIGHT] * counts).repeat_interleave(self.grpo.group_size)
+            weights = (batch[WEIGHT] * counts).repeat_interleave(self.grpo.group_size).cpu()  # as the sampled answers
             results.append(sequences | {WEIGHT: weights} | self._answer_metrics(answers, rewards))
             values.append(rewards)
         deviation = self._batch_deviation(values, results) if self.grpo.scale_rewards == "batch" else None

@@ -67,7 +67,7 @@ class OnPolicy:
                 answers = sampler.answers(trainer.adapted_model, prompts := prompts_of(batch), seed, split)
             rows: dict[str, Any] = supervised_batch(prompts, answers, self.pad_token_id)
             rows[SAMPLED] = torch.ones(len(prompts), 1)
-            results.append(rows | ({WEIGHT: batch[WEIGHT]} if WEIGHT in batch else {}))
+            results.append(rows | ({WEIGHT: batch[WEIGHT].cpu()} if WEIGHT in batch else {}))
         return results
 
 
