@@ -143,8 +143,8 @@ def _may_be_hub_id(text: str) -> bool:
     return True
 
 
-def has_file(model_id: str | os.PathLike[str], name: str, **options: Any) -> bool:
-    """Return True if an adapter's directory has a file besides the adapter's own; a hub file is then in the cache.
+def further_file(model_id: str | os.PathLike[str], name: str, **options: Any) -> Path | None:
+    """Return the local path of a file beside the adapter's own, of a hub file in the cache; None without such a file.
 
     Args:
         model_id: See `adapter_directory`.
@@ -152,8 +152,16 @@ def has_file(model_id: str | os.PathLike[str], name: str, **options: Any) -> boo
         options: `OPTIONS`.
     """
     if is_local(model_id):
-        return Path(model_id, options.get("subfolder") or "", name).is_file()
+        path = Path(model_id, options.get("subfolder") or "", name)
+        return path if path.is_file() else None
     return _optional_file(str(model_id), name, options)
+
+
+def is_offline(options: Mapping[str, Any]) -> bool:
+    """Return True if only cached files may be used: by HF_HUB_OFFLINE=1, or by `local_files_only` in the options."""
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE or bool(options.get("local_files_only"))
 
 
 @contextmanager
@@ -195,8 +203,8 @@ def _commit_of(file: Path, subfolder: str | None) -> dict[str, str]:
     return {"revision": root.name} if root.parent.name == "snapshots" else {}
 
 
-def _optional_file(repo_id: str, name: str, options: Mapping[str, Any]) -> bool:
-    """Download an optional file of an adapter; return False if the repository does not have the file."""
+def _optional_file(repo_id: str, name: str, options: Mapping[str, Any]) -> Path | None:
+    """Download an optional file of an adapter; return its path, or None if the repository does not have the file."""
     from huggingface_hub import _CACHED_NO_EXIST, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -204,13 +212,12 @@ def _optional_file(repo_id: str, name: str, options: Mapping[str, Any]) -> bool:
     path = f"{subfolder}/{name}" if subfolder else name
     places = {key: options[key] for key in ("cache_dir", "revision", "repo_type") if options.get(key)}
     if try_to_load_from_cache(repo_id, path, **places) is _CACHED_NO_EXIST and not options.get("force_download"):
-        return False
+        return None
     with _explained(repo_id, name, options):
         try:
-            hf_hub_download(repo_id, name, **{"user_agent": _user_agent(), **options})
+            return Path(hf_hub_download(repo_id, name, **{"user_agent": _user_agent(), **options}))
         except EntryNotFoundError:  # also without a network, if the file is not in the cache
-            return False
-    return True
+            return None
 
 
 def _user_agent() -> str:

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import Any, ClassVar
 
 from peftcore.config import PeftConfig, TaskType
@@ -133,14 +132,17 @@ def _fit_embeddings(
     base: Any, adapter: str | os.PathLike[str], options: dict[str, Any], trust_remote_code: bool
 ) -> None:
     """Enlarge the embeddings of the base if the adapter's directory has a tokenizer with more tokens."""
-    if not hasattr(base, "get_input_embeddings") or not hub.has_file(adapter, _TOKENIZER_CONFIG, **options):
+    if not hasattr(base, "get_input_embeddings"):
+        return
+    file = hub.further_file(adapter, _TOKENIZER_CONFIG, **options)
+    if file is None:
         return
     from transformers import AutoTokenizer
 
-    if hub.is_local(adapter):
-        place: Any = Path(adapter, options.get("subfolder") or "")
-        access = {}
-    else:
+    place: Any = file.parent
+    access: dict[str, Any] = {}
+    # offline, transformers finds no tokenizer by a hub id whose cache does not record that there is no config.json
+    if not hub.is_local(adapter) and not hub.is_offline(options):
         place = adapter
         access = {name: options[name] for name in (*_ACCESS, "revision", "subfolder") if options.get(name) is not None}
     tokenizer = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, **access)

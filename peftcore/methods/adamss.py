@@ -32,7 +32,7 @@ _OF_ASA = (
 
 @dataclass
 class AdamssConfig(TunerConfig):
-    """AdaMSS's options under PEFT's names."""
+    """AdaMSS's options under PEFT's names. None for an option of ASA means its default."""
 
     not_saved_if_none: ClassVar[tuple[str, ...]] = ("exclude_modules",)
 
@@ -68,6 +68,9 @@ class AdamssConfig(TunerConfig):
     """Seed of the random projection in the SVD of W; a directory is read with the seed of its configuration."""
 
     def __post_init__(self) -> None:
+        for option in dataclasses.fields(self):
+            if option.name in _OF_ASA and getattr(self, option.name) is None:
+                setattr(self, option.name, option.default)
         super().__post_init__()
         self.positive("r", "num_subspaces", "subspace_rank")
         self.init_weights = self.init_weights or None

@@ -94,7 +94,7 @@ class Gralora(Adapter):
         y = y + blocks.to(y.dtype)
         if self.general_A is None or self.general_B is None:
             return y
-        h = self.base.apply(x, self.general_A).to(y.dtype) * self.scaling
+        h = self.base.apply(self.dropped(x), self.general_A).to(y.dtype) * self.scaling  # a mask of its own, as in PEFT
         return self.base.add_pointwise(y, h, self.general_B)
 
     def delta_weight(self) -> Tensor:

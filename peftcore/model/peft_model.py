@@ -250,6 +250,8 @@ def _adapted_class(plain: type, shows_base: bool, /) -> type:
         extra |= {"generate": generate_of(plain), "create_masks_for_generate": masks_of(plain)}
     if shows_base:
         extra["model"] = BaseModelView(partial(_adapted_class, plain, False))
+    if hasattr(plain, "delete_adapters"):
+        extra["delete_adapters"] = _delete_adapters_of(plain)
     if hasattr(plain, "from_pretrained"):
         extra["from_pretrained"] = _from_pretrained_of(plain)
     return type(
@@ -286,6 +288,18 @@ def _from_pretrained_of(plain: Any) -> Any:
         return plain.from_pretrained.__func__(cls, model, *args, **kwargs)
 
     return classmethod(from_pretrained)
+
+
+def _delete_adapters_of(plain: Any) -> Any:
+    """Return diffusers' method `delete_adapters`, which deletes from each layer, for a model with adapters."""
+
+    @wraps(plain.delete_adapters)
+    def delete_adapters(self: Any, adapter_names: list[str] | str) -> None:
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        inject.delete_adapter_and_activate(self, *(name for name in names if name in self.peft_config))
+        plain.delete_adapters(self, [])  # renews the hooks of diffusers' offloading
+
+    return delete_adapters
 
 
 def _forward_of(plain: Any) -> Any:

@@ -44,7 +44,7 @@ def convert_bin(
     target = Path(directory)
     if target.exists():
         raise CheckpointError(f"{target} exists already; give a new directory")
-    if not hub.has_file(source, PICKLE, **options):
+    if hub.further_file(source, PICKLE, **options) is None:
         raise CheckpointError(f"{source} holds no {PICKLE} to convert; check the name and --subfolder")
     folder = hub.adapter_directory(source, needs_weights=False, **options)
     tensors = _read(folder / PICKLE)

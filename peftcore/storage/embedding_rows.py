@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -106,16 +106,20 @@ def _was_resized(model: nn.Module, config: PeftConfig) -> bool:
     base = config.base_model_name_or_path or getattr(model, "name_or_path", None)
     if getattr(own, "vocab_size", None) is None or not hasattr(own, "from_pretrained") or not _can_be_looked_up(base):
         return False
+    place: dict[str, Any] = {"revision": config.revision, "local_files_only": True}
     try:
-        original = type(own).from_pretrained(base, revision=config.revision, local_files_only=True)  # type: ignore[union-attr]
+        # transformers makes a configuration of default values for a folder without config.json, such as a pipeline's
+        found = bool(type(own).get_config_dict(base, **place)[0])  # type: ignore[union-attr]
     except (OSError, ValueError):
+        found = False
+    if not found:
         warnings.warn(
             f"the base model's config.json is not found at {base!r}, so the vocabulary is assumed to have its original "
             "size; if you have resized it, save with save_embedding_layers=True",
             stacklevel=6,
         )
         return False
-    return original.vocab_size != own.vocab_size  # type: ignore[union-attr]
+    return type(own).from_pretrained(base, **place).vocab_size != own.vocab_size  # type: ignore[union-attr]
 
 
 def embedding_paths(module_index: ModuleIndex) -> dict[str, nn.Module]:

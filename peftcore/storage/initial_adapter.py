@@ -78,5 +78,6 @@ def _starts(model: nn.Module, name: str, directory: Path) -> list[tuple[Lora, tu
                     f"{directory}: {key} {seen}, and {list(own.shape)} fits; give the adapter that was saved before "
                     "the training of this one"
                 )
-        starts.append((adapter, tuple(part.to(adapter.lora_A_weight) for part in parts if part is not None)))
+        # in the start's own dtype: the base lost exactly this product, whatever the dtype of the trained adapter
+        starts.append((adapter, tuple(part.to(adapter.lora_A_weight.device) for part in parts if part is not None)))
     return starts

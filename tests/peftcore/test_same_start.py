@@ -508,6 +508,7 @@ DROPOUTS: list[tuple[str, str, dict[str, Any]]] = [
     ("FrodConfig", "lin", {"frod_dropout": 0.5, "init_weights": False, "progressbar": False}),
     ("DeftConfig", "lin", {"deft_dropout": 0.5, "init_weights": False, "init_scale": 50.0}),
     ("GraloraConfig", "lin", {"gralora_dropout": 0.5, "init_weights": False, "r": 4, "gralora_k": 2}),
+    ("GraloraConfig", "lin", {"gralora_dropout": 0.5, "init_weights": False, "r": 4, "gralora_k": 2, "hybrid_r": 3}),
     ("HiraConfig", "lin", {"hira_dropout": 0.5, "init_weights": False}),
     ("LoHaConfig", "lin", {"init_weights": False}),
     *(("LoHaConfig", layer, {"rank_dropout": 0.5, "init_weights": False}) for layer in ("lin", "conv2")),

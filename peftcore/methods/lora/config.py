@@ -128,6 +128,11 @@ class LoraConfig(TunerConfig):
     """Options that are not saved."""
 
     def __post_init__(self) -> None:
+        # HF PEFT's converter of kohya_ss files gives (commonest value, its count) and names each layer in the pattern
+        for name, pattern in (("r", self.rank_pattern), ("lora_alpha", self.alpha_pattern)):
+            value = getattr(self, name)
+            if pattern and isinstance(value, list | tuple) and len(value) == 2:
+                setattr(self, name, value[0])
         super().__post_init__()
         self._convert_options()
         if self.runtime_config.ephemeral_gpu_offload and not self.use_dora:

@@ -8,6 +8,7 @@ import peft
 import pytest
 import torch
 from hub_server import HubServer, use
+from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
 import peftcore
@@ -111,5 +112,10 @@ def test_an_adapter_of_the_hub_with_its_tokenizer(
         use(server, tmp_path / "cache", monkeypatch)
         server.add("user/adapter", adapter, "v1")
         model = AutoPeftModelForCausalLM.from_pretrained("user/adapter", revision="v1", token=server.token)
-    assert len(model.get_input_embeddings().weight) == len(tokenizer)
-    torch.testing.assert_close(logits(model)[..., : expected.shape[-1]], expected)
+        assert len(model.get_input_embeddings().weight) == len(tokenizer)
+        torch.testing.assert_close(logits(model)[..., : expected.shape[-1]], expected)
+        downloaded = {"revision": "v1", "cache_dir": tmp_path / "downloaded"}
+        snapshot_download("user/adapter", token=server.token, **downloaded)
+        server.requests.clear()
+        model = AutoPeftModelForCausalLM.from_pretrained("user/adapter", local_files_only=True, **downloaded)
+    assert len(model.get_input_embeddings().weight) == len(tokenizer) and server.requests == []

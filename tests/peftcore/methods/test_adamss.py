@@ -174,6 +174,14 @@ def test_options_of_parts_that_are_off_warn() -> None:
         adapted(mask_interval=5)
 
 
+def test_options_of_asa_may_be_none() -> None:
+    names = ["asa_target_subspaces", "init_warmup", "final_warmup", "mask_interval", "asa_importance_beta"]
+    options: dict[str, Any] = dict.fromkeys([*names, "asa_uncertainty_beta", "asa_schedule_exponent"])
+    assert AdamssConfig(**options) == AdamssConfig()
+    assert not AdamssConfig(**options).without_effect()
+    assert AdamssConfig.from_dict(peft.AdamssConfig(**options).to_dict()) == AdamssConfig()
+
+
 def test_without_scikit_learn_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("peftcore.errors.find_spec", lambda module: None)
     with pytest.raises(MissingExtraError, match=r"AdaMSS needs sklearn; .*peftcore\[adamss\]"):

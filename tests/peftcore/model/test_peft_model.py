@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 from transformers.integrations.peft import PeftAdapterMixin
 from two_adapters import logits
 
-from peftcore import LoraConfig, PeftModel
+from peftcore import LoraConfig, PeftModel, get_peft_model
 
 
 def test_every_public_method_of_transformers_is_ours(model: Any) -> None:
@@ -78,3 +78,43 @@ def test_calls_of_a_replica_use_the_route_that_was_open(model: Any) -> None:
     replica._parameters, replica._buffers, replica._modules = model._parameters, model._buffers, model._modules
     assert torch.equal(logits(replica), adapted)
     assert not torch.equal(logits(model), adapted)
+
+
+class DiffusersLike(nn.Module):
+    """A model whose own `delete_adapters` works as that of diffusers' models."""
+
+    _hf_peft_config_loaded: bool | None = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.lin(x)
+
+    def delete_adapters(self, adapter_names: list[str] | str) -> None:
+        for name in [adapter_names] if isinstance(adapter_names, str) else adapter_names:
+            for module in self.modules():
+                if hasattr(module, "delete_adapter") and module is not self:
+                    module.delete_adapter(name)  # type: ignore[operator]
+            self.peft_config.pop(name, None)  # type: ignore[union-attr, operator]
+            if not self.peft_config:
+                del self.peft_config
+
+
+def test_diffusers_delete_adapters_deletes_from_a_peft_model() -> None:
+    base = DiffusersLike()
+    x = torch.ones(1, 4)
+    expected = base(x)
+    config = LoraConfig(r=2, target_modules=["lin"], init_lora_weights=False)
+    model: Any = get_peft_model(base, config, "toy")
+    model.add_adapter("other", config)
+    with pytest.warns(UserWarning, match="'other' is the active one now"):
+        model.delete_adapters(["toy", "unknown"])
+    assert list(model.peft_config) == model.active_adapters == ["other"]
+    model.delete_adapters("other")
+    torch.testing.assert_close(base(x), expected)
+    assert not model.peft_config
+    model = get_peft_model(base, config, "pixel")
+    assert list(model.peft_config) == model.active_adapters == ["pixel"]
+    assert not torch.allclose(base(x), expected)

@@ -155,6 +155,15 @@ def saved(folder: Path, to: Path, seed: int, **options: Any) -> Any:
     return model
 
 
+def test_a_model_from_a_subfolder_counts_as_not_resized(folder: Path, tmp_path: Path) -> None:
+    """In a folder without config.json, such as a diffusion pipeline's, transformers reads default values."""
+    LlamaForCausalLM.from_pretrained(folder).save_pretrained(tmp_path / "pipeline" / "text_encoder")
+    model: Any = LlamaForCausalLM.from_pretrained(tmp_path / "pipeline", subfolder="text_encoder")
+    with pytest.warns(UserWarning, match=r"config.json is not found at .*pipeline"):
+        get_peft_model(model, LoraConfig(**OPTIONS["nothing of them"])).save_pretrained(tmp_path / "adapter")
+    assert not {EMBEDDINGS, HEAD} & set(load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+
+
 def test_another_vocabulary_says_what_to_call(folder: Path, tmp_path: Path) -> None:
     saved(folder, tmp_path, 1)
     base = LlamaForCausalLM.from_pretrained(folder)

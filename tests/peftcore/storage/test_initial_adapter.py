@@ -7,6 +7,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from peftcore import CheckpointError, ConfigError, IA3Config, LoraConfig, PeftModel, get_peft_model
@@ -50,6 +51,19 @@ def test_the_saved_adapter_gives_the_same_output_on_the_whole_base(
         read: Any = library.from_pretrained(net(), str(tmp_path / "whole"))
         torch.testing.assert_close(read(X), expected, atol=1e-5, rtol=1e-4)
         assert read.peft_config["default"].r == 6 and read.peft_config["default"].init_lora_weights is True
+
+
+def test_the_start_of_an_adapter_in_bfloat16_is_subtracted_without_rounding(
+    residual: tuple[nn.Sequential, Path], tmp_path: Path
+) -> None:
+    base, start = residual
+    model: Any = PeftModel.from_pretrained(base, start, is_trainable=True)
+    model[0].lora_A["default"].weight.data = model[0].lora_A["default"].weight.data.bfloat16()
+    model[0].lora_B["default"].weight.data = model[0].lora_B["default"].weight.data.bfloat16()
+    model.save_pretrained(tmp_path / "whole", path_initial_model_for_weight_conversion=start)
+    key = "base_model.model.0.lora_A.weight"
+    saved, first = (load_file(path / "adapter_model.safetensors")[key] for path in (tmp_path / "whole", start))
+    assert saved[3:].equal(first) and saved[:3].equal(first.bfloat16().float())
 
 
 def test_an_adapter_that_subtracts_its_start_is_saved_with_it_anyway(tmp_path: Path) -> None:

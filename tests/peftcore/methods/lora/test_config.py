@@ -1,5 +1,7 @@
 """Which adapters an adapter store puts into one slot, and the options that are not saved."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -61,3 +63,13 @@ def test_options_of_another_start_warn(start: str) -> None:
 def test_layer_classes_of_a_script_are_refused_with_what_to_do() -> None:
     with pytest.raises(ConfigError, match=r"\['Linear'\] cannot get layers of a script's own.*register_storage"):
         LoraConfig()._register_custom_module({torch.nn.Linear: torch.nn.Module})
+
+
+def test_a_rank_with_its_count_is_read_if_a_pattern_names_the_ranks() -> None:
+    """HF PEFT's converter of kohya_ss files writes such configurations."""
+    given: dict[str, Any] = {"r": [4, 24], "lora_alpha": [32.0, 24], "target_modules": ["q"]}
+    patterns = {"rank_pattern": {"q": 4}, "alpha_pattern": {"q": 32.0}}
+    config: Any = LoraConfig.from_dict({"peft_type": "LORA", **given, **patterns})
+    assert (config.r, config.lora_alpha) == (4, 32.0)
+    with pytest.raises(ConfigError, match=r"r must be an integer; got \[4, 24\]"):
+        LoraConfig(**given)
