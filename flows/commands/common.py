@@ -156,6 +156,14 @@ def project() -> Iterator[tuple["Params", Paths]]:
     yield load_params(Paths(root).params), Paths(root)
 
 
+def warn_of_other_version(root: Path) -> None:
+    """Warn of what differs between a project's files and the installed version."""
+    from flows.project.outdated import differences
+
+    for one in differences(root):
+        logger.warning("%s", one)
+
+
 def warn_of_uncommitted(git: "Git", words: str, paths: Sequence[str] | None = None) -> None:
     """Warn of uncommitted files, with the git command that commits them.
 
