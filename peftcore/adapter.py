@@ -130,6 +130,8 @@ class Adapter(_Constants):
     """Name of the option that holds the probability of `add_dropout`; empty if the method has no such dropout."""
     generate_arguments: ClassVar[Mapping[str, Any]] = {}
     """Arguments that `generate` always gets while adapters of this method are active."""
+    former_tensors: ClassVar[Mapping[str, str]] = {}
+    """{name of a tensor of older versions of HF PEFT, with another meaning: what to do about such an adapter}"""
     weight_space_forward: bool = False
     """True if the layer computes with the weight `forward_weight(W)` in place of `before` and `after`.
 

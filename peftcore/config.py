@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -409,6 +409,7 @@ class PeftConfig(SharedOptions):
                 "not the configuration of an adapter"
             )
         target._refuse_other_mathematics(extra)
+        target.check_saved(values)
         config = target(**{k: v for k, v in values.items() if k in field_names})
         config.extra = extra
         return config
@@ -417,6 +418,17 @@ class PeftConfig(SharedOptions):
     def class_for(cls, keys: Collection[str]) -> type["PeftConfig"]:
         """Return the configuration class that has these keys: `cls`, or one that extends its method."""
         return cls
+
+    @classmethod
+    def check_saved(cls, values: Mapping[str, Any]) -> None:
+        """Refuse or warn of a saved configuration of an older version of HF PEFT that computed something else.
+
+        Args:
+            values: The fields in the file. HF PEFT writes `peft_version` since 0.18.
+
+        Raises:
+            ConfigError: The adapter cannot be read.
+        """
 
     @classmethod
     def _refuse_other_mathematics(cls, extra: dict[str, Any]) -> None:

@@ -108,6 +108,13 @@ def _discover() -> None:
     import_plugins(("peftcore.methods", "peftcore.prompts"), ENTRY_POINTS)
 
 
+RENAMED = {
+    "BONE": "it is MISS since 0.19. Write MISS as peft_type of adapter_config.json (and MiSS_only as bias, if it is "
+    "bone_only), and load the adapter with key_mapping={'bone_block': 'miss_block'}; its outputs are the same",
+}
+"""{name of a method in older versions of HF PEFT: what to do}"""
+
+
 def methods() -> dict[str, Method]:
     """Return all registered methods by name, in alphabetical order."""
     _discover()
@@ -128,6 +135,8 @@ def method_named(name: str) -> Method:
         ConfigError: For an unknown name; the message suggests a similar one.
     """
     _discover()
+    if name not in _methods and name in RENAMED:
+        raise ConfigError(f"HF PEFT has renamed {name}: {RENAMED[name]}")
     if name not in _methods:
         raise ConfigError(f"unknown adapter method {name!r}{suggestion(str(name), _methods)}")
     return _methods[name]

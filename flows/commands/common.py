@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from flows.errors import BaseModelError, PipelineError, RegistryError
+from flows.errors import BaseModelError, ParamsError, PipelineError, RegistryError
 from flows.paths import Paths
 from flows.runtime.project import find_root
 from flows.runtime.stage import fail, refused_by_system
@@ -149,11 +149,29 @@ def one_document(as_json: bool) -> Iterator[None]:
 
 @contextmanager
 def project() -> Iterator[tuple["Params", Paths]]:
-    """Give parameters and paths of the current folder's pipeline."""
+    """Give parameters and paths of the current folder's pipeline.
+
+    Raises:
+        ParamsError: params.yaml cannot be used; keys of another version of peftcore are named as such.
+    """
     from flows.params import load_params
 
     root = find_root()
-    yield load_params(Paths(root).params), Paths(root)
+    try:
+        params = load_params(Paths(root).params)
+    except ParamsError as error:
+        from flows.project.outdated import differences
+
+        raise ParamsError("\n".join([str(error), *differences(root)])) from error
+    yield params, Paths(root)
+
+
+def warn_of_other_version(root: Path) -> None:
+    """Warn of what differs between a project's files and the installed version."""
+    from flows.project.outdated import differences
+
+    for one in differences(root):
+        logger.warning("%s", one)
 
 
 def warn_of_uncommitted(git: "Git", words: str, paths: Sequence[str] | None = None) -> None:

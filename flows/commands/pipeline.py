@@ -11,7 +11,17 @@ import typer
 from rich.console import Console
 
 from flows.commands import completion
-from flows.commands.common import SIX_HOURS, AsJson, PushTo, StageTimeout, errors, one_document, project, writable
+from flows.commands.common import (
+    SIX_HOURS,
+    AsJson,
+    PushTo,
+    StageTimeout,
+    errors,
+    one_document,
+    project,
+    warn_of_other_version,
+    writable,
+)
 from flows.errors import StageError
 from flows.runtime.project import changed_stages, set_prefect_environment, stage_order, stage_states
 from flows.runtime.stage import fail
@@ -31,6 +41,7 @@ def run(
     """
     with errors(), project() as (_, paths):
         set_prefect_environment(paths.root)
+        warn_of_other_version(paths.root)
         refresh(paths.root)
         with ThreadPoolExecutor(1) as pool:
             changing = pool.submit(changed_stages, paths.root)  # a process, which imports while this one does
@@ -62,6 +73,7 @@ def stage(
         stages = stage_order(paths.root)
         if name not in stages:
             raise StageError(f"there is no stage {name!r} in dvc.yaml; there is: {', '.join(stages)}")
+        warn_of_other_version(paths.root)
         began = time.monotonic()
         run_stage(paths.root, name, stage_timeout, force)
         if as_json:
@@ -94,8 +106,11 @@ def status(
         from flows.commands.status import print_status
         from flows.pipeline.status import next_step
         from flows.pipeline.status import status as read_status
+        from flows.project.outdated import differences
 
-        result = ({"stages": stage_states(paths.root)} if states else {}) | read_status(params, paths)
+        facts = read_status(params, paths)
+        facts["hints"] += differences(paths.root)
+        result = ({"stages": stage_states(paths.root)} if states else {}) | facts
         result["next_step"] = next_step(result)
         if as_json:
             print(json.dumps(result, indent=2))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flows.commands.common import AsJson, PushTo, errors, one_document
+from flows.commands.common import AsJson, PushTo, errors, one_document, warn_of_other_version
 from flows.errors import GateError
 from flows.paths import Paths
 from flows.runtime.project import find_root, set_prefect_environment
@@ -55,6 +55,7 @@ def retrain(
             return
         from flows.retraining.flow import run_retraining
 
+        warn_of_other_version(paths.root)
         with one_document(as_json):
             entry = run_retraining(paths.root, push_to, force)
         if as_json:
@@ -82,6 +83,7 @@ def schedule(
     with errors():
         paths = Paths(find_root())
         set_prefect_environment(paths.root)
+        warn_of_other_version(paths.root)
         from flows.retraining.schedule import serve
 
         serve(paths, cron, timezone, push_to)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from flows.commands.common import AsJson, errors, one_document, project, writable
+from flows.commands.common import AsJson, errors, one_document, project, warn_of_other_version, writable
 
 
 def review(
@@ -84,6 +84,7 @@ def trial(
     with errors(), project() as (_, paths):
         from flows.scaling.experiment import run_experiment
 
+        warn_of_other_version(paths.root)
         with one_document(as_json):
             experiment = run_experiment(paths.root, overrides, name)
         from flows.review.comparison import compare

@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 from flows.commands import completion
-from flows.commands.common import SIX_HOURS, AsJson, StageTimeout, errors, project
+from flows.commands.common import SIX_HOURS, AsJson, StageTimeout, errors, project, warn_of_other_version
 from flows.runtime.project import set_prefect_environment
 from flows.runtime.stage import fail
 
@@ -77,6 +77,7 @@ def sweep(
         raise typer.BadParameter("a search runs one trial at a time; leave --jobs and --runner out")
     with errors(), project() as (_, paths):
         set_prefect_environment(paths.root)
+        warn_of_other_version(paths.root)
         from flows.scaling.ranking import COLUMNS, rows
 
         if search is Method.OPTUNA:

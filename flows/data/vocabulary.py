@@ -89,7 +89,7 @@ def add_special_tokens(
 def check_applied(tokenizer: PreTrainedTokenizerBase, data: Data, root: Path) -> None:
     """Raise DataError if the fetched base has another template, or lacks a token, of the parameters."""
     template = chat_template(data, root)
-    fetch = "run `dvc repro --force --single-item fetch`, or `peftcore stage fetch`"
+    fetch = "run `dvc repro --force --single-item fetch`, or `peftcore stage fetch --force`"
     if template is not None and tokenizer.chat_template != template:
         raise DataError(f"data.chat_template has changed since the base was fetched; {fetch}")
     vocabulary = tokenizer.get_vocab()

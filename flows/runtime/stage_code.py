@@ -7,7 +7,7 @@ therefore reruns only the stages whose code has changed.
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from flows.errors import RepositoryError
-from flows.runtime.stage_dependencies import module_files, module_of
+from flows.runtime.stage_dependencies import is_module, module_files, module_of
 from peftcore.files import write_atomically
 
 FILE = ".peftcore/stages.yaml"
@@ -41,7 +41,7 @@ def refresh(root: Path) -> bool:
         True if the file has changed.
 
     Raises:
-        RepositoryError: The file or dvc.yaml is not valid YAML.
+        RepositoryError: The file or dvc.yaml is not valid YAML, or a stage's module is not installed.
     """
     file = root / FILE
     if not file.is_file():
@@ -52,14 +52,35 @@ def refresh(root: Path) -> bool:
         stages = yaml.load(root / "dvc.yaml")["stages"]
     except Exception as error:  # ruamel.yaml's errors, and those of a file without stages
         raise RepositoryError(f"{file} or dvc.yaml beside it cannot be read: {error}; restore it from git") from error
+    if unknown := unknown_stages(stages):
+        raise RepositoryError(without_modules(unknown, present.get("peftcore")))
     named = {name for name, stage in stages.items() if module_of(stage) is not None}
-    if present.get("peftcore") == _installed() and set(present.get("stages", ())) == named:
+    if present.get("peftcore") == installed_version() and set(present.get("stages", ())) == named:
         return False
     text = stage_file(stages)
     if text == file.read_text(encoding="utf-8"):
         return False
     write_atomically(file, text)
     return True
+
+
+def unknown_stages(stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the names of the stages of dvc.yaml whose modules the installed version lacks."""
+    modules = {name: module_of(stage) for name, stage in stages.items()}
+    return [name for name, module in modules.items() if module is not None and not is_module(module)]
+
+
+def without_modules(stages: Sequence[str], last: str | None) -> str:
+    """Return what to do about stages of dvc.yaml whose modules the installed version lacks.
+
+    Args:
+        stages: Their names.
+        last: The version with which the project last ran.
+    """
+    return (
+        f"the installed peftcore ({installed_version() or 'source'}) has no code of {', '.join(stages)} in dvc.yaml; "
+        f"this project last ran with {last or 'another version'}: install that version, or a newer one"
+    )
 
 
 def stage_file(stages: Mapping[str, Mapping[str, Any]]) -> str:
@@ -69,11 +90,15 @@ def stage_file(stages: Mapping[str, Mapping[str, Any]]) -> str:
         stages: The stages of dvc.yaml.
     """
     digests = {name: code_digest(module) for name, stage in stages.items() if (module := module_of(stage)) is not None}
-    lines = [f'peftcore: "{_installed() or "source"}"', "stages:", *(f"  {name}: {d}" for name, d in digests.items())]
+    lines = [
+        f'peftcore: "{installed_version() or "source"}"',
+        "stages:",
+        *(f"  {name}: {d}" for name, d in digests.items()),
+    ]
     return HEADER + "\n".join(lines) + "\n"
 
 
-def _installed() -> str | None:
+def installed_version() -> str | None:
     """Return the installed version, whose files never change; None for an editable installation or a source folder."""
     try:
         distribution = metadata.distribution("peftcore")

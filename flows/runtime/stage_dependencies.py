@@ -87,6 +87,11 @@ def module_of(stage: Mapping[str, Any]) -> str | None:
     return None if found is None else found[1]
 
 
+def is_module(name: str) -> bool:
+    """Return True if the installed packages have a module of this name."""
+    return _path(name) is not None
+
+
 def updated(root: Path, stage: dict[str, Any]) -> list[str] | None:
     """Return all dependencies of a stage of dvc.yaml, with its code's; None if the stage runs no module of `flows`."""
     module = module_of(stage)

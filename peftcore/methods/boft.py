@@ -91,6 +91,9 @@ class BOFT(Adapter):
             normal_(self.boft_R, std=0.1)
             normal_(self.boft_s, mean=1, std=0.1)
 
+    def repeated_keys(self) -> set[str]:
+        return super().repeated_keys() | {"boft_P"}  # the permutations, which HF PEFT saved before 0.13
+
     def factors(self) -> list[Tensor]:
         """Return the blocks (n, c, c) of each factor, in float32 or float64."""
         blocks = widened(self.boft_R)

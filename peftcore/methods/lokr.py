@@ -5,8 +5,10 @@ Shapes: o = a·b out_features, i = c·d in_features (of one group), r rank, k ke
 """
 
 import math
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,7 @@ from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig, first_match
 from peftcore.errors import ConfigError
+from peftcore.files import CONFIG_NAME
 from peftcore.kernels.maths import keep_rows, weight_shape
 from peftcore.kernels.start_values import kaiming_uniform_
 from peftcore.registry import register
@@ -57,6 +60,16 @@ class LoKrConfig(TunerConfig):
             self.positive("decompose_factor")
         if self.init_weights not in (True, False, "lycoris"):
             raise ConfigError(f"LoKrConfig: init_weights must be True, False or 'lycoris'; got {self.init_weights!r}")
+
+    @classmethod
+    def check_saved(cls, values: Mapping[str, Any]) -> None:
+        if "rank_dropout_scale" not in values and values.get("alpha", 8) != values.get("r", 8):
+            warnings.warn(
+                f"LoKr: {CONFIG_NAME} has no rank_dropout_scale, so HF PEFT before 0.14 may have written it, which did "
+                "not scale the update by alpha / r. Newer versions and peftcore do; if the adapter was trained "
+                "without, write the value of r as alpha in that file (and ranks as alpha_pattern)",
+                stacklevel=5,
+            )
 
     def at(self, path: str) -> tuple[int, float]:
         """Return (rank, alpha) of the layer at `path`, patterns applied."""

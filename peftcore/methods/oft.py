@@ -7,10 +7,11 @@ rotates its patches (PEFT adds up overlapping ones); `coft` projects after each 
 """
 
 import math
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +20,21 @@ from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig
 from peftcore.errors import ConfigError
+from peftcore.files import CONFIG_NAME
 from peftcore.kernels.maths import cayley, drop_blocks, neumann, rotate_blocks, weight_shape, widened
 from peftcore.kernels.start_values import normal_
 from peftcore.registry import register
+
+_FORMER = (
+    "HF PEFT before 0.16 computed OFT in another way, and its adapters (tensors oft_r) can be read neither here nor by "
+    "newer versions of HF PEFT; train it again, or merge it with the version that made it, such as peft==0.15.2"
+)
+
+
+def _since_018(version: Any) -> bool:
+    """Return True for a version of HF PEFT from 0.18 on, such as "0.18.1" or "0.19.0.dev0@UNKNOWN"."""
+    parts = re.match(r"(\d+)\.(\d+)", version) if isinstance(version, str) else None
+    return parts is not None and (int(parts[1]), int(parts[2])) >= (0, 18)
 
 
 @dataclass
@@ -69,6 +82,19 @@ class OFTConfig(TunerConfig):
         if self.coft and not self.eps > 0:
             raise ConfigError(f"OFTConfig: eps must be positive; got {self.eps}; try 6e-5")
 
+    @classmethod
+    def check_saved(cls, values: Mapping[str, Any]) -> None:
+        if "oft_block_size" not in values and values.get("r"):
+            raise ConfigError(f"OFT: {CONFIG_NAME} has no oft_block_size: {_FORMER}")
+        former = not _since_018(values.get("peft_version"))
+        if former and values.get("use_cayley_neumann") and values.get("num_cayley_neumann_terms", 5) > 2:
+            warnings.warn(
+                f"OFT: {CONFIG_NAME} names no peft_version from 0.18 on. Before, HF PEFT counted the last power of the "
+                "Cayley-Neumann series twice, so that adapter's outputs differ a little here and in newer versions of "
+                "HF PEFT; train it again, or merge it with the version that made it",
+                stacklevel=5,
+            )
+
     def block_size(self, features: int, path: str) -> int:
         """Return the block size b for a layer with this many features to rotate."""
         asked = self.oft_block_size or self.r
@@ -90,6 +116,7 @@ class OFT(Adapter):
     """OFT at one layer."""
 
     layer_kinds = frozenset({"linear", "conv", "embedding"})
+    former_tensors: ClassVar = {"oft_r": _FORMER}
 
     def __init__(self, config: OFTConfig, base: BaseWeight, path: str):
         super().__init__(config, base, path)

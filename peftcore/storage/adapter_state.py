@@ -1,6 +1,6 @@
 """State dict of one adapter under PEFT's keys: `base_model.model.` + the module's path + the parameter."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import NamedTuple
 
@@ -91,6 +91,13 @@ class AdapterState:
             if self.bias_keys:
                 repeated |= {f"{prefix}original_module.{key}" for key in keys if key.endswith("bias")}
         return repeated
+
+    def former(self, keys: Iterable[str]) -> str | None:
+        """Return what to do about keys that older versions of HF PEFT wrote, with another meaning; None for others."""
+        former = {
+            name: advice for adapter in self._adapters.values() for name, advice in adapter.former_tensors.items()
+        }
+        return next((former[tail] for key in keys if (tail := key.rpartition(".")[2]) in former), None)
 
     def with_our_keys(
         self, tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor] | None = None, name: str = "default"

@@ -432,6 +432,8 @@ def _take_tensors(
     unexpected = sorted(others and rows.take(state, {key: tensors[key] for key in others}, file))
     keys = f"{_listed('missing', missing)}{_listed('unexpected', unexpected)}"
     if keys and (reading.strict or expected.keys().isdisjoint(tensors)):
+        if (former := state.former(unexpected)) is not None:
+            raise CheckpointError(f"{file} does not fit: {keys}{former}")
         raise CheckpointError(
             f"{file} does not fit: {keys}the adapter belongs to another base model or another configuration; "
             "strict=False loads the tensors that fit"

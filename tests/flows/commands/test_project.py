@@ -12,6 +12,7 @@ import pytest
 from command_line import peftcore
 
 from flows.params import load_params
+from flows.project import outdated
 from flows.runtime.stage_code import FILE
 
 ROOT = Path(__file__).parents[3]
@@ -111,6 +112,33 @@ def test_upgrade_shows_a_difference_and_writes_it(rows: Path, tmp_path: Path, mo
     assert shown.exit_code == 1 and "+      - artifacts/merged" in shown.stdout and "--write" in shown.stderr
     assert peftcore("upgrade", "--write").exit_code == 0
     assert Path("dvc.yaml").read_text() == pipeline
+
+
+def test_unknown_parameters_of_another_version_name_the_version(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peftcore("init", str(tmp_path / "new"), "--data", str(rows))
+    monkeypatch.chdir(tmp_path / "new")
+    Path("params.yaml").write_text(Path("params.yaml").read_text() + "distillery: {}\n")
+    Path(FILE).write_text(Path(FILE).read_text().replace('peftcore: "source"', 'peftcore: "9.9"'))
+    monkeypatch.setattr(outdated, "installed_version", lambda: "0.2.0")
+    done = peftcore("status")
+    assert done.exit_code == 1 and "distillery: unknown key" in done.stderr
+    assert "peftcore 0.2.0 is installed, and this project last ran with 9.9" in done.stderr
+
+
+def test_a_pipeline_of_an_older_version_is_said_by_status_and_before_a_stage_runs(
+    rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    peftcore("init", str(tmp_path / "new"), "--data", str(rows))
+    monkeypatch.chdir(tmp_path / "new")
+    Path("dvc.yaml").write_text(Path("dvc.yaml").read_text().replace("      - data.special_tokens\n", ""))
+    for command in ("init", "add --all", "-c user.name=A -c user.email=a@example.org commit --quiet --message Start"):
+        subprocess.run(["git", *command.split()], check=True, capture_output=True)
+    (hint,) = json.loads(peftcore("status", "--no-stages", "--json").stdout)["hints"]
+    assert "outputs of fetch, train." in hint and "`peftcore upgrade --write` writes it" in hint
+    monkeypatch.setattr("flows.runtime.stage_process.run_stage", lambda *_: None)
+    assert peftcore("stage", "fetch").exit_code == 0 and hint in caplog.text
 
 
 def test_upgrade_is_for_projects_of_init(here: Any) -> None:

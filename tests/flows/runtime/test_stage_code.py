@@ -48,7 +48,7 @@ def test_a_changed_module_changes_the_stages_that_import_it(
 
 
 def test_an_installed_version_is_looked_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stage_code, "_installed", lambda: "9.9")
+    monkeypatch.setattr(stage_code, "installed_version", lambda: "9.9")
     assert refresh(folder)
     monkeypatch.setattr(stage_code, "code_digest", lambda module: pytest.fail("the version is the same"))
     assert not refresh(folder)

@@ -1,15 +1,17 @@
 """What the BOFT paper says: butterfly factors of small blocks make a dense orthogonal matrix; m = 1 is OFT, scaled."""
 
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from layer_parity import agrees_with_peft
 from method_example import Example, randomise
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peftcore import ConfigError, LoraConfig, get_peft_model
+from peftcore import ConfigError, LoraConfig, PeftModel, get_peft_model
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.methods.boft import BOFTConfig
 from peftcore.methods.ia3 import IA3Config
@@ -179,3 +181,13 @@ def test_impossible_options(options: dict[str, Any], message: str) -> None:
 def test_blocks_that_do_not_fit(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         get_peft_model(nn.Sequential(nn.Linear(12, 5)), BOFTConfig(target_modules=["0"], **options))
+
+
+def test_permutations_that_hf_peft_saved_before_0_13_are_not_needed(tmp_path: Path) -> None:
+    net, x = adapted(nn.Linear(12, 9))[0], torch.randn(3, 12, dtype=torch.float64)
+    net.save_pretrained(tmp_path)
+    expected, file = net(x), tmp_path / "adapter_model.safetensors"
+    (tmp_path / "SHA256SUMS").unlink()
+    save_file(load_file(file) | {"base_model.model.0.boft_P": torch.eye(12)[None]}, file)
+    again = PeftModel.from_pretrained(net.unload(), tmp_path)
+    torch.testing.assert_close(again(x), expected)

@@ -8,7 +8,7 @@ from layer_parity import agrees_with_peft
 from method_example import Example, randomise
 from torch import nn
 
-from peftcore import ConfigError, get_peft_model
+from peftcore import ConfigError, PeftConfig, get_peft_model
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.methods.lokr import LoKrConfig, factorization
 
@@ -143,3 +143,11 @@ def test_impossible_options() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             LoKrConfig(**options)
+
+
+def test_the_missing_scale_of_hf_peft_before_0_14_is_warned_of() -> None:
+    saved = {"peft_type": "LOKR", "r": 4, "alpha": 8, "target_modules": ["0"]}
+    with pytest.warns(UserWarning, match="did not scale the update by alpha / r.* write the value of r as alpha"):
+        PeftConfig.from_dict(saved, from_disk=True)
+    for others in ({"alpha": 4}, {"rank_dropout_scale": False}):
+        PeftConfig.from_dict(saved | others, from_disk=True)

@@ -1,12 +1,16 @@
 """What the MiSS paper says of its shards, and what MiSS must refuse."""
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from dropout_facts import assert_dropout_keeps_the_mean
 from method_example import Example, randomise
+from safetensors.torch import load_file, save_file
 from torch import nn
 
-from peftcore import ConfigError, get_peft_model
+from peftcore import ConfigError, PeftModel, get_peft_model
 from peftcore.methods.miss import MissConfig
 
 EXAMPLE = Example(
@@ -102,3 +106,22 @@ def test_dropout_acts_while_training_only_and_keeps_the_mean() -> None:
 def test_impossible_options(options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         get_peft_model(nn.Sequential(nn.Linear(8, 4)), MissConfig(target_modules=["0"], **options))
+
+
+def test_the_error_about_bone_says_how_to_read_it_as_miss(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = nn.Linear(8, 4)
+    net, x = get_peft_model(nn.Sequential(base), MissConfig(r=2, target_modules=["0"])), torch.randn(3, 8)
+    randomise(net, 0.3)
+    net.save_pretrained(tmp_path)
+    expected, file, config = net(x), tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    save_file({key.replace("miss", "bone"): tensor for key, tensor in load_file(file).items()}, file)
+    (tmp_path / "SHA256SUMS").unlink()
+    saved = json.loads(config.read_text())
+    config.write_text(json.dumps(saved | {"peft_type": "BONE"}))
+    plain = net.unload()
+    with pytest.raises(ConfigError, match=r"BONE: it is MISS since 0\.19.* key_mapping=\{'bone_block': 'miss_block'\}"):
+        PeftModel.from_pretrained(plain, tmp_path)
+    config.write_text(json.dumps(saved))
+    again = PeftModel.from_pretrained(plain, tmp_path, key_mapping={"bone_block": "miss_block"})
+    torch.testing.assert_close(again(x), expected, rtol=0, atol=0)

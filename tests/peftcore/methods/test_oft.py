@@ -1,15 +1,18 @@
 """What the OFT papers say: rotations keep the angles between neurons; COFT keeps near the identity; OFTv2's series."""
 
+import json
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from layer_parity import agrees_with_peft
 from method_example import Example, randomise
+from safetensors.torch import save_file
 from torch import nn
 
-from peftcore import ConfigError, get_peft_model
+from peftcore import CheckpointError, ConfigError, PeftConfig, PeftModel, get_peft_model
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.kernels.maths import neumann
 from peftcore.methods.oft import OFTConfig
@@ -202,3 +205,26 @@ def test_impossible_options(options: dict[str, Any], message: str) -> None:
 def test_blocks_of_one_are_refused() -> None:
     with pytest.raises(ConfigError, match="blocks of size 1 rotate nothing at 0, which has 6 features"):
         get_peft_model(nn.Sequential(nn.Linear(6, 5)), OFTConfig(r=6, oft_block_size=0, target_modules=["0"]))
+
+
+OLD = {"peft_type": "OFT", "r": 4, "target_modules": ["0"], "block_share": False, "coft": False, "eps": 6e-5}
+"""Fields that HF PEFT 0.13 wrote; 0.14 and 0.15 wrote oft_block_size, too, and 0.16 the series."""
+
+
+def test_adapters_of_hf_peft_before_0_16_are_refused_with_the_reason(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"has no oft_block_size: HF PEFT before 0\.16 .* merge it with the version"):
+        PeftConfig.from_dict(OLD, from_disk=True)
+    config = OLD | {"oft_block_size": 0}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file({"base_model.model.0.oft_r": torch.zeros(4, 3, 3)}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=r"0\.oft_r; HF PEFT before 0\.16 computed OFT in another way"):
+        PeftModel.from_pretrained(nn.Sequential(nn.Linear(12, 5)), tmp_path)
+
+
+def test_the_series_of_hf_peft_before_0_18_is_warned_of() -> None:
+    saved = OLD | {"oft_block_size": 0, "use_cayley_neumann": True, "num_cayley_neumann_terms": 5}
+    for version in (None, "0.17.1"):
+        with pytest.warns(UserWarning, match="counted the last power of the Cayley-Neumann series twice"):
+            PeftConfig.from_dict(saved | {"peft_version": version}, from_disk=True)
+    for others in ({"peft_version": "0.18.0"}, {"peft_version": "1.0.0.dev0@abc"}, {"use_cayley_neumann": False}):
+        PeftConfig.from_dict(saved | others, from_disk=True)
