@@ -1,5 +1,6 @@
 """Rows of a prepared split."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,3 +28,8 @@ def read_rows(path: Path, columns: list[str] | None = None, limit: int | None = 
     if not rows:
         raise StageError(f"{path} has no rows; give the prepare stage more data or a larger share for this split")
     return rows
+
+
+def row_weights(rows: Sequence[Row]) -> list[float]:
+    """Return the weight of each row in the mean loss; 1 for rows without one."""
+    return [row.get("weight", 1.0) for row in rows]

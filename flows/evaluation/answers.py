@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from flows.base.folder import padding_id
 from flows.data.rows import Row
 from flows.evaluation.generation import Answers, generate_answers
-from flows.evaluation.scoring import rouge_l
+from flows.evaluation.result import COMMON, EvaluationResult, common_columns, common_metrics
+from flows.evaluation.scoring import RowLosses, rouge_l
 from flows.params import Evaluate, Params
 from flows.runtime.progress import progress
 
@@ -118,6 +119,44 @@ def score_and_answer(
     return scores, answered
 
 
+def evaluate_answers(
+    params: Params,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: list[Row],
+    reference: str,
+    score: Callable[..., RowLosses],
+    length: Callable[[Row], int],
+) -> EvaluationResult:
+    """Evaluate the losses of the reference answers and the generated answers of the base and the adapter.
+
+    Args:
+        params: The parameters of the run.
+        model: A PeftModel; the adapter is disabled for the base.
+        tokenizer: The base's tokenizer.
+        rows: Prepared rows of the test split.
+        reference: Name of the column with the text of the reference answer.
+        score: `row_losses` or `sequence_losses`.
+        length: Returns the tokens of a row's reference answer, with the end of turn.
+    """
+    evaluate = params.evaluate
+    prompts = sampled_prompts(rows, "input_ids", reference, params)
+    losses, answered = score_and_answer(model, tokenizer, rows, prompts, evaluate, score)
+    base, adapter = (
+        {"loss": losses[name].loss, "perplexity": losses[name].perplexity} | answered[name].metrics()
+        for name in ("base", "adapter")
+    )
+    metrics = common_metrics(rows, losses, base, adapter, ["rouge_l"]) | {"generated_rows": len(prompts)}
+    metrics["answers"] = answer_limit([length(rows[prompt.row]) for prompt in prompts], evaluate)
+    table = common_columns(rows, losses["base"], losses["adapter"])
+    add_answers(table, prompts, answered)
+    return EvaluationResult(
+        metrics,
+        pa.Table.from_pylist(table, schema=pa.schema([*COMMON, *ANSWERS])),
+        samples(rows, prompts, answered, evaluate.samples),
+    )
+
+
 def known_lengths(rows: Sequence[Row], prompts: Sequence[Prompt], ids: str, evaluate: Evaluate) -> dict[str, Any]:
     """Return the metrics `max_new_tokens` and `longer_known_answers`, the share of reference answers above that limit.
 
@@ -127,7 +166,11 @@ def known_lengths(rows: Sequence[Row], prompts: Sequence[Prompt], ids: str, eval
         ids: Name of the column with the token ids of prompt, reference answer and end of turn.
         evaluate: The section `evaluate` of params.yaml.
     """
-    lengths = [len(rows[prompt.row][ids]) - len(prompt.ids) for prompt in prompts]
+    return answer_limit([len(rows[prompt.row][ids]) - len(prompt.ids) for prompt in prompts], evaluate)
+
+
+def answer_limit(lengths: Sequence[int], evaluate: Evaluate) -> dict[str, Any]:
+    """Return the metrics `max_new_tokens` and `longer_known_answers` for answers of these lengths (tokens)."""
     longer = sum(length > evaluate.max_new_tokens for length in lengths) / len(lengths)
     return {"max_new_tokens": evaluate.max_new_tokens, "longer_known_answers": longer}
 

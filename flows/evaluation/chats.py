@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from flows.data.rows import Row
-from flows.evaluation.answers import ANSWERS, add_answers, known_lengths, sampled_prompts, samples, score_and_answer
-from flows.evaluation.result import COMMON, EvaluationResult, common_columns, common_metrics
+from flows.evaluation.answers import evaluate_answers
+from flows.evaluation.result import EvaluationResult
 from flows.evaluation.scoring import row_losses
 from flows.params import Params
 
@@ -21,19 +20,8 @@ def evaluate_chats(params: Params, model: Any, tokenizer: PreTrainedTokenizerBas
         tokenizer: The base's tokenizer.
         rows: Prepared rows of the test split.
     """
-    evaluate = params.evaluate
-    prompts = sampled_prompts(rows, "input_ids", "completion", params)
-    losses, answered = score_and_answer(model, tokenizer, rows, prompts, evaluate, row_losses)
-    base, adapter = (
-        {"loss": losses[name].loss, "perplexity": losses[name].perplexity} | answered[name].metrics()
-        for name in ("base", "adapter")
-    )
-    metrics = common_metrics(rows, losses, base, adapter, ["rouge_l"]) | {"generated_rows": len(prompts)}
-    metrics["answers"] = known_lengths(rows, prompts, "input_ids", evaluate)
-    table = common_columns(rows, losses["base"], losses["adapter"])
-    add_answers(table, prompts, answered)
-    return EvaluationResult(
-        metrics,
-        pa.Table.from_pylist(table, schema=pa.schema([*COMMON, *ANSWERS])),
-        samples(rows, prompts, answered, evaluate.samples),
-    )
+    return evaluate_answers(params, model, tokenizer, rows, "completion", row_losses, _answer_tokens)
+
+
+def _answer_tokens(row: Row) -> int:
+    return len(row["input_ids"]) - row["prompt_length"]

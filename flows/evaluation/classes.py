@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from flows.base.folder import padding_id
-from flows.data.rows import Row
+from flows.data.rows import Row, row_weights
 from flows.evaluation.calibration import class_calibration
-from flows.evaluation.result import COMMON, EvaluationResult, common_columns, common_metrics
+from flows.evaluation.result import COMMON, EvaluationResult, common_columns, common_metrics, prediction_samples
 from flows.evaluation.scoring import RowLosses, class_log_probs
 from flows.params import Params
 from flows.runtime.progress import progress
@@ -52,7 +52,7 @@ def evaluate_classes(
     with progress(len(rows), "evaluate", "row") as bar:
         adapter = class_log_probs(model, rows, padding_id(tokenizer), params.evaluate.batch_size, bar)
     log_probs = {"base": frequencies(train_labels, len(names)).expand(len(rows), -1), "adapter": adapter}
-    tokens, weights = [len(row["input_ids"]) for row in rows], [row.get("weight", 1.0) for row in rows]
+    tokens, weights = [len(row["input_ids"]) for row in rows], row_weights(rows)
     losses, sides, predictions = {}, {}, {}
     for name, of_classes in log_probs.items():
         losses[name] = RowLosses((-of_classes.gather(1, labels[:, None])[:, 0]).tolist(), tokens, weights)
@@ -69,17 +69,7 @@ def evaluate_classes(
     for i, row in enumerate(table):
         row |= {"label": names[int(labels[i])], "adapter_confidence": confidences[i]}
         row |= {f"{name}_prediction": names[int(predictions[name][i])] for name in predictions}
-    samples = [
-        {
-            "id": row["id"],
-            "slice": row["slice"],
-            "prompt": rows[i]["text"],
-            "reference": row["label"],
-            "base": row["base_prediction"],
-            "adapter": row["adapter_prediction"],
-        }
-        for i, row in enumerate(table[: params.evaluate.samples])
-    ]
+    samples = prediction_samples(rows, table[: params.evaluate.samples])
     return EvaluationResult(metrics, pa.Table.from_pylist(table, schema=pa.schema([*COMMON, *CLASSES])), samples)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from flows.base.folder import padding_id
-from flows.data.rows import Row
+from flows.data.rows import Row, row_weights
 from flows.evaluation.result import COMMON, EvaluationResult, common_columns, common_metrics
 from flows.evaluation.scoring import RowLosses, by_length
 from flows.params import Params
@@ -129,7 +129,7 @@ def ranking_result(
         tokens: Tokens of each row.
         references: The right passage of each row.
     """
-    weights = [row.get("weight", 1.0) for row in rows]
+    weights = row_weights(rows)
     losses = {side: RowLosses(each["loss"].tolist(), tokens, weights) for side, each in values.items()}
     sides = {
         side: {"loss": losses[side].loss, **{name: each[name].mean().item() for name in RANKING_METRICS}}

@@ -11,7 +11,7 @@ import pyarrow as pa
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from flows.data.rows import Row
+from flows.data.rows import Row, row_weights
 from flows.evaluation.answers import ANSWERS, add_answers, known_lengths, sampled_prompts, samples, score_and_answer
 from flows.evaluation.result import COMMON, EvaluationResult, common_columns, common_metrics
 from flows.evaluation.scoring import RowLosses, pairs_log_probs
@@ -40,7 +40,7 @@ def evaluate_pairs(params: Params, model: Any, tokenizer: PreTrainedTokenizerBas
     prompts = sampled_prompts(rows, "chosen_input_ids", "chosen", params)
     log_probs, answered = score_and_answer(model, tokenizer, rows, prompts, evaluate, pairs_log_probs)
     tokens = (log_probs["base"].chosen_tokens + log_probs["base"].rejected_tokens).int().tolist()
-    weights = [row.get("weight", 1.0) for row in rows]
+    weights = row_weights(rows)
     losses, margins, sides = {}, {}, {}
     rewards: dict[str, Any] = {}
     for name, side in log_probs.items():

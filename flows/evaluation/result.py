@@ -94,3 +94,18 @@ def common_metrics(
 def _slice_losses(losses: Mapping[str, RowLosses], indices: Sequence[int]) -> dict[str, Any]:
     means = {f"{side}_loss": losses[side].of(indices).loss for side in ("base", "adapter")}
     return {"rows": len(indices), **{name: None if math.isnan(mean) else mean for name, mean in means.items()}}
+
+
+def prediction_samples(rows: Sequence[Row], table: Sequence[Row]) -> list[dict[str, str]]:
+    """Return the samples of a classifier. table: the first rows of the evaluation's table, with both predictions."""
+    return [
+        {
+            "id": row["id"],
+            "slice": row["slice"],
+            "prompt": rows[i]["text"],
+            "reference": row["label"],
+            "base": row["base_prediction"],
+            "adapter": row["adapter_prediction"],
+        }
+        for i, row in enumerate(table)
+    ]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from flows.base.folder import padding_id
-from flows.data.rows import Row
+from flows.data.rows import Row, row_weights
 from flows.errors import StageError
 from flows.evaluation.result import COMMON, EvaluationResult, common_columns, common_metrics
 from flows.evaluation.scoring import RowLosses, pairs_rewards
@@ -86,7 +86,7 @@ def reward_losses(pair_loss: BradleyTerry, rows: list[Row], rewards: Tensor) -> 
     """Return the loss of each pair. rewards: of the chosen and of the rejected answers, (2, rows)."""
     margins = torch.tensor([row.get("margin") or 0.0 for row in rows], dtype=rewards.dtype)
     tokens = [len(row["chosen_input_ids"]) + len(row["rejected_input_ids"]) for row in rows]
-    weights = [row.get("weight", 1.0) for row in rows]
+    weights = row_weights(rows)
     return RowLosses(pair_loss.losses(rewards[0], rewards[1], margins).tolist(), tokens, weights)
 
 

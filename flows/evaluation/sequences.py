@@ -2,12 +2,11 @@
 
 from typing import Any
 
-import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
 from flows.data.rows import Row
-from flows.evaluation.answers import ANSWERS, add_answers, sampled_prompts, samples, score_and_answer
-from flows.evaluation.result import COMMON, EvaluationResult, common_columns, common_metrics
+from flows.evaluation.answers import evaluate_answers
+from flows.evaluation.result import EvaluationResult
 from flows.evaluation.scoring import sequence_losses
 from flows.params import Params
 
@@ -23,20 +22,8 @@ def evaluate_sequences(
         tokenizer: The base's tokenizer.
         rows: Prepared rows of the test split.
     """
-    evaluate = params.evaluate
-    prompts = sampled_prompts(rows, "input_ids", "target", params)
-    losses, answered = score_and_answer(model, tokenizer, rows, prompts, evaluate, sequence_losses)
-    base, adapter = (
-        {"loss": losses[name].loss, "perplexity": losses[name].perplexity} | answered[name].metrics()
-        for name in ("base", "adapter")
-    )
-    metrics = common_metrics(rows, losses, base, adapter, ["rouge_l"]) | {"generated_rows": len(prompts)}
-    longer = sum(len(rows[prompt.row]["labels"]) > evaluate.max_new_tokens for prompt in prompts) / len(prompts)
-    metrics["answers"] = {"max_new_tokens": evaluate.max_new_tokens, "longer_known_answers": longer}
-    table = common_columns(rows, losses["base"], losses["adapter"])
-    add_answers(table, prompts, answered)
-    return EvaluationResult(
-        metrics,
-        pa.Table.from_pylist(table, schema=pa.schema([*COMMON, *ANSWERS])),
-        samples(rows, prompts, answered, evaluate.samples),
-    )
+    return evaluate_answers(params, model, tokenizer, rows, "target", sequence_losses, _target_tokens)
+
+
+def _target_tokens(row: Row) -> int:
+    return len(row["labels"])

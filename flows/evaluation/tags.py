@@ -17,7 +17,7 @@ from flows.data.rows import Row
 from flows.data.tokens import IGNORED
 from flows.evaluation.calibration import class_calibration
 from flows.evaluation.classes import frequencies
-from flows.evaluation.result import COMMON, EvaluationResult, common_columns, common_metrics
+from flows.evaluation.result import COMMON, EvaluationResult, common_columns, common_metrics, prediction_samples
 from flows.evaluation.scoring import RowLosses, tag_log_probs
 from flows.params import Params
 from flows.runtime.progress import progress
@@ -87,17 +87,7 @@ def evaluate_tags(
         row |= {"label": rows[i]["tags"], "entities": counts["adapter"][i].true}
         for name in log_probs:
             row |= entity_columns(name, tags[name][i], counts[name][i])
-    samples = [
-        {
-            "id": row["id"],
-            "slice": row["slice"],
-            "prompt": rows[i]["text"],
-            "reference": row["label"],
-            "base": row["base_prediction"],
-            "adapter": row["adapter_prediction"],
-        }
-        for i, row in enumerate(table[: params.evaluate.samples])
-    ]
+    samples = prediction_samples(rows, table[: params.evaluate.samples])
     return EvaluationResult(metrics, pa.Table.from_pylist(table, schema=pa.schema([*COMMON, *TAGS])), samples)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from flows.data.rows import Row
+from flows.data.rows import Row, row_weights
 from flows.errors import StageError
 from flows.evaluation.answers import ANSWERS, add_answers, known_lengths, sampled_prompts, samples, score_and_answer
 from flows.evaluation.result import COMMON, EvaluationResult, common_columns, common_metrics
@@ -50,7 +50,7 @@ def answer_scores(kto: Kto, rows: list[Row], model: AnswerLogProbs, reference: A
     point = kto_reference_point(model.mismatched - reference.mismatched)
     margins = kto.gains(ratios, desirable, point)
     losses = kto.losses(ratios, desirable, point).tolist()
-    weights = [row.get("weight", 1.0) for row in rows]
+    weights = row_weights(rows)
     accuracies = (margins.sign() + 1) / 2
     return AnswerScores(RowLosses(losses, model.tokens, weights), margins, accuracies, kto.beta * ratios, point.item())
 

@@ -8,7 +8,7 @@ The gate reads the candidate's adapter folder and changes nothing. Losses are lo
 supervised token, or the unit of the objective.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -85,56 +85,9 @@ def evaluate_gate(candidate: Candidate, champion: Champion | None, gate: Gate, m
         merge: the limits on the merged model's fidelity.
         seed: seed of the bootstrap's resamples, so that two versions always get the same verdict.
     """
-    look, compared = candidate.look, at_look(gate, candidate.look)
-    rules = [rule for rule in gate.rules if rule.limit is not None or rule.gain is not None]
-    bounds = {f"{rule.metric} against the champion": rule for rule in gate.rules if rule.bound is not None}
-    checks: list[tuple[str, Callable[[], CheckResult | ResultWithFigures]]] = [
-        ("not withdrawn", lambda: people.not_withdrawn(candidate, gate)),
-        ("allowed files", lambda: files.allowed_files(candidate)),
-        ("manifest", lambda: files.manifest(candidate)),
-        ("evidence", lambda: evidence(candidate)),
-        ("evaluation settings", lambda: evaluation_settings(candidate)),
-        ("signature", lambda: people.signature(candidate, gate)),
-        ("finite weights", lambda: files.finite_weights(candidate)),
-        ("test loss", lambda: figures.test_loss(candidate, gate)),
-        ("gain in loss", lambda: figures.gain_in_loss(candidate, gate)),
-        ("gain in ROUGE-L", lambda: figures.figure(candidate, "gain", "rouge_l", gate.min_rouge_l_gain)),
-        ("EOS rate", lambda: figures.eos_rate(candidate, gate)),
-        *((f"rule on {rule.metric}", partial(figures.rule_limits, candidate, rule)) for rule in rules),
-        ("against the champion", lambda: against.against_the_champion(candidate, champion, compared, seed)),
-        ("the champion's rows", lambda: against.on_the_champions_rows(candidate, champion, compared, seed)),
-        *(
-            (name, partial(against.rule_bound, candidate, champion, compared, rule, seed))
-            for name, rule in bounds.items()
-        ),
-        ("slices", lambda: against.slices(candidate, champion, gate, seed)),
-        *(
-            (f"suite {name}", partial(prompt_suite, candidate, champion, gate, name))
-            for name in candidate.required_suites
-        ),
-        *(
-            (f"benchmark {name}", partial(benchmark, candidate, champion, gate, name))
-            for name in candidate.required_benchmarks
-        ),
-        *([("judge", lambda: judged(candidate, champion, gate))] if gate.judge.is_on else []),
-        ("forgetting", lambda: forgetting(candidate, gate, seed)),
-        ("adapter size", lambda: files.adapter_size(candidate, gate)),
-        ("latency", lambda: figures.latency(candidate, gate)),
-        ("merge fidelity", lambda: figures.merge_fidelity(candidate, merge)),
-        ("approval", lambda: people.approval(candidate, gate)),
-    ]
-    if gate.max_calibration_error is not None or candidate.metrics.get("calibration") is not None:
-        places = [name for name, _ in checks]
-        checks.insert(places.index("against the champion"), ("calibration", lambda: calibration(candidate, gate)))
-    if gate.min_accuracy is not None:
-        accuracy = ("accuracy", partial(figures.figure, candidate, "adapter", "accuracy", gate.min_accuracy))
-        checks.insert([name for name, _ in checks].index("against the champion"), accuracy)
-    if look is not None:
-        has_comparison = champion is not None and not against.is_same_adapter(candidate, champion)
-        sequence = ("looks", lambda: look_result(look, gate.sequence, has_comparison))
-        checks.insert([name for name, _ in checks].index("against the champion"), sequence)
+    bounds = {f"{rule.metric} against the champion" for rule in gate.rules if rule.bound is not None}
     results: list[Check] = []
-    for name, check in checks:
+    for name, check in _checks(candidate, champion, gate, merge, seed):
         refused = not all(each.passed for each in results)
         if refused and (name in COMPARING or name in bounds or name.startswith(("suite ", "benchmark "))):
             continue
@@ -143,3 +96,49 @@ def evaluate_gate(candidate: Candidate, champion: Champion | None, gate: Gate, m
         if name in DECISIVE and not results[-1].passed:
             break
     return GateReport(candidate.version, champion.version if champion else None, tuple(results))
+
+
+def _checks(
+    candidate: Candidate, champion: Champion | None, gate: Gate, merge: Merge, seed: int
+) -> Iterator[tuple[str, Callable[[], CheckResult | ResultWithFigures]]]:
+    """Yield the names of the checks and their functions, in order."""
+    look, compared = candidate.look, at_look(gate, candidate.look)
+    yield "not withdrawn", lambda: people.not_withdrawn(candidate, gate)
+    yield "allowed files", lambda: files.allowed_files(candidate)
+    yield "manifest", lambda: files.manifest(candidate)
+    yield "evidence", lambda: evidence(candidate)
+    yield "evaluation settings", lambda: evaluation_settings(candidate)
+    yield "signature", lambda: people.signature(candidate, gate)
+    yield "finite weights", lambda: files.finite_weights(candidate)
+    yield "test loss", lambda: figures.test_loss(candidate, gate)
+    yield "gain in loss", lambda: figures.gain_in_loss(candidate, gate)
+    yield "gain in ROUGE-L", lambda: figures.figure(candidate, "gain", "rouge_l", gate.min_rouge_l_gain)
+    yield "EOS rate", lambda: figures.eos_rate(candidate, gate)
+    for rule in gate.rules:
+        if rule.limit is not None or rule.gain is not None:
+            yield f"rule on {rule.metric}", partial(figures.rule_limits, candidate, rule)
+    if gate.max_calibration_error is not None or candidate.metrics.get("calibration") is not None:
+        yield "calibration", lambda: calibration(candidate, gate)
+    if (min_accuracy := gate.min_accuracy) is not None:
+        yield "accuracy", lambda: figures.figure(candidate, "adapter", "accuracy", min_accuracy)
+    if look is not None:
+        has_comparison = champion is not None and not against.is_same_adapter(candidate, champion)
+        yield "looks", lambda: look_result(look, gate.sequence, has_comparison)
+    yield "against the champion", lambda: against.against_the_champion(candidate, champion, compared, seed)
+    yield "the champion's rows", lambda: against.on_the_champions_rows(candidate, champion, compared, seed)
+    for rule in gate.rules:
+        if rule.bound is not None:
+            name = f"{rule.metric} against the champion"
+            yield name, partial(against.rule_bound, candidate, champion, compared, rule, seed)
+    yield "slices", lambda: against.slices(candidate, champion, gate, seed)
+    for suite in candidate.required_suites:
+        yield f"suite {suite}", partial(prompt_suite, candidate, champion, gate, suite)
+    for task in candidate.required_benchmarks:
+        yield f"benchmark {task}", partial(benchmark, candidate, champion, gate, task)
+    if gate.judge.is_on:
+        yield "judge", lambda: judged(candidate, champion, gate)
+    yield "forgetting", lambda: forgetting(candidate, gate, seed)
+    yield "adapter size", lambda: files.adapter_size(candidate, gate)
+    yield "latency", lambda: figures.latency(candidate, gate)
+    yield "merge fidelity", lambda: figures.merge_fidelity(candidate, merge)
+    yield "approval", lambda: people.approval(candidate, gate)

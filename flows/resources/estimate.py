@@ -135,26 +135,13 @@ def estimate(
     Raises:
         EstimateError, BaseModelError: The run cannot be estimated.
     """
-    if params.train.objective != "sft":
-        raise EstimateError(f"train.objective is {params.train.objective}; only sft can be estimated")
-    if params.train.distillation.teacher is not None:
-        raise EstimateError(
-            f"train.distillation.teacher is {params.train.distillation.teacher}, whose forward passes are not "
-            "estimated; estimate with null, and add the teacher's memory: a version's adapter, or a model's weights"
-        )
-    if params.quantization.storage == "gguf":
-        raise EstimateError(
-            "quantization.storage is gguf, whose formats differ by tensor and cannot be estimated; for an upper bound, "
-            "estimate with storage int8"
-        )
+    _refuse_unsupported(params)
     config = _config(config_file or _base_folder(params, paths))
     work = workload(params, paths)
     counted = StaticMemory(config, params, work)
-    notes = (
-        []
-        if work.prepared
-        else ["no prepared rows: every row is assumed to have data.max_length tokens, all supervised"]
-    )
+    notes: list[str] = []
+    if not work.prepared:
+        notes.append("no prepared rows: every row is assumed to have data.max_length tokens, all supervised")
     if params.method.r == "auto":
         notes.append(f"method.r is auto: estimated with its mean rank of {params.method.auto.r} everywhere")
     if not blocks_are_alike(config, params, counted.sizes):
@@ -197,6 +184,22 @@ def estimate(
         notes=notes,
         processes=sharing,
     )
+
+
+def _refuse_unsupported(params: Params) -> None:
+    """Raise EstimateError for parameters whose training cannot be estimated."""
+    if params.train.objective != "sft":
+        raise EstimateError(f"train.objective is {params.train.objective}; only sft can be estimated")
+    if params.train.distillation.teacher is not None:
+        raise EstimateError(
+            f"train.distillation.teacher is {params.train.distillation.teacher}, whose forward passes are not "
+            "estimated; estimate with null, and add the teacher's memory: a version's adapter, or a model's weights"
+        )
+    if params.quantization.storage == "gguf":
+        raise EstimateError(
+            "quantization.storage is gguf, whose formats differ by tensor and cannot be estimated; for an upper bound, "
+            "estimate with storage int8"
+        )
 
 
 def gib(size: float) -> str:

@@ -131,47 +131,62 @@ class Source:
             check_source_is_tracked(Git(self.root), self.name, "a retraining, which uses committed files only,", "HEAD")
             self._pull()
         files = self._files()
-        left_out = sorted(name for name, digest in files.items() if digest in excluded)
         learned = {digest for version in before for digest in self.files_of(version).values()}
         by_champion = set() if champion is None else set(self.files_of(champion).values())
-        untrusted = {digest for version in before for digest in self.quarantined_of(version).values()}
-        # a file by which a version was evaluated was trusted then, perhaps in another clone
-        evaluated = learned - untrusted
-        untrusted |= {
-            digest
-            for name, digest in files.items()
-            if self.params.retrain.is_untrusted(name) and digest not in evaluated
-        }
+        untrusted = self._untrusted(files, before, learned)
+        released = untrusted & set(trusted)
+        untrusted -= released
+        left_out = sorted(name for name, digest in files.items() if digest in excluded)
         waiting: list[str] = []
         if self.params.retrain.untrusted_rows == "wait":
-            known = {*left_out, *(name for name, digest in files.items() if digest in learned)}
-            waiting = sorted(name for name, digest in files.items() if digest in untrusted - set(trusted))
-            waiting = [name for name in waiting if name not in known]
+            unused = untrusted - learned - set(excluded)
+            waiting = sorted(name for name, digest in files.items() if digest in unused)
         for name in (*left_out, *waiting):
             del files[name]
         if self.place.is_dir():
             self._remove([*left_out, *waiting])
-        released = untrusted & set(trusted)
-        new_files = [name for name, digest in files.items() if digest not in learned or digest in released]
-        new_to_champion = [name for name, digest in files.items() if digest not in by_champion or digest in released]
-        quarantined = [name for name, digest in files.items() if digest in untrusted - set(trusted)]
+        quarantined = [name for name, digest in files.items() if digest in untrusted]
+        self._check_files(files, left_out, waiting, quarantined)
+        return Collected(
+            files=files,
+            new_files=[name for name, digest in files.items() if digest not in learned - released],
+            new_to_champion=[name for name, digest in files.items() if digest not in by_champion - released],
+            excluded=left_out,
+            quarantined=quarantined,
+            waiting=waiting,
+            skipped=skipped,
+        )
+
+    def _untrusted(self, files: Files, before: list[Version], learned: set[str]) -> set[str]:
+        """Return the SHA-256 of files that an earlier version quarantined, and of new ones with untrusted names.
+
+        Args:
+            files: files of the source.
+            before: earlier versions.
+            learned: SHA-256 of the files that these versions were trained on.
+        """
+        quarantined = {digest for version in before for digest in self.quarantined_of(version).values()}
+        # a file by which a version was evaluated was trusted then, perhaps in another clone
+        evaluated = learned - quarantined
+        by_name = {digest for name, digest in files.items() if self.params.retrain.is_untrusted(name)}
+        return quarantined | (by_name - evaluated)
+
+    def _check_files(self, files: Files, left_out: list[str], waiting: list[str], quarantined: list[str]) -> None:
+        """Raise DataError if there are no files to train on, or no trusted ones to evaluate on."""
         if not files:
-            raise DataError(
-                f"data.source {self.name}: there is no file of rows"
-                + (f", nor in retrain.incoming {self.params.retrain.incoming}" if self.params.retrain.incoming else "")
-                + (
-                    f"; {len(left_out)} are excluded (`peftcore retrain --trust FILE` uses one again)"
-                    if left_out
-                    else ""
-                )
-                + (f"; nobody trusts {', '.join(waiting)} yet (`peftcore retrain --trust FILE`)" if waiting else "")
-            )
+            problem = f"data.source {self.name}: there is no file of rows"
+            if self.params.retrain.incoming:
+                problem += f", nor in retrain.incoming {self.params.retrain.incoming}"
+            if left_out:
+                problem += f"; {len(left_out)} are excluded (`peftcore retrain --trust FILE` uses one again)"
+            if waiting:
+                problem += f"; nobody trusts {', '.join(waiting)} yet (`peftcore retrain --trust FILE`)"
+            raise DataError(problem)
         if all(self.params.retrain.is_untrusted(name) and name in quarantined for name in files):
             raise DataError(
                 f"nobody trusts {', '.join(files)} yet, so there are no rows to evaluate on; look at one file and give "
                 "`peftcore retrain --trust FILE`, or add a file of your own"
             )
-        return Collected(files, new_files, new_to_champion, left_out, quarantined, waiting, skipped)
 
     def pinned(self, files: Files) -> str | None:
         """Return a hub's source with its revision, for the stages to read; None for other sources."""

@@ -206,19 +206,19 @@ class Retraining:
         entry.metrics = headline_metrics(self.tree)
         note_tried(self.paths, collected.files, promotion.version)
         if not promotion.accepted:
-            suspicious = (entry.drift or {}).get("suspicious", {})
-            # drift is measured on files that are new to the champion, so the champion's own files are never excluded
-            doubts = {
-                name: "nobody has trusted it"
-                for name in collected.new_to_champion
-                if self.params.retrain.is_untrusted(name)
-            } | suspicious
-            entry.excluded = [name for name in entry.quarantined if name in doubts]
-            for name in entry.excluded:
-                why = f"{promotion.version} was refused; {doubts[name]}"
-                exclude(self.paths, {name: collected.files[name]}, why)
+            self._exclude_doubtful(collected, promotion)
         self._run("report", self._report)
         remove_working_tree(self.paths.root)
+
+    def _exclude_doubtful(self, collected: Collected, promotion: Promotion) -> None:
+        """Exclude the quarantined files that nobody trusts, or whose drift is suspicious, after a refusal."""
+        # drift is measured on files that are new to the champion, so the champion's own files are never excluded
+        untrusted = [name for name in collected.new_to_champion if self.params.retrain.is_untrusted(name)]
+        doubts = dict.fromkeys(untrusted, "nobody has trusted it") | (self.entry.drift or {}).get("suspicious", {})
+        self.entry.excluded = [name for name in self.entry.quarantined if name in doubts]
+        for name in self.entry.excluded:
+            why = f"{promotion.version} was refused; {doubts[name]}"
+            exclude(self.paths, {name: collected.files[name]}, why)
 
     def _has_promoted(self) -> bool:
         """Return True if the candidate of the interrupted retraining has the stage."""

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,32 @@ SECONDS = 120
 INTERNAL = ("_wandb", "_runtime", "_step", "_timestamp")
 TABLE_BYTES = 64 * 2**20
 """Largest size of a table of samples that is read."""
+
+
+@dataclass
+class _Log:
+    """Content of a log, gathered from its records."""
+
+    run: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    """Records of the history, each with its step."""
+    state: str = "unfinished"
+
+    def add(self, kind: Any, content: dict[str, Any]) -> None:
+        """Add a record. Records of other kinds are skipped."""
+        if kind == "run":
+            self.run |= content
+            self.config |= content.get("config", {}).get("update", {})
+        elif kind == "config":
+            self.config |= content.get("update", {})
+        elif kind == "summary":
+            self.summary |= content.get("update", {})
+        elif kind == "history":
+            self.rows.append({"_step": content.get("step", {}).get("num", 0), **content.get("item", {})})
+        elif kind == "exit":
+            self.state = "failed" if content.get("exit_code") else "finished"
 
 
 def find(folder: Path) -> list[Path]:
@@ -52,46 +79,31 @@ def read(files: Iterable[Path]) -> list[Run]:
 
 def _read(path: Path) -> Run:
     records, warnings = _records(path)
-    run: dict[str, Any] = {}
-    config: dict[str, Any] = {}
-    summary: dict[str, Any] = {}
-    rows: list[dict[str, Any]] = []
-    state = "unfinished"
+    log = _Log()
     for record in records:
         kind = record.get("type")
         content = record.get(kind) if isinstance(kind, str) else None
-        if not isinstance(content, dict):
-            continue
-        if kind == "run":
-            run |= content
-            config |= content.get("config", {}).get("update", {})
-        elif kind == "config":
-            config |= content.get("update", {})
-        elif kind == "summary":
-            summary |= content.get("update", {})
-        elif kind == "history":
-            rows.append({"_step": content.get("step", {}).get("num", 0), **content.get("item", {})})
-        elif kind == "exit":
-            state = "failed" if content.get("exit_code") else "finished"
-    if not run:
+        if isinstance(content, dict):
+            log.add(kind, content)
+    if not log.run:
         reason = "; ".join(warnings) or "it has no record of a run"
         raise ReviewError(f"{path} has no readable W&B run ({reason}); leave it out, or sync it again")
-    if state == "unfinished":
-        warnings = [f"the run was not finished: {len(rows)} of its history records are there", *warnings]
-    figures = flat(summary)
+    if log.state == "unfinished":
+        warnings = [f"the run was not finished: {len(log.rows)} of its history records are there", *warnings]
+    figures = flat(log.summary)
     samples, more = _samples(path.parent / "files", figures.get("samples.path"))
-    identity = str(run.get("run_id", path.stem.removeprefix("run-")))
+    identity = str(log.run.get("run_id", path.stem.removeprefix("run-")))
     return Run(
         id=identity,
-        name=str(run.get("display_name") or identity),
+        name=str(log.run.get("display_name") or identity),
         where=str(path.parent),
-        started=_moment(run.get("start_time")),
-        state=state,
-        config={key: value for key, value in flat(config).items() if not key.startswith(INTERNAL)},
+        started=_moment(log.run.get("start_time")),
+        state=log.state,
+        config={key: value for key, value in flat(log.config).items() if not key.startswith(INTERNAL)},
         summary={
             key: value for key, value in figures.items() if not key.startswith((*INTERNAL, "samples.", "slices."))
         },
-        history=series(rows, "_step"),
+        history=series(log.rows, "_step"),
         samples=samples,
         version=_text(figures.get("registry.version")),
         warnings=(*warnings, *more),

@@ -160,31 +160,43 @@ def talk(
             write("\n")
             return
         command, _, rest = line.partition(" ")
+        if command == "/exit":
+            return
         try:
-            if command == "/exit":
-                return
             if command == "/model":
-                if not 1 <= len(rest.split()) <= 2:
+                names = rest.split()
+                if not 1 <= len(names) <= 2:
                     raise ChatError("/model takes one name, or two to compare; /models lists them")
-                talking = [add(name) for name in rest.split()]
+                talking = [add(name) for name in names]
                 write(f"talking to {' and '.join(talking)}\n")
-            elif command == "/models":
-                write("".join(f"{name}\n" for name in models))
-            elif command in ("/system", "/reset"):
-                if command == "/system":
-                    conversation.begin(rest.strip() or None)
-                else:
-                    conversation.reset()
-                write("a new conversation\n")
-            elif command == "/help":
-                write(f"{HELP}\n")
             elif command.startswith("/"):
-                raise ChatError(f"there is no {command}; /help lists the commands")
+                _run_command(command, rest.strip(), conversation, models, write)
             elif line:
-                for name in talking:
-                    if len(talking) > 1:
-                        write(f"--- {name}\n")
-                    spoken = conversation.say(line, name, write)
-                    write(f"\n[{spoken.tokens} tokens, {spoken.seconds:.1f} s]\n")
+                _say(line, talking, conversation, write)
         except (PeftError, PipelineError) as error:
             write(f"error: {error}\n")
+
+
+def _run_command(command: str, rest: str, conversation: Conversation, models: Sequence[str], write: Write) -> None:
+    """Run a command other than /model and /exit. Raises ChatError if there is no such command."""
+    if command == "/models":
+        write("".join(f"{name}\n" for name in models))
+    elif command == "/system":
+        conversation.begin(rest or None)
+        write("a new conversation\n")
+    elif command == "/reset":
+        conversation.reset()
+        write("a new conversation\n")
+    elif command == "/help":
+        write(f"{HELP}\n")
+    else:
+        raise ChatError(f"there is no {command}; /help lists the commands")
+
+
+def _say(line: str, talking: Sequence[str], conversation: Conversation, write: Write) -> None:
+    """Write the answer of each model, with its tokens and seconds."""
+    for name in talking:
+        if len(talking) > 1:
+            write(f"--- {name}\n")
+        spoken = conversation.say(line, name, write)
+        write(f"\n[{spoken.tokens} tokens, {spoken.seconds:.1f} s]\n")

@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as parquet
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from flows.base.calibrated import calibrated_identity, check_adapter, trained_base
 from flows.base.folder import check_base, load_tokenizer, padding_id
@@ -51,7 +51,7 @@ from flows.paths import Paths
 from flows.runtime.stage import start
 from flows.training.objectives import check_split, class_names, loss_function, model_outputs, objective_of, rows_of
 from flows.verdicts import IDENTITY, suite_figures
-from peftcore import PeftModel
+from peftcore import PeftModel, TaskType
 from peftcore.files import directory_written_atomically, sha256, write_atomically
 
 
@@ -104,67 +104,89 @@ def _evaluate(
 
     The result's metrics "control" and "latency" are None if they were not measured.
     """
+    evaluate = params.evaluate
     checks = suite_checks(suites, paths.root)
-    harness = Harness(params.evaluate.benchmarks, paths.root) if params.evaluate.benchmarks else None
-    names, tokenizer = class_names(params, paths), load_tokenizer(paths.base)
+    harness = Harness(evaluate.benchmarks, paths.root) if evaluate.benchmarks else None
+    tokenizer = load_tokenizer(paths.base)
+    model = _load_model(params, paths)
+    result = _objective_result(params, paths, model, tokenizer, rows)
+    control, answered = None, {}
+    extra: dict[str, Any] = {"control": None, "latency": None}
+    task = rows_of(params).task
+    if task in (TaskType.CAUSAL_LM, TaskType.SEQ_2_SEQ_LM) and evaluate.latency_rows:
+        extra["latency"] = measure_latency(model, tokenizer, _prompts(params, rows[: evaluate.latency_rows]))
+    if task is TaskType.CAUSAL_LM:
+        if params.train.distillation.teacher is not None:
+            result = with_divergence(result, params, paths, model, tokenizer, rows)
+        if evaluate.control.source is not None:
+            control, extra["control"] = evaluate_control(
+                evaluate.control, paths.root, model, tokenizer, evaluate.batch_size
+            )
+        if evaluate.calibration_rows:
+            extra["calibration"] = _calibration(params, model, tokenizer, rows[: evaluate.calibration_rows])
+        if evaluate.best_of_n.answers is not None:
+            scorer, score = scorers[str(evaluate.best_of_n.scorer)]
+            extra["best_of_n"] = measure_best_of_n(params, model, tokenizer, rows, scorer, score)
+        if suites:
+            answered = answer_suites(model, tokenizer, suites, checks, evaluate.batch_size, paths.root)
+        if harness is not None:  # last, because the harness seeds all generators and may set the tokenizer's padding
+            extra["benchmarks"] = _benchmarks(params, paths, harness, model, tokenizer)
+    return replace(result, metrics=result.metrics | extra), control, answered
+
+
+def _load_model(params: Params, paths: Paths) -> Any:
+    """Return the dequantised base with the trained adapter, after checks of both."""
     outputs = model_outputs(params, paths)
     base = trained_base(paths, params.quantization)
     check_base(base)
     check_adapter(paths.adapter, calibrated_identity(base))
-    task = rows_of(params).task
-    model = PeftModel.from_pretrained(load_dequantized(base, params.quantization, outputs, task), paths.adapter)
-    extra: dict[str, Any] = {"control": None, "latency": None}
-    if params.train.objective == "reward":
-        result = evaluate_rewards(params, model, tokenizer, rows)
-        return replace(result, metrics=result.metrics | extra), None, {}
-    if params.train.objective in ("embedding", "reranker"):
+    loaded = load_dequantized(base, params.quantization, outputs, rows_of(params).task)
+    return PeftModel.from_pretrained(loaded, paths.adapter)
+
+
+def _objective_result(
+    params: Params, paths: Paths, model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[Row]
+) -> EvaluationResult:
+    """Return the metrics of the objective, its table of rows, and samples."""
+    objective, arguments = params.train.objective, (params, model, tokenizer)
+    if objective == "reward":
+        return evaluate_rewards(*arguments, rows)
+    if objective == "seq2seq":
+        return evaluate_sequences(*arguments, rows)
+    if objective in ("embedding", "reranker"):
         rows = objective_of(params).complete_rows(params, paths.base, rows)
-        if params.train.objective == "embedding":
-            result = evaluate_embeddings(params, model, tokenizer, rows)
-        else:
-            base_ranks = ranks_passages(AutoConfig.from_pretrained(paths.base, local_files_only=True))
-            result = evaluate_rerankers(params, model, tokenizer, rows, base_ranks)
-        return replace(result, metrics=result.metrics | extra), None, {}
-    if names is not None and params.train.objective == "token_classification":
-        tags = [row["labels"] for row in read_rows(paths.split("train"), ["labels"])]
-        result = evaluate_tags(params, model, tokenizer, rows, names, tags)
-        return replace(result, metrics=result.metrics | extra), None, {}
+        if objective == "embedding":
+            return evaluate_embeddings(*arguments, rows)
+        base_ranks = ranks_passages(AutoConfig.from_pretrained(paths.base, local_files_only=True))
+        return evaluate_rerankers(*arguments, rows, base_ranks)
+    names = class_names(params, paths)
+    if names is not None and objective == "classification":
+        labels = [row["label"] for row in read_rows(paths.split("train"), ["label"])]
+        return evaluate_classes(*arguments, rows, names, labels)
     if names is not None:
-        train_labels = [row["label"] for row in read_rows(paths.split("train"), ["label"])]
-        result = evaluate_classes(params, model, tokenizer, rows, names, train_labels)
-        return replace(result, metrics=result.metrics | extra), None, {}
-    if params.train.objective == "seq2seq":
-        result = evaluate_sequences(params, model, tokenizer, rows)
-        if params.evaluate.latency_rows:
-            sources = [row["input_ids"] for row in rows[: params.evaluate.latency_rows]]
-            extra["latency"] = measure_latency(model, tokenizer, sources)
-        return replace(result, metrics=result.metrics | extra), None, {}
+        tags = [row["labels"] for row in read_rows(paths.split("train"), ["labels"])]
+        return evaluate_tags(*arguments, rows, names, tags)
     evaluate_rows = {"chat": evaluate_chats, "unpaired_preference": evaluate_unpaired, "preference": evaluate_pairs}[
         rows_of(params).kind
     ]
-    ids = "chosen_input_ids" if evaluate_rows is evaluate_pairs else "input_ids"
-    result, table = evaluate_rows(params, model, tokenizer, rows), None
-    if params.train.distillation.teacher is not None:
-        result = with_divergence(result, params, paths, model, tokenizer, rows)
-    evaluate = params.evaluate
-    if evaluate.control.source is not None:
-        table, extra["control"] = evaluate_control(evaluate.control, paths.root, model, tokenizer, evaluate.batch_size)
-    if evaluate.latency_rows:
-        prompts = [row[ids][: row["prompt_length"]] for row in rows[: evaluate.latency_rows]]
-        extra["latency"] = measure_latency(model, tokenizer, prompts)
-    if evaluate.calibration_rows:
-        size, pad = evaluate.batch_size, padding_id(tokenizer)
-        extra["calibration"] = {}
-        for side, context in (("base", model.disable_adapter()), ("adapter", nullcontext())):
-            with context:
-                extra["calibration"][side] = token_calibration(model, rows[: evaluate.calibration_rows], pad, size)
-    if evaluate.best_of_n.answers is not None:
-        scorer, score = scorers[str(evaluate.best_of_n.scorer)]
-        extra["best_of_n"] = measure_best_of_n(params, model, tokenizer, rows, scorer, score)
-    answered = answer_suites(model, tokenizer, suites, checks, evaluate.batch_size, paths.root) if suites else {}
-    if harness is not None:  # last, because the harness seeds all generators and may set the tokenizer's padding
-        extra["benchmarks"] = _benchmarks(params, paths, harness, model, tokenizer)
-    return replace(result, metrics=result.metrics | extra), table, answered
+    return evaluate_rows(*arguments, rows)
+
+
+def _prompts(params: Params, rows: list[Row]) -> list[list[int]]:
+    """Return the token ids of the rows' prompts; for an encoder-decoder, of its sources."""
+    if rows_of(params).task is TaskType.SEQ_2_SEQ_LM:
+        return [row["input_ids"] for row in rows]
+    ids = "chosen_input_ids" if rows_of(params).kind == "preference" else "input_ids"
+    return [row[ids][: row["prompt_length"]] for row in rows]
+
+
+def _calibration(params: Params, model: Any, tokenizer: PreTrainedTokenizerBase, rows: list[Row]) -> dict[str, Any]:
+    """Return the calibration of base and adapter: {"base", "adapter"} -> figures."""
+    figures = {}
+    for side, context in (("base", model.disable_adapter()), ("adapter", nullcontext())):
+        with context:
+            figures[side] = token_calibration(model, rows, padding_id(tokenizer), params.evaluate.batch_size)
+    return figures
 
 
 def _benchmarks(params: Params, paths: Paths, harness: Harness, model: Any, tokenizer: Any) -> dict[str, Any]:

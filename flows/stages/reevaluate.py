@@ -30,7 +30,7 @@ import flows.stages  # noqa: F401 - sets the variables that silence libraries, b
 from flows.base.calibrated import calibrated_identity, check_adapter
 from flows.base.folder import check_base, load_tokenizer, padding_id
 from flows.base.model import load_dequantized
-from flows.data.rows import Row, read_rows
+from flows.data.rows import Row, read_rows, row_weights
 from flows.evaluation.embeddings import retrieval_values, row_tokens
 from flows.evaluation.generation import generate_answers
 from flows.evaluation.pairs import pair_margins
@@ -70,6 +70,9 @@ from peftcore.train import RANKING_METRICS
 _KNOWN = {"preference": ("chosen_input_ids", "chosen"), "seq2seq": ("input_ids", "target")}
 """{kind of rows: columns of a prompt's token ids and of the known answer's text}"""
 
+Scorers = dict[str, tuple[Scorer, Score]]
+"""{name: entry of `params.scorers` and its function}"""
+
 
 def measure(task: dict[str, Any]) -> pyarrow.Table:
     """Return a table with one row per test row: id, tokens, weight and adapter_loss (nats), and the task's metrics."""
@@ -88,24 +91,17 @@ def measure(task: dict[str, Any]) -> pyarrow.Table:
     tokenizer = load_tokenizer(base)
     with progress(len(rows), f"evaluate {task['version']} again", "row") as bar:
         losses, columns = adapter_values(params, model, rows, padding_id(tokenizer), bar)
-    if metrics and params.train.objective == "token_classification":
-        predicted = tag_names(columns.pop("adapter_prediction"), task["labels"])
-        counts = row_counts(rows, predicted, params.data.tag_scheme)
-        told = [entity_columns("adapter", *pair) for pair in zip(predicted, counts, strict=True)]
-        columns |= {name: [one[name] for one in told] for name in told[0]}
-        columns |= {"label": [row["tags"] for row in rows], "entities": [one.true for one in counts]}
-        answers = list(map(ScoredAnswer, rows, columns["adapter_prediction"], columns["label"]))
-        columns |= _scores(task, scorers, answers, list(range(len(rows))), len(rows))
-    elif metrics and task["labels"] is not None:
-        names = [task["labels"][index] for index in columns.pop("adapter_prediction")]
-        references = [task["labels"][row["label"]] for row in rows]
-        columns |= {"label": references, "adapter_prediction": names}
-        answers = list(map(ScoredAnswer, rows, names, references))
-        columns |= _scores(task, scorers, answers, list(range(len(rows))), len(rows))
-    elif metrics and task["answered"]:
+    measured = {"id": [row["id"] for row in rows], "tokens": losses.tokens, "weight": losses.weights}
+    measured["adapter_loss"] = losses.means
+    if not metrics:
+        return pyarrow.table(measured)
+    if params.train.objective == "token_classification":
+        columns |= _tags(task, params, rows, columns["adapter_prediction"], scorers)
+    elif task["labels"] is not None:
+        columns |= _classes(task, rows, columns["adapter_prediction"], scorers)
+    elif task["answered"]:
         columns |= _answers(task, params, model, tokenizer, rows, scorers)
-    common = {"id": [row["id"] for row in rows], "tokens": losses.tokens, "weight": losses.weights}
-    return pyarrow.table(common | {"adapter_loss": losses.means} | (columns if metrics else {}))
+    return pyarrow.table(measured | columns)
 
 
 def adapter_losses(params: Params, model: Any, rows: list[Row], pad: int, bar: Any = None) -> RowLosses:
@@ -135,7 +131,7 @@ def adapter_values(
         log_probs = class_log_probs(model, rows, pad, size, bar)
         labels = torch.tensor([row["label"] for row in rows])[:, None]
         means = -log_probs.gather(1, labels)[:, 0]
-        losses = RowLosses(means.tolist(), [len(row["input_ids"]) for row in rows], _weights(rows))
+        losses = RowLosses(means.tolist(), [len(row["input_ids"]) for row in rows], row_weights(rows))
         return losses, {"adapter_prediction": log_probs.argmax(1).tolist()}
     if params.train.objective == "token_classification":
         of_rows = tag_log_probs(model, rows, pad, size, bar)
@@ -146,11 +142,11 @@ def adapter_values(
         values = retrieval_values(params, model, rows, pad)
         if bar is not None:
             bar.update(len(rows))
-        losses = RowLosses(values["loss"].tolist(), row_tokens(rows), _weights(rows))
+        losses = RowLosses(values["loss"].tolist(), row_tokens(rows), row_weights(rows))
         return losses, {f"adapter_{name}": values[name].tolist() for name in RANKING_METRICS}
     if params.train.objective == "reranker":
         values = ranking_values(params, row_scores(model, rows, pad, size, bar))
-        losses = RowLosses(values["loss"].tolist(), pair_tokens(rows), _weights(rows))
+        losses = RowLosses(values["loss"].tolist(), pair_tokens(rows), row_weights(rows))
         return losses, {f"adapter_{name}": values[name].tolist() for name in RANKING_METRICS}
     if params.train.objective == "kto":
         model_side = answers_log_probs(model, rows, pad, size, bar)
@@ -171,7 +167,29 @@ def adapter_values(
     losses, _ = objective.losses(log_probs, reference)
     tokens = (reference.chosen_tokens + reference.rejected_tokens).int().tolist()
     margins = {"adapter_margin": pair_margins(objective, log_probs).tolist()}
-    return RowLosses(losses.tolist(), tokens, _weights(rows)), margins
+    return RowLosses(losses.tolist(), tokens, row_weights(rows)), margins
+
+
+def _tags(
+    task: dict[str, Any], params: Params, rows: list[Row], predictions: list[torch.Tensor], scorers: Scorers
+) -> dict[str, list[Any]]:
+    """Return columns with the true and the predicted tags, counts of entities, and scores."""
+    predicted = tag_names(predictions, task["labels"])
+    counts = row_counts(rows, predicted, params.data.tag_scheme)
+    told = [entity_columns("adapter", *pair) for pair in zip(predicted, counts, strict=True)]
+    columns: dict[str, list[Any]] = {name: [one[name] for one in told] for name in told[0]}
+    columns |= {"label": [row["tags"] for row in rows], "entities": [one.true for one in counts]}
+    answers = list(map(ScoredAnswer, rows, columns["adapter_prediction"], columns["label"]))
+    return columns | _scores(task, scorers, answers, list(range(len(rows))), len(rows))
+
+
+def _classes(task: dict[str, Any], rows: list[Row], predictions: list[int], scorers: Scorers) -> dict[str, list[Any]]:
+    """Return columns with the names of the true and the predicted classes, and scores."""
+    predicted = [task["labels"][index] for index in predictions]
+    references = [task["labels"][row["label"]] for row in rows]
+    answers = list(map(ScoredAnswer, rows, predicted, references))
+    scores = _scores(task, scorers, answers, list(range(len(rows))), len(rows))
+    return {"label": references, "adapter_prediction": predicted, **scores}
 
 
 def _answers(
@@ -180,7 +198,7 @@ def _answers(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     rows: list[Row],
-    scorers: dict[str, tuple[Scorer, Score]],
+    scorers: Scorers,
 ) -> dict[str, list[Any]]:
     """Return columns with text, ROUGE-L, end and scores of the adapter's answers; None for other rows."""
     ids, reference = _KNOWN.get(rows_of(params).kind, ("input_ids", "completion"))
@@ -205,7 +223,7 @@ def _answers(
 
 def _scores(
     task: dict[str, Any],
-    scorers: dict[str, tuple[Scorer, Score]],
+    scorers: Scorers,
     answers: list[ScoredAnswer],
     at: list[int],
     rows: int,
@@ -223,10 +241,6 @@ def _placed(at: list[int], values: Sequence[Any], rows: int) -> list[Any]:
     for index, value in zip(at, values, strict=True):
         column[index] = value
     return column
-
-
-def _weights(rows: list[Row]) -> list[float]:
-    return [row.get("weight", 1.0) for row in rows]
 
 
 if __name__ == "__main__":

@@ -148,10 +148,9 @@ def _run(params: Params, paths: Paths, processes: PartialState) -> Callable[[], 
         _start_from_data(params, model, rows["train"], pad, paths.base)
     recompute_activations(model, params.train.gradient_checkpointing)
     tracking = params.tracking
-    mode = tracking.mode if main else "disabled"
     tracker = Tracker(
         tracking.project,
-        mode,
+        tracking.mode if main else "disabled",
         params.model_dump(),
         paths.root,
         backends=tracking.backends,
@@ -170,25 +169,38 @@ def _run(params: Params, paths: Paths, processes: PartialState) -> Callable[[], 
         processes.wait_for_everyone()  # the others have read the best checkpoint before its removal
         if not main:
             return None
-        model.save_pretrained(paths.adapter)
-        write_corrected_storage(params, paths.adapter, paths.start_adapter)
-        if params.data.special_tokens or params.data.chat_template:
-            tokenizer.save_pretrained(paths.adapter)
-        complete_manifest(paths.adapter)
-        summary = _summary(params, model, trainer.state, this.log, tracker.run_ids)
-        with directory_written_atomically(paths.training) as training:
-            write_atomically(training / paths.training_summary.name, json.dumps(summary, indent=2) + "\n")
-            write_atomically(training / paths.loss_curve.name, loss_table(this.log.records()))
-            shutil.copyfile(this.log.path, training / paths.training_log.name)
-            if (folder / RANKS).exists():
-                shutil.copyfile(folder / RANKS, training / RANKS)
-            if (folder / RANK_HISTORY).exists():
-                shutil.copyfile(folder / RANK_HISTORY, training / RANK_HISTORY)
-            _draw_ranks(model.adapter_ranks(), trainer.state.global_step, training, tracker)
+        summary = _write_results(params, paths, this, model, trainer.state, tokenizer, tracker)
         tracker.finish(summary, paths.adapter)
     finally:
         tracker.close()
     return partial(shutil.rmtree, folder)
+
+
+def _write_results(
+    params: Params,
+    paths: Paths,
+    this: Run,
+    model: Any,
+    state: TrainerState,
+    tokenizer: PreTrainedTokenizerBase,
+    tracker: Tracker,
+) -> dict[str, Any]:
+    """Write the trained adapter and the records of the run; returns the summary."""
+    model.save_pretrained(paths.adapter)
+    write_corrected_storage(params, paths.adapter, paths.start_adapter)
+    if params.data.special_tokens or params.data.chat_template:
+        tokenizer.save_pretrained(paths.adapter)
+    complete_manifest(paths.adapter)
+    summary = _summary(params, model, state, this.log, tracker.run_ids)
+    with directory_written_atomically(paths.training) as training:
+        write_atomically(training / paths.training_summary.name, json.dumps(summary, indent=2) + "\n")
+        write_atomically(training / paths.loss_curve.name, loss_table(this.log.records()))
+        shutil.copyfile(this.log.path, training / paths.training_log.name)
+        for name in (RANKS, RANK_HISTORY):
+            if (this.folder / name).exists():
+                shutil.copyfile(this.folder / name, training / name)
+        _draw_ranks(model.adapter_ranks(), state.global_step, training, tracker)
+    return summary
 
 
 def _generation_options(params: Params, paths: Paths, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def _block_roles(tree: ModuleTree, root: str) -> Roles:
     roles = attention_roles(tree, root, width)
     for layer in mixer_layers(tree, root):
         roles.setdefault(layer.path, "mixer")
-    roles |= feed_forward_roles(tree, root, [layer for layer in layers if layer.path not in roles], width)
+    roles |= feed_forward_roles(root, [layer for layer in layers if layer.path not in roles], width)
     # routers last, because an MLP's inner size may equal the number of experts
     routers = [layer for layer in router_layers(tree, root) if layer.path not in roles]
     roles |= dict.fromkeys((layer.path for layer in routers), "router")

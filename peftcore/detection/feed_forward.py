@@ -4,7 +4,7 @@ A pair (width → m, m → width) is up and down. Two equal siblings (width → 
 layer (width → 2m) before a down layer is a fused gate-up. Shapes: m inner size of an MLP.
 """
 
-from peftcore.detection.module_tree import AdaptableLayer, ModuleTree, ancestors
+from peftcore.detection.module_tree import AdaptableLayer, ancestors
 from peftcore.detection.roles import Roles, words_of
 
 _NO_MLP = {"bottleneck", "adapter"}
@@ -12,14 +12,13 @@ _NO_MLP = {"bottleneck", "adapter"}
 _MLP_WORDS = {"mlp", "ffn", "ff", "feed", "feedforward", "forward", "expert", "experts", "intermediate"}
 
 
-def feed_forward_roles(tree: ModuleTree, root: str, layers: list[AdaptableLayer], width: int) -> Roles:
+def feed_forward_roles(root: str, layers: list[AdaptableLayer], width: int) -> Roles:
     """Return the roles of the layers of a block whose shapes are those of an MLP.
 
     Siblings are tried first, then the layers of ever larger parts of the block (CPM-Ant has gate and up one module
     deeper than down), at last the whole block (BERT's intermediate.dense and output.dense).
 
     Args:
-        tree: The model's module tree.
         root: Path of the block.
         layers: The block's layers without a role so far.
         width: The block's width.

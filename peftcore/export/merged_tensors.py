@@ -30,9 +30,7 @@ def merged_tensors(
     and not the others: the option `tie_word_embeddings` is one for all.
     """
     still_tied = _still_tied(adapters, name)
-    changes = {
-        path: change for path, change in _changes(model, adapters, name, dtype).items() if path not in still_tied
-    }
+    changes = {path: change for path, change in _changes(adapters, name, dtype).items() if path not in still_tied}
     outputs = {key: _unchanged(tensor, dtype) for key, tensor in tensors.items()}
     tied = model.all_tied_weights_keys
     unties = any({*pair} & changes.keys() and not {*pair} & still_tied for pair in tied.items())
@@ -64,9 +62,7 @@ def _still_tied(adapters: AdapterSet, name: str) -> set[str]:
     return found
 
 
-def _changes(
-    model: nn.Module, adapters: AdapterSet, name: str, dtype: torch.dtype | None
-) -> dict[str, Callable[[], Tensor]]:
+def _changes(adapters: AdapterSet, name: str, dtype: torch.dtype | None) -> dict[str, Callable[[], Tensor]]:
     """Return {path: function that computes the merged parameter} of every parameter that the adapter changes."""
     changes: dict[str, Callable[[], Tensor]] = {}
     for path, (layer, leaf, _) in adapters.replaced_rows.items():

@@ -161,24 +161,7 @@ def _covariances(
     layers = {path: base.layer for path, base in bases.items()}
     if hooked is not model:
         layers = {path: base.layer for path, base in _linear_targets(hooked, config).items()}
-    counts: dict[str, int] = dict.fromkeys(layers, 0)
-    sums: dict[str, Tensor] = {}
-
-    def hook_at(path: str) -> Callable[..., None]:
-        def hook(_layer: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
-            x = inputs[0].detach()
-            part = corda.covariance(x if options["use_float16_for_covariance"] else x.float())
-            sums[path] = sums[path] + part if path in sums else part
-            counts[path] += 1
-
-        return hook
-
-    with ExitStack() as stack:
-        for path, layer in layers.items():
-            stack.callback(layer.register_forward_hook(hook_at(path)).remove)
-        stack.enter_context(training_flags_restored(hooked))
-        hooked.eval()
-        run_model()
+    counts, sums = _summed_covariances(layers, hooked, run_model, options["use_float16_for_covariance"])
     if missed := [path for path in bases if path not in sums]:
         raise ConfigError(
             f"preprocess_corda: run_model never called the layer {missed[0]} of the model that is observed; give the "
@@ -190,6 +173,38 @@ def _covariances(
     if file is not None:
         _write(file, {path: mean for path, (_, mean) in means.items()})
     return means
+
+
+def _summed_covariances(
+    layers: Mapping[str, nn.Module], model: nn.Module, run_model: Callable[[], Any], in_input_type: bool
+) -> tuple[dict[str, int], dict[str, Tensor]]:
+    """Run the model; return {path: number of calls} and {path: sum of the input's covariances} of the layers.
+
+    Args:
+        layers: The layers by path.
+        model: The model that `run_model` runs, in evaluation mode.
+        run_model: Runs the model on data.
+        in_input_type: True computes in the type of the inputs, False in float32.
+    """
+    counts: dict[str, int] = dict.fromkeys(layers, 0)
+    sums: dict[str, Tensor] = {}
+
+    def hook_at(path: str) -> Callable[..., None]:
+        def hook(_layer: nn.Module, inputs: tuple[Tensor, ...], _output: Tensor) -> None:
+            x = inputs[0].detach()
+            part = corda.covariance(x if in_input_type else x.float())
+            sums[path] = sums[path] + part if path in sums else part
+            counts[path] += 1
+
+        return hook
+
+    with ExitStack() as stack:
+        for path, layer in layers.items():
+            stack.callback(layer.register_forward_hook(hook_at(path)).remove)
+        stack.enter_context(training_flags_restored(model))
+        model.eval()
+        run_model()
+    return counts, sums
 
 
 def _decomposed(

@@ -8,8 +8,9 @@ from typing import Any, Literal
 from torch import nn
 
 from peftcore._util.both_libraries import refuse_layers_of_hf_peft
+from peftcore.config import PeftConfig
 from peftcore.errors import NoLayersError, TargetError
-from peftcore.injection.adapter_set import ATTRIBUTE, AdapterSet, adapter_set
+from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set
 from peftcore.injection.module_index import ModuleIndex
 from peftcore.injection.tuner_model import TunerModel
 from peftcore.layers.adapter_slot import AdapterSlot
@@ -98,7 +99,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
             raise NoLayersError(f"{names} are prompts, which change no layer, so no layer has a status")
         raise TargetError("No adapter layers found in the model; add an adapter of layers by get_peft_model first")
     adapters = adapter_set(model)
-    layers = {path: _layer_status(adapters, slot) for path, slot in adapters.layers.items()}
+    layers = {path: _layer_status(slot) for path, slot in adapters.layers.items()}
     copies = {
         path: _with_own_active(_status(wrapper.selection, path, "ModulesToSaveWrapper", wrapper.copies, (), None))
         for path, wrapper in adapters.saved.items()
@@ -110,7 +111,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     return [dataclasses.replace(statuses[path], name=f"{start}{statuses[path].name}") for path in ordered]
 
 
-def _layer_status(adapters: AdapterSet, slot: AdapterSlot) -> TunerLayerStatus | None:
+def _layer_status(slot: AdapterSlot) -> TunerLayerStatus | None:
     """Return the status of one slot; None if only the layer's bias trains."""
     parts = {name: slot.adapters[name] for name in slot.adapters if not isinstance(slot.adapters[name], TrainedBias)}
     if not parts:
@@ -181,19 +182,11 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     is_partly_merged = any(
         name in layer.available_adapters and name not in layer.merged_adapters for layer in layers for name in merged
     )
-    parameters = list(model.parameters())
-    counts: Any = getattr(model, "get_nb_trainable_parameters", None)
-    if counts is not None:
-        trainable, total = counts()
-    else:
-        trainable, total = (sum(p.numel() for p in parameters if p.requires_grad or any_) for any_ in (False, True))
+    trainable, total = _parameter_counts(model)
     names = sorted({name for layer in layers for name in layer.available_adapters})
-    kinds = {config.peft_type for config in adapters.configs.values()}
     return TunerModelStatus(
         base_model_type=type(model).__name__,
-        adapter_model_type=f"{type(next(iter(adapters.configs.values()))).__name__.removesuffix('Config')}Model"
-        if len(kinds) == 1
-        else "MixedModel",
+        adapter_model_type=_tuner_name(list(adapters.configs.values())),
         peft_types={name: str(config.peft_type) for name, config in adapters.configs.items()},
         trainable_params=trainable,
         total_params=total,
@@ -211,3 +204,19 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         },
         quantization_backend=_same({layer.quantization_backend for layer in layers}, default=None),
     )
+
+
+def _parameter_counts(model: nn.Module) -> tuple[int, int]:
+    """Return the numbers of trainable and of all weights, as a `PeftModel` counts them."""
+    counts: Any = getattr(model, "get_nb_trainable_parameters", None)
+    if counts is not None:
+        return counts()
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+
+def _tuner_name(configs: list[PeftConfig]) -> str:
+    """Return the name of HF PEFT's class for adapters with these configurations."""
+    if len({config.peft_type for config in configs}) > 1:
+        return "MixedModel"
+    return f"{type(configs[0]).__name__.removesuffix('Config')}Model"

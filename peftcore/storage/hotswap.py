@@ -85,17 +85,7 @@ def prepare_model_for_compiled_hotswap(
             "config must be a LoraConfig, or a mapping {name: configuration} such as model.peft_config; got "
             f"{type(config).__name__}"
         )
-    if check_compiled not in ("error", "warn", "ignore"):
-        raise HotswapError(f"check_compiled must be 'error', 'warn' or 'ignore'; got {check_compiled!r:.200}")
-    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
-        message = (
-            "the model is compiled already, and would be compiled again; call prepare_model_for_compiled_hotswap "
-            "before torch.compile"
-        )
-        if check_compiled == "error":
-            raise HotswapError(message)
-        if check_compiled == "warn":
-            warnings.warn(message, stacklevel=2)
+    _check_not_compiled(model, check_compiled)
     model = _plain(model)
     adapters = adapter_set(model)
     by_name = {name: _loras(adapters, name) for name, kind in adapters.kinds.items() if kind is Lora}
@@ -123,6 +113,21 @@ def prepare_model_for_compiled_hotswap(
             if isinstance(own, LoraConfig):
                 own.r = target_rank
                 own.rank_pattern = dict.fromkeys(own.rank_pattern or {}, target_rank)
+
+
+def _check_not_compiled(model: nn.Module, check_compiled: str) -> None:
+    """Raise HotswapError or warn, as `check_compiled` says, if the model is compiled already."""
+    if check_compiled not in ("error", "warn", "ignore"):
+        raise HotswapError(f"check_compiled must be 'error', 'warn' or 'ignore'; got {check_compiled!r:.200}")
+    if hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None:
+        message = (
+            "the model is compiled already, and would be compiled again; call prepare_model_for_compiled_hotswap "
+            "before torch.compile"
+        )
+        if check_compiled == "error":
+            raise HotswapError(message)
+        if check_compiled == "warn":
+            warnings.warn(message, stacklevel=3)
 
 
 def hotswaps(hotswap: bool | str, *, is_enabled: bool, is_loaded: bool) -> bool:

@@ -20,7 +20,7 @@ from peftcore.bases import ParameterWeight
 from peftcore.config import PeftConfig, TunerConfig, first_match
 from peftcore.errors import CheckpointError
 from peftcore.files.tensors import PREFIX
-from peftcore.injection.former_experts import can_be_adapted, fused_rank, model_changes, pattern_key
+from peftcore.injection.former_experts import ModelChanges, can_be_adapted, fused_rank, model_changes, pattern_key
 from peftcore.injection.module_index import ModuleIndex
 from peftcore.layers.wrapper import unwrapped
 from peftcore.storage.adapter_state import AdapterState
@@ -170,35 +170,57 @@ def with_fused_experts(tensors: Mapping[str, Tensor], state: AdapterState, model
     changes = model_changes(model) if targets else None
     if changes is None or not changes.fusions:
         return tensors
-    parts: dict[str, dict[tuple[int, int], str]] = {}
-    for key in tensors:
-        former = _former_layer(changes.renamed(key))
-        fused = None if former is None else changes.fused(former)
-        if fused is not None and fused[0] in targets:
-            old = _former_layer(key)
-            assert old is not None
-            parts.setdefault(fused[0], {})[fused[1], fused[2]] = old
     result = dict(tensors)
-    for path, layers in parts.items():
+    for path, layers in _former_layers(tensors, changes, targets).items():
         prefix, adapter, (key_a, key_b, *_) = targets[path]
-        count = len(next(f for f in changes.fusions if path.endswith(f.target)).sources)
-        sources = sorted({source for source, _ in layers})
-        if layers.keys() != {(source, expert) for source in sources for expert in range(adapter.base.count)}:
+        count = len(next(fusion for fusion in changes.fusions if path.endswith(fusion.target)).sources)
+        factors = _factors_by_expert(tensors, layers, adapter.base.count)
+        if factors is None:
             continue  # some experts have no LoRA: the missing keys are reported
-        names = {part: tuple(f"{PREFIX}{old}.lora_{letter}.weight" for letter in "AB") for part, old in layers.items()}
-        if not all(name in tensors for pair in names.values() for name in pair):
-            continue
         rows = adapter.base.out_features // count
-        factors = [
-            [(tensors[names[s, e][0]], tensors[names[s, e][1]], s) for s in sources] for e in range(adapter.base.count)
-        ]
         result[f"{prefix}{key_a}"] = torch.cat([a for expert in factors for a, _, _ in expert])
         b = torch.stack([_block_diagonal(expert, rows, count) for expert in factors], 2)
         result[f"{prefix}{key_b}"] = b.flatten(1)
-        for pair in names.values():
-            for name in pair:
-                del result[name]
+        for layer in layers.values():
+            for key in _lora_keys(layer):
+                del result[key]
     return result
+
+
+def _former_layers(
+    keys: Iterable[str], changes: ModelChanges, parameters: Collection[str]
+) -> dict[str, dict[tuple[int, int], str]]:
+    """Return {parameter: {(index of the source, expert): path of the former layer in the keys}}."""
+    layers: dict[str, dict[tuple[int, int], str]] = {}
+    for key in keys:
+        former = _former_layer(changes.renamed(key))
+        fused = None if former is None else changes.fused(former)
+        if fused is not None and fused[0] in parameters:
+            parameter, source, expert = fused
+            saved = _former_layer(key)
+            assert saved is not None
+            layers.setdefault(parameter, {})[source, expert] = saved
+    return layers
+
+
+def _factors_by_expert(
+    tensors: Mapping[str, Tensor], layers: Mapping[tuple[int, int], str], experts: int
+) -> list[list[tuple[Tensor, Tensor, int]]] | None:
+    """Return (A, B, index of the source) of each source, for each expert; None if some expert lacks one of them."""
+    sources = sorted({source for source, _ in layers})
+    if layers.keys() != {(source, expert) for source in sources for expert in range(experts)}:
+        return None
+    if not all(key in tensors for layer in layers.values() for key in _lora_keys(layer)):
+        return None
+    keys = {place: _lora_keys(layer) for place, layer in layers.items()}
+    return [
+        [(tensors[keys[source, expert][0]], tensors[keys[source, expert][1]], source) for source in sources]
+        for expert in range(experts)
+    ]
+
+
+def _lora_keys(layer: str) -> tuple[str, str]:
+    return f"{PREFIX}{layer}.lora_A.weight", f"{PREFIX}{layer}.lora_B.weight"
 
 
 def _block_diagonal(factors: list[tuple[Tensor, Tensor, int]], rows: int, count: int) -> Tensor:

@@ -67,15 +67,13 @@ def with_scores(
     answered = [index for index, line in enumerate(told) if line[columns["adapter"]] is not None]
     with progress(len(scorers) * len(SIDES) * len(answered), "score", "answer") as bar:
         for name, (scorer, score) in scorers.items():
-            record: dict[str, Any] = scorer.identity(root) | {"answers": len(answered), "failures": {}}
-            first: str | None = None
+            failures: dict[str, list[str]] = {}
             for side in SIDES:
                 answers = [
                     ScoredAnswer(rows[index], told[index][columns[side]], told[index][reference]) for index in answered
                 ]
                 scores = score_answers(scorer, score, answers, f"the {side}", bar)
-                record["failures"][side] = len(scores.failures)
-                first = first or next(iter(scores.failures), None)
+                failures[side] = scores.failures
                 values: list[float | None] = [None] * len(rows)
                 for index, value in zip(answered, scores.values, strict=True):
                     values[index] = value
@@ -87,7 +85,11 @@ def with_scores(
                     )
             base, adapter = metrics["base"][name], metrics["adapter"][name]
             metrics["gain"][name] = None if base is None or adapter is None else adapter - base
-            metrics["scorers"][name] = record | {"first_failure": first}
+            metrics["scorers"][name] = scorer.identity(root) | {
+                "answers": len(answered),
+                "failures": {side: len(failures[side]) for side in SIDES},
+                "first_failure": next((text for side in SIDES for text in failures[side]), None),
+            }
     return replace(result, metrics=metrics, table=table)
 
 

@@ -2,14 +2,17 @@
 
 import json
 import re
+import shutil
+import sysconfig
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from datasets import Dataset
 
 from flows.base.hub import DownloadError
-from flows.data import sources
+from flows.data import docstrings, sources
 from flows.data.examples import Example
 from flows.data.sources import read_examples
 from flows.errors import DataError
@@ -227,7 +230,13 @@ def test_a_file_of_a_mixture_is_named_with_its_source(as_files: Path) -> None:
             read_mixture(name)
 
 
-def test_the_demonstration_has_modules_in_place_of_files(tmp_path: Path) -> None:
+def test_the_demonstration_has_modules_in_place_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = tmp_path / "library"  # some modules, because reading all takes seconds
+    library.mkdir()
+    modules = ("ast", "bisect", "calendar", "copy", "glob", "heapq", "inspect", "os", "random", "shlex", "shutil")
+    for name in (*modules, "textwrap"):
+        shutil.copy(Path(sysconfig.get_paths()["stdlib"]) / f"{name}.py", library)
+    monkeypatch.setattr(docstrings, "sysconfig", SimpleNamespace(get_paths=lambda: {"stdlib": str(library)}))
     read(tmp_path, "stdlib:docstrings", quarantined=["textwrap"])
     with pytest.raises(DataError, match=r"names textwra, .*; it has .* and \d+ more; correct"):
         read(tmp_path, "stdlib:docstrings", quarantined=["textwra"])

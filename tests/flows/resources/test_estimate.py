@@ -17,11 +17,21 @@ from flows.cli import app
 from flows.errors import BaseModelError, EstimateError
 from flows.paths import Paths
 from flows.resources import estimate as estimate_module
+from flows.resources import static_memory
+from flows.resources.activations import Activations
 from flows.resources.batches import workload
 from flows.resources.estimate import _base_folder, estimate
 from flows.resources.probe import Measured
 from flows.resources.sizes import with_blocks
 from flows.stages.detect import without_weights
+
+
+@pytest.fixture
+def without_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the simulated training step and the alternatives, for tests of what does not depend on them."""
+    monkeypatch.setattr(static_memory, "activations", lambda *_: Activations(kept=0, working=0, loss=0))
+    monkeypatch.setattr(static_memory, "evaluation_bytes", lambda *_: 0)
+    monkeypatch.setattr(estimate_module, "alternatives", lambda *_: [])
 
 
 def test_without_the_probe_it_adds_up_and_says_so(paths: Paths) -> None:
@@ -40,7 +50,7 @@ def test_without_the_probe_it_adds_up_and_says_so(paths: Paths) -> None:
 
 def test_with_the_probe_it_has_time_and_what_libraries_take(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
     timings = [(64, 0.5), (128, 1.0)]
-    monkeypatch.setattr(estimate_module, "changes", lambda *_: [])
+    monkeypatch.setattr(estimate_module, "alternatives", lambda *_: [])
     monkeypatch.setattr(estimate_module, "peak_memory", lambda device: GIB // 4)
     figures = Measured(GIB // 2, GIB, GIB // 8, 2.0, 1.0, timings, timings, 0.25, 0.5)
     probe: Any = SimpleNamespace(measure=lambda tasks, timeout: [figures])
@@ -95,16 +105,16 @@ def peftcore(*arguments: str) -> Any:
     return CliRunner(env={"COLUMNS": "200"}).invoke(app, list(arguments))
 
 
+@pytest.mark.usefixtures("without_a_step")
 def test_a_full_disk_is_foreseen(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate_module, "changes", lambda *_: [])
     monkeypatch.setattr(estimate_module.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 1024}))
     found = estimate(params(), paths)
     assert not found.fits
     assert "of disk, and 0 MiB are free" in found.refusal()
 
 
-def test_every_copy_of_the_outputs_takes_disk(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate_module, "changes", lambda *_: [])
+@pytest.mark.usefixtures("without_a_step")
+def test_every_copy_of_the_outputs_takes_disk(paths: Paths) -> None:
     calibrated = params(quantization={"calibration": {"method": "rounding"}})
     disk = estimate(calibrated, paths).disk
     made = disk["adapter"] + disk["merged model"] + disk["calibrated base"]
@@ -118,8 +128,8 @@ def test_every_copy_of_the_outputs_takes_disk(paths: Paths, monkeypatch: pytest.
     assert estimate(calibrated, paths).disk["DVC's remote"] == 0
 
 
-def test_a_merged_model_has_the_size_of_what_it_is_merged_into(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate_module, "changes", lambda *_: [])
+@pytest.mark.usefixtures("without_a_step")
+def test_a_merged_model_has_the_size_of_what_it_is_merged_into(paths: Paths) -> None:
     weights = sum(p.numel() for p in without_weights(paths.base).parameters())
     for dtype, width in (("auto", 2), ("float32", 4)):  # auto: 16 bits on each machine
         disk = estimate(params(quantization={"compute_dtype": dtype}), paths).disk
@@ -127,17 +137,15 @@ def test_a_merged_model_has_the_size_of_what_it_is_merged_into(paths: Paths, mon
     assert estimate(params(merge={"into": "requantized"}), paths).disk["merged model"] < 2 * weights
 
 
-def test_a_base_that_a_path_names_is_still_written_by_the_fetch_stage(
-    paths: Paths, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(estimate_module, "changes", lambda *_: [])
+@pytest.mark.usefixtures("without_a_step")
+def test_a_base_that_a_path_names_is_still_written_by_the_fetch_stage(paths: Paths) -> None:
     paths.base.rename(paths.root / "source")
     disk = estimate(params(base={"source": "path:source"}), paths).disk
     assert disk["base"] == disk["merged model"] > 0
 
 
+@pytest.mark.usefixtures("without_a_step")
 def test_processes_share_the_memory_of_a_cpu(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate_module, "changes", lambda *_: [])
     monkeypatch.setattr(estimate_module, "device", lambda: torch.device("cpu"))
     monkeypatch.setattr(estimate_module, "peak_memory", lambda device: GIB)
     monkeypatch.setattr(estimate_module, "memory_limit", lambda device: 3 * GIB)

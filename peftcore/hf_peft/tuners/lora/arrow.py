@@ -55,23 +55,8 @@ def create_arrow_model(
         LayerKindError: a LoRA adapts layers that are not linear; also a TypeError.
         CheckpointError: a LoRA is not found, is damaged, or was made for another base model.
     """
-    if not task_specific_adapter_paths:
-        raise ConfigError("create_arrow_model: task_specific_adapter_paths is empty; give at least one LoRA")
-    if ATTRIBUTE in vars(base_model):
-        raise ConfigError(
-            "create_arrow_model: the model has adapters already; give the base model (unload() returns it), or add a "
-            "router to these adapters: add_adapter('router', LoraConfig(arrow_config=ArrowConfig()))"
-        )
-    if arrow_config.use_gks and not general_adapter_paths:
-        raise ConfigError("create_arrow_model: use_gks=True needs LoRAs to subtract; give general_adapter_paths")
-    if general_adapter_paths and not arrow_config.use_gks:
-        warnings.warn("create_arrow_model: general_adapter_paths has no effect without use_gks=True", stacklevel=2)
-    if adapter_kwargs.pop("dtype", None) is not None:
-        warnings.warn(
-            "create_arrow_model: dtype has no effect; autocast_adapter_dtype=False gives adapters the dtype of their "
-            "layers",
-            stacklevel=2,
-        )
+    has_dtype = adapter_kwargs.pop("dtype", None) is not None
+    _check_arguments(base_model, task_specific_adapter_paths, arrow_config, general_adapter_paths, has_dtype)
     general = general_adapter_paths if arrow_config.use_gks and general_adapter_paths else ()
     names = [f"{TASK_ADAPTER_PREFIX}{number}" for number in range(len(task_specific_adapter_paths))]
     general_names = [f"{GKS_ADAPTER_PREFIX}{number}" for number in range(len(general))]
@@ -102,6 +87,33 @@ def create_arrow_model(
     arrow_config.update(options)
     model.set_adapter(_ROUTER)
     return model
+
+
+def _check_arguments(
+    base_model: nn.Module,
+    task_specific_adapter_paths: Sequence[str],
+    arrow_config: ArrowConfig,
+    general_adapter_paths: Sequence[str] | None,
+    has_dtype: bool,
+) -> None:
+    """Raise ConfigError for arguments of `create_arrow_model` that do not fit; warn of those without effect."""
+    if not task_specific_adapter_paths:
+        raise ConfigError("create_arrow_model: task_specific_adapter_paths is empty; give at least one LoRA")
+    if ATTRIBUTE in vars(base_model):
+        raise ConfigError(
+            "create_arrow_model: the model has adapters already; give the base model (unload() returns it), or add a "
+            "router to these adapters: add_adapter('router', LoraConfig(arrow_config=ArrowConfig()))"
+        )
+    if arrow_config.use_gks and not general_adapter_paths:
+        raise ConfigError("create_arrow_model: use_gks=True needs LoRAs to subtract; give general_adapter_paths")
+    if general_adapter_paths and not arrow_config.use_gks:
+        warnings.warn("create_arrow_model: general_adapter_paths has no effect without use_gks=True", stacklevel=3)
+    if has_dtype:
+        warnings.warn(
+            "create_arrow_model: dtype has no effect; autocast_adapter_dtype=False gives adapters the dtype of their "
+            "layers",
+            stacklevel=3,
+        )
 
 
 def _router_config(model: nn.Module, names: list[str], options: Any) -> LoraConfig:
