@@ -1,4 +1,4 @@
-"""python models_on_device.py BUILD_FOLDER: adapters and prompts of a language model on the second device and the CPU."""
+"""python models_on_device.py BUILD_FOLDER: adapters and prompts of a Llama, on the second device and the CPU."""
 
 import copy
 import sys
