@@ -88,6 +88,8 @@ unet.load_lora_adapter(f"{folder}/lora", **read)
 unet.fuse_lora()
 unet.unfuse_lora()
 results["loaded again"] = output(unet)
+unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+results["base in 8 bits"] = output(unet)
 
 unet = make_unet().requires_grad_(False).train()
 unet.add_adapter(LoraConfig(r=4, target_modules=targets))
