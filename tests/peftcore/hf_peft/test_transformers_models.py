@@ -132,7 +132,7 @@ def loaded(*arguments: Any, **options: Any) -> LlamaForCausalLM:
 
 
 def test_keys_that_a_state_dict_lacks_or_has_too_many_are_logged(saved: Path, monkeypatch: Any) -> None:
-    source = loaded(saved)
+    source: Any = loaded(saved)
     tensors = get_peft_model_state_dict(source)
     key = next(iter(tensors))
     tensors["foreign"] = tensors.pop(key)
