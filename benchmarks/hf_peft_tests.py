@@ -98,7 +98,10 @@ REASONS = (
     (r"TestScalingAdapters.*scaling: ", "`layer.scaling` is a view, which shows the present values"),
     (r"empty_cache", "the device's cache is emptied by PyTorch's function for all accelerators"),
     (r"modules_to_save_targets_module_dict", "`modules_to_save` also takes containers of modules and of parameters"),
-    (r"transient_attribute_access_non_existing", "a layer's active adapter is checked when it is set"),
+    (
+        r"transient_attribute_access_non_existing",
+        "a layer whose active adapter does not exist computes what the base computes",
+    ),
     (r"test_targeting_trainable_tokens_raises", WORDS),
     (r"test_quantized_model_rejection", INTERNAL),
     (r"test_init_without_lora_ga_config_raises", "LoRA-GA without `lora_ga_config` takes its defaults"),

@@ -140,18 +140,21 @@ class BaseTunerLayer(metaclass=_Wrapper):
     """A layer with adapters."""
 
     wrappers = (AdapterLayer, AdapterParameters)
+    adapter_layer_names: tuple[str, ...] = ()
 
 
 class AuxiliaryTrainingWrapper(metaclass=_Wrapper):
     """A module with one trainable copy per adapter (`modules_to_save`)."""
 
     wrappers = (SavedModule,)
+    adapter_layer_names: tuple[str, ...] = ()
 
 
 class ModulesToSaveWrapper(metaclass=_Wrapper):
     """A module with one trainable copy per adapter (`modules_to_save`)."""
 
     wrappers = (SavedModule,)
+    adapter_layer_names = SavedModule.adapter_layer_names
 
 
 class _OfMethod(_Wrapper):
@@ -174,6 +177,47 @@ class _OfMethod(_Wrapper):
         return any(isinstance(slot.adapters[name], adapter_classes) for slot in slots for name in slot.adapters)
 
 
+_PARAMETERS: dict[str, tuple[str, ...]] = {
+    "ADALORA": ("lora_A", "lora_B", "lora_E", "lora_embedding_A", "lora_embedding_B"),
+    "ADAMSS": ("adamss_A", "adamss_B"),
+    "BEFT": ("beft_bias",),
+    "BOFT": ("boft_R", "boft_s"),
+    "C3A": ("c3a_kernel",),
+    "DEFT": ("deft_P", "deft_R"),
+    "DELORA": ("delora_A", "delora_B", "delora_lambda"),
+    "FOURIERFT": ("fourierft_spectrum",),
+    "FROD": ("frod_lambda_l", "frod_lambda_s_values"),
+    "GLORA": ("glora_A", "glora_B", "glora_C", "glora_D", "glora_E"),
+    "GRALORA": ("gralora_A", "gralora_B", "gralora_A_general", "gralora_B_general"),
+    "HIRA": ("hira_A", "hira_B", "hira_embedding_A", "hira_embedding_B"),
+    "HRA": ("hra_u",),
+    "IA3": ("ia3_l",),
+    "LILY": ("lily_A", "lily_B", "lily_router"),
+    "LN_TUNING": ("ln_tuning_layers",),
+    "LOHA": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
+    "LOKR": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+    "LORA": ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"),
+    "MISS": ("miss_block",),
+    "OFT": ("oft_R", "oft_embedding_R"),
+    "OSF": ("osf_svd_params",),
+    "PEANUT": ("peanut_A", "peanut_B", "peanut_encoders", "peanut_decoders"),
+    "POLY": ("poly_lora_A", "poly_lora_B", "poly_router"),
+    "PSOFT": ("psoft_R",),
+    "PVERA": ("pvera_lambda_b", "pvera_lambda_d"),
+    "RANDLORA": ("randlora_lambda", "randlora_gamma"),
+    "ROAD": ("road_theta", "road_alpha"),
+    "SHIRA": ("shira_weight",),
+    "SUPERTUNING": ("supertuning_values", "supertuning_lora_A", "supertuning_lora_B"),
+    "TINYLORA": ("tinylora_v",),
+    "TRAINABLE_TOKENS": ("trainable_tokens_delta",),
+    "UNILORA": ("unilora_theta_d",),
+    "VBLORA": ("vblora_logits_A", "vblora_logits_B", "vblora_vector_bank"),
+    "VERA": ("vera_lambda_b", "vera_lambda_d"),
+    "WAVEFT": ("waveft_spectrum",),
+}
+"""{method: attributes of HF PEFT's layers that hold parameters}, which libraries read from the classes"""
+
+
 def layer_class(
     name: str,
     peft_type: str,
@@ -192,6 +236,7 @@ def layer_class(
         "peft_types": (peft_type, *derived),
         "fits": staticmethod(fits),
         "wrappers": (AdapterLayer, AdapterParameters),
+        "adapter_layer_names": _PARAMETERS.get(peft_type, ()),
     }
     return _OfMethod(name, (), {**members, "__doc__": f"A layer with an adapter of {peft_type}."})
 
@@ -270,6 +315,7 @@ class TrainableTokensWrapper(metaclass=_TokensWrapper):
     """A layer of which rows train (`trainable_token_indices`); its attribute `token_adapter` holds these rows."""
 
     wrappers = (AdapterLayer,)
+    adapter_layer_names = ("token_adapter.trainable_tokens_delta",)
 
 
 class _Prompt(_Wrapper):

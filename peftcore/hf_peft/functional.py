@@ -1,5 +1,6 @@
 """`peft.functional`: adapters in models whose class stays as it is, as transformers and diffusers use them."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,7 +57,7 @@ def delete_adapter(
 
     Args:
         model: a model with adapters.
-        adapter_name: the adapter.
+        adapter_name: the adapter. As in HF PEFT, nothing is deleted if it is not loaded; a warning says so.
         prefix: the start of parameter names of the method, such as "lora_"; checked against the adapter's own.
         layer_cls: only BaseTunerLayer.
 
@@ -64,12 +65,14 @@ def delete_adapter(
         The adapters that are active then; None if none is.
 
     Raises:
-        AdapterNameError: the adapter is not loaded.
+        AdapterNameError: the model has no adapters.
         ConfigError: the adapter's parameters do not begin with `prefix`.
     """
     _all_layers("delete_adapter", layer_cls)
     adapters = adapter_set(model)
-    adapters.require(adapter_name)
+    if adapter_name not in adapters.configs:
+        warnings.warn(f"delete_adapter: {adapter_name!r} is not loaded, so nothing is deleted", stacklevel=2)
+        return list(adapters.selection.active) or None
     names = {key for part in adapters.of_method(adapter_name).values() for key in part.checkpoint_keys().values()}
     if prefix and names and not any(name.startswith(prefix) for name in names):
         raise ConfigError(

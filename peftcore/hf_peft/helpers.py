@@ -89,16 +89,14 @@ def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterat
     """Do nothing: peftcore never casts activations to the dtype of an adapter, so there is no cast to disable.
 
     Args:
-        model: a model with adapters.
+        model: a model, or a part of it such as one layer.
         active: True or False, with the same result.
 
     Raises:
-        AdapterNameError: the model has no adapters.
         TypeError: `active` is not True or False.
     """
     if not isinstance(active, bool):
         raise TypeError(f"disable_input_dtype_casting: active must be True or False; got {active!r:.200}")
-    adapter_set(model)
     yield
 
 

@@ -53,8 +53,8 @@ def load_adapter(
     """Load an adapter into a plain transformers model, and make it the active one. The model's class stays the same.
 
     An exchange by `hotswap` leaves the active adapters as they are.
-    As in transformers, the model is in evaluation mode then, unless `is_trainable`. On an error the model stays as it
-    was.
+    As in transformers, the model is in evaluation mode then, unless `is_trainable`, and a warning is logged of keys
+    that `adapter_state_dict` lacks, or that the adapter does not have. On an error the model stays as it was.
 
     Args:
         self: the model.
@@ -117,7 +117,7 @@ def load_adapter(
     if not is_trainable:
         self.eval()
     teach_trainer()
-    return _loading_info(keys)
+    return _reported(self, keys, peft_model_id)
 
 
 def _exchange(
@@ -197,7 +197,12 @@ def _checked_config(config: PeftConfig | None) -> Any:
     return config
 
 
-def _loading_info(keys: IncompatibleKeys) -> Any:
-    from transformers.utils.loading_report import LoadStateDictInfo
+def _reported(model: nn.Module, keys: IncompatibleKeys, source: Any) -> Any:
+    """Return transformers' `LoadStateDictInfo`, after missing and unexpected keys were logged as transformers does."""
+    from transformers.integrations import peft
+    from transformers.utils.loading_report import LoadStateDictInfo, log_state_dict_report
 
-    return LoadStateDictInfo(set(keys.missing_keys), set(keys.unexpected_keys), set(), [], {}, set())
+    result = LoadStateDictInfo(set(keys.missing_keys), set(keys.unexpected_keys), set(), [], {}, set())
+    logger: Any = peft.logger  # transformers annotates its own loggers as another class than the function takes
+    log_state_dict_report(model, source, ignore_mismatched_sizes=True, loading_info=result, logger=logger)
+    return result

@@ -247,13 +247,16 @@ class AdapterSet:
 
         Args:
             wrapper: a wrapper of this model.
-            active: names of its active adapters; None to leave them.
+            active: names of its active adapters; None to leave them. Names that the model has no adapter of are left
+                out, as HF PEFT's layers do: a diffusers pipeline gives every model the names of all its LoRAs, and
+                some LoRAs have no part for the text encoder.
             switched_off: True disables them; None leaves them enabled or disabled.
 
         Raises:
-            AdapterNameError: see `activate`.
+            AdapterNameError: a name is given twice; or see `activate`.
         """
         if active is not None:
+            active = [name for name in active if name in self.configs]
             self.check_active(active)
         before = _state(wrapper.selection)
         state = before[0] if active is None else tuple(active), before[1] if switched_off is None else switched_off

@@ -87,17 +87,35 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     """Return the status of each layer with adapters, in the order of the model's modules.
 
     Args:
-        model: a model with adapters.
+        model: a model with adapters, or a module that holds some, such as a SentenceTransformer.
 
     Raises:
         TargetError: no layer of the model has an adapter.
         NoLayersError: the model's adapters are prompts; as in HF PEFT, a TypeError.
     """
-    if ATTRIBUTE not in model.__dict__ or not (adapter_set(model).layers or adapter_set(model).saved):
+    statuses = [(path, part, _statuses(part)) for path, part in _parts_with_adapters(model)]
+    if not any(of_part for _, _, of_part in statuses):
         refuse_layers_of_hf_peft(model.modules())
-        if ATTRIBUTE in model.__dict__ and (names := list(adapter_set(model).prompts)):
+        if names := [name for _, part, _ in statuses for name in adapter_set(part).prompts]:
             raise NoLayersError(f"{names} are prompts, which change no layer, so no layer has a status")
         raise TargetError("No adapter layers found in the model; add an adapter of layers by get_peft_model first")
+    found = []
+    for path, part, of_part in statuses:
+        start = "base_model.model." if isinstance(getattr(part, "base_model", None), TunerModel) else ""
+        start = start.removeprefix("base_model.") if part is model else f"{path}.{start}"
+        found += [dataclasses.replace(status, name=f"{start}{status.name}") for status in of_part]
+    return found
+
+
+def _parts_with_adapters(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return [(path, model)] of the model itself if it has adapters, else of the models with adapters inside of it."""
+    if ATTRIBUTE in model.__dict__:
+        return [("", model)]
+    return [(path, part) for path, part in model.named_modules() if ATTRIBUTE in part.__dict__]
+
+
+def _statuses(model: nn.Module) -> list[TunerLayerStatus]:
+    """Return the status of each layer of a model with adapters; [] if the adapters are prompts."""
     adapters = adapter_set(model)
     layers = {path: _layer_status(slot) for path, slot in adapters.layers.items()}
     copies = {
@@ -107,8 +125,7 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     position = {path: number for number, path in enumerate(ModuleIndex(model).modules)}
     statuses = {path: status for path, status in (layers | copies).items() if status is not None}
     ordered = sorted(statuses, key=lambda path: position.get(path, position.get(path.rpartition(".")[0], -1)))
-    start = "model." if isinstance(getattr(model, "base_model", None), TunerModel) else ""
-    return [dataclasses.replace(statuses[path], name=f"{start}{statuses[path].name}") for path in ordered]
+    return [statuses[path] for path in ordered]
 
 
 def _layer_status(slot: AdapterSlot) -> TunerLayerStatus | None:
@@ -168,15 +185,16 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     """Return the status of all layers with adapters together.
 
     Args:
-        model: a model with adapters.
+        model: a model with adapters, or a module that holds some, such as a SentenceTransformer.
 
     Raises:
         TargetError: no layer of the model has an adapter.
         NoLayersError: the model's adapters are prompts; as in HF PEFT, a TypeError.
     """
     layers = get_layer_status(model)
-    adapters = adapter_set(model)
-    wrappers = (*adapters.layers.values(), *adapters.saved.values())
+    owners = [adapter_set(part) for _, part in _parts_with_adapters(model)]
+    configs = {name: config for adapters in owners for name, config in adapters.configs.items()}
+    wrappers = [one for adapters in owners for one in (*adapters.layers.values(), *adapters.saved.values())]
     active = _same({wrapper.selection.active for wrapper in wrappers}, default=())
     merged = sorted({name for layer in layers for name in layer.merged_adapters})
     is_partly_merged = any(
@@ -186,8 +204,8 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     names = sorted({name for layer in layers for name in layer.available_adapters})
     return TunerModelStatus(
         base_model_type=type(model).__name__,
-        adapter_model_type=_tuner_name(list(adapters.configs.values())),
-        peft_types={name: str(config.peft_type) for name, config in adapters.configs.items()},
+        adapter_model_type=_tuner_name(list(configs.values())),
+        peft_types={name: str(config.peft_type) for name, config in configs.items()},
         trainable_params=trainable,
         total_params=total,
         num_adapter_layers=len(layers),

@@ -60,11 +60,12 @@ class SwitchingMethods:
         If all layers of the model have the same active adapters afterwards, these become the model's active adapters.
 
         Args:
-            adapter_names: one name or several, in order; [] for none.
+            adapter_names: one name or several, in order; [] for none. A name that the model has no adapter of has no
+                effect, as in HF PEFT.
             inference_mode: True freezes the active adapters of this layer, too.
 
         Raises:
-            AdapterNameError: a name is not loaded, or given twice; or several prompts are named.
+            AdapterNameError: a name is given twice; or several prompts are named.
         """
         active = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
         self.selection.owner.switch_wrapper(self, active=active)
@@ -76,7 +77,7 @@ class SwitchingMethods:
         for name, module in present:  # last, because adapters may share parameters
             if name in active:
                 module.requires_grad_(True)
-        self.selection.owner.trainable.update(active)
+        self.selection.owner.trainable.update(self.active_adapters)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Enable or disable the active adapters of this layer.

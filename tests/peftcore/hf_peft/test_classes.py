@@ -8,6 +8,7 @@ import bitsandbytes as bnb
 import peft
 import pytest
 import torch
+from peft.tuners import tuners_utils
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peftcore.tuners.adalora.layer import AdaLoraLayer, SVDConv2d, SVDLinear
 from peftcore.tuners.ia3.layer import IA3Layer
@@ -109,6 +110,15 @@ def _layer_classes() -> list[tuple[str, str]]:
 def test_every_layer_class_of_hf_peft_can_be_asked_for(module: str, name: str) -> None:
     ours = getattr(importlib.import_module(module.replace("peft.", "peftcore.", 1)), name)
     assert not isinstance(nn.Linear(2, 2), ours)
+    assert ours.adapter_layer_names == getattr(sys.modules[module], name).adapter_layer_names
+
+
+def test_wrappers_name_the_attributes_with_parameters() -> None:
+    for ours in (classes.BaseTunerLayer, classes.AuxiliaryTrainingWrapper, classes.ModulesToSaveWrapper):
+        theirs = getattr(tuners_utils, ours.__name__, None) or getattr(peft.utils.other, ours.__name__)
+        assert ours.adapter_layer_names == theirs.adapter_layer_names
+    theirs = peft.utils.other.TrainableTokensWrapper
+    assert classes.TrainableTokensWrapper.adapter_layer_names == theirs.adapter_layer_names
 
 
 def test_a_layer_class_cannot_be_made_by_itself() -> None:

@@ -11,7 +11,7 @@ from peftcore.functional import (
 )
 from torch import nn
 
-from peftcore import AdapterNameError, ConfigError, LoraConfig
+from peftcore import ConfigError, LoraConfig
 
 
 @pytest.fixture
@@ -44,8 +44,8 @@ def test_deleting(model: nn.Module) -> None:
     with pytest.raises(ConfigError, match="none with prefix 'ia3_'"):
         delete_adapter(model, "a", "ia3_")
     assert delete_adapter(model, "a", "lora_") == ["b"]
-    with pytest.raises(AdapterNameError):
-        delete_adapter(model, "a", "lora_")
+    with pytest.warns(UserWarning, match="'a' is not loaded, so nothing is deleted"):  # transformers takes a name twice
+        assert delete_adapter(model, "a", "lora_") == ["b"]
     assert delete_adapter(model, "b") is None
     assert type(model[0]) is nn.Linear
 

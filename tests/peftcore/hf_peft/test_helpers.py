@@ -16,7 +16,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import peftcore
-from peftcore import AdapterNameError, ConfigError
+from peftcore import ConfigError
 
 
 def base() -> nn.Sequential:
@@ -62,8 +62,8 @@ def test_contexts_that_have_nothing_to_change() -> None:
     for call in (DoraCaching, DoraCaching()):
         with pytest.warns(UserWarning, match="always kept until a weight changes"):
             call(enabled=False)
-    with pytest.raises(AdapterNameError), disable_input_dtype_casting(base()):
-        pass
+    with disable_input_dtype_casting(model[0]):  # diffusers calls it for one layer
+        assert torch.equal(model(x), y)
 
 
 def test_signatures_are_those_of_the_base_already() -> None:

@@ -131,6 +131,23 @@ def loaded(*arguments: Any, **options: Any) -> LlamaForCausalLM:
     return model
 
 
+def test_keys_that_a_state_dict_lacks_or_has_too_many_are_logged(saved: Path, monkeypatch: Any) -> None:
+    source: Any = loaded(saved)
+    tensors = get_peft_model_state_dict(source)
+    key = next(iter(tensors))
+    tensors["foreign"] = tensors.pop(key)
+    reports: list[str] = []
+    monkeypatch.setattr("transformers.integrations.peft.logger.warning", reports.append)
+    model = llama()
+    info = load_adapter(model, adapter_state_dict=tensors, peft_config=source.peft_config["default"])
+    assert info.missing_keys == {"model.layers.0.self_attn.q_proj.lora_A.default.weight"}
+    assert info.unexpected_keys == {"foreign"}
+    (report,) = reports
+    assert "lora_A.default.weight | MISSING" in report and "foreign" in report
+    load_adapter(llama(), saved)
+    assert reports == [report]
+
+
 @pytest.mark.parametrize("from_tensors", [False, True])
 def test_a_hotswap_gives_the_outputs_of_the_other_adapter(saved: Path, other: Path, from_tensors: bool) -> None:
     model, expected = loaded(saved), loaded(other)

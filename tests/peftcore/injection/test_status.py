@@ -118,6 +118,18 @@ def test_a_module_that_trains_whole_is_switched_by_itself_too() -> None:
     assert get_model_status(model).enabled is False and not model.has_active_enabled_adapter
 
 
+def test_a_module_that_holds_a_model_with_adapters_has_its_status() -> None:
+    results = []
+    for library in (peftcore, peft):
+        config = library.LoraConfig(r=2, target_modules=["0", "2"])
+        plain = library.inject_adapter_in_model(config, base())
+        holder = nn.ModuleList([plain, nn.Linear(2, 2), library.get_peft_model(base(), config)])
+        model_status, layer_status = library.get_model_status(holder), library.get_layer_status(holder)
+        names = (*SAME, "trainable_params", "total_params")
+        results.append(({name: getattr(model_status, name) for name in names}, [one.name for one in layer_status]))
+    assert results[0] == results[1]
+
+
 def test_prompts_have_no_layers() -> None:
     config = peftcore.PromptTuningConfig(num_virtual_tokens=2, task_type="CAUSAL_LM")
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2}

@@ -47,9 +47,20 @@ def test_set_adapter_of_a_layer_acts_on_the_layer() -> None:
     assert trainable(first) == ["a"] and trainable(second) == before
     second.set_adapter(["a", "b"], inference_mode=True)
     assert second.active_adapter == ["a", "b"] and trainable(second) == []
-    with pytest.raises(AdapterNameError, match="Adapter c does not exist"):
-        first.set_adapter("c")
+    with pytest.raises(AdapterNameError, match="at most once"):
+        first.set_adapter(["a", "a"])
     assert first.active_adapters == ["a"]
+
+
+def test_adapters_of_another_model_have_no_effect_in_a_layer() -> None:
+    model = with_adapters()
+    for layer in layers(model):  # as diffusers does where a LoRA has no part for the text encoder
+        layer.set_adapter("of the unet")
+        layer.set_scale("of the unet", 2.0)
+    assert torch.equal(model(X), net()(X))
+    for layer in layers(model):
+        layer.set_adapter(["a", "of the unet"])
+    assert [layer.active_adapters for layer in layers(model)] == [["a"]] * 2 and not torch.equal(model(X), net()(X))
 
 
 def test_scripts_also_assign_the_state_of_a_layer() -> None:
