@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from contract_cases import CASES, EXAMPLES, LAYERS, adapt, build
+from contract_cases import make as adapted_on_cpu
 from method_example import randomise
 from second_device import DEVICE, Checks, check_close, check_on_device, register
-from test_contract import CASES, EXAMPLES, LAYERS, adapt, build
-from test_contract import make as adapted_on_cpu
 
 from peftcore import PeftModel, convert_to_lora, get_peft_model_state_dict, set_peft_model_state_dict
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-HERE = Path(__file__).parent
+SUPPORT = Path(__file__).parent / "support"
 pytestmark = [
     pytest.mark.proof,
     pytest.mark.timeout(1200),
@@ -29,10 +29,9 @@ def build_folder() -> Path:
 
 @pytest.mark.parametrize("script", ["layers_on_device", "models_on_device", "trainers_on_device"])
 def test_everything_lies_on_the_models_device(script: str, build_folder: Path) -> None:
-    paths = [str(HERE), str(HERE.parent), *sys.path]
     ended = subprocess.run(
-        [sys.executable, str(HERE / f"{script}.py"), str(build_folder)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+        [sys.executable, str(SUPPORT / f"{script}.py"), str(build_folder)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         encoding="utf-8",
