@@ -33,8 +33,8 @@ _FORMER = (
 
 def _since_018(version: Any) -> bool:
     """Return True for a version of HF PEFT from 0.18 on, such as "0.18.1" or "0.19.0.dev0@UNKNOWN"."""
-    parts = re.match(r"(\d+)\.(\d+)", version) if isinstance(version, str) else None
-    return parts is not None and (int(parts[1]), int(parts[2])) >= (0, 18)
+    parts = re.match(r"(\d+)(?:\.(\d+))?", version) if isinstance(version, str) else None
+    return parts is not None and (int(parts[1]), int(parts[2] or 0)) >= (0, 18)
 
 
 @dataclass

@@ -18,6 +18,7 @@ from peftcore import (
     CheckpointError,
     ConfigError,
     LoraConfig,
+    OFTConfig,
     PeftConfig,
     PeftModel,
     get_peft_model,
@@ -151,6 +152,7 @@ def test_tensors_of_a_directory(saved: Path, tmp_path: Path) -> None:
 @checks("PeftConfig.save_pretrained", "save_directory kwargs")
 @checks("PeftConfig.from_peft_type", "kwargs")
 @checks("PeftConfig.from_json_file", "path_json_file")
+@checks("PeftConfig.check_saved", "values")
 @checks("get_peft_config", "config_dict")
 def test_configurations_on_disk(saved: Path, tmp_path: Path) -> None:
     values = {"peft_type": "LORA", "r": 3}
@@ -176,6 +178,9 @@ def test_configurations_on_disk(saved: Path, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         PeftConfig.from_pretrained(saved, r=2, task_type=None)
+        OFTConfig.check_saved({"use_cayley_neumann": True, "peft_version": "0.18.0"})
+    with pytest.warns(UserWarning, match="no peft_version from 0.18 on"):
+        OFTConfig.check_saved({"use_cayley_neumann": True, "peft_version": "0.17.1"})
 
 
 PUSHED = "repo_id commit_message commit_description private token revision create_pr max_shard_size tags"
