@@ -45,7 +45,7 @@ def _of_stages(stages: Mapping[str, Any]) -> Iterator[str]:
         missing.append(f"parameters, dependencies or outputs of {', '.join(incomplete)}")
     if missing:
         yield (
-            f"dvc.yaml was written by another version of peftcore and lacks {', and '.join(missing)}. A change of "
+            f"dvc.yaml lacks {', and '.join(missing)}, which the installed peftcore has. A change of "
             "these runs no stage again. `peftcore upgrade` shows the difference, `peftcore upgrade --write` writes it"
         )
 

@@ -42,7 +42,7 @@ def test_what_a_pipeline_of_an_older_version_lacks_is_named(folder: Path) -> Non
     pipeline["stages"]["train"]["deps"].remove("artifacts/calibrated")
     YAML().dump(pipeline, folder / "dvc.yaml")
     (sentence,) = differences(folder)
-    assert "lacks stage calibrate, and parameters, dependencies or outputs of fetch, train. " in sentence
+    assert "lacks stage calibrate, and parameters, dependencies or outputs of fetch, train, which " in sentence
     assert "`peftcore upgrade --write` writes it" in sentence
 
 
