@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from method_example import examples, randomise
+from contract_cases import EXAMPLES, cases_of
+from method_example import randomise
 from net import Net
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from peftcore import LoraConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peftcore.injection.adapter_set import adapter_set
-from peftcore.registry import methods
 
 LAYERS: dict[str, tuple[str, Any, Any]] = {
     "Linear": ("linear", lambda: nn.Linear(12, 8), lambda: torch.randn(3, 5, 12)),
@@ -22,13 +22,7 @@ LAYERS: dict[str, tuple[str, Any, Any]] = {
     "Embedding": ("embedding", lambda: nn.Embedding(20, 8), lambda: torch.randint(0, 20, (3, 5))),
     "LayerNorm": ("norm", lambda: nn.LayerNorm(12), lambda: torch.randn(3, 5, 12)),
 }
-EXAMPLES = {method: example for method, example in examples().items() if not example.whole_model}
-CASES = [
-    pytest.param(method, layer, id=f"{method}-{layer}")
-    for method in EXAMPLES
-    for layer, (kind, _, _) in LAYERS.items()
-    if kind in methods()[method].adapter.layer_kinds
-]
+CASES = cases_of(LAYERS)
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch's own, of FSDP on a CPU
 
 

@@ -5,14 +5,14 @@ from typing import Any
 import peft
 import pytest
 import torch
-from method_example import examples, randomise
+from contract_cases import EXAMPLES, cases_of
+from method_example import randomise
 from net import Net
 from torch import Tensor, nn
 
 import peftcore
 from peftcore import IA3Config, LNTuningConfig, LoraConfig, get_peft_model
 from peftcore.injection.adapter_set import adapter_set
-from peftcore.registry import methods
 
 LAYERS: dict[str, tuple[str, Any, Any]] = {
     "Linear": ("linear", lambda: nn.Linear(12, 8), lambda: torch.randn(3, 5, 12)),
@@ -20,13 +20,7 @@ LAYERS: dict[str, tuple[str, Any, Any]] = {
     "Embedding": ("embedding", lambda: nn.Embedding(20, 8), lambda: torch.randint(0, 20, (3, 5))),
     "LayerNorm": ("norm", lambda: nn.LayerNorm(12), lambda: torch.randn(3, 5, 12)),
 }
-EXAMPLES = {method: example for method, example in examples().items() if not example.whole_model}
-CASES = [
-    pytest.param(method, layer, id=f"{method}-{layer}")
-    for method in EXAMPLES
-    for layer, (kind, _, _) in LAYERS.items()
-    if kind in methods()[method].adapter.layer_kinds
-]
+CASES = cases_of(LAYERS)
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 

@@ -7,27 +7,21 @@ from typing import Any
 
 import pytest
 import torch
-from method_example import examples, randomise
+from contract_cases import EXAMPLES, cases_of
+from method_example import randomise
 from net import Net
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 
 from peftcore import LoraConfig, MergeError, PeftModel, get_peft_model
 from peftcore.bases import base_weight
-from peftcore.registry import methods
 
 LAYERS: dict[str, tuple[str, Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "Linear": ("linear", lambda: nn.Linear(12, 8), lambda: torch.randn(3, 5, 12)),
     "Conv2d": ("conv", lambda: nn.Conv2d(6, 8, 3), lambda: torch.randn(2, 6, 9, 9)),
     "Embedding": ("embedding", lambda: nn.Embedding(20, 8), lambda: torch.randint(0, 20, (3, 5))),
 }
-EXAMPLES = {method: example for method, example in examples().items() if not example.whole_model}
-CASES = [
-    pytest.param(method, layer, id=f"{method}-{layer}")
-    for method in EXAMPLES
-    for layer, (kind, _, _) in LAYERS.items()
-    if kind in methods()[method].adapter.layer_kinds
-]
+CASES = cases_of(LAYERS)
 
 
 def adapted(method: str, layer: str) -> tuple[Any, Tensor, Tensor]:

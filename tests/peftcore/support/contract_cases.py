@@ -1,6 +1,6 @@
-"""Cases of the contract tests: each method that adapts single layers, on each kind of layer that it takes."""
+"""Cases of the contract tests, and of others: each method that adapts single layers, on each layer that it takes."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -14,6 +14,19 @@ from peftcore import get_peft_model
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.registry import methods
 
+EXAMPLES = {method: example for method, example in examples().items() if not example.whole_model}
+
+
+def cases_of(layers: Mapping[str, tuple[str, Any, Any]]) -> list[Any]:
+    """Parameters (method, layer) of a test: each method on each layer of {name: (kind, ...)} that it takes."""
+    return [
+        pytest.param(method, layer, id=f"{method}-{layer}")
+        for method in EXAMPLES
+        for layer, (kind, _, _) in layers.items()
+        if kind in methods()[method].adapter.layer_kinds
+    ]
+
+
 LAYERS: dict[str, tuple[str, Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "Linear": ("linear", lambda: nn.Linear(12, 8), lambda: torch.randn(3, 5, 12)),
     "Linear without bias": ("linear", lambda: nn.Linear(12, 8, bias=False), lambda: torch.randn(3, 12)),
@@ -25,13 +38,7 @@ LAYERS: dict[str, tuple[str, Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "Embedding": ("embedding", lambda: nn.Embedding(20, 8, padding_idx=0), lambda: torch.randint(0, 20, (3, 5))),
     "LayerNorm": ("norm", lambda: nn.LayerNorm(12), lambda: torch.randn(3, 5, 12)),
 }
-EXAMPLES = {method: example for method, example in examples().items() if not example.whole_model}
-CASES = [
-    pytest.param(method, layer, id=f"{method}-{layer}")
-    for method in EXAMPLES
-    for layer, (kind, _, _) in LAYERS.items()
-    if kind in methods()[method].adapter.layer_kinds
-]
+CASES = cases_of(LAYERS)
 MERGING = [case for case in CASES if EXAMPLES[case.values[0]].merges_on(case.values[1])]  # type: ignore[index]
 UNMERGED = [case for case in CASES if case not in MERGING]
 METHODS = list(EXAMPLES)
