@@ -136,7 +136,7 @@ def test_a_pipeline_of_an_older_version_is_said_by_status_and_before_a_stage_run
     for command in ("init", "add --all", "-c user.name=A -c user.email=a@example.org commit --quiet --message Start"):
         subprocess.run(["git", *command.split()], check=True, capture_output=True)
     (hint,) = json.loads(peftcore("status", "--no-stages", "--json").stdout)["hints"]
-    assert "outputs of fetch, train." in hint and "`peftcore upgrade --write` writes it" in hint
+    assert "outputs of fetch, train," in hint and "`peftcore upgrade --write` writes it" in hint
     monkeypatch.setattr("flows.runtime.stage_process.run_stage", lambda *_: None)
     assert peftcore("stage", "fetch").exit_code == 0 and hint in caplog.text
 
