@@ -21,6 +21,7 @@ from peftcore.adapter import Adapter, FactorNames
 from peftcore.bases.onednn import linear
 from peftcore.bases.plain import LinearWeight
 from peftcore.composition.route import Route
+from peftcore.kernels.compiled_low_rank import add_low_rank
 from peftcore.kernels.maths import scaled
 from peftcore.layers.composed import ascend, descend
 from peftcore.layers.shared_inputs import widened_input
@@ -132,12 +133,10 @@ def decoded(layer: "AdapterLayer", x: Tensor) -> Tensor | None:
         return None
     for adapter, _, _, parameters, (a, b, diagonal, has_gain) in plan.factors:
         middle = None if diagonal is None else parameters[diagonal]
-        _add(y, x, parameters[a], parameters[b], middle, adapter.scaling, layer)
-        if has_gain:
-            gain = adapter.output_gain()
-            if gain is None:
-                return _computed(layer, plan, x)
-            y = scaled(y, gain)
+        gain = adapter.output_gain() if has_gain else None
+        if has_gain and gain is None:
+            return _computed(layer, plan, x)
+        y = _with_branch(y, x, parameters[a], parameters[b], middle, gain, adapter.scaling, layer)
     return y
 
 
@@ -190,10 +189,19 @@ def _base_output(layer: "AdapterLayer", plan: DecodingPlan, x: Tensor) -> Tensor
     return linear(x, weight, parameters.get("bias"))
 
 
-def _add(
-    y: Tensor, x: Tensor, a: Tensor, b: Tensor, diagonal: Tensor | None, scaling: Any, layer: "AdapterLayer"
-) -> None:
-    """Add s·BΛ(A x) to y in place. The few tokens of x are cast to the type of the factors, not the reverse."""
+def _with_branch(
+    y: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    diagonal: Tensor | None,
+    gain: Tensor | None,
+    scaling: Any,
+    layer: "AdapterLayer",
+) -> Tensor:
+    """Return g∘(y + s·BΛ(A x)), and change y. The few tokens of x are cast to the factors' type, not the reverse."""
+    if add_low_rank(y, x, a, b, diagonal, gain, scaling):
+        return y
     dtype = a.dtype
     if not (dtype is b.dtype is x.dtype):  # even a cast that does nothing costs as much as a small product
         dtype = torch.promote_types(x.dtype, dtype)
@@ -203,6 +211,7 @@ def _add(
     if diagonal is not None:
         h.mul_(diagonal.squeeze(1))
     y.add_(F.linear(h, b), alpha=scaling)
+    return y if gain is None else scaled(y, gain)
 
 
 def _scaled(layer: "AdapterLayer", plan: DecodingPlan, own: OwnScale, x: Tensor) -> Tensor | None:
@@ -225,9 +234,7 @@ def _computed(layer: "AdapterLayer", plan: DecodingPlan, x: Tensor) -> Tensor | 
     y = _base_output(layer, plan, x)
     if y is not None:
         for a, b, scaling, _, gain in branches:
-            _add(y, x, a, b, None, scaling, layer)
-            if gain is not None:
-                y = scaled(y, gain)
+            y = _with_branch(y, x, a, b, None, gain, scaling, layer)
     return y
 
 

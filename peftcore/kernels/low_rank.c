@@ -1,0 +1,180 @@
+/* Makes g * (y + s * B diag(e) A x) of y, for a few tokens, in one call; `compiled_low_rank.py` compiles this file and explains it.
+
+   All matrices lie row by row without gaps, and sums are in float32. Only what GCC and Clang have in common is used. */
+
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#define WIDTH 16 /* floats of the processor's vectors */
+#elif defined(__AVX__)
+#define WIDTH 8
+#else
+#define WIDTH 4
+#endif
+#define TOGETHER 4 /* rows that share each read of a factor */
+#define INLINE static inline __attribute__((always_inline))
+
+typedef float floats __attribute__((vector_size(WIDTH * 4)));
+typedef uint32_t words __attribute__((vector_size(WIDTH * 4)));
+typedef uint16_t halves __attribute__((vector_size(WIDTH * 2)));
+
+INLINE floats load(const float *from)
+{
+    floats values;
+    memcpy(&values, from, sizeof values);
+    return values;
+}
+
+/* A bfloat16 is the upper half of a float32. */
+INLINE float widened(uint16_t half)
+{
+    uint32_t word = (uint32_t)half << 16;
+    float value;
+    memcpy(&value, &word, sizeof value);
+    return value;
+}
+
+INLINE uint16_t rounded(float value)
+{
+    uint32_t word;
+    memcpy(&word, &value, sizeof word);
+    return value != value ? 0x7fc0 : (word + 0x7fff + (word >> 16 & 1)) >> 16;
+}
+
+INLINE floats load_output(const void *y, long at, int is_bfloat16)
+{
+    if (!is_bfloat16)
+        return load((const float *)y + at);
+    halves half;
+    memcpy(&half, (const uint16_t *)y + at, sizeof half);
+    return (floats)(__builtin_convertvector(half, words) << 16);
+}
+
+INLINE void store_output(void *y, long at, int is_bfloat16, floats values)
+{
+    if (!is_bfloat16) {
+        memcpy((float *)y + at, &values, sizeof values);
+        return;
+    }
+    words word = (words)values;
+    words is_nan = (words)(values != values);
+    word = (word + 0x7fff + (word >> 16 & 1)) >> 16;
+    word = (is_nan & 0x7fc0) | (~is_nan & word);
+    halves half = __builtin_convertvector(word, halves);
+    memcpy((uint16_t *)y + at, &half, sizeof half);
+}
+
+INLINE float total(floats values)
+{
+    float parts[WIDTH];
+    memcpy(parts, &values, sizeof parts);
+    for (int half = WIDTH / 2; half; half /= 2)
+        for (int lane = 0; lane < half; lane++)
+            parts[lane] += parts[lane + half];
+    return parts[0];
+}
+
+/* h (rows, r) = A x, each element times `scale` and, if given, its element of `diagonal`. */
+INLINE void project(const int rows, float *h, const float *x, const float *a, const float *diagonal, float scale,
+                    long inputs, long r)
+{
+    for (long k = 0; k < r; k++, a += inputs) {
+        floats sums[TOGETHER] = {{0}};
+        long i = 0;
+        for (; i + WIDTH <= inputs; i += WIDTH)
+            for (int row = 0; row < rows; row++)
+                sums[row] += load(a + i) * load(x + row * inputs + i);
+        for (int row = 0; row < rows; row++) {
+            float sum = total(sums[row]);
+            for (long rest = i; rest < inputs; rest++)
+                sum += a[rest] * x[row * inputs + rest];
+            h[row * r + k] = sum * (diagonal ? scale * diagonal[k] : scale);
+        }
+    }
+}
+
+/* Add WIDTH outputs to each row, from output `at` on, and multiply by `gain`, if given. `columns` (r, WIDTH) are their
+   rows of B, transposed. */
+INLINE void add(const int rows, void *y, long at, const float *h, const float *columns, const float *gain, long outputs,
+                long r, const int is_bfloat16)
+{
+    floats sums[TOGETHER] = {{0}};
+    for (long k = 0; k < r; k++)
+        for (int row = 0; row < rows; row++)
+            sums[row] += load(columns + k * WIDTH) * h[row * r + k];
+    for (int row = 0; row < rows; row++) {
+        floats output = load_output(y, row * outputs + at, is_bfloat16) + sums[row];
+        store_output(y, row * outputs + at, is_bfloat16, gain ? output * load(gain + at) : output);
+    }
+}
+
+/* `scratch` has room for r * (WIDTH + rows) floats, and is aligned like x to 64 bytes: reads that cross a line of the
+   cache take twice as long. */
+INLINE void add_low_rank(void *y, const float *x, const float *a, const float *b, const float *diagonal,
+                         const float *gain, float scale, long rows, long inputs, long r, long outputs, float *scratch, const int is_bfloat16)
+{
+    float *columns = scratch, *h = scratch + r * WIDTH;
+    const long size = is_bfloat16 ? 2 : 4;
+    long row = 0;
+    for (; row + TOGETHER <= rows; row += TOGETHER)
+        project(TOGETHER, h + row * r, x + row * inputs, a, diagonal, scale, inputs, r);
+    for (; row < rows; row++)
+        project(1, h + row * r, x + row * inputs, a, diagonal, scale, inputs, r);
+    long at = 0;
+    for (; at + WIDTH <= outputs; at += WIDTH) {
+        for (long k = 0; k < r; k++)
+            for (int lane = 0; lane < WIDTH; lane++)
+                columns[k * WIDTH + lane] = b[(at + lane) * r + k];
+        for (row = 0; row + TOGETHER <= rows; row += TOGETHER)
+            add(TOGETHER, (char *)y + row * outputs * size, at, h + row * r, columns, gain, outputs, r, is_bfloat16);
+        for (; row < rows; row++)
+            add(1, (char *)y + row * outputs * size, at, h + row * r, columns, gain, outputs, r, is_bfloat16);
+    }
+    for (; at < outputs; at++)
+        for (row = 0; row < rows; row++) {
+            float sum = 0;
+            for (long k = 0; k < r; k++)
+                sum += h[row * r + k] * b[at * r + k];
+            uint16_t *half = (uint16_t *)y + row * outputs + at;
+            float *whole = (float *)y + row * outputs + at;
+            float output = ((is_bfloat16 ? widened(*half) : *whole) + sum) * (gain ? gain[at] : 1);
+            if (is_bfloat16)
+                *half = rounded(output);
+            else
+                *whole = output;
+        }
+}
+
+static float *memory_for(long count)
+{
+    return aligned_alloc(64, (sizeof(float) * count + 63) / 64 * 64);
+}
+
+/* x (rows, inputs) and y (rows, outputs) in float32. Returns 0, with y as it was, if there is no memory. */
+int add_low_rank_float32(float *y, const float *x, const float *a, const float *b, const float *diagonal,
+                         const float *gain, float scale, long rows, long inputs, long r, long outputs)
+{
+    float *scratch = memory_for(r * (WIDTH + rows));
+    if (!scratch)
+        return 0;
+    add_low_rank(y, x, a, b, diagonal, gain, scale, rows, inputs, r, outputs, scratch, 0);
+    free(scratch);
+    return 1;
+}
+
+/* The same with x and y in bfloat16. */
+int add_low_rank_bfloat16(uint16_t *y, const uint16_t *x, const float *a, const float *b, const float *diagonal,
+                          const float *gain, float scale, long rows, long inputs, long r, long outputs)
+{
+    long count = (rows * inputs + 15) / 16 * 16;
+    float *wide = memory_for(count + r * (WIDTH + rows));
+    if (!wide)
+        return 0;
+    for (long i = 0; i < rows * inputs; i++)
+        wide[i] = widened(x[i]);
+    add_low_rank(y, wide, a, b, diagonal, gain, scale, rows, inputs, r, outputs, wide + count, 1);
+    free(wide);
+    return 1;
+}

@@ -1,0 +1,195 @@
+"""`peftcore.kernels.compiled_low_rank`: the formula, what is refused, and where nothing can be compiled."""
+
+import logging
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from peftcore import AdaLoraConfig, LoraConfig, get_peft_model
+from peftcore.kernels import compiled_low_rank
+from peftcore.kernels.compiled_low_rank import MOST_WORK, add_low_rank, compiled
+
+has_compiler = any(shutil.which(name) for name in ("cc", "gcc", "clang"))
+pytestmark = pytest.mark.skipif(not has_compiler, reason="this machine has no C compiler")
+TYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache of compiled code."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compiled.cache_clear()
+    yield tmp_path / "peftcore"
+    compiled.cache_clear()
+
+
+def values(rows: int, inputs: int, r: int, outputs: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, x, A, B)"""
+    torch.manual_seed(rows + inputs + r + outputs)
+    y, x = torch.randn(rows, 1, outputs).to(dtype), torch.randn(rows, 1, inputs).to(dtype)
+    return y, x, torch.randn(r, inputs), torch.randn(outputs, r)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 11])
+@pytest.mark.parametrize(("inputs", "r", "outputs"), [(64, 16, 48), (7, 1, 5), (33, 5, 17), (16, 8, 16), (100, 3, 2)])
+def test_formula(rows: int, inputs: int, r: int, outputs: int, dtype: torch.dtype) -> None:
+    for diagonal, gain in ((None, None), (torch.randn(r, 1), None), (None, torch.randn(outputs))):
+        y, x, a, b = values(rows, inputs, r, outputs, dtype)
+        scales = torch.ones(r) if diagonal is None else diagonal.view(-1)
+        added = 1.5 * ((x.double() @ a.double().T) * scales.double()) @ b.double().T
+        exact, size = y.double() + added, added.abs().max()
+        if gain is not None:
+            exact, size = exact * gain, size * gain.abs().max()
+        assert add_low_rank(y, x, a, b, diagonal, gain, 1.5)
+        rounding = 1e-6 * size + (exact.abs() / 256 if dtype == torch.bfloat16 else 1e-6)
+        assert ((y.double() - exact).abs() <= rounding).all()
+
+
+def test_bfloat16_is_rounded_as_by_pytorch() -> None:
+    """Halves are rounded to even, and numbers that are none stay so: the sum is x itself, 0 or infinity."""
+    given = torch.tensor([1.0, 1 + 2**-8, 1 + 3 * 2**-8, -3.4e38, float("nan"), float("inf"), 1e-40, -0.0])
+    given = torch.cat([given.repeat(4), given])  # 40 outputs: vectors and single ones
+    y, x = torch.zeros(1, 40, dtype=torch.bfloat16), torch.ones(1, 1, dtype=torch.bfloat16)
+    assert add_low_rank(y, x, torch.ones(1, 1), given.view(40, 1), None, None, 1.0)
+    expected = (given + 0.0).bfloat16()
+    assert torch.equal(y.isnan()[0], expected.isnan())
+    assert torch.equal(y[0].nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+class Marked(Tensor):
+    """A subclass, as of a library that keeps data of its own with a tensor."""
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda y, x, a, b: (y.half(), x.half(), a, b),
+        lambda y, x, a, b: (y.double(), x.double(), a.double(), b.double()),
+        lambda y, x, a, b: (y, x.bfloat16(), a, b),
+        lambda y, x, a, b: (y, x, a.bfloat16(), b.bfloat16()),
+        lambda y, x, a, b: (y, x, a, b.bfloat16()),
+        lambda y, x, a, b: (y, x, a.T.contiguous().T, b),
+        lambda y, x, a, b: (y, x, a, b.T.contiguous().T),
+        lambda y, x, a, b: (y.T.contiguous().T, x, a, b),
+        lambda y, x, a, b: (y, x.T.contiguous().T, a, b),
+        lambda y, x, a, b: (y, x, a.to("meta"), b),
+        lambda y, x, a, b: (y, x, a.as_subclass(Marked), b),
+        lambda y, x, a, b: (y, x.as_subclass(Marked), a, b),
+        lambda y, x, a, b: (y, x[:, :-1].contiguous(), a, b),
+        lambda y, x, a, b: (y, x[:-1], a, b),
+        lambda y, x, a, b: (y, x, a, b[:-1]),
+        lambda y, x, a, b: (y, x, a[:-1], b),
+    ],
+)
+def test_what_does_not_fit_is_left_alone(change: Any) -> None:
+    y, x, a, b = change(*(one.squeeze(1) for one in values(3, 8, 4, 6, torch.float32)))
+    before = y.clone()
+    assert not add_low_rank(y, x, a, b, None, None, 1.0)
+    assert torch.equal(y, before)
+
+
+@pytest.mark.parametrize(
+    "vector", [torch.ones(3), torch.ones(4).half(), torch.ones(8)[::2], torch.ones(4, device="meta")]
+)
+def test_diagonal_or_gain_that_does_not_fit(vector: Tensor) -> None:
+    y, x, a, b = values(1, 8, 4, 4, torch.float32)
+    assert not add_low_rank(y, x, a, b, vector, None, 1.0)
+    assert not add_low_rank(y, x, a, b, None, vector, 1.0)
+
+
+def test_other_scalings_and_much_work_are_pytorchs() -> None:
+    y, x, a, b = values(1, 8, 4, 6, torch.float32)
+    assert not add_low_rank(y, x, a, b, None, None, torch.tensor(1.0))
+    for rows, fits in ((MOST_WORK // (4 * 14), True), (MOST_WORK // (4 * 14) + 1, False)):
+        outputs, inputs = y.repeat(rows, 1, 1), x.repeat(rows, 1, 1)
+        assert add_low_rank(outputs, inputs, a, b, None, None, 1.0) == fits
+
+
+@torch.no_grad()
+def test_modes_that_count_operations_see_them_all() -> None:
+    model: Any = get_peft_model(nn.Sequential(nn.Linear(8, 6)), LoraConfig(r=4, target_modules=["0"])).eval()
+    with FlopCounterMode(display=False) as counter:
+        model(torch.ones(1, 8))
+    assert counter.get_total_flops() == 2 * (8 * 6 + 8 * 4 + 4 * 6)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("kind", ["lora", "dora", "adalora"])
+@torch.no_grad()
+def test_layers_use_it(dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    common: dict[str, Any] = {"target_modules": ["0"], "init_lora_weights": False}
+    config: Any = LoraConfig(r=4, use_dora=kind == "dora", **common)
+    if kind == "adalora":
+        config = AdaLoraConfig(init_r=4, target_r=2, total_step=10, **common)
+    model: Any = get_peft_model(nn.Sequential(nn.Linear(24, 20, bias=False, dtype=dtype)), config).eval()
+    x, calls = torch.randn(3, 24, dtype=dtype), []
+    functions = {key: lambda *given, one=one: calls.append(given) or one(*given) for key, one in compiled().items()}
+    monkeypatch.setattr(compiled_low_rank, "compiled", lambda: functions)
+    y = model(x)
+    assert len(calls) == 1
+    monkeypatch.setattr(compiled_low_rank, "compiled", dict)
+    torch.testing.assert_close(y, model(x), rtol=1e-5 if dtype == torch.float32 else 2**-7, atol=1e-5)
+
+
+def test_compiled_once(cache: Path) -> None:
+    assert set(compiled()) == set(TYPES)
+    (file,) = cache.iterdir()
+    made = file.stat().st_mtime_ns
+    assert not stat.S_IMODE(cache.stat().st_mode) & 0o077  # nobody else can put code there
+    compiled.cache_clear()
+    assert set(compiled()) == set(TYPES)
+    assert [one.stat().st_mtime_ns for one in cache.iterdir()] == [made]
+
+
+def test_processes_at_once(cache: Path) -> None:
+    code = "from peftcore.kernels.compiled_low_rank import compiled; print(len(compiled()))"
+    running = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [process.communicate()[0].strip() for process in running] == ["2"] * 3
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_another_processor_compiles_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled()
+    monkeypatch.setattr(compiled_low_rank, "_processor", lambda: "another")
+    compiled.cache_clear()
+    assert set(compiled()) == set(TYPES) and len(list(cache.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "reason"),
+    [
+        ("PEFTCORE_COMPILE", "0", ""),
+        ("CC", "/no/such/compiler", "No such file"),
+        ("CC", "false", "failed"),
+        ("PATH", "/no/such/folder", "there is no C compiler"),
+        ("XDG_CACHE_HOME", os.devnull, "Not a directory"),
+    ],
+)
+@torch.no_grad()
+def test_without_compiled_code(
+    variable: str, value: str, reason: str, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    if variable != "CC":
+        monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv(variable, value)
+    with caplog.at_level(logging.INFO, "peftcore"):
+        assert compiled() == {}
+    assert reason in caplog.text and bool(caplog.text) == bool(reason)
+    model: Any = get_peft_model(
+        nn.Sequential(nn.Linear(8, 6)), LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+    ).eval()
+    layer, x = model[0], torch.randn(2, 8)
+    a, b, scaling = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"]
+    torch.testing.assert_close(model(x), layer.base_layer(x) + scaling * x @ a.T @ b.T)
