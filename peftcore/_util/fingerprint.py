@@ -4,8 +4,8 @@ PyTorch does not report every change of a weight, so a cache compares a fingerpr
 detects:
 
 - in-place operations that autograd counts (`_version`), such as `copy_` under `no_grad` and unfused optimisers;
-- another tensor, or other memory, in a parameter's place: assignment, `load_state_dict(assign=True)`,
-  `functional_call`, `swap_tensors`, `parameter.data = ...`, `to`;
+- another tensor, other memory or another number of elements in a parameter's place: assignment,
+  `load_state_dict(assign=True)`, `functional_call`, `swap_tensors`, `parameter.data = ...`, `to`;
 - a step of any `torch.optim.Optimizer` in this process: fused and 8-bit kernels write weights without changing their
   version, and sharded optimisers write other tensors than the ones they step;
 - an attribute set on an adapter, such as `scaling`; `train()` and `eval()` of a module around it set one too.
@@ -123,9 +123,9 @@ class Fingerprint:
         self._scope = scope
         return True
 
-    def _identities(self) -> list[tuple[int, int, bool]]:
+    def _identities(self) -> list[tuple[int, int, int, bool]]:
         return [
-            (tensor.data_ptr(), tensor._version, tensor.requires_grad)
+            (tensor.data_ptr(), tensor.numel(), tensor._version, tensor.requires_grad)
             for table in self._tables
             for tensor in table.values()
             if tensor is not None

@@ -16,12 +16,13 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,17 +34,22 @@ FLAGS = (("-O3", "-march=native"), ("-O3", "-mcpu=native"))
 """Flags to try, in order: some compilers for ARM do not know the first ones. Code for any processor would be slow."""
 MOST_WORK = 2**21
 """Largest number of multiplications of one call (count): more of them are worth PyTorch's threads."""
-NAMES = {torch.float32: "add_low_rank_float32", torch.bfloat16: "add_low_rank_bfloat16"}
-"""{type of x and y: name of the C function}"""
+NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
+"""{type of x and y: end of the names of its C functions}"""
 _PLAIN = (Tensor, nn.Parameter)
 
-_Function = Callable[..., int]
+
+class Functions(NamedTuple):
+    """The C functions for one type of x and y."""
+
+    add: Callable[..., int]
+    add_by_row: Callable[..., int]
 
 
 def add_low_rank(
     y: Tensor, x: Tensor, a: Tensor, b: Tensor, diagonal: Tensor | None, gain: Tensor | None, scaling: Any
 ) -> bool:
-    """Make g∘(y + s·BΛA x) of y in place, without gradients, if the compiled function fits.
+    """Change y to g∘(y + s·BΛA x) in place, without gradients, if the compiled function fits.
 
     Args:
         y: (..., o) in new memory, float32 or bfloat16.
@@ -59,9 +65,9 @@ def add_low_rank(
         tensors, inside of a `TorchDispatchMode`, and where nothing could be compiled.
     """
     dtype = x.dtype
-    function = compiled().get(dtype)
+    functions = compiled().get(dtype)
     if (
-        function is None
+        functions is None
         or y.dtype is not dtype
         or a.dtype is not torch.float32
         or b.dtype is not torch.float32
@@ -95,7 +101,7 @@ def add_low_rank(
             return False
         g = gain.data_ptr()
     pointers = y.data_ptr(), x.data_ptr(), a.data_ptr(), b.data_ptr()
-    return function(*pointers, e, g, scaling, rows, inputs, r, outputs) == 1
+    return functions.add(*pointers, e, g, scaling, rows, inputs, r, outputs) == 1
 
 
 def _is_vector(tensor: Tensor, length: int) -> bool:
@@ -103,9 +109,89 @@ def _is_vector(tensor: Tensor, length: int) -> bool:
     return is_plain and tensor.numel() == length and tensor.is_contiguous()
 
 
+class RowTable(NamedTuple):
+    """The factors of each row of a batch, as C reads them. The values are read from the tensors in every call."""
+
+    inputs: int
+    """i of all factors (count)."""
+    outputs: int
+    """o of all factors (count)."""
+    pointers: tuple[Any, Any, Any, Any]
+    """For each row: pointers to A and B, s, r."""
+    places: list[int]
+    """Address and number of elements of all factors, when the table was made."""
+
+    def holds(self, factors: Sequence[Tensor]) -> bool:
+        """Return True if the factors lie where they lay when the table was made."""
+        return self.places == _places(factors)
+
+
+def row_table(factors: Sequence[Tensor], scalings: Sequence[Any], rows: Sequence[int | None]) -> RowTable | None:
+    """Return the table for rows with one adapter or none.
+
+    Args:
+        factors: A (r, i) and B (o, r) of the first adapter, then of the others; at least one adapter.
+        scalings: s of each adapter.
+        rows: for each row, the number of its adapter; None for the base alone.
+
+    Returns:
+        The table; None if a factor is no contiguous float32 tensor on the CPU, or if sizes or the work do not fit.
+    """
+    inputs, outputs = factors[0].shape[-1], factors[1].shape[0]
+    pairs = list(zip(factors[::2], factors[1::2], strict=True))
+    for (a, b), scaling in zip(pairs, scalings, strict=True):
+        for one in (a, b):
+            if type(one) not in _PLAIN or one.dtype is not torch.float32 or not one.is_cpu or not one.is_contiguous():
+                return None
+        if a.dim() != 2 or a.shape[1] != inputs or b.shape != (outputs, len(a)) or type(scaling) is not float:
+            return None
+    used = [None if number is None else (*pairs[number], scalings[number]) for number in rows]
+    if sum(len(one[0]) for one in used if one) * (inputs + outputs) > MOST_WORK:
+        return None
+    count = len(rows)
+    pointers = (
+        (ctypes.c_void_p * count)(*(one and one[0].data_ptr() for one in used)),
+        (ctypes.c_void_p * count)(*(one and one[1].data_ptr() for one in used)),
+        (ctypes.c_float * count)(*(one[2] if one else 0.0 for one in used)),
+        (ctypes.c_long * count)(*(len(one[0]) if one else 0 for one in used)),
+    )
+    return RowTable(inputs, outputs, pointers, _places(factors))
+
+
+def _places(factors: Sequence[Tensor]) -> list[int]:
+    return [number for one in factors for number in (one.data_ptr(), one.numel())]
+
+
+def add_low_rank_by_row(y: Tensor, x: Tensor, table: RowTable) -> bool:
+    """Add s·B A x to y in place, each row with the factors that the table names; see `add_low_rank`.
+
+    Args:
+        y: (..., o) in new memory, as many rows as the table has.
+        x: (..., i) of y's type.
+        table: a table that holds.
+    """
+    dtype = x.dtype
+    functions = compiled().get(dtype)
+    rows, inputs, outputs = len(table.pointers[0]), table.inputs, table.outputs
+    if (
+        functions is None
+        or y.dtype is not dtype
+        or type(x) is not Tensor
+        or type(y) is not Tensor
+        or not (x.is_cpu and y.is_cpu and x.is_contiguous() and y.is_contiguous())
+        or x.shape[-1] != inputs
+        or y.shape[-1] != outputs
+        or x.numel() != rows * inputs
+        or y.numel() != rows * outputs
+        or torch._C._len_torch_dispatch_stack()
+    ):
+        return False
+    return functions.add_by_row(y.data_ptr(), x.data_ptr(), *table.pointers, rows, inputs, outputs) == 1
+
+
 @cache
-def compiled() -> dict[torch.dtype, _Function]:
-    """Return {type: C function}; empty, with the reason in the log, where nothing can be compiled."""
+def compiled() -> dict[torch.dtype, Functions]:
+    """Return {type: C functions}; empty, with the reason in the log, where nothing can be compiled."""
     if os.environ.get("PEFTCORE_COMPILE", "1") == "0":
         return {}
     try:
@@ -113,20 +199,21 @@ def compiled() -> dict[torch.dtype, _Function]:
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
         logger.info("decoding uses PyTorch's operations, because low_rank.c cannot be compiled: %s", error)
         return {}
-    return {dtype: _declared(getattr(library, name)) for dtype, name in NAMES.items()}
-
-
-def _declared(function: Any) -> _Function:
-    function.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_float] + [ctypes.c_long] * 4
-    function.restype = ctypes.c_int
-    return function
+    pointer, size = ctypes.c_void_p, ctypes.c_long
+    found = {}
+    for dtype, name in NAMES.items():
+        add, add_by_row = getattr(library, f"add_low_rank_{name}"), getattr(library, f"add_low_rank_by_row_{name}")
+        add.argtypes = [*[pointer] * 6, ctypes.c_float, *[size] * 4]
+        add_by_row.argtypes = [*[pointer] * 6, *[size] * 3]
+        found[dtype] = Functions(add, add_by_row)
+    return found
 
 
 def library_file() -> Path:
     """Return the compiled library, which is compiled now if this machine has not done so yet.
 
     Raises:
-        RuntimeError: there is no compiler, or it fails.
+        RuntimeError: there is no compiler, it fails, or others could have put code into the cache.
         OSError: the cache cannot be written.
     """
     compiler = _compiler()
@@ -135,8 +222,11 @@ def library_file() -> Path:
     name = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:32]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peftcore"
     file = folder / f"low_rank-{name}.so"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    state = folder.stat()
+    if state.st_uid != os.getuid() or state.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise RuntimeError(f"{folder} belongs to another user, or others can write to it")
     if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=folder) as own:
             new = Path(own) / file.name
             _compile(compiler, new)

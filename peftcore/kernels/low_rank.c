@@ -1,4 +1,5 @@
-/* Makes g * (y + s * B diag(e) A x) of y, for a few tokens, in one call; `compiled_low_rank.py` compiles this file and explains it.
+/* Changes y to g * (y + s * B diag(e) A x) for a few tokens, in one call. `compiled_low_rank.py` compiles this file and
+   says why it exists.
 
    All matrices lie row by row without gaps, and sums are in float32. Only what GCC and Clang have in common is used. */
 
@@ -113,7 +114,8 @@ INLINE void add(const int rows, void *y, long at, const float *h, const float *c
 /* `scratch` has room for r * (WIDTH + rows) floats, and is aligned like x to 64 bytes: reads that cross a line of the
    cache take twice as long. */
 INLINE void add_low_rank(void *y, const float *x, const float *a, const float *b, const float *diagonal,
-                         const float *gain, float scale, long rows, long inputs, long r, long outputs, float *scratch, const int is_bfloat16)
+                         const float *gain, float scale, long rows, long inputs, long r, long outputs, float *scratch,
+                         const int is_bfloat16)
 {
     float *columns = scratch, *h = scratch + r * WIDTH;
     const long size = is_bfloat16 ? 2 : 4;
@@ -177,4 +179,40 @@ int add_low_rank_bfloat16(uint16_t *y, const uint16_t *x, const float *a, const 
     add_low_rank(y, wide, a, b, diagonal, gain, scale, rows, inputs, r, outputs, wide + count, 1);
     free(wide);
     return 1;
+}
+
+/* The same for rows with adapters of their own. Each row has pointers to its A and B, its scale and its r; a row whose
+   pointer to A is 0 has no adapter. Rows that lie next to each other and have one adapter are computed together. */
+INLINE int add_low_rank_by_row(void *y, const void *x, const float *const *a, const float *const *b,
+                               const float *scales, const long *ranks, long rows, long inputs, long outputs,
+                               const int is_bfloat16)
+{
+    const long size = is_bfloat16 ? 2 : 4;
+    for (long first = 0, end; first < rows; first = end) {
+        for (end = first + 1; end < rows && a[end] == a[first]; end++)
+            ;
+        if (!a[first])
+            continue;
+        char *own_y = (char *)y + first * outputs * size;
+        const char *own_x = (const char *)x + first * inputs * size;
+        int done = is_bfloat16 ? add_low_rank_bfloat16((uint16_t *)own_y, (const uint16_t *)own_x, a[first], b[first],
+                                                       0, 0, scales[first], end - first, inputs, ranks[first], outputs)
+                               : add_low_rank_float32((float *)own_y, (const float *)own_x, a[first], b[first],
+                                                      0, 0, scales[first], end - first, inputs, ranks[first], outputs);
+        if (!done)
+            return 0;
+    }
+    return 1;
+}
+
+int add_low_rank_by_row_float32(float *y, const float *x, const float *const *a, const float *const *b,
+                                const float *scales, const long *ranks, long rows, long inputs, long outputs)
+{
+    return add_low_rank_by_row(y, x, a, b, scales, ranks, rows, inputs, outputs, 0);
+}
+
+int add_low_rank_by_row_bfloat16(uint16_t *y, const uint16_t *x, const float *const *a, const float *const *b,
+                                 const float *scales, const long *ranks, long rows, long inputs, long outputs)
+{
+    return add_low_rank_by_row(y, x, a, b, scales, ranks, rows, inputs, outputs, 1);
 }

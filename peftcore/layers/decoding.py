@@ -21,10 +21,10 @@ from peftcore.adapter import Adapter, FactorNames
 from peftcore.bases.onednn import linear
 from peftcore.bases.plain import LinearWeight
 from peftcore.composition.route import Route
-from peftcore.kernels.compiled_low_rank import add_low_rank
+from peftcore.kernels.compiled_low_rank import RowTable, add_low_rank, add_low_rank_by_row, compiled, row_table
 from peftcore.kernels.maths import scaled
 from peftcore.layers.composed import ascend, descend
-from peftcore.layers.shared_inputs import widened_input
+from peftcore.layers.shared_inputs import is_replica, widened_input
 
 if TYPE_CHECKING:
     from peftcore.layers.adapter_layer import AdapterLayer
@@ -138,6 +138,67 @@ def decoded(layer: "AdapterLayer", x: Tensor) -> Tensor | None:
             return _computed(layer, plan, x)
         y = _with_branch(y, x, parameters[a], parameters[b], middle, gain, adapter.scaling, layer)
     return y
+
+
+class RowPlan(NamedTuple):
+    """The calculation of a layer for a batch whose rows have one adapter each, or none."""
+
+    plan: DecodingPlan
+    """The plan for all adapters of the batch, as if they were a chain."""
+    tokens: int
+    """Tokens of the batch (count)."""
+    table: RowTable | None
+    """None if the layer's adapters cannot be computed by row."""
+
+    def holds(self, layer: "AdapterLayer", route: Route, tokens: int) -> bool:
+        """Return True if the layer has not changed since the plan was made, and the batch has as many tokens."""
+        is_same = self.tokens == tokens and self.plan.holds(layer, route.names)
+        return is_same and (self.table is None or self.table.holds(_factors(self.plan)))
+
+
+def decoded_by_row(layer: "AdapterLayer", route: Route, x: Tensor) -> Tensor | None:
+    """Return the output of a layer for a mixed batch of few tokens on a CPU; None if this path does not apply.
+
+    Args:
+        layer: the adapter layer that is called, without gradients and outside of a trace.
+        route: the compositions of the rows, each a single adapter or the base alone.
+        x: its input (..., in_features).
+    """
+    if not (x.is_cpu and x.dim() and 0 < x.numel() <= FEW_TOKENS * x.shape[-1]) or x.dtype not in compiled():
+        return None
+    if is_replica(layer):
+        return None
+    tokens, found = x.numel() // x.shape[-1], route.plans.get((layer, "by row"))
+    if found is None or not found.holds(layer, route, tokens):
+        found = _new_row_plan(layer, route, tokens)
+    if found is None or found.table is None:
+        return None
+    layer.check_rows(x, route)
+    y = _base_output(layer, found.plan, x)
+    return y if y is not None and add_low_rank_by_row(y, x, found.table) else None
+
+
+def _factors(plan: DecodingPlan) -> list[Tensor]:
+    """Return A and B of each adapter of the plan."""
+    factors = plan.factors or ()
+    return [own.parameters[name] for own in factors for name in (own.names.a, own.names.b)]
+
+
+def _new_row_plan(layer: "AdapterLayer", route: Route, tokens: int) -> RowPlan | None:
+    """Return a plan for the layer as it is now, and remember it; None if the layer's base computes more than that."""
+    plan = _new_plan(layer, route.names)
+    if plan is None:
+        return None
+    chains, table = [one.chain() for one in route.compositions], None
+    is_plain = plan.factors and all(own.names.diagonal is None and not own.names.has_gain for own in plan.factors)
+    if is_plain and tokens % len(chains) == 0 and all(chain is not None and len(chain) < 2 for chain in chains):
+        numbers = {name: number for number, name in enumerate(layer.unmerged_among(route.names))}
+        rows = [numbers.get(chain[0]) if chain else None for chain in chains]
+        each = tokens // len(chains)
+        scalings = [adapter.scaling for adapter in plan.adapters]
+        table = row_table(_factors(plan), scalings, [row for row in rows for _ in range(each)])
+    found = route.plans[layer, "by row"] = RowPlan(plan, tokens, table)
+    return found
 
 
 def _new_plan(layer: "AdapterLayer", names: tuple[str, ...]) -> DecodingPlan | None:

@@ -40,6 +40,7 @@ from peftcore.composition.stacked import (
 from peftcore.kernels.dropout_masks import get_dropout_masks
 from peftcore.kernels.low_rank import LowRankBranch, low_rank_linears
 from peftcore.layers.composed import ascend, composed_output, descend
+from peftcore.layers.decoding import decoded_by_row
 from peftcore.layers.shared_inputs import cache_outputs, cached_output, is_replica, siblings_of
 
 if TYPE_CHECKING:
@@ -125,7 +126,8 @@ def _mixed(layer: "AdapterLayer", route: Route, x: Tensor) -> Tensor | None:
     """
     if 0 < LONG_RUN * route.run_count <= x.shape[:-1].numel():
         return _by_run(layer, route, x)
-    return _stacked(layer, route, x)
+    y = decoded_by_row(layer, route, x)
+    return _stacked(layer, route, x) if y is None else y
 
 
 def _by_run(layer: "AdapterLayer", route: Route, x: Tensor) -> Tensor | None:

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from peftcore import AdaLoraConfig, LoraConfig, get_peft_model
 from peftcore.kernels import compiled_low_rank
-from peftcore.kernels.compiled_low_rank import MOST_WORK, add_low_rank, compiled
+from peftcore.kernels.compiled_low_rank import MOST_WORK, add_low_rank, add_low_rank_by_row, compiled, row_table
 
 has_compiler = any(shutil.which(name) for name in ("cc", "gcc", "clang"))
 pytestmark = pytest.mark.skipif(not has_compiler, reason="this machine has no C compiler")
@@ -116,6 +116,65 @@ def test_other_scalings_and_much_work_are_pytorchs() -> None:
         assert add_low_rank(outputs, inputs, a, b, None, None, 1.0) == fits
 
 
+ROWS = [1, 0, 0, None, 2, 0, None, 2, 2, 2, 2, 2, 1]
+"""Numbers of the rows' adapters: runs of one and of several rows, and rows without one."""
+
+
+def adapters(ranks: tuple[int, ...] = (4, 16, 5), inputs: int = 33, outputs: int = 37) -> list[Tensor]:
+    torch.manual_seed(0)
+    return [tensor for r in ranks for tensor in (torch.randn(r, inputs), torch.randn(outputs, r))]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_each_row_has_its_own_factors(dtype: torch.dtype) -> None:
+    y, x, *_ = values(len(ROWS), 33, 1, 37, dtype)
+    factors, scalings, given = adapters(), [1.0, 0.5, -2.0], y.clone()
+    table = row_table(factors, scalings, ROWS)
+    assert table is not None and table.holds(factors)
+    assert add_low_rank_by_row(y, x, table)
+    for row, number in enumerate(ROWS):
+        expected = given[row].clone()
+        if number is not None:
+            a, b = factors[2 * number : 2 * number + 2]
+            assert add_low_rank(expected, x[row], a, b, None, None, scalings[number])
+        tolerance = 1e-5 if dtype == torch.float32 else 2**-7
+        torch.testing.assert_close(y[row], expected, rtol=tolerance, atol=tolerance)
+    assert not add_low_rank_by_row(y[1:], x[1:], table)
+    assert not add_low_rank_by_row(y, x[..., 1:].contiguous(), table)
+    assert not add_low_rank_by_row(y.half(), x.half(), table)
+
+
+def test_table_holds_until_a_factor_moves() -> None:
+    factors = adapters()
+    table = row_table(factors, [1.0] * 3, ROWS)
+    assert table is not None and table.holds(factors)
+    factors[2].mul_(2)  # C reads the values in every call
+    assert table.holds(factors)
+    shorter = [*factors]
+    shorter[0], shorter[1] = factors[0][:2], factors[1][:, :2]
+    assert not table.holds(shorter)
+    assert not table.holds([factor.clone() for factor in factors])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda a, b: (a.half(), b),
+        lambda a, b: (a, b.T.contiguous().T),
+        lambda a, b: (a, b.to("meta")),
+        lambda a, b: (a.as_subclass(Marked), b),
+        lambda a, b: (a[:, 1:].contiguous(), b),
+        lambda a, b: (a, b[1:]),
+        lambda a, b: (a[1:], b),
+    ],
+)
+def test_no_table_for_factors_that_do_not_fit(change: Any) -> None:
+    *first, a, b = adapters()
+    assert row_table([*first, *change(a, b)], [1.0] * 3, ROWS) is None
+    assert row_table([*first, a, b], [1.0, 1.0, torch.tensor(1.0)], ROWS) is None
+    assert row_table([*first, a, b], [1.0] * 3, ROWS * 1000) is None  # more work than a call is for
+
+
 @torch.no_grad()
 def test_modes_that_count_operations_see_them_all() -> None:
     model: Any = get_peft_model(nn.Sequential(nn.Linear(8, 6)), LoraConfig(r=4, target_modules=["0"])).eval()
@@ -135,7 +194,10 @@ def test_layers_use_it(dtype: torch.dtype, kind: str, monkeypatch: pytest.Monkey
         config = AdaLoraConfig(init_r=4, target_r=2, total_step=10, **common)
     model: Any = get_peft_model(nn.Sequential(nn.Linear(24, 20, bias=False, dtype=dtype)), config).eval()
     x, calls = torch.randn(3, 24, dtype=dtype), []
-    functions = {key: lambda *given, one=one: calls.append(given) or one(*given) for key, one in compiled().items()}
+    functions = {
+        key: one._replace(add=lambda *given, add=one.add: calls.append(given) or add(*given))
+        for key, one in compiled().items()
+    }
     monkeypatch.setattr(compiled_low_rank, "compiled", lambda: functions)
     y = model(x)
     assert len(calls) == 1
@@ -151,6 +213,13 @@ def test_compiled_once(cache: Path) -> None:
     compiled.cache_clear()
     assert set(compiled()) == set(TYPES)
     assert [one.stat().st_mtime_ns for one in cache.iterdir()] == [made]
+
+
+def test_cache_that_others_can_write_is_not_used(cache: Path) -> None:
+    compiled()
+    cache.chmod(0o777)
+    compiled.cache_clear()
+    assert compiled() == {}
 
 
 def test_processes_at_once(cache: Path) -> None:

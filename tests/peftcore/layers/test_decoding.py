@@ -21,7 +21,8 @@ from peftcore import (
     VeraConfig,
     get_peft_model,
 )
-from peftcore.layers import adapter_layer
+from peftcore.kernels import compiled_low_rank
+from peftcore.layers import adapter_layer, decoding
 from peftcore.layers.decoding import FEW_TOKENS, decoded
 
 
@@ -295,3 +296,78 @@ def test_edits_of_a_scale_are_seen(taken: list[bool]) -> None:
             taken.clear()
             torch.testing.assert_close(model(X), general(model, X), atol=1e-12, rtol=0)
             assert taken[0]
+
+
+ROWS = ["b", "a", "a", None, "c", "a"]
+"""The adapters of the rows of a mixed batch."""
+
+
+@pytest.fixture
+def mixed(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """(a model with three adapters in float32, its output for `ROWS` by compiled code, and by stacks)"""
+    if not compiled_low_rank.compiled():
+        pytest.skip("this machine has no C compiler")
+    model = adapted(lora(), dtype=torch.float32)
+    for name, rank in (("b", 4), ("c", 3)):
+        model.add_adapter(name, lora(r=rank, init_lora_weights=False))
+
+    def outputs(x: Tensor, rows: Any = ROWS) -> tuple[Tensor, Tensor]:
+        names = [{"a": "default"}.get(name, name) for name in rows]
+        calls: list[int] = []
+        original = decoding.add_low_rank_by_row
+        with torch.no_grad(), monkeypatch.context() as patch:
+            patch.setattr(decoding, "add_low_rank_by_row", lambda *given: calls.append(1) or original(*given))
+            fast = model(x, adapter_names=names)
+            assert len(calls) == 2
+            patch.setattr(decoding, "compiled", dict)
+            return fast, model(x, adapter_names=names)
+
+    return model, outputs
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (6, 1, 8), (6, 5, 8)])
+def test_mixed_batch_by_row(mixed: Any, shape: tuple[int, ...]) -> None:
+    _, outputs = mixed
+    torch.testing.assert_close(*outputs(torch.randn(shape)))
+
+
+CHANGES_OF_ROWS: dict[str, Callable[[Any], Any]] = {
+    "values in place": lambda a: a.lora_A_weight.data.mul_(2),
+    "other memory": lambda a: setattr(a.lora_B_weight, "data", a.lora_B_weight.data * 3),
+    "another parameter": lambda a: setattr(a, "lora_A_weight", nn.Parameter(a.lora_A_weight.detach() * 2)),
+    "a smaller rank in the same memory": lambda a: (
+        setattr(a.lora_A_weight, "data", a.lora_A_weight.data[:2]),
+        setattr(a.lora_B_weight, "data", a.lora_B_weight.data[:, :2]),
+    ),
+    "scaling": lambda a: setattr(a, "scaling", a.scaling * 2),
+    "another type": lambda a: a.double(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES_OF_ROWS)
+def test_mixed_batch_follows_a_change(mixed: Any, change: str) -> None:
+    model, outputs = mixed
+    x = torch.randn(6, 8)
+    before, _ = outputs(x)
+    CHANGES_OF_ROWS[change](model[0].adapters["default"])
+    names = [{"a": "default"}.get(name, name) for name in ROWS]
+    with torch.no_grad():
+        after = model(x, adapter_names=names)
+        alone = torch.stack([model(one, adapter_names=[name])[0] for one, name in zip(x.split(1), names, strict=True)])
+    torch.testing.assert_close(after, alone)
+    assert not torch.equal(before, after)
+
+
+def test_mixed_batch_after_merging_deleting_and_hooks(mixed: Any) -> None:
+    model, outputs = mixed
+    x = torch.randn(6, 8)
+    outputs(x)
+    hook = model[0].base_layer.register_forward_hook(lambda module, args, y: y + 1)
+    with torch.no_grad():
+        assert not torch.equal(model(x, adapter_names=ROWS[:1] * 5 + ["c"]), model(x, adapter_names=ROWS[:1] * 6))
+    hook.remove()
+    torch.testing.assert_close(*outputs(x))
+    model.add_adapter("later", lora(init_lora_weights=False))
+    torch.testing.assert_close(*outputs(x, ["later", *ROWS[1:]]))
+    model.delete_adapter("later")
+    torch.testing.assert_close(*outputs(x))
