@@ -32,8 +32,8 @@ logger = logging.getLogger(__name__)
 SOURCE = Path(__file__).with_name("low_rank.c")
 FLAGS = (("-O3", "-march=native"), ("-O3", "-mcpu=native"))
 """Flags to try, in order: some compilers for ARM do not know the first ones. Code for any processor would be slow."""
-MOST_WORK = 2**21
-"""Largest number of multiplications of one call (count): more of them are worth PyTorch's threads."""
+MOST_WORK = 2**22
+"""Largest number of multiplications of one call, times PyTorch's threads (count): more are worth the threads."""
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 """{type of x and y: end of the names of its C functions}"""
 _PLAIN = (Tensor, nn.Parameter)
@@ -88,7 +88,7 @@ def add_low_rank(
         x.shape[-1] != inputs
         or x.numel() != rows * inputs
         or b.shape != (outputs, r)
-        or rows * r * (inputs + outputs) > MOST_WORK
+        or rows * r * (inputs + outputs) * torch.get_num_threads() > MOST_WORK
     ):
         return False
     e = g = None
@@ -146,7 +146,7 @@ def row_table(factors: Sequence[Tensor], scalings: Sequence[Any], rows: Sequence
         if a.dim() != 2 or a.shape[1] != inputs or b.shape != (outputs, len(a)) or type(scaling) is not float:
             return None
     used = [None if number is None else (*pairs[number], scalings[number]) for number in rows]
-    if sum(len(one[0]) for one in used if one) * (inputs + outputs) > MOST_WORK:
+    if sum(len(one[0]) for one in used if one) * (inputs + outputs) * torch.get_num_threads() > MOST_WORK:
         return None
     count = len(rows)
     pointers = (

@@ -166,7 +166,7 @@ def decoded_by_row(layer: "AdapterLayer", route: Route, x: Tensor) -> Tensor | N
     """
     if not (x.is_cpu and x.dim() and 0 < x.numel() <= FEW_TOKENS * x.shape[-1]) or x.dtype not in compiled():
         return None
-    if is_replica(layer):
+    if is_replica(layer) or torch._C._is_any_autocast_enabled():
         return None
     tokens, found = x.numel() // x.shape[-1], route.plans.get((layer, "by row"))
     if found is None or not found.holds(layer, route, tokens):

@@ -18,6 +18,14 @@ def test_a_scanned_package_counts_as_a_whole() -> None:
     assert {"peftcore/methods", "peftcore/prompts"} <= set(code_dependencies(ROOT, "flows.stages.train"))
 
 
+def test_c_that_a_module_compiles_counts_too() -> None:
+    kernels = "peftcore/kernels"
+    used = {f"{kernels}/compiled_low_rank.py", f"{kernels}/low_rank.c"}
+    for stage in ("train", "evaluate"):
+        found = set(code_dependencies(ROOT, f"flows.stages.{stage}"))
+        assert kernels in found or used <= found
+
+
 def test_code_outside_of_the_project_is_no_dependency(tmp_path: Path) -> None:
     stage = {"cmd": "exec python -m flows.stages.detect", "deps": ["artifacts/base", "flows/stages/detect.py"]}
     assert updated(tmp_path, stage) == ["artifacts/base"]
