@@ -2,7 +2,6 @@
 
 import logging
 import os
-import shutil
 import stat
 import subprocess
 import sys
@@ -19,8 +18,7 @@ from peftcore import AdaLoraConfig, LoraConfig, get_peft_model
 from peftcore.kernels import compiled_low_rank
 from peftcore.kernels.compiled_low_rank import MOST_WORK, add_low_rank, add_low_rank_by_row, compiled, row_table
 
-has_compiler = any(shutil.which(name) for name in ("cc", "gcc", "clang"))
-pytestmark = pytest.mark.skipif(not has_compiler, reason="this machine has no C compiler")
+pytestmark = pytest.mark.skipif(not compiled(), reason="low_rank.c is not compiled here; the log says why")
 TYPES = [torch.float32, torch.bfloat16]
 
 
