@@ -1,4 +1,6 @@
-"""A low-rank product for few tokens in one call, from C that is compiled when it is first needed.
+"""Low-rank products for few tokens in one call, from C that is compiled when it is first needed.
+
+`add_low_rank` is for one adapter, `add_low_rank_by_row` for rows with different adapters.
 
 A decoding step reads the weights of the whole model, which drives everything else out of the processor's caches. So
 the four operations of a low-rank branch (cast, two products, addition) cost far more than their arithmetic: 50 to 65 us

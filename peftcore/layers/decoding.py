@@ -1,12 +1,15 @@
-"""Decoding: the output of a layer for few tokens, with one chain of adapters, in evaluation mode, without gradients.
+"""Decoding: the output of a layer for few tokens, without gradients.
+
+`decoded` is for a batch whose rows have the same chain of adapters; `decoded_by_row`, on a CPU, for a batch whose rows
+have one adapter each.
 
 With one token in each row, calling a layer costs more than its arithmetic: since the last token, its code and its data
 have left the processor's caches. So this path makes as few calls as it can. What seldom changes is looked up once and
 kept in a `DecodingPlan`, which every call compares with the state of the layer. The factors are read from the adapter
 in every call, so no change of a weight can be missed.
 
-The numbers are those of the general path: the base layer, then each adapter. In float32, the base's product of a
-decoding step may be rounded in another way (`peftcore.bases.onednn`).
+The numbers are those of the general path: the base layer, then each adapter. They may be rounded in another way: the
+base's product in float32 (`peftcore.bases.onednn`), and the adapters' products (`peftcore.kernels.compiled_low_rank`).
 """
 
 from collections.abc import Mapping, Sequence
