@@ -58,6 +58,11 @@ def unchanging_weights() -> Iterator[None]:
         _SCOPE.reset(token)
 
 
+def unchanging_scope() -> object | None:
+    """Return the `unchanging_weights` context that this thread is in, or None."""
+    return _SCOPE.get()
+
+
 class Fingerprint:
     """The identity of the current weights of some adapters, with a sample of the values that train.
 
@@ -92,7 +97,7 @@ class Fingerprint:
         """True if a weight is trainable: hand-written training loops often edit such weights through `.data`."""
         self._samples = _samples([tensor for tensor in tensors if tensor.requires_grad]) if self.countable else None
         self._sampled = [sample.tobytes() for sample in self._samples or ()]
-        self._steps, self._scope = _optimizer_steps, _SCOPE.get()
+        self._steps, self._scope = _optimizer_steps, unchanging_scope()
         self._changes = [attributes.get("changes") for attributes in self._attributes]
         self._tensors = self._identities() if self.countable else []
         # kept alive, because the address of freed memory can be reused for other weights
@@ -113,7 +118,7 @@ class Fingerprint:
             or self._changes != [attributes.get("changes") for attributes in self._attributes]
         ):
             return False
-        scope = _SCOPE.get()
+        scope = unchanging_scope()
         if scope is not None and scope is self._scope:
             return True
         if self._samples is None and not trusts_learning:

@@ -1,6 +1,7 @@
 """Low-rank products for few tokens in one call, from C that is compiled when it is first needed.
 
-`add_low_rank` is for one adapter, `add_low_rank_by_row` for rows with different adapters.
+`add_low_rank` is for one adapter, `add_low_rank_by_row` for rows with different adapters. The latter uses all threads;
+for the former, starting them takes as long as they save.
 
 A decoding step reads the weights of the whole model, which drives everything else out of the processor's caches. So
 the four operations of a low-rank branch (cast, two products, addition) cost far more than their arithmetic: 50 to 65 us
@@ -35,7 +36,8 @@ SOURCE = Path(__file__).with_name("low_rank.c")
 FLAGS = (("-O3", "-march=native"), ("-O3", "-mcpu=native"))
 """Flags to try, in order: some compilers for ARM do not know the first ones. Code for any processor would be slow."""
 MOST_WORK = 2**22
-"""Largest number of multiplications of one call, times PyTorch's threads (count): more are worth the threads."""
+"""Largest number of multiplications of one call (count). A call in one thread has this many divided by PyTorch's
+threads, because PyTorch's own products use them all."""
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 """{type of x and y: end of the names of its C functions}"""
 _PLAIN = (Tensor, nn.Parameter)
@@ -120,12 +122,8 @@ class RowTable(NamedTuple):
     """o of all factors (count)."""
     pointers: tuple[Any, Any, Any, Any]
     """For each row: pointers to A and B, s, r."""
-    places: list[int]
-    """Address and number of elements of all factors, when the table was made."""
-
-    def holds(self, factors: Sequence[Tensor]) -> bool:
-        """Return True if the factors lie where they lay when the table was made."""
-        return self.places == _places(factors)
+    storages: list[Any]
+    """The factors' memory, which is kept so that C never reads memory of something else."""
 
 
 def row_table(factors: Sequence[Tensor], scalings: Sequence[Any], rows: Sequence[int | None]) -> RowTable | None:
@@ -148,7 +146,8 @@ def row_table(factors: Sequence[Tensor], scalings: Sequence[Any], rows: Sequence
         if a.dim() != 2 or a.shape[1] != inputs or b.shape != (outputs, len(a)) or type(scaling) is not float:
             return None
     used = [None if number is None else (*pairs[number], scalings[number]) for number in rows]
-    if sum(len(one[0]) for one in used if one) * (inputs + outputs) * torch.get_num_threads() > MOST_WORK:
+    work = sum(len(one[0]) for one in used if one) * (inputs + outputs)
+    if work * (1 if openmp() else torch.get_num_threads()) > MOST_WORK:
         return None
     count = len(rows)
     pointers = (
@@ -157,11 +156,7 @@ def row_table(factors: Sequence[Tensor], scalings: Sequence[Any], rows: Sequence
         (ctypes.c_float * count)(*(one[2] if one else 0.0 for one in used)),
         (ctypes.c_long * count)(*(len(one[0]) if one else 0 for one in used)),
     )
-    return RowTable(inputs, outputs, pointers, _places(factors))
-
-
-def _places(factors: Sequence[Tensor]) -> list[int]:
-    return [number for one in factors for number in (one.data_ptr(), one.numel())]
+    return RowTable(inputs, outputs, pointers, [one.untyped_storage() for one in factors])
 
 
 def add_low_rank_by_row(y: Tensor, x: Tensor, table: RowTable) -> bool:
@@ -170,7 +165,7 @@ def add_low_rank_by_row(y: Tensor, x: Tensor, table: RowTable) -> bool:
     Args:
         y: (..., o) in new memory, as many rows as the table has.
         x: (..., i) of y's type.
-        table: a table that holds.
+        table: the table of the rows, made since the factors have lain where they lie.
     """
     dtype = x.dtype
     functions = compiled().get(dtype)
@@ -188,7 +183,8 @@ def add_low_rank_by_row(y: Tensor, x: Tensor, table: RowTable) -> bool:
         or torch._C._len_torch_dispatch_stack()
     ):
         return False
-    return functions.add_by_row(y.data_ptr(), x.data_ptr(), *table.pointers, rows, inputs, outputs) == 1
+    pointers = y.data_ptr(), x.data_ptr(), *table.pointers
+    return functions.add_by_row(*pointers, rows, inputs, outputs, openmp(), torch.get_num_threads()) == 1
 
 
 @cache
@@ -206,9 +202,21 @@ def compiled() -> dict[torch.dtype, Functions]:
     for dtype, name in NAMES.items():
         add, add_by_row = getattr(library, f"add_low_rank_{name}"), getattr(library, f"add_low_rank_by_row_{name}")
         add.argtypes = [*[pointer] * 6, ctypes.c_float, *[size] * 4]
-        add_by_row.argtypes = [*[pointer] * 6, *[size] * 3]
+        add_by_row.argtypes = [*[pointer] * 6, *[size] * 3, pointer, ctypes.c_uint]
         found[dtype] = Functions(add, add_by_row)
     return found
+
+
+@cache
+def openmp() -> int | None:
+    """Return the address of `GOMP_parallel` in the OpenMP library of this PyTorch; None if it has no such function.
+
+    `add_low_rank_by_row` computes in the threads that PyTorch has already. Threads of another library would compete
+    with them, because both kinds wait by spinning.
+    """
+    library = ctypes.CDLL(torch._C.__file__)  # a name is also looked up in the libraries that it needs
+    function = getattr(library, "GOMP_parallel", None)
+    return None if function is None else ctypes.cast(function, ctypes.c_void_p).value
 
 
 def library_file() -> Path:

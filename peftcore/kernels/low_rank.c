@@ -15,6 +15,7 @@
 #define WIDTH 4
 #endif
 #define TOGETHER 4 /* rows that share each read of a factor */
+#define MOST_ROWS 16 /* rows of one adapter that a thread takes at once */
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float floats __attribute__((vector_size(WIDTH * 4)));
@@ -181,38 +182,68 @@ int add_low_rank_bfloat16(uint16_t *y, const uint16_t *x, const float *a, const 
     return 1;
 }
 
-/* The same for rows with adapters of their own. Each row has pointers to its A and B, its scale and its r; a row whose
-   pointer to A is 0 has no adapter. Rows that lie next to each other and have one adapter are computed together. */
-INLINE int add_low_rank_by_row(void *y, const void *x, const float *const *a, const float *const *b,
-                               const float *scales, const long *ranks, long rows, long inputs, long outputs,
-                               const int is_bfloat16)
+/* Rows with adapters of their own: pointers to A and B, scale and r of each row. A row whose pointer to A is 0 has no
+   adapter. */
+struct batch {
+    char *y;
+    const char *x;
+    const float *const *a, *const *b;
+    const float *scales;
+    const long *ranks;
+    long rows, inputs, outputs;
+    int is_bfloat16;
+    long next;   /* first row that no thread has taken */
+    int failed;  /* there was no memory */
+};
+
+/* Take the next rows that lie next to each other and have one adapter, and compute them together; until none is left. */
+static void compute_rows(void *of)
 {
-    const long size = is_bfloat16 ? 2 : 4;
-    for (long first = 0, end; first < rows; first = end) {
-        for (end = first + 1; end < rows && a[end] == a[first]; end++)
-            ;
-        if (!a[first])
-            continue;
-        char *own_y = (char *)y + first * outputs * size;
-        const char *own_x = (const char *)x + first * inputs * size;
-        int done = is_bfloat16 ? add_low_rank_bfloat16((uint16_t *)own_y, (const uint16_t *)own_x, a[first], b[first],
-                                                       0, 0, scales[first], end - first, inputs, ranks[first], outputs)
-                               : add_low_rank_float32((float *)own_y, (const float *)own_x, a[first], b[first],
-                                                      0, 0, scales[first], end - first, inputs, ranks[first], outputs);
-        if (!done)
-            return 0;
+    struct batch *batch = of;
+    const long size = batch->is_bfloat16 ? 2 : 4, inputs = batch->inputs, outputs = batch->outputs;
+    long first = __atomic_load_n(&batch->next, __ATOMIC_RELAXED);
+    while (first < batch->rows) {
+        const float *a = batch->a[first], *b = batch->b[first];
+        long end = first + 1;
+        while (end < batch->rows && end - first < MOST_ROWS && batch->a[end] == a)
+            end++;
+        if (!__atomic_compare_exchange_n(&batch->next, &first, end, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
+            continue; /* another thread was faster; `first` is now what is left */
+        void *y = batch->y + first * outputs * size;
+        const void *x = batch->x + first * inputs * size;
+        if (a && !(batch->is_bfloat16 ? add_low_rank_bfloat16(y, x, a, b, 0, 0, batch->scales[first], end - first,
+                                                              inputs, batch->ranks[first], outputs)
+                                      : add_low_rank_float32(y, x, a, b, 0, 0, batch->scales[first], end - first,
+                                                             inputs, batch->ranks[first], outputs)))
+            __atomic_store_n(&batch->failed, 1, __ATOMIC_RELAXED);
+        first = __atomic_load_n(&batch->next, __ATOMIC_RELAXED);
     }
-    return 1;
+}
+
+/* The same as above for rows with adapters of their own. `parallel` is GOMP_parallel of PyTorch's OpenMP library, or 0
+   for one thread. Returns 0, with some rows of y changed, if there is no memory. */
+static int add_low_rank_by_row(struct batch batch, void (*parallel)(void (*)(void *), void *, unsigned, unsigned),
+                               unsigned threads)
+{
+    if (parallel && threads > 1)
+        parallel(compute_rows, &batch, threads, 0);
+    else
+        compute_rows(&batch);
+    return !batch.failed;
 }
 
 int add_low_rank_by_row_float32(float *y, const float *x, const float *const *a, const float *const *b,
-                                const float *scales, const long *ranks, long rows, long inputs, long outputs)
+                                const float *scales, const long *ranks, long rows, long inputs, long outputs,
+                                void (*parallel)(void (*)(void *), void *, unsigned, unsigned), unsigned threads)
 {
-    return add_low_rank_by_row(y, x, a, b, scales, ranks, rows, inputs, outputs, 0);
+    struct batch batch = {(char *)y, (const char *)x, a, b, scales, ranks, rows, inputs, outputs, 0, 0, 0};
+    return add_low_rank_by_row(batch, parallel, threads);
 }
 
 int add_low_rank_by_row_bfloat16(uint16_t *y, const uint16_t *x, const float *const *a, const float *const *b,
-                                 const float *scales, const long *ranks, long rows, long inputs, long outputs)
+                                 const float *scales, const long *ranks, long rows, long inputs, long outputs,
+                                 void (*parallel)(void (*)(void *), void *, unsigned, unsigned), unsigned threads)
 {
-    return add_low_rank_by_row(y, x, a, b, scales, ranks, rows, inputs, outputs, 1);
+    struct batch batch = {(char *)y, (const char *)x, a, b, scales, ranks, rows, inputs, outputs, 1, 0, 0};
+    return add_low_rank_by_row(batch, parallel, threads);
 }

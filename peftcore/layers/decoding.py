@@ -1,7 +1,6 @@
 """Decoding: the output of a layer for few tokens, without gradients.
 
-`decoded` is for a batch whose rows have the same chain of adapters; `decoded_by_row`, on a CPU, for a batch whose rows
-have one adapter each.
+`decoded` is for a batch whose rows have the same chain of adapters; `peftcore.layers.decoding_by_row` is for others.
 
 With one token in each row, calling a layer costs more than its arithmetic: since the last token, its code and its data
 have left the processor's caches. So this path makes as few calls as it can. What seldom changes is looked up once and
@@ -24,10 +23,10 @@ from peftcore.adapter import Adapter, FactorNames
 from peftcore.bases.onednn import linear
 from peftcore.bases.plain import LinearWeight
 from peftcore.composition.route import Route
-from peftcore.kernels.compiled_low_rank import RowTable, add_low_rank, add_low_rank_by_row, compiled, row_table
+from peftcore.kernels.compiled_low_rank import add_low_rank
 from peftcore.kernels.maths import scaled
 from peftcore.layers.composed import ascend, descend
-from peftcore.layers.shared_inputs import is_replica, widened_input
+from peftcore.layers.shared_inputs import widened_input
 
 if TYPE_CHECKING:
     from peftcore.layers.adapter_layer import AdapterLayer
@@ -83,8 +82,8 @@ class DecodingPlan(NamedTuple):
     def holds(self, layer: "AdapterLayer", names: tuple[str, ...]) -> bool:
         """Return True if neither the adapters in effect nor the layer have changed since the plan was made."""
         modules: Any = layer._modules
-        own_names, holder, changes, merged, base_layer, (before, after, back, before_back), _, _, factors, scale = self
-        if not (
+        own_names, holder, changes, merged, base_layer, (before, after, back, before_back), _, _, _, scale = self
+        return (
             (own_names is names or own_names == names)
             and layer.adapters is holder
             and holder.changes == changes
@@ -93,9 +92,11 @@ class DecodingPlan(NamedTuple):
             and not (before or after or back or before_back or layer.has_trained_biases)
             and "forward" not in base_layer.__dict__
             and (scale is None or scale.adapter.changes == scale.changes)
-        ):
-            return False
-        for adapter, changes, dropout, *_ in factors or ():
+        )
+
+    def factors_hold(self) -> bool:
+        """Return True if the adapters of `factors` have not changed since the plan was made."""
+        for adapter, changes, dropout, _, _ in self.factors or ():
             if adapter.changes != changes or (dropout is not None and dropout.training):
                 return False
         return True
@@ -125,13 +126,13 @@ def decoded(layer: "AdapterLayer", x: Tensor) -> Tensor | None:
     if isinstance(names, Route) and (names := names.chain) is None:
         return None
     plan = layer.decoding_plan
-    if plan is None or not plan.holds(layer, names):
-        plan = layer.__dict__["decoding_plan"] = _new_plan(layer, names)
+    if plan is None or not plan.holds(layer, names) or not plan.factors_hold():
+        plan = layer.__dict__["decoding_plan"] = new_plan(layer, names)
         if plan is None:
             return None
     if plan.factors is None:
         return _computed(layer, plan, x) if plan.scale is None else _scaled(layer, plan, plan.scale, x)
-    y = _base_output(layer, plan, x)
+    y = base_output(layer, plan, x)
     if y is None:
         return None
     for adapter, _, _, parameters, (a, b, diagonal, has_gain) in plan.factors:
@@ -143,68 +144,7 @@ def decoded(layer: "AdapterLayer", x: Tensor) -> Tensor | None:
     return y
 
 
-class RowPlan(NamedTuple):
-    """The calculation of a layer for a batch whose rows have one adapter each, or none."""
-
-    plan: DecodingPlan
-    """The plan for all adapters of the batch, as if they were a chain."""
-    tokens: int
-    """Tokens of the batch (count)."""
-    table: RowTable | None
-    """None if the layer's adapters cannot be computed by row."""
-
-    def holds(self, layer: "AdapterLayer", route: Route, tokens: int) -> bool:
-        """Return True if the layer has not changed since the plan was made, and the batch has as many tokens."""
-        is_same = self.tokens == tokens and self.plan.holds(layer, route.names)
-        return is_same and (self.table is None or self.table.holds(_factors(self.plan)))
-
-
-def decoded_by_row(layer: "AdapterLayer", route: Route, x: Tensor) -> Tensor | None:
-    """Return the output of a layer for a mixed batch of few tokens on a CPU; None if this path does not apply.
-
-    Args:
-        layer: the adapter layer that is called, without gradients and outside of a trace.
-        route: the compositions of the rows, each a single adapter or the base alone.
-        x: its input (..., in_features).
-    """
-    if not (x.is_cpu and x.dim() and 0 < x.numel() <= FEW_TOKENS * x.shape[-1]) or x.dtype not in compiled():
-        return None
-    if is_replica(layer) or torch._C._is_any_autocast_enabled():
-        return None
-    tokens, found = x.numel() // x.shape[-1], route.plans.get((layer, "by row"))
-    if found is None or not found.holds(layer, route, tokens):
-        found = _new_row_plan(layer, route, tokens)
-    if found is None or found.table is None:
-        return None
-    layer.check_rows(x, route)
-    y = _base_output(layer, found.plan, x)
-    return y if y is not None and add_low_rank_by_row(y, x, found.table) else None
-
-
-def _factors(plan: DecodingPlan) -> list[Tensor]:
-    """Return A and B of each adapter of the plan."""
-    factors = plan.factors or ()
-    return [own.parameters[name] for own in factors for name in (own.names.a, own.names.b)]
-
-
-def _new_row_plan(layer: "AdapterLayer", route: Route, tokens: int) -> RowPlan | None:
-    """Return a plan for the layer as it is now, and remember it; None if the layer's base computes more than that."""
-    plan = _new_plan(layer, route.names)
-    if plan is None:
-        return None
-    chains, table = [one.chain() for one in route.compositions], None
-    is_plain = plan.factors and all(own.names.diagonal is None and not own.names.has_gain for own in plan.factors)
-    if is_plain and tokens % len(chains) == 0 and all(chain is not None and len(chain) < 2 for chain in chains):
-        numbers = {name: number for number, name in enumerate(layer.unmerged_among(route.names))}
-        rows = [numbers.get(chain[0]) if chain else None for chain in chains]
-        each = tokens // len(chains)
-        scalings = [adapter.scaling for adapter in plan.adapters]
-        table = row_table(_factors(plan), scalings, [row for row in rows for _ in range(each)])
-    found = route.plans[layer, "by row"] = RowPlan(plan, tokens, table)
-    return found
-
-
-def _new_plan(layer: "AdapterLayer", names: tuple[str, ...]) -> DecodingPlan | None:
+def new_plan(layer: "AdapterLayer", names: tuple[str, ...]) -> DecodingPlan | None:
     """Return a plan for the layer as it is now; None if its base layer has hooks, or a bias that trains."""
     view = layer.base  # also moves the adapters to the base layer that is in place now
     base: Any = view.layer
@@ -242,7 +182,7 @@ def _own_scale(adapter: Adapter) -> OwnScale | None:
     return None if names is None else OwnScale(adapter, adapter.changes, adapter._parameters, *names)
 
 
-def _base_output(layer: "AdapterLayer", plan: DecodingPlan, x: Tensor) -> Tensor | None:
+def base_output(layer: "AdapterLayer", plan: DecodingPlan, x: Tensor) -> Tensor | None:
     """Return the base layer's output in new memory; None if its forward must compute it."""
     parameters = plan.parameters
     if parameters is None or torch._C._is_any_autocast_enabled():
@@ -282,8 +222,8 @@ def _scaled(layer: "AdapterLayer", plan: DecodingPlan, own: OwnScale, x: Tensor)
     """Return the output of a layer whose only adapter scales the input or the output."""
     scale = own.parameters[own.name].view(-1)
     if own.of_input:
-        return _base_output(layer, plan, scaled(x, scale))
-    y = _base_output(layer, plan, x)
+        return base_output(layer, plan, scaled(x, scale))
+    y = base_output(layer, plan, x)
     return None if y is None else scaled(y, scale)
 
 
@@ -295,7 +235,7 @@ def _computed(layer: "AdapterLayer", plan: DecodingPlan, x: Tensor) -> Tensor | 
         if branch is None or branch.dropout:
             return _general(layer, plan, x)
         branches.append(branch)
-    y = _base_output(layer, plan, x)
+    y = base_output(layer, plan, x)
     if y is not None:
         for a, b, scaling, _, gain in branches:
             y = _with_branch(y, x, a, b, None, gain, scaling, layer)
@@ -307,5 +247,5 @@ def _general(layer: "AdapterLayer", plan: DecodingPlan, x: Tensor) -> Tensor | N
         if adapter.weight_space_forward:
             return None
     inputs, z = descend(plan.adapters, x)
-    y = _base_output(layer, plan, z)
+    y = base_output(layer, plan, z)
     return None if y is None else ascend(plan.adapters, inputs, y)

@@ -40,7 +40,7 @@ from peftcore.composition.stacked import (
 from peftcore.kernels.dropout_masks import get_dropout_masks
 from peftcore.kernels.low_rank import LowRankBranch, low_rank_linears
 from peftcore.layers.composed import ascend, composed_output, descend
-from peftcore.layers.decoding import decoded_by_row
+from peftcore.layers.decoding_by_row import decoded_by_row
 from peftcore.layers.shared_inputs import cache_outputs, cached_output, is_replica, siblings_of
 
 if TYPE_CHECKING:

@@ -73,6 +73,8 @@ class SharedInputCache(threading.local):
         """(input, its in-place changes until then, the input in a wider type)"""
         self.unused: list[tuple[Any, Any]] = []
         """(layer that computed, sibling that did not take the output)"""
+        self.checked: Any = None
+        """The `RowPlans` that were compared with the adapters in this call."""
 
     @property
     def calls(self) -> list[RunningCall]:
@@ -87,7 +89,7 @@ class SharedInputCache(threading.local):
         Args:
             records: forward passes that may be computed again; they keep the siblings as they were.
         """
-        self.widened = None
+        self.widened = self.checked = None
         if self.outputs:
             self.unused += [(cached.computed_by, layer) for layer, cached in self.outputs.items()]
             self.outputs.clear()

@@ -1,5 +1,6 @@
 """`peftcore.kernels.compiled_low_rank`: the formula, what is refused, and where nothing can be compiled."""
 
+import ctypes
 import logging
 import os
 import stat
@@ -16,7 +17,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from peftcore import AdaLoraConfig, LoraConfig, get_peft_model
 from peftcore.kernels import compiled_low_rank
-from peftcore.kernels.compiled_low_rank import MOST_WORK, add_low_rank, add_low_rank_by_row, compiled, row_table
+from peftcore.kernels.compiled_low_rank import (
+    MOST_WORK,
+    add_low_rank,
+    add_low_rank_by_row,
+    compiled,
+    openmp,
+    row_table,
+)
 
 pytestmark = pytest.mark.skipif(not compiled(), reason="low_rank.c is not compiled here; the log says why")
 TYPES = [torch.float32, torch.bfloat16]
@@ -129,7 +137,7 @@ def test_each_row_has_its_own_factors(dtype: torch.dtype) -> None:
     y, x, *_ = values(len(ROWS), 33, 1, 37, dtype)
     factors, scalings, given = adapters(), [1.0, 0.5, -2.0], y.clone()
     table = row_table(factors, scalings, ROWS)
-    assert table is not None and table.holds(factors)
+    assert table is not None
     assert add_low_rank_by_row(y, x, table)
     for row, number in enumerate(ROWS):
         expected = given[row].clone()
@@ -143,16 +151,57 @@ def test_each_row_has_its_own_factors(dtype: torch.dtype) -> None:
     assert not add_low_rank_by_row(y.half(), x.half(), table)
 
 
-def test_table_holds_until_a_factor_moves() -> None:
+@pytest.mark.parametrize("dtype", TYPES)
+def test_threads_share_the_rows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The outputs are the same bit by bit with any number of threads, and without PyTorch's OpenMP library."""
+    rows = ROWS * 2 + [2] * 40
+    y, x, *_ = values(len(rows), 33, 1, 37, dtype)
+    table = row_table(adapters(), [1.0, 0.5, -2.0], rows)
+    assert table is not None
+    found, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            for library in (openmp, lambda: None):
+                monkeypatch.setattr(compiled_low_rank, "openmp", library)
+                found.append(y.clone())
+                assert add_low_rank_by_row(found[-1], x, table)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+@pytest.mark.skipif(not openmp(), reason="this PyTorch has no GNU OpenMP library")
+def test_rows_are_computed_in_pytorchs_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`GOMP_parallel` gets the function, its data, and the number of threads that PyTorch uses."""
+    calls: list[int] = []
+
+    @ctypes.CFUNCTYPE(None, ctypes.CFUNCTYPE(None, ctypes.c_void_p), ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    def parallel(function: Any, data: Any, count: int, _flags: int) -> None:
+        calls.append(count)
+        function(data)
+
+    monkeypatch.setattr(compiled_low_rank, "openmp", lambda: ctypes.cast(parallel, ctypes.c_void_p).value)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    y, x, *_ = values(len(ROWS), 33, 1, 37, torch.float32)
+    table = row_table(adapters(), [1.0, 0.5, -2.0], ROWS)
+    assert table is not None and add_low_rank_by_row(y, x, table)
+    assert calls == [3]
+
+
+def test_table_reads_the_values_of_each_call_from_memory_that_it_keeps() -> None:
+    y, x, *_ = values(len(ROWS), 33, 1, 37, torch.float32)
     factors = adapters()
     table = row_table(factors, [1.0] * 3, ROWS)
-    assert table is not None and table.holds(factors)
-    factors[2].mul_(2)  # C reads the values in every call
-    assert table.holds(factors)
-    shorter = [*factors]
-    shorter[0], shorter[1] = factors[0][:2], factors[1][:, :2]
-    assert not table.holds(shorter)
-    assert not table.holds([factor.clone() for factor in factors])
+    before, after, gone = y.clone(), y.clone(), y.clone()
+    assert table is not None and add_low_rank_by_row(before, x, table)
+    for a in factors[::2]:
+        a.mul_(2)
+    assert add_low_rank_by_row(after, x, table)
+    torch.testing.assert_close(after - y, 2 * (before - y), rtol=1e-4, atol=1e-4)
+    del factors, a
+    adapters()  # would lie in the factors' memory
+    assert add_low_rank_by_row(gone, x, table) and torch.equal(gone, after)
 
 
 @pytest.mark.parametrize(

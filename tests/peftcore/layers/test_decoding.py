@@ -21,8 +21,9 @@ from peftcore import (
     VeraConfig,
     get_peft_model,
 )
+from peftcore._util.fingerprint import unchanging_weights
 from peftcore.kernels import compiled_low_rank
-from peftcore.layers import adapter_layer, decoding
+from peftcore.layers import adapter_layer, decoding_by_row
 from peftcore.layers.decoding import FEW_TOKENS, decoded
 
 
@@ -313,12 +314,12 @@ def mixed(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def outputs(x: Tensor, rows: Any = ROWS) -> tuple[Tensor, Tensor]:
         calls: list[int] = []
-        original = decoding.add_low_rank_by_row
+        original = decoding_by_row.add_low_rank_by_row
         with torch.no_grad(), monkeypatch.context() as patch:
-            patch.setattr(decoding, "add_low_rank_by_row", lambda *given: calls.append(1) or original(*given))
+            patch.setattr(decoding_by_row, "add_low_rank_by_row", lambda *given: calls.append(1) or original(*given))
             fast = model(x, adapter_names=rows)
             assert len(calls) == 2
-            patch.setattr(decoding, "compiled", dict)
+            patch.setattr(decoding_by_row, "compiled", dict)
             return fast, model(x, adapter_names=rows)
 
     return model, outputs
@@ -377,3 +378,77 @@ def test_mixed_batch_after_adding_and_deleting_an_adapter(mixed: Any) -> None:
     assert not torch.equal(with_later[0], before[0]) and torch.equal(with_later[1:], before[1:])
     model.delete_adapter("later")
     torch.testing.assert_close(outputs(x)[0], before)
+
+
+def test_mixed_batch_compares_the_adapters_of_all_layers_once_in_a_call(
+    mixed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, outputs = mixed
+    x = torch.randn(6, 8)
+    before, _ = outputs(x)
+    compared: list[tuple[int, bool]] = []
+    original = decoding_by_row.AdapterState.holds
+
+    def holds(state: Any, moved: bool) -> bool:
+        compared.append((len(state._attributes), moved))
+        return original(state, moved)
+
+    monkeypatch.setattr(decoding_by_row.AdapterState, "holds", holds)
+    with torch.no_grad(), model.route(ROWS):
+        assert torch.equal(model(x), before)
+        assert compared == [(6, True)]  # three adapters in each of two layers
+        compared.clear()
+        with unchanging_weights():
+            assert torch.equal(model(x), before) and torch.equal(model(x), before)
+            assert compared == [(6, True), (6, False)]
+        compared.clear()
+        model[1](model[0](x))
+        assert compared == [(3, True), (3, True)]  # outside of a call of the model
+
+
+@pytest.mark.parametrize("change", ["other memory", "scaling"])
+def test_layer_called_alone_after_a_call_of_the_model(mixed: Any, change: str) -> None:
+    model, _ = mixed
+    x = torch.randn(6, 8)
+    with torch.no_grad(), model.route(ROWS):
+        model(x)
+        before = model[0](x)
+        CHANGES_OF_ROWS[change](model[0].adapters["default"])
+        after = model[0](x)
+    with torch.no_grad(), model.route("default"):
+        alone = model[0](x)
+    rows = [number for number, name in enumerate(ROWS) if name == "default"]
+    torch.testing.assert_close(after[rows], alone[rows])
+    assert not torch.equal(before, after)
+
+
+def test_scaling_is_seen_while_weights_are_promised_not_to_change(mixed: Any) -> None:
+    model, outputs = mixed
+    x = torch.randn(6, 8)
+    with unchanging_weights():
+        before, _ = outputs(x)
+        model[0].adapters["default"].scaling *= 2
+        after, by_stacks = outputs(x)
+    torch.testing.assert_close(after, by_stacks)
+    assert not torch.equal(before, after)
+
+
+def test_threads_share_the_plans_of_mixed_batches(mixed: Any) -> None:
+    model, outputs = mixed
+    x = torch.randn(6, 8)
+    expected, _ = outputs(x)
+    wrong: list[Any] = []
+
+    def call() -> None:
+        with torch.no_grad():
+            for _ in range(50):
+                if not torch.equal(model(x, adapter_names=ROWS), expected):
+                    wrong.append(1)
+                model[0].adapters["b"].mark_changed()  # the plans are made again
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
