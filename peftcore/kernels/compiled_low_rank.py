@@ -113,50 +113,74 @@ def _is_vector(tensor: Tensor, length: int) -> bool:
     return is_plain and tensor.numel() == length and tensor.is_contiguous()
 
 
+class Factors(NamedTuple):
+    """A (r, i) and B (o, r) of one adapter, as C reads them: the values of the time of each call."""
+
+    a: int
+    """Address of A."""
+    b: int
+    """Address of B."""
+    r: int
+    inputs: int
+    """i"""
+    outputs: int
+    """o"""
+    memory: tuple[Any, Any]
+    """The memory of A and B, which is kept so that C never reads memory of something else."""
+
+
+def factors_of(a: Tensor, b: Tensor) -> Factors | None:
+    """Return A and B for C; None unless they are contiguous float32 tensors on the CPU whose sizes fit."""
+    for one in (a, b):
+        if type(one) not in _PLAIN or one.dtype is not torch.float32 or not one.is_cpu or not one.is_contiguous():
+            return None
+    if a.dim() != 2 or b.dim() != 2 or b.shape[1] != len(a):
+        return None
+    memory = a.untyped_storage(), b.untyped_storage()
+    return Factors(a.data_ptr(), b.data_ptr(), len(a), a.shape[1], len(b), memory)
+
+
 class RowTable(NamedTuple):
-    """The factors of each row of a batch, as C reads them. The values are read from the tensors in every call."""
+    """The factors of each row of a batch."""
 
     inputs: int
     """i of all factors (count)."""
     outputs: int
     """o of all factors (count)."""
     pointers: tuple[Any, Any, Any, Any]
-    """For each row: pointers to A and B, s, r."""
-    storages: list[Any]
-    """The factors' memory, which is kept so that C never reads memory of something else."""
+    """For each row: addresses of A and B, s, r."""
+    factors: list[Factors]
+    """The factors of all rows with an adapter, which keep their memory."""
 
 
-def row_table(factors: Sequence[Tensor], scalings: Sequence[Any], rows: Sequence[int | None]) -> RowTable | None:
+def row_table(rows: Sequence[tuple[Factors, Any] | None]) -> RowTable | None:
     """Return the table for rows with one adapter or none.
 
     Args:
-        factors: A (r, i) and B (o, r) of the first adapter, then of the others; at least one adapter.
-        scalings: s of each adapter.
-        rows: for each row, the number of its adapter; None for the base alone.
+        rows: for each row, its adapter's factors and s; None for the base alone.
 
     Returns:
-        The table; None if a factor is no contiguous float32 tensor on the CPU, or if sizes or the work do not fit.
+        The table; None if no row has an adapter, if the factors' sizes differ, or for much work.
     """
-    inputs, outputs = factors[0].shape[-1], factors[1].shape[0]
-    pairs = list(zip(factors[::2], factors[1::2], strict=True))
-    for (a, b), scaling in zip(pairs, scalings, strict=True):
-        for one in (a, b):
-            if type(one) not in _PLAIN or one.dtype is not torch.float32 or not one.is_cpu or not one.is_contiguous():
-                return None
-        if a.dim() != 2 or a.shape[1] != inputs or b.shape != (outputs, len(a)) or type(scaling) is not float:
-            return None
-    used = [None if number is None else (*pairs[number], scalings[number]) for number in rows]
-    work = sum(len(one[0]) for one in used if one) * (inputs + outputs)
+    factors = [one[0] for one in rows if one]
+    if not factors:
+        return None
+    inputs, outputs = factors[0].inputs, factors[0].outputs
+    if any(one.inputs != inputs or one.outputs != outputs for one in factors):
+        return None
+    if any(type(one[1]) is not float for one in rows if one):
+        return None
+    work = sum(one.r for one in factors) * (inputs + outputs)
     if work * (1 if openmp() else torch.get_num_threads()) > MOST_WORK:
         return None
     count = len(rows)
     pointers = (
-        (ctypes.c_void_p * count)(*(one and one[0].data_ptr() for one in used)),
-        (ctypes.c_void_p * count)(*(one and one[1].data_ptr() for one in used)),
-        (ctypes.c_float * count)(*(one[2] if one else 0.0 for one in used)),
-        (ctypes.c_long * count)(*(len(one[0]) if one else 0 for one in used)),
+        (ctypes.c_void_p * count)(*[one and one[0].a for one in rows]),
+        (ctypes.c_void_p * count)(*[one and one[0].b for one in rows]),
+        (ctypes.c_float * count)(*[one[1] if one else 0.0 for one in rows]),
+        (ctypes.c_long * count)(*[one[0].r if one else 0 for one in rows]),
     )
-    return RowTable(inputs, outputs, pointers, [one.untyped_storage() for one in factors])
+    return RowTable(inputs, outputs, pointers, factors)
 
 
 def add_low_rank_by_row(y: Tensor, x: Tensor, table: RowTable) -> bool:
@@ -165,7 +189,7 @@ def add_low_rank_by_row(y: Tensor, x: Tensor, table: RowTable) -> bool:
     Args:
         y: (..., o) in new memory, as many rows as the table has.
         x: (..., i) of y's type.
-        table: the table of the rows, made since the factors have lain where they lie.
+        table: the table of the rows.
     """
     dtype = x.dtype
     functions = compiled().get(dtype)

@@ -53,6 +53,8 @@ class Selection:
         """The calls of the model that run in this thread, and the outputs that layers have cached in them."""
         self.stacks: dict[Any, Any] = {}
         """The cache of `peftcore.composition.stacked`, by layer."""
+        self.adapter_states: dict[Any, Any] = {}
+        """{adapter: its state}, the cache of `peftcore.layers.decoding_by_row`."""
         self._plans: dict[Any, dict[Any, Any]] = {}
         self.in_use: Counter[str] = Counter()
         """{adapter: open routes, of all threads, that it is in (count)}"""
@@ -199,7 +201,7 @@ class Selection:
 
     def forget(self) -> None:
         """Drop everything that was computed from weights, adapters and layers, which may have changed."""
-        self.stacks, self._plans = {}, {}
+        self.stacks, self.adapter_states, self._plans = {}, {}, {}
         self._latest = None
         self._contexts.clear()
 

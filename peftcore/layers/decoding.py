@@ -127,7 +127,7 @@ def decoded(layer: "AdapterLayer", x: Tensor) -> Tensor | None:
         return None
     plan = layer.decoding_plan
     if plan is None or not plan.holds(layer, names) or not plan.factors_hold():
-        plan = layer.__dict__["decoding_plan"] = new_plan(layer, names)
+        plan = layer.__dict__["decoding_plan"] = _new_plan(layer, names)
         if plan is None:
             return None
     if plan.factors is None:
@@ -144,32 +144,36 @@ def decoded(layer: "AdapterLayer", x: Tensor) -> Tensor | None:
     return y
 
 
-def new_plan(layer: "AdapterLayer", names: tuple[str, ...]) -> DecodingPlan | None:
+def _new_plan(layer: "AdapterLayer", names: tuple[str, ...]) -> DecodingPlan | None:
     """Return a plan for the layer as it is now; None if its base layer has hooks, or a bias that trains."""
+    plan = base_plan(layer, names)
+    if plan is None:
+        return None
+    adapters = layer.in_order(names)
+    factors = [own_factors(adapter) for adapter in adapters]
+    return plan._replace(
+        adapters=adapters,
+        factors=None if None in factors else factors,
+        scale=_own_scale(adapters[0]) if len(adapters) == 1 else None,
+    )
+
+
+def base_plan(layer: "AdapterLayer", names: tuple[str, ...]) -> DecodingPlan | None:
+    """Return the plan without adapters; None if the base layer has hooks, or a bias that trains."""
     view = layer.base  # also moves the adapters to the base layer that is in place now
     base: Any = view.layer
     hooks = (base._forward_pre_hooks, base._forward_hooks, base._backward_hooks, base._backward_pre_hooks)
     if any(hooks) or "forward" in base.__dict__ or layer.has_trained_biases:
         return None
     holder = layer.adapters
-    is_plain = type(view) is LinearWeight and type(base) is nn.Linear
-    adapters = layer.in_order(names)
-    factors = [_own_factors(adapter) for adapter in adapters]
+    parameters = base._parameters if type(view) is LinearWeight and type(base) is nn.Linear else None
     return DecodingPlan(
-        names,
-        holder,
-        holder.changes,
-        layer.merged_names,
-        base,
-        hooks,
-        base._parameters if is_plain else None,
-        adapters,
-        None if None in factors else factors,  # type: ignore[arg-type]
-        _own_scale(adapters[0]) if len(adapters) == 1 else None,
+        names, holder, holder.changes, layer.merged_names, base, hooks, parameters, adapters=[], factors=[], scale=None
     )
 
 
-def _own_factors(adapter: Adapter) -> OwnFactors | None:
+def own_factors(adapter: Adapter) -> OwnFactors | None:
+    """Return the adapter's factors if they are its parameters, and nothing is dropped now; else None."""
     names = adapter.factor_names()
     if names is None or adapter.dropout_probability:
         return None

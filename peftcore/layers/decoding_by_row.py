@@ -7,64 +7,90 @@ the model, the first layer does so for all layers. With 16 adapters in 210 layer
 """
 
 import threading
-from collections.abc import Iterable, Sequence
-from itertools import chain
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from peftcore._util.fingerprint import unchanging_scope
+from peftcore.adapter import Adapter
 from peftcore.composition.route import Route
-from peftcore.kernels.compiled_low_rank import RowTable, add_low_rank_by_row, compiled, row_table
-from peftcore.layers.decoding import FEW_TOKENS, DecodingPlan, OwnFactors, base_output, new_plan
+from peftcore.kernels.compiled_low_rank import Factors, RowTable, add_low_rank_by_row, compiled, factors_of, row_table
+from peftcore.layers.decoding import FEW_TOKENS, DecodingPlan, base_output, base_plan, own_factors
 from peftcore.layers.shared_inputs import is_replica
 
 if TYPE_CHECKING:
     from peftcore.layers.adapter_layer import AdapterLayer
 
 
-class AdapterState:
-    """What plans depend on in their adapters, as it is now: attributes, dropout, and where the factors lie."""
+class AdapterState(NamedTuple):
+    """An adapter of a layer as compiled code reads it, and what that depends on, as it was when it was looked up."""
 
-    def __init__(self, factors: Iterable[OwnFactors]):
-        factors = list(factors)
-        self._attributes = [vars(own.adapter) for own in factors]
-        self._dropouts = [vars(own.dropout) for own in factors if own.dropout is not None]
-        self._factors = [(own.parameters, name) for own in factors for name in (own.names.a, own.names.b)]
-        self._changes = self._changes_now()
-        self._addresses, self._sizes = self._places_now()
+    attributes: Mapping[str, Any]
+    """The adapter's attributes now."""
+    changes: int
+    """`adapter.changes`"""
+    dropout: Mapping[str, Any] | None
+    """The attributes of its dropout now."""
+    parameters: Mapping[str, Any]
+    """Its parameters now."""
+    names: tuple[str, ...]
+    """The names of A and B."""
+    places: tuple[tuple[int, ...], tuple[int, ...]]
+    """Addresses of A and B, and their numbers of elements."""
+    scope: object | None
+    """`unchanging_scope()`"""
+    row: tuple[Factors, Any] | None
+    """A, B and s; None if the adapter computes more than s·B A x."""
 
-    @classmethod
-    def joined(cls, states: Iterable["AdapterState"]) -> "AdapterState":
-        """Return the states as one, which is compared in fewer steps."""
-        states, new = list(states), cls(())
-        for name in vars(new):
-            setattr(new, name, list(chain.from_iterable(getattr(state, name) for state in states)))
-        return new
 
-    def holds(self, moved: bool) -> bool:
+def _state_of(adapter: Adapter) -> AdapterState:
+    attributes: Any = vars(adapter)
+    own = own_factors(adapter)
+    if own is None:
+        return AdapterState(attributes, adapter.changes, None, {}, (), ((), ()), unchanging_scope(), None)
+    names = own.names.a, own.names.b
+    a, b = (own.parameters[name] for name in names)
+    factors = None if own.names.diagonal is not None or own.names.has_gain else factors_of(a, b)
+    dropout: Any = None if own.dropout is None else vars(own.dropout)
+    places = (a.data_ptr(), b.data_ptr()), (a.numel(), b.numel())
+    row = None if factors is None else (factors, adapter.scaling)
+    return AdapterState(attributes, own.changes, dropout, own.parameters, names, places, unchanging_scope(), row)
+
+
+class AdapterStates:
+    """The states of many adapters in lists, which are compared with what is now in few steps."""
+
+    def __init__(self, states: Iterable[AdapterState]):
+        states = list(states)
+        self._attributes = [state.attributes for state in states]
+        self._changes = [state.changes for state in states]
+        self._dropouts = [state.dropout for state in states if state.dropout is not None]
+        self._parameters = [(state.parameters, name) for state in states for name in state.names]
+        self._addresses = [address for state in states for address in state.places[0]]
+        self._sizes = [size for state in states for size in state.places[1]]
+
+    def hold(self, moved: bool) -> bool:
         """Return True if nothing has changed. moved: False if the factors are known to lie where they lay."""
+        if [attributes.get("changes", 0) for attributes in self._attributes] != self._changes:
+            return False
+        if True in [attributes["training"] for attributes in self._dropouts]:
+            return False
+        if not moved:
+            return True
+        tensors = [parameters[name] for parameters, name in self._parameters]
         return (
-            self._changes_now() == self._changes
-            and True not in [attributes["training"] for attributes in self._dropouts]
-            and (not moved or self._places_now() == (self._addresses, self._sizes))
+            list(map(Tensor.data_ptr, tensors)) == self._addresses and list(map(Tensor.numel, tensors)) == self._sizes
         )
-
-    def _changes_now(self) -> list[int | None]:
-        return [attributes.get("changes") for attributes in self._attributes]
-
-    def _places_now(self) -> tuple[list[int], list[int]]:
-        tensors = [parameters[name] for parameters, name in self._factors]
-        return list(map(Tensor.data_ptr, tensors)), list(map(Tensor.numel, tensors))
 
 
 class RowPlan(NamedTuple):
     """The calculation of a layer for a batch whose rows have one adapter each, or none."""
 
     plan: DecodingPlan
-    """The plan for all adapters of the batch, as if they were a chain."""
-    adapters: AdapterState
+    """The plan of the base layer."""
+    adapters: list[AdapterState]
     tokens: int
     """Tokens of the batch (count)."""
     table: RowTable | None
@@ -74,10 +100,14 @@ class RowPlan(NamedTuple):
 class RowPlans:
     """The plans of all layers for one list of compositions. Several threads may use it at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, route: Route):
+        chains = [one.chain() for one in route.compositions]
+        is_plain = all(chain is not None and len(chain) < 2 for chain in chains)
+        self.rows = [chain[0] if chain else None for chain in chains] if is_plain else None
+        """The adapter of each row; None if a composition is not a single adapter or the base."""
         self._of: dict[AdapterLayer, RowPlan] = {}
         self._lock = threading.Lock()
-        self._adapters: AdapterState | None = None
+        self._adapters: AdapterStates | None = None
         """The adapters of all plans; None if the plans have changed."""
         self._scope: object | None = None
         """The `unchanging_weights` context in which all factors were last found where they lay."""
@@ -101,15 +131,15 @@ class RowPlans:
         scope = unchanging_scope()
         with self._lock:
             if self._adapters is None:
-                self._adapters = AdapterState.joined(plan.adapters for plan in self._of.values())
-            if not self._adapters.holds(moved=scope is None or scope is not self._scope):
+                self._adapters = AdapterStates(state for plan in self._of.values() for state in plan.adapters)
+            if not self._adapters.hold(moved=scope is None or scope is not self._scope):
                 self._check(list(self._of))
             self._scope = scope
 
     def _check(self, layers: Sequence["AdapterLayer"]) -> None:
         for layer in layers:
             plan = self._of.get(layer)
-            if plan is not None and not plan.adapters.holds(moved=True):
+            if plan is not None and not AdapterStates(plan.adapters).hold(moved=True):
                 del self._of[layer]
                 self._adapters = None
 
@@ -129,7 +159,7 @@ def decoded_by_row(layer: "AdapterLayer", route: Route, x: Tensor) -> Tensor | N
     tokens, plans = x.numel() // x.shape[-1], _checked_plans(layer, route)
     found = plans.get(layer)
     if found is None or found.tokens != tokens or not found.plan.holds(layer, route.names):
-        found = _new_row_plan(layer, route, tokens)
+        found = _new_row_plan(layer, route.names, plans.rows, tokens)
         if found is None:
             return None
         plans.add(layer, found)
@@ -144,7 +174,7 @@ def _checked_plans(layer: "AdapterLayer", route: Route) -> RowPlans:
     """Return the route's plans, of which those of the layer, or of all layers in this call, have been checked."""
     plans = route.plans.get(RowPlans)
     if plans is None:
-        plans = route.plans[RowPlans] = RowPlans()
+        plans = route.plans[RowPlans] = RowPlans(route)
     cache = layer.selection.cache
     if not cache.running:
         plans.check(layer)
@@ -154,24 +184,28 @@ def _checked_plans(layer: "AdapterLayer", route: Route) -> RowPlans:
     return plans
 
 
-def _new_row_plan(layer: "AdapterLayer", route: Route, tokens: int) -> RowPlan | None:
+def _new_row_plan(
+    layer: "AdapterLayer", names: tuple[str, ...], rows: Sequence[str | None] | None, tokens: int
+) -> RowPlan | None:
     """Return a plan for the layer as it is now; None if the layer's base computes more than that."""
-    plan = new_plan(layer, route.names)
+    plan = base_plan(layer, names)
     if plan is None:
         return None
-    factors = plan.factors or []
-    chains, table = [one.chain() for one in route.compositions], None
-    is_plain = factors and all(own.names.diagonal is None and not own.names.has_gain for own in factors)
-    if is_plain and tokens % len(chains) == 0 and all(chain is not None and len(chain) < 2 for chain in chains):
-        numbers = {name: number for number, name in enumerate(layer.unmerged_among(route.names))}
-        rows = [numbers.get(chain[0]) if chain else None for chain in chains]
-        each = tokens // len(chains)
-        table = row_table(
-            _tensors(factors), [own.adapter.scaling for own in factors], [row for row in rows for _ in range(each)]
-        )
-    return RowPlan(plan, AdapterState(factors), tokens, table)
+    states, table = _known_states(layer.selection.adapter_states, layer.unmerged_among(names)), None
+    if rows is not None and tokens % len(rows) == 0 and all(state.row is not None for state in states.values()):
+        each, of_rows = tokens // len(rows), [states[name].row if name in states else None for name in rows]
+        table = row_table([row for row in of_rows for _ in range(each)] if each > 1 else of_rows)
+    return RowPlan(plan, list(states.values()), tokens, table)
 
 
-def _tensors(factors: Sequence[OwnFactors]) -> list[Any]:
-    """Return A and B of each adapter."""
-    return [own.parameters[name] for own in factors for name in (own.names.a, own.names.b)]
+def _known_states(known: dict[Adapter, AdapterState], adapters: Mapping[str, Adapter]) -> dict[str, AdapterState]:
+    """Return the states of a layer's adapters by name, from `known` if they hold; batches often differ in one adapter."""
+    for adapter in adapters.values():
+        if adapter not in known:
+            known[adapter] = _state_of(adapter)
+    states, scope = {name: known[adapter] for name, adapter in adapters.items()}, unchanging_scope()
+    moved = scope is None or any(state.scope is not scope for state in states.values())
+    if not AdapterStates(states.values()).hold(moved):
+        states = {name: _state_of(adapter) for name, adapter in adapters.items()}
+        known.update(zip(adapters.values(), states.values(), strict=True))
+    return states

@@ -6,7 +6,7 @@ import os
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ from peftcore import AdaLoraConfig, LoraConfig, get_peft_model
 from peftcore.kernels import compiled_low_rank
 from peftcore.kernels.compiled_low_rank import (
     MOST_WORK,
+    RowTable,
     add_low_rank,
     add_low_rank_by_row,
     compiled,
+    factors_of,
     openmp,
     row_table,
 )
@@ -127,6 +129,14 @@ ROWS = [1, 0, 0, None, 2, 0, None, 2, 2, 2, 2, 2, 1]
 """Numbers of the rows' adapters: runs of one and of several rows, and rows without one."""
 
 
+def table_of(factors: list[Tensor], scalings: list[Any], rows: Sequence[int | None] = ROWS) -> RowTable | None:
+    """The table for A and B of each adapter; None if an adapter's factors do not fit."""
+    found = [factors_of(*pair) for pair in zip(factors[::2], factors[1::2], strict=True)]
+    if None in found:
+        return None
+    return row_table([None if n is None else (found[n], scalings[n]) for n in rows])  # type: ignore[misc]
+
+
 def adapters(ranks: tuple[int, ...] = (4, 16, 5), inputs: int = 33, outputs: int = 37) -> list[Tensor]:
     torch.manual_seed(0)
     return [tensor for r in ranks for tensor in (torch.randn(r, inputs), torch.randn(outputs, r))]
@@ -136,7 +146,7 @@ def adapters(ranks: tuple[int, ...] = (4, 16, 5), inputs: int = 33, outputs: int
 def test_each_row_has_its_own_factors(dtype: torch.dtype) -> None:
     y, x, *_ = values(len(ROWS), 33, 1, 37, dtype)
     factors, scalings, given = adapters(), [1.0, 0.5, -2.0], y.clone()
-    table = row_table(factors, scalings, ROWS)
+    table = table_of(factors, scalings)
     assert table is not None
     assert add_low_rank_by_row(y, x, table)
     for row, number in enumerate(ROWS):
@@ -156,7 +166,7 @@ def test_threads_share_the_rows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
     """The outputs are the same bit by bit with any number of threads, and without PyTorch's OpenMP library."""
     rows = ROWS * 2 + [2] * 40
     y, x, *_ = values(len(rows), 33, 1, 37, dtype)
-    table = row_table(adapters(), [1.0, 0.5, -2.0], rows)
+    table = table_of(adapters(), [1.0, 0.5, -2.0], rows)
     assert table is not None
     found, threads = [], torch.get_num_threads()
     try:
@@ -184,7 +194,7 @@ def test_rows_are_computed_in_pytorchs_threads(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(compiled_low_rank, "openmp", lambda: ctypes.cast(parallel, ctypes.c_void_p).value)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     y, x, *_ = values(len(ROWS), 33, 1, 37, torch.float32)
-    table = row_table(adapters(), [1.0, 0.5, -2.0], ROWS)
+    table = table_of(adapters(), [1.0, 0.5, -2.0])
     assert table is not None and add_low_rank_by_row(y, x, table)
     assert calls == [3]
 
@@ -192,7 +202,7 @@ def test_rows_are_computed_in_pytorchs_threads(monkeypatch: pytest.MonkeyPatch) 
 def test_table_reads_the_values_of_each_call_from_memory_that_it_keeps() -> None:
     y, x, *_ = values(len(ROWS), 33, 1, 37, torch.float32)
     factors = adapters()
-    table = row_table(factors, [1.0] * 3, ROWS)
+    table = table_of(factors, [1.0] * 3)
     before, after, gone = y.clone(), y.clone(), y.clone()
     assert table is not None and add_low_rank_by_row(before, x, table)
     for a in factors[::2]:
@@ -218,9 +228,9 @@ def test_table_reads_the_values_of_each_call_from_memory_that_it_keeps() -> None
 )
 def test_no_table_for_factors_that_do_not_fit(change: Any) -> None:
     *first, a, b = adapters()
-    assert row_table([*first, *change(a, b)], [1.0] * 3, ROWS) is None
-    assert row_table([*first, a, b], [1.0, 1.0, torch.tensor(1.0)], ROWS) is None
-    assert row_table([*first, a, b], [1.0] * 3, ROWS * 1000) is None  # more work than a call is for
+    assert table_of([*first, *change(a, b)], [1.0] * 3) is None
+    assert table_of([*first, a, b], [1.0, 1.0, torch.tensor(1.0)]) is None
+    assert table_of([*first, a, b], [1.0] * 3, ROWS * 1000) is None  # more work than a call is for
 
 
 @torch.no_grad()

@@ -387,13 +387,13 @@ def test_mixed_batch_compares_the_adapters_of_all_layers_once_in_a_call(
     x = torch.randn(6, 8)
     before, _ = outputs(x)
     compared: list[tuple[int, bool]] = []
-    original = decoding_by_row.AdapterState.holds
+    original = decoding_by_row.AdapterStates.hold
 
-    def holds(state: Any, moved: bool) -> bool:
-        compared.append((len(state._attributes), moved))
-        return original(state, moved)
+    def hold(states: Any, moved: bool) -> bool:
+        compared.append((len(states._attributes), moved))
+        return original(states, moved)
 
-    monkeypatch.setattr(decoding_by_row.AdapterState, "holds", holds)
+    monkeypatch.setattr(decoding_by_row.AdapterStates, "hold", hold)
     with torch.no_grad(), model.route(ROWS):
         assert torch.equal(model(x), before)
         assert compared == [(6, True)]  # three adapters in each of two layers
