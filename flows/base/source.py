@@ -150,6 +150,8 @@ def _load(source: str, checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrai
         except GgufError as error:
             raise BaseModelError(f"base.source {source}: {error}") from error
         options |= {"gguf_file": checkpoint.gguf, **_unpacked()}
+        if (model := _own_gguf(checkpoint.folder / checkpoint.gguf)) is not None:
+            return model, _tokenizer(checkpoint), []
     else:
         config = AutoConfig.from_pretrained(checkpoint.folder, **local_options)
         if getattr(config, "quantization_config", None):
@@ -167,6 +169,18 @@ def _load(source: str, checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrai
     missing = {*info["missing_keys"], *(str(key[0]) for key in info["mismatched_keys"])}
     missing = {name for name in missing if kind is AutoModelForCausalLM or "pooler." not in name}
     return model.eval(), tokenizer, sorted(missing)
+
+
+def _own_gguf(file: Path) -> PreTrainedModel | None:
+    """Return the model by `load_gguf_base`, in half of transformers' time; None for a file that it refuses."""
+    try:
+        model: Any = load_gguf_base(file, torch.bfloat16)
+    except GgufError:
+        return None  # an architecture or a type that only transformers knows, or damage, which it finds, too
+    if getattr(model, "hf_quantizer", None) is not None:
+        model = model.dequantize(torch.bfloat16)
+    _forget_gguf(model)
+    return model
 
 
 def _unpacked() -> dict[str, Any]:

@@ -81,7 +81,7 @@ def token_calibration(model: nn.Module, rows: Sequence[Row], pad: int, batch_siz
     """
     calibration = Calibration()
     collate, device = RightPaddingCollator(pad), next(model.parameters()).device
-    for batch in by_length([len(row["input_ids"]) for row in rows], batch_size):
+    for batch in by_length([len(row["input_ids"]) for row in rows], batch_size, device):
         inputs = collate([rows[index] for index in batch])
         labels = inputs.pop("labels")[:, 1:]
         inputs.pop("weight", None)

@@ -64,7 +64,7 @@ def divergences(
     collate = RightPaddingCollator(padding_id(tokenizer))
     values: dict[str, list[float]] = {side: [0.0] * len(rows) for side in ("base", "adapter")}
     with _teacher(params, paths, model) as teacher, progress(len(rows), "divergence from the teacher", "row") as bar:
-        for batch in by_length([len(row["input_ids"]) for row in rows], batch_size):
+        for batch in by_length([len(row["input_ids"]) for row in rows], batch_size, model.device):
             columns = collate([{name: rows[i][name] for name in ("input_ids", "labels")} for i in batch])
             inputs = {name: tensor.to(model.device) for name, tensor in columns.items()}
             mask = supervised_positions(inputs.pop("labels"))

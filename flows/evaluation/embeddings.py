@@ -49,7 +49,7 @@ def embeddings(
     """
     collate, device = RightPaddingCollator(pad), next(model.parameters()).device
     results: list[Tensor | None] = [None] * len(texts)
-    for batch in by_length([len(ids) for ids in texts], batch_size):
+    for batch in by_length([len(ids) for ids in texts], batch_size, device):
         inputs = collate([{"input_ids": texts[i], "labels": []} for i in batch])
         ids, mask = (inputs[name].to(device) for name in ("input_ids", "attention_mask"))
         for i, vector in zip(batch, embed(model, ids, mask, pooling, normalize).float().cpu(), strict=True):

@@ -89,7 +89,8 @@ def fidelity(reference: Reference, candidate: nn.Module, bar: Any = None) -> Fid
     after = {reference.model: reference.after_prefix, candidate: share_prefix(candidate, rows)}
     divergence, agreed, tokens = 0.0, 0, 0
     losses = [0.0, 0.0]
-    for number, batch in enumerate(by_length([len(row["input_ids"]) for row in rows], reference.batch_size)):
+    batches = by_length([len(row["input_ids"]) for row in rows], reference.batch_size, device)
+    for number, batch in enumerate(batches):
 
         def predict(model: nn.Module, batch: list[int] = batch) -> Tensor:
             reader, rests = after[model]

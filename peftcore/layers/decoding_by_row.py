@@ -199,7 +199,7 @@ def _new_row_plan(
 
 
 def _known_states(known: dict[Adapter, AdapterState], adapters: Mapping[str, Adapter]) -> dict[str, AdapterState]:
-    """Return the states of a layer's adapters by name, from `known` if they hold; batches often differ in one adapter."""
+    """Return the states of a layer's adapters by name, from `known` if they hold: batches often differ in one row."""
     for adapter in adapters.values():
         if adapter not in known:
             known[adapter] = _state_of(adapter)

@@ -61,6 +61,14 @@ def test_batches_are_of_like_length_and_hold_each_row_once() -> None:
     assert batches == [[1, 3], [4, 0], [2]]
 
 
+def test_batches_on_a_cpu_have_few_tokens() -> None:
+    """One row, or as many as have 512 tokens when padded to the longest."""
+    lengths = [600, 300, 200, 200, 100, 90, 80, 70, 60, 50]
+    assert by_length(lengths, 4, torch.device("cpu")) == [[0], [1], [2, 3], [4, 5, 6, 7], [8, 9]]
+    assert by_length(lengths, 4, torch.device("cuda")) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert by_length([0, 0], 4, torch.device("cpu")) == [[0, 1]]
+
+
 def test_rouge_l_is_the_f_measure_of_the_longest_common_subsequence() -> None:
     # 3 words in common, in order, of 4 in the reference and of 6 in the answer: P = 1/2, R = 3/4, F = 2PR/(P+R)
     assert rouge_l(["Return the file position."], ["This will return the current position"]) == [pytest.approx(0.6)]
