@@ -12,8 +12,9 @@ from transformers import PreTrainedTokenizerBase
 from flows.base.folder import padding_id
 from flows.data.rows import Row
 from flows.evaluation.generation import Answers, generate_answers
+from flows.evaluation.prompt_states import PromptStates
 from flows.evaluation.result import COMMON, EvaluationResult, common_columns, common_metrics
-from flows.evaluation.scoring import RowLosses, rouge_l
+from flows.evaluation.scoring import RowLosses, rouge_l, row_losses
 from flows.params import Evaluate, Params
 from flows.runtime.progress import progress
 
@@ -107,12 +108,16 @@ def score_and_answer(
     answered: dict[str, Answered] = {}
     with progress(2 * (len(rows) + len(prompts)), "evaluate", "row") as bar:
         for name, context in (("base", model.disable_adapter()), ("adapter", contextlib.nullcontext())):
+            states = PromptStates([prompt.row for prompt in prompts], [len(prompt) for prompt in ids])
+            kept = (
+                {"prompts": states} if score is row_losses else {}
+            )  # the only one that reads the rows' prompts as such
             with context:
                 with progress(len(rows), f"losses of the {name}", "row", part_of=bar) as part:
-                    scores[name] = score(model, rows, padding_id(tokenizer), evaluate.batch_size, part)
+                    scores[name] = score(model, rows, padding_id(tokenizer), evaluate.batch_size, part, **kept)
                 with progress(len(prompts), f"answers of the {name}", "row", part_of=bar) as part:
                     answers = generate_answers(
-                        model, tokenizer, ids, evaluate.max_new_tokens, evaluate.batch_size, part
+                        model, tokenizer, ids, evaluate.max_new_tokens, evaluate.batch_size, part, states=states
                     )
             texts = [answer.text for answer in answers.answers]
             answered[name] = Answered(answers, rouge_l([prompt.reference for prompt in prompts], texts))

@@ -45,9 +45,14 @@ class ModelAfterPrefix(nn.Module):
         """P"""
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> Any:
-        """Return the model's output for input_ids (B, T) with attention_mask (B, T)."""
-        kwargs |= {"cache": self.cache(len(input_ids)), "use_cache": True}
+        """Return the model's output for input_ids (B, T) with attention_mask (B, T), from `cache` if it is given."""
+        kwargs |= {"cache": kwargs.get("cache") or self.cache(len(input_ids)), "use_cache": True}
         return self.module(input_ids=input_ids, attention_mask=self.extended(attention_mask), **kwargs)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the prefix is."""
+        return self._prefix[0][0].device
 
     def cache(self, rows: int) -> DynamicCache:
         """Return a new cache of the prefix for some rows."""

@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from flows.base.folder import padding_id
 from flows.data.chat import end_token
 from flows.evaluation.common_prefix import ModelAfterPrefix, model_after_prefix
+from flows.evaluation.prompt_states import PromptStates
 from flows.evaluation.scoring import by_length
 
 
@@ -44,7 +45,7 @@ class Answers:
 
     @property
     def tokens_per_second(self) -> float:
-        """Generated tokens per second of wall-clock time, prefill included."""
+        """Generated tokens per second of wall-clock time; the time to read prompts counts, unless `states` had them."""
         return sum(answer.tokens for answer in self.answers) / self.seconds
 
 
@@ -65,6 +66,7 @@ def generate_answers(
     batch_size: int,
     bar: Any = None,
     sampling: Sampling | None = None,
+    states: PromptStates | None = None,
 ) -> Answers:
     """Answer each prompt.
 
@@ -76,6 +78,7 @@ def generate_answers(
         batch_size: Prompts per batch.
         bar: Progress bar in rows.
         sampling: How to sample the answers; None: greedily. The random state of the process stays.
+        states: States of the prompts, if they have been read before; not used if one is missing.
     """
     end = end_token(tokenizer)
     pad = padding_id(tokenizer)
@@ -90,10 +93,13 @@ def generate_answers(
         config.decoder_start_token_id = getattr(model.generation_config, "decoder_start_token_id", None)
     answers: list[Answer | None] = [None] * len(prompts)
     started = time.perf_counter()
-    after = model_after_prefix(model, prompts, min(map(len, prompts), default=0) - 1)
+    read = states if states is not None and states.is_complete else None
+    after = read.after if read else model_after_prefix(model, prompts, min(map(len, prompts), default=0) - 1)
     with contiguous_head(model), _seeded(sampling, model.device):
         for batch in by_length([len(prompt) for prompt in prompts], batch_size):
             inputs = _padded([prompts[i] for i in batch], pad, model.device, left=not has_encoder, after=after)
+            if read:
+                inputs["cache"] = read.cache_of(batch)
             with torch.no_grad():
                 output = cast(Tensor, model.generate(**inputs, generation_config=config))  # pyright: ignore
             begin = 1 if has_encoder else inputs["input_ids"].shape[1]  # a decoder of its own has a start token

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from flows.data.rows import Row
 from flows.evaluation.common_prefix import share_prefix
+from flows.evaluation.prompt_states import PromptStates
 from peftcore.train import (
     ClassificationCollator,
     PairLogProbs,
@@ -90,7 +91,14 @@ def by_length(lengths: Sequence[int], batch_size: int, device: torch.device | No
 
 
 @torch.no_grad()
-def row_losses(model: nn.Module, rows: Sequence[Row], pad: int, batch_size: int, bar: Any = None) -> RowLosses:
+def row_losses(
+    model: nn.Module,
+    rows: Sequence[Row],
+    pad: int,
+    batch_size: int,
+    bar: Any = None,
+    prompts: PromptStates | None = None,
+) -> RowLosses:
     """Return the loss of each row.
 
     A row's weight in the total loss is its number of supervised tokens, times the row's `weight` if there is one. The
@@ -102,6 +110,7 @@ def row_losses(model: nn.Module, rows: Sequence[Row], pad: int, batch_size: int,
         pad: Token id of padding.
         batch_size: Rows per forward pass.
         bar: Progress bar that counts rows.
+        prompts: Keeps the states of prompts for answers.
     """
     means, tokens = [0.0] * len(rows), [0] * len(rows)
     collate = RightPaddingCollator(pad)
@@ -110,7 +119,11 @@ def row_losses(model: nn.Module, rows: Sequence[Row], pad: int, batch_size: int,
     for batch in by_length([len(row["input_ids"]) for row in rows], batch_size, device):
         inputs = {name: tensor.to(device) for name, tensor in collate([rests[i] for i in batch]).items()}
         labels, _ = inputs.pop("labels"), inputs.pop("weight", None)
-        sums, counts = row_sums(*token_losses(model, inputs | {"use_cache": False}, labels))
+        cache = None if prompts is None else prompts.cache_for(model, batch)
+        options: dict[str, Any] = {"use_cache": False} if cache is None else {"cache": cache}
+        sums, counts = row_sums(*token_losses(model, inputs | options, labels))
+        if prompts is not None and cache is not None:
+            prompts.keep(batch, cache)
         for i, total, count in zip(batch, sums.tolist(), counts.tolist(), strict=True):
             means[i], tokens[i] = total / count, count
         if bar is not None:

@@ -21,10 +21,11 @@ from transformers import (
 )
 
 from flows.data.rows import Row
-from flows.evaluation import common_prefix
+from flows.evaluation import common_prefix, prompt_states
 from flows.evaluation.common_prefix import ModelAfterPrefix, model_after_prefix, share_prefix
 from flows.evaluation.fidelity import Reference, fidelity
 from flows.evaluation.generation import generate_answers
+from flows.evaluation.prompt_states import PromptStates
 from flows.evaluation.scoring import row_losses
 from peftcore import LoraConfig, PrefixTuningConfig, get_peft_model
 
@@ -213,3 +214,45 @@ def test_little_in_common_is_not_taken_apart() -> None:
     every_token = [row | {"labels": row["input_ids"]} for row in rows()]
     assert share_prefix(model, every_token)[0] is model
     assert model_after_prefix(model, [], -1) is None
+
+
+def kept(given: list[Row], of: list[int]) -> PromptStates:
+    return PromptStates(of, [given[row]["prompt"] for row in of])
+
+
+@pytest.mark.parametrize("make", [llama, llama_with_lora, bloom])
+@pytest.mark.parametrize("batch_size", [3, 16])
+def test_answers_continue_from_what_the_losses_have_read(
+    make,
+    batch_size: int,
+    tokens: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("flows.evaluation.generation.end_token", lambda _: 63)
+    model, given, of = made(make), rows(), [8, 1, 2, 7, 4, 0, 5, 3]
+    prompts = [given[row]["input_ids"][: given[row]["prompt"]] for row in of]
+    expected = generate_answers(model, tokenizer, prompts, 5, batch_size).answers
+    losses, states = row_losses(model, given, 0, 4), kept(given, of)
+    assert row_losses(model, given, 0, 4, prompts=states).means == pytest.approx(losses.means, rel=1e-12)
+    assert states.is_complete
+    tokens.clear()
+    assert generate_answers(model, tokenizer, prompts, 5, batch_size, states=states).answers == expected
+    assert not tokens  # not even the common beginning is read again
+    assert len({answer.text for answer in expected}) > 4
+
+
+@pytest.mark.parametrize("reason", ["no room", "a row that was not scored", "no common beginning"])
+def test_prompts_are_read_again_if_one_was_not_kept(
+    reason: str, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flows.evaluation.generation.end_token", lambda _: 63)
+    if reason == "no room":
+        monkeypatch.setattr(prompt_states, "MAX_KEPT", 10_000)
+    model, given, of = made(llama), rows(shared=4 if reason == "no common beginning" else len(PREFIX)), [*range(9)]
+    prompts = [given[row]["input_ids"][: given[row]["prompt"]] for row in of]
+    states = kept(given, of)
+    row_losses(model, given[:8] if reason == "a row that was not scored" else given, 0, 4, prompts=states)
+    assert not states.is_complete
+    expected = generate_answers(model, tokenizer, prompts, 5, 4).answers
+    assert generate_answers(model, tokenizer, prompts, 5, 4, states=states).answers == expected
