@@ -195,9 +195,9 @@ def _prototypes(gate: Gate) -> Any:
 def stacked_anew(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows with each stack that is made."""
     from peftcore.composition import stacked
-    from peftcore.layers import decoding
+    from peftcore.layers import decoding_by_row
 
-    monkeypatch.setattr(decoding, "compiled", dict)  # compiled code reads the adapters themselves
+    monkeypatch.setattr(decoding_by_row, "compiled", dict)  # compiled code reads the adapters themselves
     seen: list[int] = []
     original = stacked.stack
     monkeypatch.setattr(stacked, "stack", lambda *given: seen.append(1) or original(*given))
