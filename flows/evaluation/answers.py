@@ -109,12 +109,10 @@ def score_and_answer(
     with progress(2 * (len(rows) + len(prompts)), "evaluate", "row") as bar:
         for name, context in (("base", model.disable_adapter()), ("adapter", contextlib.nullcontext())):
             states = PromptStates([prompt.row for prompt in prompts], [len(prompt) for prompt in ids])
-            kept = (
-                {"prompts": states} if score is row_losses else {}
-            )  # the only one that reads the rows' prompts as such
+            options = {"prompts": states} if score is row_losses else {}  # the other functions keep no states
             with context:
                 with progress(len(rows), f"losses of the {name}", "row", part_of=bar) as part:
-                    scores[name] = score(model, rows, padding_id(tokenizer), evaluate.batch_size, part, **kept)
+                    scores[name] = score(model, rows, padding_id(tokenizer), evaluate.batch_size, part, **options)
                 with progress(len(prompts), f"answers of the {name}", "row", part_of=bar) as part:
                     answers = generate_answers(
                         model, tokenizer, ids, evaluate.max_new_tokens, evaluate.batch_size, part, states=states

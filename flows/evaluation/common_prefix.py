@@ -44,9 +44,18 @@ class ModelAfterPrefix(nn.Module):
         self.length = prefix[0][0].shape[2]
         """P"""
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, **kwargs: Any) -> Any:
-        """Return the model's output for input_ids (B, T) with attention_mask (B, T), from `cache` if it is given."""
-        kwargs |= {"cache": kwargs.get("cache") or self.cache(len(input_ids)), "use_cache": True}
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, cache: DynamicCache | None = None, **kwargs: Any
+    ) -> Any:
+        """Return the model's output for input_ids (B, T) with attention_mask (B, T).
+
+        Args:
+            input_ids: The tokens after the prefix.
+            attention_mask: 0 for padding.
+            cache: What `self.cache` has returned, to be filled; None for a new one.
+            kwargs: Further arguments of the model.
+        """
+        kwargs |= {"cache": self.cache(len(input_ids)) if cache is None else cache, "use_cache": True}
         return self.module(input_ids=input_ids, attention_mask=self.extended(attention_mask), **kwargs)
 
     @property
