@@ -60,7 +60,7 @@ class ModelAfterPrefix(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the prefix is."""
+        """Device of the prefix."""
         return self._prefix[0][0].device
 
     def cache(self, rows: int) -> DynamicCache:
