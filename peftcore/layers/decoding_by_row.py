@@ -1,9 +1,9 @@
 """Decoding of mixed batches on a CPU: the output of a layer for few tokens, whose rows have one adapter each or none.
 
-Compiled code reads the factors of each row's adapter where they lie (`compiled_low_rank.RowTable`), so no change of a
-value can be missed. Before that, the layer's plan is compared with the state of all adapters of the batch. In a call of
-the model, the first layer does so for all layers. With 16 adapters in 210 layers, that takes 8 ms of a step of 100, and
-2 while weights are promised not to change, as in `generate`.
+Compiled code reads the factors of each row's adapter from the adapter's own memory (`compiled_low_rank.RowTable`), so
+no change of a value can be missed. Changed attributes and other memory are noticed by a comparison with the adapters'
+state, which the first layer of a call of the model makes for all layers. With 16 adapters in 210 layers, the comparison
+takes 8 ms of a step of 100, and 2 while weights are promised not to change, as in `generate`.
 """
 
 import threading
@@ -46,6 +46,7 @@ class AdapterState(NamedTuple):
 
 
 def _state_of(adapter: Adapter) -> AdapterState:
+    """Look the adapter's state up."""
     attributes: Any = vars(adapter)
     own = own_factors(adapter)
     if own is None:
@@ -60,7 +61,7 @@ def _state_of(adapter: Adapter) -> AdapterState:
 
 
 class AdapterStates:
-    """The states of many adapters in lists, which are compared with what is now in few steps."""
+    """The states of many adapters, in lists that are compared with the present in a few steps."""
 
     def __init__(self, states: Iterable[AdapterState]):
         states = list(states)
@@ -71,13 +72,17 @@ class AdapterStates:
         self._addresses = [address for state in states for address in state.places[0]]
         self._sizes = [size for state in states for size in state.places[1]]
 
-    def hold(self, moved: bool) -> bool:
-        """Return True if nothing has changed. moved: False if the factors are known to lie where they lay."""
+    def hold(self, compare_memory: bool) -> bool:
+        """Return True if nothing has changed.
+
+        Args:
+            compare_memory: False if the factors are known to be in the same memory as before.
+        """
         if [attributes.get("changes", 0) for attributes in self._attributes] != self._changes:
             return False
         if True in [attributes["training"] for attributes in self._dropouts]:
             return False
-        if not moved:
+        if not compare_memory:
             return True
         tensors = [parameters[name] for parameters, name in self._parameters]
         return (
@@ -110,7 +115,7 @@ class RowPlans:
         self._adapters: AdapterStates | None = None
         """The adapters of all plans; None if the plans have changed."""
         self._scope: object | None = None
-        """The `unchanging_weights` context in which all factors were last found where they lay."""
+        """The `unchanging_weights` context in which the memory of all factors was last compared."""
 
     def get(self, layer: "AdapterLayer") -> RowPlan | None:
         """Return the layer's plan, if it has one."""
@@ -132,14 +137,14 @@ class RowPlans:
         with self._lock:
             if self._adapters is None:
                 self._adapters = AdapterStates(state for plan in self._of.values() for state in plan.adapters)
-            if not self._adapters.hold(moved=scope is None or scope is not self._scope):
+            if not self._adapters.hold(compare_memory=scope is None or scope is not self._scope):
                 self._check(list(self._of))
             self._scope = scope
 
     def _check(self, layers: Sequence["AdapterLayer"]) -> None:
         for layer in layers:
             plan = self._of.get(layer)
-            if plan is not None and not AdapterStates(plan.adapters).hold(moved=True):
+            if plan is not None and not AdapterStates(plan.adapters).hold(compare_memory=True):
                 del self._of[layer]
                 self._adapters = None
 
@@ -204,8 +209,8 @@ def _known_states(known: dict[Adapter, AdapterState], adapters: Mapping[str, Ada
         if adapter not in known:
             known[adapter] = _state_of(adapter)
     states, scope = {name: known[adapter] for name, adapter in adapters.items()}, unchanging_scope()
-    moved = scope is None or any(state.scope is not scope for state in states.values())
-    if not AdapterStates(states.values()).hold(moved):
+    may_have_moved = scope is None or any(state.scope is not scope for state in states.values())
+    if not AdapterStates(states.values()).hold(may_have_moved):
         states = {name: _state_of(adapter) for name, adapter in adapters.items()}
         known.update(zip(adapters.values(), states.values(), strict=True))
     return states

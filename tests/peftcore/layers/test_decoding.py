@@ -389,9 +389,9 @@ def test_mixed_batch_compares_the_adapters_of_all_layers_once_in_a_call(
     compared: list[tuple[int, bool]] = []
     original = decoding_by_row.AdapterStates.hold
 
-    def hold(states: Any, moved: bool) -> bool:
-        compared.append((len(states._attributes), moved))
-        return original(states, moved)
+    def hold(states: Any, compare_memory: bool) -> bool:
+        compared.append((len(states._attributes), compare_memory))
+        return original(states, compare_memory)
 
     monkeypatch.setattr(decoding_by_row.AdapterStates, "hold", hold)
     with torch.no_grad(), model.route(ROWS):
