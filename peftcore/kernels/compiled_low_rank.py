@@ -1,7 +1,7 @@
 """Low-rank products for few tokens in one call, from C that is compiled when it is first needed.
 
 `add_low_rank` is for one adapter, `add_low_rank_by_row` for rows with different adapters. The latter uses all threads;
-for the former, starting them takes as long as they save.
+so does the former for many rows. For few, starting them takes as long as they save.
 
 A decoding step reads the weights of the whole model, which drives everything else out of the processor's caches. So
 the four operations of a low-rank branch (cast, two products, addition) cost far more than their arithmetic: 50 to 65 us
@@ -38,6 +38,10 @@ FLAGS = (("-O3", "-march=native"), ("-O3", "-mcpu=native"))
 MOST_WORK = 2**22
 """Largest number of multiplications of one call (count). A call in one thread has this many divided by PyTorch's
 threads, because PyTorch's own products use them all."""
+LEAST_SHARED_WORK = 2**18
+"""Least number of multiplications of one adapter that are divided among threads (count): 16 rows of 576 inputs and
+outputs with rank 16. Two threads save a quarter of their time, and nothing of that of 8 rows (`LOG.md` of the
+benchmarks)."""
 NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 """{type of x and y: end of the names of its C functions}"""
 _PLAIN = (Tensor, nn.Parameter)
@@ -67,6 +71,9 @@ def add_low_rank(
     Returns:
         True if y is changed. False, with y as it was, for much work, for other types, devices, strides or subclasses of
         tensors, inside of a `TorchDispatchMode`, and where nothing could be compiled.
+
+    Raises:
+        MemoryError: There is no memory for intermediate values. Some rows of y may be changed.
     """
     dtype = x.dtype
     functions = compiled().get(dtype)
@@ -88,12 +95,8 @@ def add_low_rank(
     r, inputs = a.shape
     outputs = y.shape[-1]
     rows = y.numel() // outputs
-    if (
-        x.shape[-1] != inputs
-        or x.numel() != rows * inputs
-        or b.shape != (outputs, r)
-        or rows * r * (inputs + outputs) * torch.get_num_threads() > MOST_WORK
-    ):
+    work = rows * r * (inputs + outputs)
+    if x.shape[-1] != inputs or x.numel() != rows * inputs or b.shape != (outputs, r) or work > _most_work():
         return False
     e = g = None
     if diagonal is not None:
@@ -105,7 +108,10 @@ def add_low_rank(
             return False
         g = gain.data_ptr()
     pointers = y.data_ptr(), x.data_ptr(), a.data_ptr(), b.data_ptr()
-    return functions.add(*pointers, e, g, scaling, rows, inputs, r, outputs) == 1
+    threads = 1 if work < LEAST_SHARED_WORK else torch.get_num_threads()
+    if not functions.add(*pointers, e, g, scaling, rows, inputs, r, outputs, openmp(), threads):
+        raise _no_memory(rows)
+    return True
 
 
 def _is_vector(tensor: Tensor, length: int) -> bool:
@@ -170,8 +176,7 @@ def row_table(rows: Sequence[tuple[Factors, Any] | None]) -> RowTable | None:
         return None
     if any(type(one[1]) is not float for one in rows if one):
         return None
-    work = sum(one.r for one in factors) * (inputs + outputs)
-    if work * (1 if openmp() else torch.get_num_threads()) > MOST_WORK:
+    if sum(one.r for one in factors) * (inputs + outputs) > _most_work():
         return None
     count = len(rows)
     pointers = (
@@ -208,7 +213,18 @@ def add_low_rank_by_row(y: Tensor, x: Tensor, table: RowTable) -> bool:
     ):
         return False
     pointers = y.data_ptr(), x.data_ptr(), *table.pointers
-    return functions.add_by_row(*pointers, rows, inputs, outputs, openmp(), torch.get_num_threads()) == 1
+    if not functions.add_by_row(*pointers, rows, inputs, outputs, openmp(), torch.get_num_threads()):
+        raise _no_memory(rows)
+    return True
+
+
+def _most_work() -> int:
+    """Return the largest number of multiplications of a call."""
+    return MOST_WORK if openmp() else MOST_WORK // torch.get_num_threads()
+
+
+def _no_memory(rows: int) -> MemoryError:
+    return MemoryError(f"no memory for the intermediate values of a low-rank product of {rows} rows; free some memory")
 
 
 @cache
@@ -225,7 +241,7 @@ def compiled() -> dict[torch.dtype, Functions]:
     found = {}
     for dtype, name in NAMES.items():
         add, add_by_row = getattr(library, f"add_low_rank_{name}"), getattr(library, f"add_low_rank_by_row_{name}")
-        add.argtypes = [*[pointer] * 6, ctypes.c_float, *[size] * 4]
+        add.argtypes = [*[pointer] * 6, ctypes.c_float, *[size] * 4, pointer, ctypes.c_uint]
         add_by_row.argtypes = [*[pointer] * 6, *[size] * 3, pointer, ctypes.c_uint]
         found[dtype] = Functions(add, add_by_row)
     return found
@@ -235,7 +251,7 @@ def compiled() -> dict[torch.dtype, Functions]:
 def openmp() -> int | None:
     """Return the address of `GOMP_parallel` in the OpenMP library of this PyTorch; None if it has no such function.
 
-    `add_low_rank_by_row` computes in the threads that PyTorch has already. Threads of another library would compete
+    The products are computed in the threads that PyTorch has already. Threads of another library would compete
     with them, because both kinds wait by spinning.
     """
     library = ctypes.CDLL(torch._C.__file__)  # a name is also looked up in the libraries that it needs

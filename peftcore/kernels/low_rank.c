@@ -155,95 +155,123 @@ static float *memory_for(long count)
     return aligned_alloc(64, (sizeof(float) * count + 63) / 64 * 64);
 }
 
-/* x (rows, inputs) and y (rows, outputs) in float32. Returns 0, with y as it was, if there is no memory. */
-int add_low_rank_float32(float *y, const float *x, const float *a, const float *b, const float *diagonal,
-                         const float *gain, float scale, long rows, long inputs, long r, long outputs)
-{
-    float *scratch = memory_for(r * (WIDTH + rows));
-    if (!scratch)
-        return 0;
-    add_low_rank(y, x, a, b, diagonal, gain, scale, rows, inputs, r, outputs, scratch, 0);
-    free(scratch);
-    return 1;
-}
+typedef void (*start_threads)(void (*work)(void *), void *data, unsigned threads, unsigned flags);
 
-/* The same with x and y in bfloat16. */
-int add_low_rank_bfloat16(uint16_t *y, const uint16_t *x, const float *a, const float *b, const float *diagonal,
-                          const float *gain, float scale, long rows, long inputs, long r, long outputs)
-{
-    long count = (rows * inputs + 15) / 16 * 16;
-    float *wide = memory_for(count + r * (WIDTH + rows));
-    if (!wide)
-        return 0;
-    for (long i = 0; i < rows * inputs; i++)
-        wide[i] = widened(x[i]);
-    add_low_rank(y, wide, a, b, diagonal, gain, scale, rows, inputs, r, outputs, wide + count, 1);
-    free(wide);
-    return 1;
-}
-
-/* Rows with adapters of their own: pointers to A and B, scale and r of each row. A row whose pointer to A is 0 has no
-   adapter. */
-struct batch {
+/* A call: rows that have one adapter, the first, or each row its own. A row whose pointer to A is 0 has no adapter. */
+struct call {
     char *y;
     const char *x;
     const float *const *a, *const *b;
     const float *scales;
     const long *ranks;
+    int by_row;                    /* each row has its own adapter */
+    const float *diagonal, *gain;  /* of the one adapter; 0 for none */
     long rows, inputs, outputs;
     int is_bfloat16;
+    long most;   /* rows of one adapter that a thread takes at once */
     long next;   /* first row that no thread has taken */
     int failed;  /* there was no memory */
 };
 
-/* Take the next rows that lie next to each other and have one adapter, and compute them together; until none is left. */
-static void compute_rows(void *of)
+/* Compute `rows` rows of one adapter, from row `first` on. */
+static void compute(struct call *call, long first, long rows)
 {
-    struct batch *batch = of;
-    const long size = batch->is_bfloat16 ? 2 : 4, inputs = batch->inputs, outputs = batch->outputs;
-    long first = __atomic_load_n(&batch->next, __ATOMIC_RELAXED);
-    while (first < batch->rows) {
-        const float *a = batch->a[first], *b = batch->b[first];
+    const long size = call->is_bfloat16 ? 2 : 4, inputs = call->inputs, outputs = call->outputs;
+    const long adapter = call->by_row ? first : 0, r = call->ranks[adapter];
+    const float *a = call->a[adapter], *b = call->b[adapter], scale = call->scales[adapter];
+    const char *x = call->x + first * inputs * size;
+    char *y = call->y + first * outputs * size;
+    long widened_inputs = call->is_bfloat16 ? (rows * inputs + 15) / 16 * 16 : 0;
+    float *memory = memory_for(widened_inputs + r * (WIDTH + rows));
+    if (!memory) {
+        __atomic_store_n(&call->failed, 1, __ATOMIC_RELAXED);
+        return;
+    }
+    float *scratch = memory + widened_inputs;
+    if (call->is_bfloat16) {
+        for (long i = 0; i < rows * inputs; i++)
+            memory[i] = widened(((const uint16_t *)x)[i]);
+        add_low_rank(y, memory, a, b, call->diagonal, call->gain, scale, rows, inputs, r, outputs, scratch, 1);
+    } else
+        add_low_rank(y, (const float *)x, a, b, call->diagonal, call->gain, scale, rows, inputs, r, outputs, scratch,
+                     0);
+    free(memory);
+}
+
+/* Take the next rows that lie next to each other and have one adapter, and compute them together; until none is left. */
+static void take_rows(void *of)
+{
+    struct call *call = of;
+    long first = __atomic_load_n(&call->next, __ATOMIC_RELAXED);
+    while (first < call->rows) {
         long end = first + 1;
-        while (end < batch->rows && end - first < MOST_ROWS && batch->a[end] == a)
+        while (end < call->rows && end - first < call->most && (!call->by_row || call->a[end] == call->a[first]))
             end++;
-        if (!__atomic_compare_exchange_n(&batch->next, &first, end, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
+        if (!__atomic_compare_exchange_n(&call->next, &first, end, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
             continue; /* another thread was faster; `first` is now what is left */
-        void *y = batch->y + first * outputs * size;
-        const void *x = batch->x + first * inputs * size;
-        if (a && !(batch->is_bfloat16 ? add_low_rank_bfloat16(y, x, a, b, 0, 0, batch->scales[first], end - first,
-                                                              inputs, batch->ranks[first], outputs)
-                                      : add_low_rank_float32(y, x, a, b, 0, 0, batch->scales[first], end - first,
-                                                             inputs, batch->ranks[first], outputs)))
-            __atomic_store_n(&batch->failed, 1, __ATOMIC_RELAXED);
-        first = __atomic_load_n(&batch->next, __ATOMIC_RELAXED);
+        if (call->a[call->by_row ? first : 0])
+            compute(call, first, end - first);
+        first = __atomic_load_n(&call->next, __ATOMIC_RELAXED);
     }
 }
 
-/* The same as above for rows with adapters of their own. `parallel` is GOMP_parallel of PyTorch's OpenMP library, or 0
-   for one thread. Returns 0, with some rows of y changed, if there is no memory. */
-static int add_low_rank_by_row(struct batch batch, void (*parallel)(void (*)(void *), void *, unsigned, unsigned),
-                               unsigned threads)
+/* `parallel` is GOMP_parallel of PyTorch's OpenMP library, or 0 for one thread. Returns 0, with some rows of y changed,
+   if there is no memory. */
+static int compute_rows(struct call call, start_threads parallel, unsigned threads)
 {
     if (parallel && threads > 1)
-        parallel(compute_rows, &batch, threads, 0);
+        parallel(take_rows, &call, threads, 0);
     else
-        compute_rows(&batch);
-    return !batch.failed;
+        take_rows(&call);
+    return !call.failed;
 }
 
+static int add_of_one(void *y, const void *x, const float *a, const float *b, const float *diagonal, const float *gain,
+                      float scale, long rows, long inputs, long r, long outputs, start_threads parallel,
+                      unsigned threads, int is_bfloat16)
+{
+    long share = parallel && threads > 1 ? (rows + threads - 1) / threads : rows;
+    long most = (share + TOGETHER - 1) / TOGETHER * TOGETHER;
+    struct call call = {y, x, &a, &b, &scale, &r, 0, diagonal, gain, rows, inputs, outputs, is_bfloat16, most, 0, 0};
+    return compute_rows(call, parallel, threads);
+}
+
+static int add_by_row(void *y, const void *x, const float *const *a, const float *const *b, const float *scales,
+                      const long *ranks, long rows, long inputs, long outputs, start_threads parallel, unsigned threads,
+                      int is_bfloat16)
+{
+    struct call call = {y, x, a, b, scales, ranks, 1, 0, 0, rows, inputs, outputs, is_bfloat16, MOST_ROWS, 0, 0};
+    return compute_rows(call, parallel, threads);
+}
+
+/* x (rows, inputs) and y (rows, outputs) in float32, with one adapter. */
+int add_low_rank_float32(float *y, const float *x, const float *a, const float *b, const float *diagonal,
+                         const float *gain, float scale, long rows, long inputs, long r, long outputs,
+                         start_threads parallel, unsigned threads)
+{
+    return add_of_one(y, x, a, b, diagonal, gain, scale, rows, inputs, r, outputs, parallel, threads, 0);
+}
+
+/* The same with x and y in bfloat16. */
+int add_low_rank_bfloat16(uint16_t *y, const uint16_t *x, const float *a, const float *b, const float *diagonal,
+                          const float *gain, float scale, long rows, long inputs, long r, long outputs,
+                          start_threads parallel, unsigned threads)
+{
+    return add_of_one(y, x, a, b, diagonal, gain, scale, rows, inputs, r, outputs, parallel, threads, 1);
+}
+
+/* x and y in float32, with A, B, s and r of each row. */
 int add_low_rank_by_row_float32(float *y, const float *x, const float *const *a, const float *const *b,
                                 const float *scales, const long *ranks, long rows, long inputs, long outputs,
-                                void (*parallel)(void (*)(void *), void *, unsigned, unsigned), unsigned threads)
+                                start_threads parallel, unsigned threads)
 {
-    struct batch batch = {(char *)y, (const char *)x, a, b, scales, ranks, rows, inputs, outputs, 0, 0, 0};
-    return add_low_rank_by_row(batch, parallel, threads);
+    return add_by_row(y, x, a, b, scales, ranks, rows, inputs, outputs, parallel, threads, 0);
 }
 
+/* The same with x and y in bfloat16. */
 int add_low_rank_by_row_bfloat16(uint16_t *y, const uint16_t *x, const float *const *a, const float *const *b,
                                  const float *scales, const long *ranks, long rows, long inputs, long outputs,
-                                 void (*parallel)(void (*)(void *), void *, unsigned, unsigned), unsigned threads)
+                                 start_threads parallel, unsigned threads)
 {
-    struct batch batch = {(char *)y, (const char *)x, a, b, scales, ranks, rows, inputs, outputs, 1, 0, 0};
-    return add_low_rank_by_row(batch, parallel, threads);
+    return add_by_row(y, x, a, b, scales, ranks, rows, inputs, outputs, parallel, threads, 1);
 }

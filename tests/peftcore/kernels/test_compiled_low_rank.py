@@ -19,6 +19,7 @@ from peftcore import AdaLoraConfig, LoraConfig, get_peft_model
 from peftcore.kernels import compiled_low_rank
 from peftcore.kernels.compiled_low_rank import (
     MOST_WORK,
+    Functions,
     RowTable,
     add_low_rank,
     add_low_rank_by_row,
@@ -119,7 +120,7 @@ def test_diagonal_or_gain_that_does_not_fit(vector: Tensor) -> None:
 def test_other_scalings_and_much_work_are_pytorchs() -> None:
     y, x, a, b = values(1, 8, 4, 6, torch.float32)
     assert not add_low_rank(y, x, a, b, None, None, torch.tensor(1.0))
-    most = MOST_WORK // torch.get_num_threads() // (4 * 14)
+    most = MOST_WORK // (1 if openmp() else torch.get_num_threads()) // (4 * 14)
     for rows, fits in ((most, True), (most + 1, False)):
         outputs, inputs = y.repeat(rows, 1, 1), x.repeat(rows, 1, 1)
         assert add_low_rank(outputs, inputs, a, b, None, None, 1.0) == fits
@@ -181,6 +182,35 @@ def test_threads_share_the_rows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("rows", [29, 32])
+def test_threads_share_the_rows_of_one_adapter(rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The outputs are the same bit by bit with any number of threads."""
+    y, x, a, b = values(rows, 33, 16, 37, dtype)
+    monkeypatch.setattr(compiled_low_rank, "LEAST_SHARED_WORK", 0)
+    gain, found, threads = torch.randn(37), [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            found.append(y.clone())
+            assert add_low_rank(found[-1], x, a, b, None, gain, 1.5)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+def test_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    functions = {torch.float32: Functions(lambda *_: 0, lambda *_: 0)}
+    monkeypatch.setattr(compiled_low_rank, "compiled", lambda: functions)
+    y, x, a, b = values(len(ROWS), 33, 4, 37, torch.float32)
+    table = table_of(adapters(), [1.0, 0.5, -2.0])
+    assert table is not None
+    with pytest.raises(MemoryError, match="product of 13 rows"):
+        add_low_rank(y, x, a, b, None, None, 1.0)
+    with pytest.raises(MemoryError, match="product of 13 rows"):
+        add_low_rank_by_row(y, x, table)
+
+
 @pytest.mark.skipif(not openmp(), reason="this PyTorch has no GNU OpenMP library")
 def test_rows_are_computed_in_pytorchs_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     """`GOMP_parallel` gets the function, its data, and the number of threads that PyTorch uses."""
@@ -197,6 +227,10 @@ def test_rows_are_computed_in_pytorchs_threads(monkeypatch: pytest.MonkeyPatch) 
     table = table_of(adapters(), [1.0, 0.5, -2.0])
     assert table is not None and add_low_rank_by_row(y, x, table)
     assert calls == [3]
+    for rows, expected in ((8, [3]), (16, [3, 3])):  # few rows of one adapter are computed in one thread
+        y, x, a, b = values(rows, 576, 16, 576, torch.float32)
+        assert add_low_rank(y, x, a, b, None, None, 1.0)
+        assert calls == expected
 
 
 def test_table_reads_the_values_of_each_call_from_memory_that_it_keeps() -> None:
