@@ -36,7 +36,7 @@ from flows.base.gguf import holds_gguf, load_packed
 from flows.base.heads import check_head, head_class, without_pooler
 from flows.errors import BaseModelError
 from flows.params import Quantization
-from peftcore.bases import add_float16_copies, dequantize_model, fast_dtype
+from peftcore.bases import add_packed_copies, dequantize_model, fast_dtype
 from peftcore.errors import require_extra
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -107,14 +107,24 @@ def load_calibrated(folder: Path) -> PreTrainedModel:
     return load_dequantized(folder, recorded_quantization(record))
 
 
-def load_for_serving(folder: Path, quantization: Quantization) -> PreTrainedModel:
-    """Load the dequantised model to serve, with float16 copies on a CPU that has no fast products in 16 bits.
+def load_for_evaluation(
+    folder: Path, quantization: Quantization, labels: Sequence[str] | None = None, task: str | None = None
+) -> PreTrainedModel:
+    """Load the weights that training on `quantization` saw, and multiply by packed copies with the same values."""
+    model = load_dequantized(folder, quantization, labels, task)
+    add_packed_copies(model, exact=True)
+    return model
 
-    On other CPUs the model is in bfloat16, which rounds its weights to 8 bits. A float16 copy rounds them to 11 bits.
+
+def load_for_serving(folder: Path, quantization: Quantization) -> PreTrainedModel:
+    """Load the dequantised model to serve, with packed copies for CPUs if the compute dtype is automatic.
+
+    On a CPU without fast products in 16 bits the model is in float32, and its copies in float16, which rounds the
+    dequantised weights to 11 bits. On others the model is in bfloat16, which rounds them to 8 bits, as its copies.
     """
     model = load_dequantized(folder, quantization)
-    if quantization.compute_dtype == "auto" and compute_dtype(quantization) == torch.float32:
-        add_float16_copies(model)
+    if quantization.compute_dtype == "auto":
+        add_packed_copies(model)
     return model
 
 

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from flows.data.rows import Row
 from flows.data.tokens import IGNORED
+from peftcore.kv_cache import growing_cache
 
 LEAST_TOKENS = 16
 """Shortest beginning (tokens) that is computed apart."""
@@ -44,9 +45,7 @@ class ModelAfterPrefix(nn.Module):
         self.length = prefix[0][0].shape[2]
         """P"""
 
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, cache: DynamicCache | None = None, **kwargs: Any
-    ) -> Any:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, cache: Cache | None = None, **kwargs: Any) -> Any:
         """Return the model's output for input_ids (B, T) with attention_mask (B, T).
 
         Args:
@@ -63,9 +62,9 @@ class ModelAfterPrefix(nn.Module):
         """Device of the prefix."""
         return self._prefix[0][0].device
 
-    def cache(self, rows: int) -> DynamicCache:
-        """Return a new cache of the prefix for some rows."""
-        cache = DynamicCache()
+    def cache(self, rows: int, generates: bool = False) -> Cache:
+        """Return a new cache of the prefix for some rows; generates: many further steps, of one token each."""
+        cache = growing_cache() if generates else DynamicCache()
         for number, (keys, values) in enumerate(self._prefix):
             cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), number)
         return cache

@@ -154,7 +154,7 @@ def _padded(
         input_ids[i, begin : begin + rest] = torch.as_tensor(prompt[start:])
         attention_mask[i, begin : begin + rest] = 1
     inputs: dict[str, Any] = {"input_ids": input_ids.to(device), "attention_mask": attention_mask.to(device)}
-    return inputs if after is None else inputs | {"cache": after.cache(len(prompts))}
+    return inputs if after is None else inputs | {"cache": after.cache(len(prompts), generates=True)}
 
 
 def _answer(tokenizer: PreTrainedTokenizerBase, ids: list[int], end: int) -> Answer:

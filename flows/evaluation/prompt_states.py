@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DynamicCache
+from transformers import Cache
 
 from flows.evaluation.common_prefix import ModelAfterPrefix
 
@@ -42,7 +42,7 @@ class PromptStates:
         """True if the states of all prompts are here."""
         return self.after is not None and len(self._of) == len(self._lengths)
 
-    def cache_for(self, model: nn.Module, rows: Sequence[int]) -> DynamicCache | None:
+    def cache_for(self, model: nn.Module, rows: Sequence[int]) -> Cache | None:
         """Return a cache for a forward of these rows, which `keep` then gets; None if nothing of it would be kept."""
         if not isinstance(model, ModelAfterPrefix) or model.device.type != "cpu":
             return None
@@ -51,7 +51,7 @@ class PromptStates:
         self.after = model
         return model.cache(len(rows))
 
-    def keep(self, rows: Sequence[int], cache: DynamicCache) -> None:
+    def keep(self, rows: Sequence[int], cache: Cache) -> None:
         """Copy the states of the prompts from a cache (B, heads, P + T, width) that the forward has filled."""
         assert self.after is not None
         for place, row in enumerate(rows):
@@ -66,10 +66,10 @@ class PromptStates:
         if self._room <= 0:
             self._of.clear()
 
-    def cache_of(self, prompts: Sequence[int]) -> DynamicCache:
+    def cache_of(self, prompts: Sequence[int]) -> Cache:
         """Return a cache (B, heads, P + T - 1, width) of prompts, by number, padded on the left after the beginning."""
         assert self.after is not None
-        cache, states = self.after.cache(len(prompts)), [self._of[number] for number in prompts]
+        cache, states = self.after.cache(len(prompts), generates=True), [self._of[number] for number in prompts]
         for layer, pairs in enumerate(zip(*states, strict=True)):
             keys, values = (_left_padded(tensors) for tensors in zip(*pairs, strict=True))
             cache.update(keys, values, layer)

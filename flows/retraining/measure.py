@@ -28,7 +28,7 @@ from scipy.stats import ks_2samp
 
 from flows.base.calibrated import calibrated_identity, check_adapter
 from flows.base.folder import load_tokenizer, padding_id
-from flows.base.model import load_dequantized
+from flows.base.model import load_for_evaluation
 from flows.data.encoders import encoder_of, label_names
 from flows.data.examples import AnyExample
 from flows.data.rows import Row
@@ -121,7 +121,7 @@ def _losses(
     labels, outputs = class_names(params, champion), model_outputs(params, champion)
     check_adapter(champion.adapter, calibrated_identity(base))
     model = PeftModel.from_pretrained(
-        load_dequantized(base, params.quantization, outputs, rows_of(params).task), champion.adapter
+        load_for_evaluation(base, params.quantization, outputs, rows_of(params).task), champion.adapter
     ).eval()
     pad = padding_id(load_tokenizer(base))
     classes = labels if params.train.objective in WITH_CLASSES else None

@@ -23,7 +23,7 @@ from flows.base.calibrated import calibrated_identity, check_adapter, trained_ba
 from flows.base.folder import check_base, load_tokenizer, padding_id
 from flows.base.heads import ranks_passages
 from flows.base.identity import base_identity
-from flows.base.model import load_dequantized
+from flows.base.model import load_for_evaluation
 from flows.data.rows import Row, read_rows
 from flows.errors import StageError
 from flows.evaluation.benchmarks import Harness, model_digests
@@ -140,7 +140,7 @@ def _load_model(params: Params, paths: Paths) -> Any:
     base = trained_base(paths, params.quantization)
     check_base(base)
     check_adapter(paths.adapter, calibrated_identity(base))
-    loaded = load_dequantized(base, params.quantization, outputs, rows_of(params).task)
+    loaded = load_for_evaluation(base, params.quantization, outputs, rows_of(params).task)
     return PeftModel.from_pretrained(loaded, paths.adapter)
 
 

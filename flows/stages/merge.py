@@ -18,7 +18,14 @@ from transformers import PreTrainedModel
 
 from flows.base.calibrated import calibrated_identity, check_adapter, trained_base
 from flows.base.folder import check_base, load_tokenizer, padding_id
-from flows.base.model import compute_dtype, load_dequantized, load_for_inference, load_original, with_merged_dtype
+from flows.base.model import (
+    compute_dtype,
+    load_dequantized,
+    load_for_evaluation,
+    load_for_inference,
+    load_original,
+    with_merged_dtype,
+)
 from flows.errors import StageError
 from flows.evaluation.embedding_fidelity import EmbeddingFidelity, embedding_fidelity
 from flows.evaluation.fidelity import (
@@ -38,7 +45,7 @@ from flows.runtime.progress import progress
 from flows.runtime.stage import start
 from flows.training.objectives import merged_rows, model_outputs, objective_of, rows_of
 from peftcore import PeftModel
-from peftcore.bases import keep_quantized_weights_trainable
+from peftcore.bases import add_packed_copies, keep_quantized_weights_trainable
 from peftcore.files import directory_written_atomically, write_atomically, write_manifest
 
 log = logging.getLogger("flows.merge")  # as a program this module is called __main__
@@ -69,7 +76,7 @@ def run(params: Params, paths: Paths) -> None:
     rows = objective_of(params).complete_rows(params, paths.base, rows)
     tokenizer, labels, task = load_tokenizer(paths.base), model_outputs(params, paths), rows_of(params).task
     compare = _comparison(params)
-    adapted = PeftModel.from_pretrained(load_dequantized(base, params.quantization, labels, task), paths.adapter)
+    adapted = PeftModel.from_pretrained(load_for_evaluation(base, params.quantization, labels, task), paths.adapter)
     reference = Reference(adapted, rows, padding_id(tokenizer), BATCH_SIZE)
     computed = compute_dtype(params.quantization)
     names = ONLY_CANDIDATE.get(params.quantization.storage, (*SIXTEEN_BIT, REQUANTIZED))
@@ -80,6 +87,7 @@ def run(params: Params, paths: Paths) -> None:
             if candidate.dtype != computed:
                 candidate.to(computed)  # type: ignore[arg-type]
             keep_quantized_weights_trainable(candidate)  # makes a prompt's forward several times faster on a CPU
+            add_packed_copies(candidate, exact=True)
             return compare(reference, candidate, bar)
 
         candidates = {name: compared(_merged(params, paths, name)) for name in names}

@@ -29,7 +29,7 @@ from transformers import PreTrainedTokenizerBase
 import flows.stages  # noqa: F401 - sets the variables that silence libraries, before their import
 from flows.base.calibrated import calibrated_identity, check_adapter
 from flows.base.folder import check_base, load_tokenizer, padding_id
-from flows.base.model import load_dequantized
+from flows.base.model import load_for_evaluation
 from flows.data.rows import Row, read_rows, row_weights
 from flows.evaluation.embeddings import retrieval_values, row_tokens
 from flows.evaluation.generation import generate_answers
@@ -86,7 +86,7 @@ def measure(task: dict[str, Any]) -> pyarrow.Table:
     wanted = [scorer for scorer in params.scorers if scorer.name in metrics]
     scorers = load_scorers(wanted, Path(task["root"])) if wanted else {}
     outputs = task["labels"] if objective_of(params).outputs is None else objective_of(params).outputs
-    loaded = load_dequantized(base, params.quantization, outputs, rows_of(params).task)
+    loaded = load_for_evaluation(base, params.quantization, outputs, rows_of(params).task)
     model = PeftModel.from_pretrained(loaded, task["adapter"])
     tokenizer = load_tokenizer(base)
     with progress(len(rows), f"evaluate {task['version']} again", "row") as bar:

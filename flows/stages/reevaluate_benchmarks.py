@@ -17,7 +17,7 @@ from typing import Any
 import flows.stages  # noqa: F401 - sets the variables that silence libraries, before their import
 from flows.base.folder import check_base, load_tokenizer
 from flows.base.identity import base_identity
-from flows.base.model import load_dequantized
+from flows.base.model import load_for_evaluation
 from flows.evaluation.benchmarks import Harness, model_digests
 from flows.params import Params
 from flows.paths import Paths
@@ -33,7 +33,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     harness = Harness(params.evaluate.benchmarks, paths.root)
     set_seed(params.project.seed)
     check_base(base)
-    model = PeftModel.from_pretrained(load_dequantized(base, params.quantization), adapter)
+    model = PeftModel.from_pretrained(load_for_evaluation(base, params.quantization), adapter)
     digests = model_digests(base_identity(base), params.quantization, adapter)
     size = params.evaluate.batch_size
     figures = harness.measure(model, load_tokenizer(base), size, paths.benchmark_cache, digests)

@@ -17,7 +17,7 @@ from typing import Any
 
 import flows.stages  # noqa: F401 - sets the variables that silence libraries, before their import
 from flows.base.folder import check_base, load_tokenizer
-from flows.base.model import load_dequantized
+from flows.base.model import load_for_evaluation
 from flows.evaluation.suites.results import answer_suites, suite_checks
 from flows.params import Params, load_suites
 from flows.runtime.stage import set_seed
@@ -32,7 +32,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
     checks = suite_checks(suites, root)
     set_seed(params.project.seed)
     check_base(base)
-    model = PeftModel.from_pretrained(load_dequantized(base, params.quantization), task["adapter"])
+    model = PeftModel.from_pretrained(load_for_evaluation(base, params.quantization), task["adapter"])
     return answer_suites(model, load_tokenizer(base), suites, checks, params.evaluate.batch_size, root)
 
 

@@ -10,9 +10,9 @@ from peftcore.bases.base import BaseWeight
 from peftcore.bases.called_layers import calls_layer
 from peftcore.bases.compute_dtype import fast_dtype
 from peftcore.bases.dequantize import replace_quantized
-from peftcore.bases.float16_copy import Float16CopyLinear, add_float16_copies
 from peftcore.bases.gguf import GgufLinear
 from peftcore.bases.norm import NormWeight, is_norm
+from peftcore.bases.packed_copy import PackedCopyLinear, add_packed_copies
 from peftcore.bases.parameter import BiasParameter, ParameterWeight
 from peftcore.bases.plain import Conv1DWeight, ConvWeight, EmbeddingWeight, LinearWeight
 from peftcore.bases.quantized import keep_quantized_weights_trainable
@@ -23,11 +23,11 @@ from peftcore.errors import TargetError
 __all__ = [
     "BaseWeight",
     "BiasParameter",
-    "Float16CopyLinear",
     "GgufLinear",
+    "PackedCopyLinear",
     "ParameterWeight",
     "QuantizedLinear",
-    "add_float16_copies",
+    "add_packed_copies",
     "base_weight",
     "calls_layer",
     "dequantize_model",

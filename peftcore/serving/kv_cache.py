@@ -9,69 +9,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import Cache
-from transformers.cache_utils import DynamicLayer
 
-ROOM = 64
-"""Tokens (count) by which a layer's memory grows at a time."""
-
-
-class GrowingLayer(DynamicLayer):
-    """Cache of one layer with reserved memory, so that a step writes only its own keys and values."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._memory: tuple[Tensor, Tensor] | None = None
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        """Append keys and values (B, h, T, d), and return all of them (B, h, S + T, d)."""
-        length = self.get_seq_length()
-        end = length + key_states.shape[-2]
-        if self._memory is None or self._memory[0].shape[-2] < end:
-            self._grow(key_states, value_states, length, end + ROOM)
-        assert self._memory is not None
-        self._memory[0][:, :, length:end] = key_states
-        self._memory[1][:, :, length:end] = value_states
-        self._show(end)
-        assert self.keys is not None and self.values is not None
-        return self.keys, self.values
-
-    def filled(self, parts: Sequence[tuple[Tensor, Tensor]], length: int) -> "GrowingLayer":
-        """Copy the rows of other layers, aligned at the right end of `length` tokens, and return this layer."""
-        rows = sum(len(keys) for keys, _ in parts)
-        (keys, values), first = parts[0], 0
-        self._memory = (
-            keys.new_zeros(rows, keys.shape[1], length + ROOM, keys.shape[3]),
-            values.new_zeros(rows, values.shape[1], length + ROOM, values.shape[3]),
-        )
-        for part in parts:
-            for memory, tensor in zip(self._memory, part, strict=True):
-                memory[first : first + len(tensor), :, length - tensor.shape[2] : length] = tensor
-            first += len(part[0])
-        self._show(length)
-        return self
-
-    def shorten(self, length: int) -> None:
-        """Keep only the first `length` tokens."""
-        if self._memory is not None:
-            self._show(length)
-
-    def _grow(self, keys: Tensor, values: Tensor, length: int, room: int) -> None:
-        old = self._memory
-        self._memory = (
-            keys.new_zeros(*keys.shape[:2], room, keys.shape[3]),
-            values.new_zeros(*values.shape[:2], room, values.shape[3]),
-        )
-        for number in range(2 if old else 0):
-            assert old is not None
-            self._memory[number][:, :, :length] = old[number][:, :, :length]
-
-    def _show(self, length: int) -> None:
-        assert self._memory is not None
-        self.keys, self.values = (memory[:, :, :length] for memory in self._memory)
-        self.is_initialized = True
+from peftcore.kv_cache import GrowingLayer, growing_cache
 
 
 class KVCache:
@@ -84,8 +23,7 @@ class KVCache:
 
     def __init__(self, mask: Tensor, layers: Sequence[GrowingLayer] = ()):
         self.mask = mask
-        self.cache = Cache(layer_class_to_replicate=GrowingLayer)
-        self.cache.layers.extend(layers)
+        self.cache = growing_cache(layers)
 
     @classmethod
     def empty(cls, rows: int, device: torch.device | str = "cpu") -> "KVCache":

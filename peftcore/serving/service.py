@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from peftcore.bases import add_float16_copies, fast_dtype
+from peftcore.bases import add_packed_copies, fast_dtype
 from peftcore.composition import Composition
 from peftcore.errors import CheckpointError
 from peftcore.routing import AdapterStore
@@ -243,8 +243,9 @@ def make_service(
 def load_base(folder: Path, dtype: str = "auto") -> tuple[Any, Any]:
     """Load a base model and its tokenizer from a folder. Raise CheckpointError if that fails.
 
-    With `dtype="auto"` the type is the checkpoint's, or float32 on a CPU without fast 16-bit products. In the latter
-    case the linear layers also have a copy of their weight in float16, which decodes faster (`add_float16_copies`).
+    With `dtype="auto"` the type is the checkpoint's, or float32 on a CPU without fast 16-bit products. On a CPU, the
+    linear layers of a 16-bit checkpoint then also have a packed copy of their weight, which decodes faster
+    (`add_packed_copies`).
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -258,8 +259,8 @@ def load_base(folder: Path, dtype: str = "auto") -> tuple[Any, Any]:
     computed = fast_dtype(stored, device) if dtype == "auto" else stored
     placed: Any = model
     placed.to(device, computed)
-    if computed != stored:
-        add_float16_copies(placed)
+    if dtype == "auto" and stored.itemsize == 2:  # a float16 copy of float32 values would round them
+        add_packed_copies(placed)
     return placed, tokenizer
 
 

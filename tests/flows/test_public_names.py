@@ -1,10 +1,12 @@
-"""flows takes from peftcore public names alone: of `peftcore`, its `errors`, `files` and `hub`, and of its packages."""
+"""flows takes from peftcore public names alone: of `peftcore`, its `errors`, `files`, `hub` and `kv_cache`, and of
+its packages.
+"""
 
 import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-MODULES = ("peftcore", "peftcore.errors", "peftcore.files", "peftcore.files.hub")
+MODULES = ("peftcore", "peftcore.errors", "peftcore.files", "peftcore.files.hub", "peftcore.kv_cache")
 
 
 def is_public(module: str) -> bool:

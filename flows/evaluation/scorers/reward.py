@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from flows.base.calibrated import calibrated_identity, calibration_record, check_adapter
 from flows.base.folder import check_base, load_tokenizer
 from flows.base.identity import is_base
-from flows.base.model import load_dequantized
+from flows.base.model import load_for_evaluation
 from flows.base.source import obtain
 from flows.data.chat import end_token
 from flows.errors import ParamsError, PipelineError, RepositoryError, StageError
@@ -109,7 +109,7 @@ class LazyReward:
         self._check_tokenizer(tokenizer)
         if calibration_record(weights) is not None:
             check_adapter(adapter, calibrated_identity(weights))
-        model: Any = PeftModel.from_pretrained(load_dequantized(weights, quantization, [REWARD]), adapter)
+        model: Any = PeftModel.from_pretrained(load_for_evaluation(weights, quantization, [REWARD]), adapter)
         return RewardModel(model, tokenizer, end_token(tokenizer))
 
     def _check_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:

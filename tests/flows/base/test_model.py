@@ -9,6 +9,7 @@ from flows.base.model import (
     EAGER_UP_TO,
     compute_dtype,
     load_dequantized,
+    load_for_evaluation,
     load_for_serving,
     load_for_training,
     load_original,
@@ -16,8 +17,12 @@ from flows.base.model import (
 )
 from flows.params import Quantization
 from peftcore import MissingExtraError
-from peftcore.bases import Float16CopyLinear, base_weight, fast_dtype
+from peftcore.bases import PackedCopyLinear, base_weight, fast_dtype
 from peftcore.bases import compute_dtype as compute_dtypes
+from peftcore.bases.packed_copy import packs_bfloat16
+
+BFLOAT16_COPIES = 15 if packs_bfloat16() else 0
+"""Layers of the tiny base that have a packed copy in bfloat16."""
 
 
 def query(model: Any) -> Any:
@@ -44,13 +49,41 @@ def test_automatic_compute_dtype_follows_the_cpu(slow: bool, dtype: torch.dtype,
 
 
 @pytest.mark.parametrize("storage", ["none", "nf4"])
-@pytest.mark.parametrize(("slow", "dtype", "copies"), [(False, "auto", 0), (True, "auto", 15), (True, "float32", 0)])
-def test_a_served_base_has_float16_copies_where_16_bits_were_widened(
+@pytest.mark.parametrize(
+    ("slow", "dtype", "copies"),
+    [
+        (False, "auto", BFLOAT16_COPIES),
+        (False, "bfloat16", 0),
+        (False, "float32", 0),
+        (True, "auto", 15),
+        (True, "float32", 0),
+    ],
+)
+def test_a_served_base_has_packed_copies_if_its_dtype_is_automatic(
     tiny_base: Path, storage: Any, slow: bool, dtype: Any, copies: int, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(compute_dtypes, "_is_slow", lambda dtype: slow)
     model = load_for_serving(tiny_base, Quantization(storage=storage, compute_dtype=dtype))
-    assert sum(isinstance(layer, Float16CopyLinear) for layer in model.modules()) == copies
+    assert copied(model) == copies
+
+
+@pytest.mark.parametrize("storage", ["none", "nf4"])
+@pytest.mark.parametrize(("dtype", "copies"), [("bfloat16", BFLOAT16_COPIES), ("float32", 0)])
+def test_an_evaluated_base_has_copies_with_the_same_values(
+    tiny_base: Path, storage: Any, dtype: Any, copies: int, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr(compute_dtypes, "_is_slow", lambda dtype: False)
+    quantization = Quantization(storage=storage, compute_dtype=dtype)
+    model, plain = load_for_evaluation(tiny_base, quantization), load_dequantized(tiny_base, quantization)
+    assert copied(model) == copies
+    ids = torch.arange(3, 43).view(2, 20)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, plain(ids).logits)
+
+
+def copied(model: Any) -> int:
+    """Number of layers with a packed copy."""
+    return sum(isinstance(layer, PackedCopyLinear) for layer in model.modules())
 
 
 def test_eight_bit_and_plain_storage(tiny_base: Path) -> None:

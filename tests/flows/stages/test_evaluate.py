@@ -215,7 +215,7 @@ def test_scorers_add_columns_and_leave_the_other_figures_alone(evaluated: Paths,
 def test_a_scorer_that_is_missing_stops_before_the_model_is_loaded(
     evaluated: Paths, tiny_params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "load_dequantized", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(evaluate, "load_for_evaluation", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(StageError, match=r"data/no\.py cannot be read"):
         evaluate.run(tiny_params(evaluate={"scorers": ["data/no.py:score"]}), evaluated)
 
@@ -246,7 +246,7 @@ def test_suites_are_answered_by_the_adapter_and_leave_the_other_figures_alone(ev
 def test_a_wrong_suite_stops_before_the_model_is_loaded(
     evaluated: Paths, tiny_params, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate, "load_dequantized", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(evaluate, "load_for_evaluation", lambda *_: pytest.fail("the model was loaded"))
     (evaluated.root / "data").mkdir(exist_ok=True)
     (evaluated.root / "data" / "support.yaml").write_text(SUITE.replace("contain", "contian", 1))
     params = tiny_params(evaluate={"suites": ["data/support.yaml"]})

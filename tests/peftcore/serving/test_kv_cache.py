@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftcore.serving.kv_cache import ROOM, KVCache
+from peftcore.kv_cache import ROOM
+from peftcore.serving.kv_cache import KVCache
 
 
 @torch.no_grad()

@@ -10,7 +10,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from peftcore import CheckpointError, ConfigError
-from peftcore.bases import Float16CopyLinear
+from peftcore.bases import PackedCopyLinear
+from peftcore.bases.packed_copy import packs_bfloat16
 from peftcore.composition import Only
 from peftcore.routing import AdapterStore
 from peftcore.serving import Limits, make_service
@@ -178,7 +179,7 @@ def test_a_base_is_loaded_in_its_own_type_in_a_faster_one_or_in_a_given_one(
     monkeypatch.setattr("peftcore.bases.compute_dtype._is_slow", lambda dtype: slow)
     model, tokenizer = load_base(tiny_base, dtype)
     assert model.dtype == expected and isinstance(tokenizer, PreTrainedTokenizerBase)
-    assert isinstance(model.lm_head, Float16CopyLinear) == (dtype == "auto" and slow), "a copy if 16 bits were widened"
+    assert isinstance(model.lm_head, PackedCopyLinear) == (dtype == "auto" and (slow or packs_bfloat16()))
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
