@@ -1,8 +1,8 @@
 """HTTP connections with a read deadline, against clients that open connections and never complete a request.
 
 uvicorn limits neither the time for receiving a request nor the number of connections. Here each connection has a
-deadline for its whole request, head and body. If there are more connections than file descriptors allow, the connection
-whose request has been incomplete for the longest time is closed.
+deadline for its whole request, head and body. If there are more connections than file descriptors allow, one is closed:
+the one that has been idle for the longest time, or else the one whose request has been incomplete for the longest time.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ class DeadlineProtocol(H11Protocol):
     Args:
         read_timeout: Seconds from the connection's start, or from the first byte of a later request, to the last
             byte of the request.
-        max_connections: Open connections (count) above which the oldest incomplete connection is closed.
+        max_connections: Open connections (count) above which the oldest idle or incomplete connection is closed.
         incomplete: Connections of this server whose request is incomplete, oldest first; all connections share it.
     """
 
@@ -41,16 +41,24 @@ class DeadlineProtocol(H11Protocol):
         self._deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Start the deadline, and close the oldest incomplete connection if there are too many."""
+        """Start the deadline, and close the oldest idle or incomplete connection if there are too many."""
         super().connection_made(transport)
         self._start_deadline()
-        if len(self.connections) > self._max_connections:
-            oldest = next(iter(self._incomplete))
-            if oldest is not self:
-                logger.warning(
-                    "%d connections are open; closing the oldest incomplete connection", len(self.connections)
-                )
-                oldest.close_incomplete()
+        if len(self.connections) <= self._max_connections:
+            return
+        idle: list[Any] = [one for one in self.connections if isinstance(one, DeadlineProtocol) and one.is_idle]
+        oldest = next(iter(self._incomplete))
+        if idle:
+            min(idle, key=lambda one: one.timeout_keep_alive_task.when()).timeout_keep_alive_handler()
+        elif oldest is not self:
+            logger.warning("%d connections are open; closing the oldest incomplete connection", len(self.connections))
+            oldest.close_incomplete()
+
+    @property
+    def is_idle(self) -> bool:
+        """True between an answer and the next request."""
+        is_answered = self.cycle is not None and self.cycle.response_complete
+        return is_answered and self.timeout_keep_alive_task is not None and not self.transport.is_closing()
 
     def data_received(self, data: bytes) -> None:
         """Process received bytes, and stop the deadline if the request is complete."""

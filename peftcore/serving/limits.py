@@ -37,6 +37,9 @@ class Limits:
     """Largest body of a request (bytes)."""
     read_timeout: float = 20.0
     """Time from a connection's start to the last byte of its request (seconds)."""
+    keep_alive: int = 75
+    """Time that a connection stays open for a further request (seconds). It has to be longer than that of a proxy before
+    this server (nginx and AWS: 60), or the proxy sends requests to connections that are just being closed."""
     timeout: float = 300.0
     """Time from a request's arrival to its last token (seconds)."""
     grace: float = 30.0

@@ -116,7 +116,15 @@ def _config(app: Any, service: Service, host: str, port: int) -> uvicorn.Config:
         max_connections=max_connections(),
         incomplete={},
     )
-    return uvicorn.Config(app, host, port, http=protocol, log_level="warning", timeout_graceful_shutdown=5)
+    return uvicorn.Config(
+        app,
+        host,
+        port,
+        http=protocol,
+        log_level="warning",
+        timeout_keep_alive=service.limits.keep_alive,
+        timeout_graceful_shutdown=5,
+    )
 
 
 def _address(server: uvicorn.Server) -> str:

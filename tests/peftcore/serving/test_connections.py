@@ -63,3 +63,23 @@ def test_half_sent_requests_keep_nobody_out(
             stack.enter_context(half_sent(served.url, sent))
         assert httpx.get(f"{served.url}/health", timeout=10).status_code == 200
         assert len(served.server.server_state.connections) <= 21
+
+
+def test_idle_connections_are_closed_first_and_keep_nobody_out(
+    serving: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peftcore.serving.server.max_connections", lambda: 20)
+    served = serving(http=True, limits=Limits(read_timeout=600))
+    with contextlib.ExitStack() as stack:
+        begun = stack.enter_context(half_sent(served.url, HALF["half a head"]))
+        clients = [stack.enter_context(httpx.Client(base_url=served.url)) for _ in range(40)]
+        for client in clients:
+            assert client.get("/health").status_code == 200
+        assert len(served.server.server_state.connections) <= 21
+        begun.sendall(b"content-length: 2\r\n\r\n{}")  # was not closed, though it is the oldest
+        assert begun.recv(12).startswith(b"HTTP/1.1 4") and clients[-1].get("/health").status_code == 200
+
+
+def test_a_connection_stays_open_for_a_further_request(serving: Callable[..., Any]) -> None:
+    served = serving(http=True, limits=Limits(keep_alive=40))
+    assert served.server.config.timeout_keep_alive == 40 and Limits().keep_alive > 60, "longer than a proxy's"
