@@ -6,7 +6,9 @@
 
 SmolLM2-135M (--base, or its shape with random weights), r = 16 on all linear layers, no routes: the adapter is the
 active one. "trainable" is an adapter as training leaves it, in evaluation mode; "frozen" one that was loaded for use.
-"switched off" is ours inside of `disable_adapter()`. A cell is rows x tokens; with one token, 64 lie in the cache.
+"switched off" is ours inside of `disable_adapter()`. "packed copies" is ours, trainable, after `add_packed_copies`, and
+"base, packed copies" the bare base after it; in bf16 only. A cell is rows x tokens; with one
+token, 64 lie in the cache.
 """
 
 import argparse
@@ -27,6 +29,7 @@ from transformers import DynamicCache
 import peftcore
 from benchmarks.machine import machine
 from benchmarks.steps import Setting, load, quiet, random_base
+from peftcore.bases import add_packed_copies
 
 RESULTS = Path(__file__).parent / "results"
 CACHED, RANK = 64, 16
@@ -34,8 +37,8 @@ CELLS = ("1x1", "16x1", "32x1", "4x128")
 STORAGES = {"fp32": ("fp32", "none"), "bf16": ("bf16", "none"), "nf4": ("bf16", "nf4")}
 """{name: (compute type, storage of the base's weights)}"""
 METHODS = ("lora", "rslora", "dora", "adalora", "ia3")
-FLOOR, OFF = "base", "ours, switched off"
-SIDES = (FLOOR, "ours, trainable", "ours, frozen", OFF, "PEFT, trainable", "PEFT, frozen")
+FLOOR, OFF, PACKED, PACKED_FLOOR = "base", "ours, switched off", "ours, packed copies", "base, packed copies"
+SIDES = (FLOOR, "ours, trainable", "ours, frozen", OFF, PACKED, PACKED_FLOOR, "PEFT, trainable", "PEFT, frozen")
 TARGETS = {
     "fp32": {"1x1": 1.10, "16x1": 1.08, "32x1": 1.08, "4x128": 1.04},
     "bf16": {"1x1": 1.15, "16x1": 1.12, "32x1": 1.12, "4x128": 1.08},
@@ -87,10 +90,14 @@ def measure(base: Path, adapter: Path, method: str, storage: str, options: argpa
     models = {FLOOR: base_model(base, storage)}
     save_adapter(base, adapter, method, storage)
     for side in options.sides:
-        tool = peft if side.startswith("PEFT") else peftcore
-        trainable = side.endswith("trainable")
-        models[side] = tool.PeftModel.from_pretrained(base_model(base, storage), str(adapter), is_trainable=trainable)
-        models[side].eval()
+        model = base_model(base, storage)
+        if side in (PACKED, PACKED_FLOOR) and (storage != "bf16" or not add_packed_copies(model)):
+            continue
+        if side != PACKED_FLOOR:
+            tool = peft if side.startswith("PEFT") else peftcore
+            trainable = side.endswith("trainable") or side == PACKED
+            model = tool.PeftModel.from_pretrained(model, str(adapter), is_trainable=trainable).eval()
+        models[side] = model
     check_equal(models)
     found = {}
     torch.manual_seed(0)
@@ -138,7 +145,7 @@ def check_equal(models: dict[str, Any]) -> None:
 
     Logits would say less: in 16 bits this base makes differences of rounding as large as those that the adapter makes.
     """
-    base, *adapted = (model for side, model in models.items() if side != OFF)
+    base, *adapted = (model for side, model in models.items() if side not in (OFF, PACKED_FLOOR))
     block, changed = "model.layers.0", False
     for path, layer in base.get_submodule(block).named_modules():
         if not isinstance(layer, torch.nn.Linear):
