@@ -66,6 +66,8 @@ class Job:
         """Exit status, what it wrote to stderr, the summary and the outputs."""
         with chdir(self.clone):
             result = peftcore("ci", *self.arguments, **self.environment)
+        if result.exception is not None and not isinstance(result.exception, SystemExit):
+            raise result.exception
         return self.told(result.exit_code, result.stderr)
 
     def told(self, status: int, stderr: str) -> tuple[int, str, str, dict[str, str]]:
@@ -123,7 +125,7 @@ def origin(published: Any, tmp_path: Path) -> Origin:
 
 def test_a_bad_version_is_refused_with_its_reason(origin: Origin) -> None:
     status, stderr, summary, outputs = origin.job("job", "refs/tags/docstrings@v0.1.2").end()
-    assert (status, origin.tags()) == (3, [])
+    assert (status, origin.tags()) == (3, []), stderr
     assert "error: docstrings v0.1.2 is not promoted to champion: gain in loss: 0.100 nats" in stderr
     assert "| gain in loss | ❌ | 0.100 nats, at least 0.5 |" in summary
     assert (outputs["verdict"], outputs["version"]) == ("refused", "v0.1.2")
