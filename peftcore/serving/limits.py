@@ -38,8 +38,8 @@ class Limits:
     read_timeout: float = 20.0
     """Time from a connection's start to the last byte of its request (seconds)."""
     keep_alive: int = 75
-    """Time that a connection stays open for a further request (seconds). It has to be longer than that of a proxy before
-    this server (nginx and AWS: 60), or the proxy sends requests to connections that are just being closed."""
+    """Time that an idle connection stays open for a further request (seconds). A proxy before the server must have a
+    shorter one (nginx and AWS: 60), or it sends requests to connections that are just being closed."""
     timeout: float = 300.0
     """Time from a request's arrival to its last token (seconds)."""
     grace: float = 30.0
