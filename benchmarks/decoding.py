@@ -7,8 +7,8 @@
 SmolLM2-135M (--base, or its shape with random weights), r = 16 on all linear layers, no routes: the adapter is the
 active one. "trainable" is an adapter as training leaves it, in evaluation mode; "frozen" one that was loaded for use.
 "switched off" is ours inside of `disable_adapter()`. "packed copies" is ours, trainable, after `add_packed_copies`, and
-"base, packed copies" the bare base after it; in bf16 only. A cell is rows x tokens; with one
-token, 64 lie in the cache.
+"base, packed copies" the bare base after it; both in bf16 only. A cell is rows x tokens; with one token, 64 lie in the
+cache.
 """
 
 import argparse

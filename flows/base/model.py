@@ -110,7 +110,7 @@ def load_calibrated(folder: Path) -> PreTrainedModel:
 def load_for_evaluation(
     folder: Path, quantization: Quantization, labels: Sequence[str] | None = None, task: str | None = None
 ) -> PreTrainedModel:
-    """Load the weights that training on `quantization` saw, and multiply by packed copies with the same values."""
+    """Load the weights that training on `quantization` saw, on a CPU with packed copies of those in bfloat16."""
     model = load_dequantized(folder, quantization, labels, task)
     add_packed_copies(model, exact=True)
     return model
@@ -120,7 +120,8 @@ def load_for_serving(folder: Path, quantization: Quantization) -> PreTrainedMode
     """Load the dequantised model to serve, with packed copies for CPUs if the compute dtype is automatic.
 
     On a CPU without fast products in 16 bits the model is in float32, and its copies in float16, which rounds the
-    dequantised weights to 11 bits. On others the model is in bfloat16, which rounds them to 8 bits, as its copies.
+    dequantised weights to 11 bits. On other CPUs the model is in bfloat16, which rounds them to 8 bits, and its copies
+    have the same values.
     """
     model = load_dequantized(folder, quantization)
     if quantization.compute_dtype == "auto":

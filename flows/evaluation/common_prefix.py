@@ -63,7 +63,7 @@ class ModelAfterPrefix(nn.Module):
         return self._prefix[0][0].device
 
     def cache(self, rows: int, generates: bool = False) -> Cache:
-        """Return a new cache of the prefix for some rows; generates: many further steps, of one token each."""
+        """Return a new cache of the prefix for some rows. generates: many steps of one token will follow."""
         cache = growing_cache() if generates else DynamicCache()
         for number, (keys, values) in enumerate(self._prefix):
             cache.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), number)

@@ -1,7 +1,7 @@
 """Low-rank products for few tokens in one call, from C that is compiled when it is first needed.
 
 `add_low_rank` is for one adapter, `add_low_rank_by_row` for rows with different adapters. The latter uses all threads;
-so does the former for many rows. For few, starting them takes as long as they save.
+so does the former for many rows. For few rows, starting the threads takes as long as they save.
 
 A decoding step reads the weights of the whole model, which drives everything else out of the processor's caches. So
 the four operations of a low-rank branch (cast, two products, addition) cost far more than their arithmetic: 50 to 65 us
