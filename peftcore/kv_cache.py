@@ -44,13 +44,9 @@ class GrowingLayer(DynamicLayer):
     def filled(self, parts: Sequence[tuple[Tensor, Tensor]], length: int) -> "GrowingLayer":
         """Copy the rows of other layers, aligned at the right end of `length` tokens, and return this layer."""
         rows = sum(len(keys) for keys, _ in parts)
-        (keys, values), first = parts[0], 0
-        self._memory = (
-            keys.new_zeros(rows, keys.shape[1], length + ROOM, keys.shape[3]),
-            values.new_zeros(rows, values.shape[1], length + ROOM, values.shape[3]),
-        )
+        reserved, first = self._reserve(rows, *parts[0], length + ROOM), 0
         for part in parts:
-            for memory, tensor in zip(self._memory, part, strict=True):
+            for memory, tensor in zip(reserved, part, strict=True):
                 memory[first : first + len(tensor), :, length - tensor.shape[2] : length] = tensor
             first += len(part[0])
         self._show(length)
@@ -70,14 +66,16 @@ class GrowingLayer(DynamicLayer):
     def _grow(self, keys: Tensor, values: Tensor, length: int, room: int) -> None:
         """Reserve memory for `room` tokens of such keys and values, and copy the present `length` tokens there."""
         old = self.keys, self.values
-        self._memory = (
-            keys.new_zeros(*keys.shape[:2], room, keys.shape[3]),
-            values.new_zeros(*values.shape[:2], room, values.shape[3]),
-        )
-        for memory, tensor in zip(self._memory, old, strict=True):
+        for memory, tensor in zip(self._reserve(len(keys), keys, values, room), old, strict=True):
             if length:
                 assert tensor is not None
                 memory[:, :, :length] = tensor
+
+    def _reserve(self, rows: int, keys: Tensor, values: Tensor, room: int) -> tuple[Tensor, Tensor]:
+        """Reserve memory for some rows with `room` tokens of such keys and values, and return it."""
+        keys, values = (one.new_zeros(rows, one.shape[1], room, one.shape[3]) for one in (keys, values))
+        self._memory = keys, values
+        return self._memory
 
     def _show(self, length: int) -> None:
         assert self._memory is not None
