@@ -141,7 +141,7 @@ def measure(task: Task, imported: float) -> Measured:
     trainer.add_callback(steps)
     forget_peak(place)
     trainer.train()
-    peak, with_other_shapes = trainer.peaks[2 * len(task.timed) - 1], peak_memory(place)
+    peak, with_other_shapes = trainer.peaks[2 * len(task.timed) - 1], trainer.peaks[-1]
     trainer.data_collator = WholeBatch(RightPaddingCollator(0))
     batches = [_items(batch) for batch in task.evaluation]
     forget_peak(place)
