@@ -37,6 +37,7 @@ from flows.base.heads import check_head, head_class, without_pooler
 from flows.errors import BaseModelError
 from flows.params import Quantization
 from peftcore.bases import add_packed_copies, dequantize_model, fast_dtype
+from peftcore.cpu_decoding import use_compiled_code
 from peftcore.errors import require_extra
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -110,9 +111,10 @@ def load_calibrated(folder: Path) -> PreTrainedModel:
 def load_for_evaluation(
     folder: Path, quantization: Quantization, labels: Sequence[str] | None = None, task: str | None = None
 ) -> PreTrainedModel:
-    """Load the weights that training on `quantization` saw, on a CPU with packed copies of those in bfloat16."""
+    """Load the weights that training on `quantization` saw, on a CPU with packed copies and compiled code."""
     model = load_dequantized(folder, quantization, labels, task)
     add_packed_copies(model, exact=True)
+    use_compiled_code(model)
     return model
 
 

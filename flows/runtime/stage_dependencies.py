@@ -72,7 +72,9 @@ def code_dependencies(root: Path, module: str) -> list[str]:
     """
     files = set(module_files(module).values())
     paths = {path for path in files if path.is_relative_to(root) and _has_code(path)}
-    paths |= {source for path in paths for source in path.parent.glob("*.c") if source.name in path.read_text("utf-8")}
+    paths |= {
+        source for path in paths for source in path.parent.glob("*.[ch]") if source.name in path.read_text("utf-8")
+    }
     folders = {parent for path in paths for parent in path.parents if parent.is_relative_to(root)} - {root}
     for folder in sorted(folders, key=lambda folder: len(folder.parts)):
         if all(file in files or not _has_code(file) for file in folder.rglob("*.py")) and paths.isdisjoint(

@@ -44,6 +44,16 @@ class WeightVersion:
             and other.version == self.version
         )
 
+    def is_of(self, weight: Tensor | None) -> bool:
+        """Return True if the weight is the one that has this version, and still has it."""
+        return (
+            weight is not None
+            and weight is self.weight
+            and weight.data_ptr() == self.pointer
+            and weight._version == self.version
+            and self.memory() is not None
+        )
+
     def __reduce__(self) -> tuple[Any, tuple[()]]:
         return type(None), ()  # a copied model has another weight
 
@@ -213,13 +223,20 @@ class BaseWeight(ABC):
         Returns:
             A value to compare with a later version; None if the version is unknown, as during `torch.compile`.
         """
+        weight = self._versioned_weight()
+        return None if weight is None else WeightVersion(weight)
+
+    def has_unmerged_version(self, version: "WeightVersion | None") -> bool:
+        """Return True if `unmerged_version` would return this version."""
+        return version is not None and version.is_of(self._versioned_weight())
+
+    def _versioned_weight(self) -> Tensor | None:
+        """Return the stored tensor that `read_unmerged` reads; None if its version is unknown."""
         if torch.compiler.is_compiling():
             return None
         state = self.layer.__dict__.get(self.unmerged_attribute)
         weight = self.layer._parameters.get("weight") if state is None else state.get("weight")
-        if not isinstance(weight, Tensor) or weight.is_inference():
-            return None
-        return WeightVersion(weight)
+        return weight if isinstance(weight, Tensor) and not weight.is_inference() else None
 
     def check_writable(self) -> None:  # noqa: B027
         """Raise MergeError if the layer's storage can hold no other weight."""

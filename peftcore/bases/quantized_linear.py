@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peftcore.bases.base import WeightVersion
 from peftcore.bases.plain import LinearWeight
 
 
@@ -49,11 +48,11 @@ class QuantizedLinear(LinearWeight):
     def read(self) -> Tensor:
         return self.read_from(self.state())
 
-    def unmerged_version(self) -> WeightVersion | None:
+    def _versioned_weight(self) -> Tensor | None:
         if torch.compiler.is_compiling():
             return None
         codes = self.codes(self.layer.__dict__.get(self.unmerged_attribute) or self.state())
-        return None if codes.is_inference() else WeightVersion(codes)
+        return None if codes.is_inference() else codes
 
     def compute_dtype(self, x: Tensor) -> torch.dtype | None:
         device = x.device.type

@@ -1,4 +1,4 @@
-"""Low-rank products for few tokens in one call, from C that is compiled when it is first needed.
+"""Low-rank products for few tokens in one call of compiled C (`low_rank.c`).
 
 `add_low_rank` is for one adapter, `add_low_rank_by_row` for rows with different adapters. The latter uses all threads;
 so does the former for many rows. For few rows, starting the threads takes as long as they save.
@@ -7,37 +7,26 @@ A decoding step reads the weights of the whole model, which drives everything el
 the four operations of a low-rank branch (cast, two products, addition) cost far more than their arithmetic: 50 to 65 us
 a layer on a CPU, where one call of compiled code takes 14. PyTorch has no such operation.
 
-`low_rank.c` needs a C compiler (`CC`, cc, gcc or clang) and takes half a second once; the result lies in
-`$XDG_CACHE_HOME/peftcore` (`~/.cache/peftcore`). Without a compiler, and with `PEFTCORE_COMPILE=0`, the layers use
-PyTorch's operations. The numbers are the same but for the rounding of float32.
+Without compiled code (`peftcore.kernels.compiled`), the layers use PyTorch's operations. The numbers are the same but
+for the rounding of float32.
 """
 
 import ctypes
-import hashlib
-import logging
-import os
-import platform
-import shlex
-import shutil
-import stat
-import subprocess
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-logger = logging.getLogger(__name__)
+from peftcore.kernels.compiled import library, openmp
 
-SOURCE = Path(__file__).with_name("low_rank.c")
-FLAGS = (("-O3", "-march=native"), ("-O3", "-mcpu=native"))
-"""Flags to try, in order: some compilers for ARM do not know the first ones. Code for any processor would be slow."""
 MOST_WORK = 2**22
 """Largest number of multiplications of one call (count). A call in one thread has this many divided by PyTorch's
 threads, because PyTorch's own products use them all."""
+MOST_WORK_BY_ROW = 2**25
+"""The same for rows with different adapters, if all threads work. PyTorch's products by adapter are faster beyond it:
+with 16 rows of 32 tokens, from rank 50 on (`LOG.md` of the benchmarks)."""
 LEAST_SHARED_WORK = 2**18
 """Least number of multiplications of one adapter that are divided among threads (count): 16 rows of 576 inputs and
 outputs with rank 16. Two threads save a quarter of their time, and nothing of that of 8 rows (`LOG.md` of the
@@ -147,12 +136,14 @@ def factors_of(a: Tensor, b: Tensor) -> Factors | None:
 
 
 class RowTable(NamedTuple):
-    """The factors of each row of a batch."""
+    """The factors of each row of a batch, for any number of tokens in a row."""
 
     inputs: int
     """i of all factors (count)."""
     outputs: int
     """o of all factors (count)."""
+    ranks: int
+    """Sum of the rows' r (count)."""
     pointers: tuple[Any, Any, Any, Any]
     """For each row: addresses of A and B, s, r."""
     factors: list[Factors]
@@ -166,39 +157,37 @@ def row_table(rows: Sequence[tuple[Factors, Any] | None]) -> RowTable | None:
         rows: for each row, its adapter's factors and s; None for the base alone.
 
     Returns:
-        The table; None if no row has an adapter, if the factors' sizes differ, or for much work.
+        The table; None if no row has an adapter, or if the factors' sizes differ.
     """
     factors = [one[0] for one in rows if one]
-    if not factors:
+    sizes = {(one.inputs, one.outputs) for one in factors}
+    if len(sizes) != 1 or {type(one[1]) for one in rows if one} != {float}:
         return None
-    inputs, outputs = factors[0].inputs, factors[0].outputs
-    if any(one.inputs != inputs or one.outputs != outputs for one in factors):
-        return None
-    if any(type(one[1]) is not float for one in rows if one):
-        return None
-    if sum(one.r for one in factors) * (inputs + outputs) > _most_work():
-        return None
-    count = len(rows)
-    pointers = (
-        (ctypes.c_void_p * count)(*[one and one[0].a for one in rows]),
-        (ctypes.c_void_p * count)(*[one and one[0].b for one in rows]),
-        (ctypes.c_float * count)(*[one[1] if one else 0.0 for one in rows]),
-        (ctypes.c_long * count)(*[one[0].r if one else 0 for one in rows]),
-    )
-    return RowTable(inputs, outputs, pointers, factors)
+    ((inputs, outputs),) = sizes
+    a, b, ranks, scales = zip(*[(*one[0][:3], one[1]) if one else (None, None, 0, 0.0) for one in rows], strict=True)
+    addresses, floats, counts = _table_types(len(rows))
+    pointers = addresses(*a), addresses(*b), floats(*scales), counts(*ranks)
+    return RowTable(inputs, outputs, sum(ranks), pointers, factors)
+
+
+@cache
+def _table_types(rows: int) -> tuple[Any, Any, Any]:
+    """Return C's types of so many addresses, numbers and counts."""
+    return ctypes.c_void_p * rows, ctypes.c_float * rows, ctypes.c_long * rows
 
 
 def add_low_rank_by_row(y: Tensor, x: Tensor, table: RowTable) -> bool:
     """Add s·B A x to y in place, each row with the factors that the table names; see `add_low_rank`.
 
     Args:
-        y: (..., o) in new memory, as many rows as the table has.
-        x: (..., i) of y's type.
+        y: (rows, ..., o) in new memory, as many rows as the table has, each with as many tokens.
+        x: (rows, ..., i) of y's type.
         table: the table of the rows.
     """
     dtype = x.dtype
     functions = compiled().get(dtype)
     rows, inputs, outputs = len(table.pointers[0]), table.inputs, table.outputs
+    tokens, parallel = x.numel() // inputs, openmp()
     if (
         functions is None
         or y.dtype is not dtype
@@ -207,14 +196,17 @@ def add_low_rank_by_row(y: Tensor, x: Tensor, table: RowTable) -> bool:
         or not (x.is_cpu and y.is_cpu and x.is_contiguous() and y.is_contiguous())
         or x.shape[-1] != inputs
         or y.shape[-1] != outputs
-        or x.numel() != rows * inputs
-        or y.numel() != rows * outputs
+        or tokens % rows
+        or y.numel() != tokens * outputs
         or torch._C._len_torch_dispatch_stack()
     ):
         return False
+    each = tokens // rows
+    if each * table.ranks * (inputs + outputs) > (MOST_WORK_BY_ROW if parallel else _most_work()):
+        return False
     pointers = y.data_ptr(), x.data_ptr(), *table.pointers
-    if not functions.add_by_row(*pointers, rows, inputs, outputs, openmp(), torch.get_num_threads()):
-        raise _no_memory(rows)
+    if not functions.add_by_row(*pointers, tokens, each, inputs, outputs, parallel, torch.get_num_threads()):
+        raise _no_memory(tokens)
     return True
 
 
@@ -229,87 +221,15 @@ def _no_memory(rows: int) -> MemoryError:
 
 @cache
 def compiled() -> dict[torch.dtype, Functions]:
-    """Return {type: C functions}; empty, with the reason in the log, where nothing can be compiled."""
-    if os.environ.get("PEFTCORE_COMPILE", "1") == "0":
-        return {}
-    try:
-        library = ctypes.PyDLL(str(library_file()))  # holds Python's lock: giving it up costs as much as the product
-    except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        logger.info("decoding uses PyTorch's operations, because low_rank.c cannot be compiled: %s", error)
+    """Return {type: C functions}; empty where nothing can be compiled."""
+    code = library()
+    if code is None:
         return {}
     pointer, size = ctypes.c_void_p, ctypes.c_long
     found = {}
     for dtype, name in NAMES.items():
-        add, add_by_row = getattr(library, f"add_low_rank_{name}"), getattr(library, f"add_low_rank_by_row_{name}")
+        add, add_by_row = getattr(code, f"add_low_rank_{name}"), getattr(code, f"add_low_rank_by_row_{name}")
         add.argtypes = [*[pointer] * 6, ctypes.c_float, *[size] * 4, pointer, ctypes.c_uint]
-        add_by_row.argtypes = [*[pointer] * 6, *[size] * 3, pointer, ctypes.c_uint]
+        add_by_row.argtypes = [*[pointer] * 6, *[size] * 4, pointer, ctypes.c_uint]
         found[dtype] = Functions(add, add_by_row)
     return found
-
-
-@cache
-def openmp() -> int | None:
-    """Return the address of `GOMP_parallel` in the OpenMP library of this PyTorch; None if it has no such function.
-
-    The products are computed in the threads that PyTorch has already. Threads of another library would compete
-    with them, because both kinds wait by spinning.
-    """
-    library = ctypes.CDLL(torch._C.__file__)  # a name is also looked up in the libraries that it needs
-    function = getattr(library, "GOMP_parallel", None)
-    return None if function is None else ctypes.cast(function, ctypes.c_void_p).value
-
-
-def library_file() -> Path:
-    """Return the compiled library, which is compiled now if this machine has not done so yet.
-
-    Raises:
-        RuntimeError: there is no compiler, it fails, or others could have put code into the cache.
-        OSError: the cache cannot be written.
-    """
-    compiler = _compiler()
-    source = SOURCE.read_bytes()
-    made_of = (source, repr((compiler, FLAGS)).encode(), _processor().encode())
-    name = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:32]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peftcore"
-    file = folder / f"low_rank-{name}.so"
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    state = folder.stat()
-    if state.st_uid != os.getuid() or state.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise RuntimeError(f"{folder} belongs to another user, or others can write to it")
-    if not file.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as own:
-            new = Path(own) / file.name
-            _compile(compiler, new)
-            new.replace(file)  # at once: other processes may be compiling the same file
-    return file
-
-
-def _compiler() -> list[str]:
-    """Return the command of the C compiler."""
-    if given := os.environ.get("CC"):
-        return shlex.split(given)
-    for name in ("cc", "gcc", "clang"):
-        if path := shutil.which(name):
-            return [path]
-    raise RuntimeError("there is no C compiler: neither cc, gcc nor clang, and CC is not set")
-
-
-def _compile(compiler: list[str], file: Path) -> None:
-    errors = []
-    for flags in FLAGS:
-        command = [*compiler, *flags, "-shared", "-fPIC", "-o", str(file), str(SOURCE)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        if not done.returncode:
-            return
-        errors.append(f"{shlex.join(command)} failed: {done.stderr.strip()}")
-    raise RuntimeError("; ".join(errors))
-
-
-def _processor() -> str:
-    """Return a text that differs between processors for which the compiler makes different code."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if not cpuinfo.exists():
-        return f"{platform.machine()} {platform.processor()}"
-    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
-    kept = ("model name", "flags", "Features", "CPU part")
-    return "\n".join(sorted({line for line in lines if line.startswith(kept)}))

@@ -1,82 +1,11 @@
-/* Changes y to g * (y + s * B diag(e) A x) for a few tokens, in one call. `compiled_low_rank.py` compiles this file and
-   says why it exists.
+/* Changes y to g * (y + s * B diag(e) A x) for a few tokens, in one call. `compiled_low_rank.py` says why it exists.
 
-   All matrices lie row by row without gaps, and sums are in float32. Only what GCC and Clang have in common is used. */
+   All matrices lie row by row without gaps, and sums are in float32. */
 
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+#include "vectors.h"
 
-#if defined(__AVX512F__)
-#define WIDTH 16 /* floats of the processor's vectors */
-#elif defined(__AVX__)
-#define WIDTH 8
-#else
-#define WIDTH 4
-#endif
 #define TOGETHER 4 /* rows that share each read of a factor */
-#define MOST_ROWS 16 /* rows of one adapter that a thread takes at once */
-#define INLINE static inline __attribute__((always_inline))
-
-typedef float floats __attribute__((vector_size(WIDTH * 4)));
-typedef uint32_t words __attribute__((vector_size(WIDTH * 4)));
-typedef uint16_t halves __attribute__((vector_size(WIDTH * 2)));
-
-INLINE floats load(const float *from)
-{
-    floats values;
-    memcpy(&values, from, sizeof values);
-    return values;
-}
-
-/* A bfloat16 is the upper half of a float32. */
-INLINE float widened(uint16_t half)
-{
-    uint32_t word = (uint32_t)half << 16;
-    float value;
-    memcpy(&value, &word, sizeof value);
-    return value;
-}
-
-INLINE uint16_t rounded(float value)
-{
-    uint32_t word;
-    memcpy(&word, &value, sizeof word);
-    return value != value ? 0x7fc0 : (word + 0x7fff + (word >> 16 & 1)) >> 16;
-}
-
-INLINE floats load_output(const void *y, long at, int is_bfloat16)
-{
-    if (!is_bfloat16)
-        return load((const float *)y + at);
-    halves half;
-    memcpy(&half, (const uint16_t *)y + at, sizeof half);
-    return (floats)(__builtin_convertvector(half, words) << 16);
-}
-
-INLINE void store_output(void *y, long at, int is_bfloat16, floats values)
-{
-    if (!is_bfloat16) {
-        memcpy((float *)y + at, &values, sizeof values);
-        return;
-    }
-    words word = (words)values;
-    words is_nan = (words)(values != values);
-    word = (word + 0x7fff + (word >> 16 & 1)) >> 16;
-    word = (is_nan & 0x7fc0) | (~is_nan & word);
-    halves half = __builtin_convertvector(word, halves);
-    memcpy((uint16_t *)y + at, &half, sizeof half);
-}
-
-INLINE float total(floats values)
-{
-    float parts[WIDTH];
-    memcpy(parts, &values, sizeof parts);
-    for (int half = WIDTH / 2; half; half /= 2)
-        for (int lane = 0; lane < half; lane++)
-            parts[lane] += parts[lane + half];
-    return parts[0];
-}
+#define MOST_ROWS 32 /* rows of one adapter that a thread takes at once */
 
 /* h (rows, r) = A x, each element times `scale` and, if given, its element of `diagonal`. */
 INLINE void project(const int rows, float *h, const float *x, const float *a, const float *diagonal, float scale,
@@ -107,13 +36,12 @@ INLINE void add(const int rows, void *y, long at, const float *h, const float *c
         for (int row = 0; row < rows; row++)
             sums[row] += load(columns + k * WIDTH) * h[row * r + k];
     for (int row = 0; row < rows; row++) {
-        floats output = load_output(y, row * outputs + at, is_bfloat16) + sums[row];
-        store_output(y, row * outputs + at, is_bfloat16, gain ? output * load(gain + at) : output);
+        floats output = widened_load(y, row * outputs + at, is_bfloat16) + sums[row];
+        rounded_store(y, row * outputs + at, is_bfloat16, gain ? output * load(gain + at) : output);
     }
 }
 
-/* `scratch` has room for r * (WIDTH + rows) floats, and is aligned like x to 64 bytes: reads that cross a line of the
-   cache take twice as long. */
+/* `scratch` has room for r * (WIDTH + rows) floats, and is aligned like x to a line of the cache. */
 INLINE void add_low_rank(void *y, const float *x, const float *a, const float *b, const float *diagonal,
                          const float *gain, float scale, long rows, long inputs, long r, long outputs, float *scratch,
                          const int is_bfloat16)
@@ -150,21 +78,15 @@ INLINE void add_low_rank(void *y, const float *x, const float *a, const float *b
         }
 }
 
-static float *memory_for(long count)
-{
-    return aligned_alloc(64, (sizeof(float) * count + 63) / 64 * 64);
-}
-
-typedef void (*start_threads)(void (*work)(void *), void *data, unsigned threads, unsigned flags);
-
-/* A call: rows that have one adapter, the first, or each row its own. A row whose pointer to A is 0 has no adapter. */
+/* A call: rows that have one adapter, the first, or `each` rows at a time their own. Rows whose pointer to A is 0 have no
+   adapter. */
 struct call {
     char *y;
     const char *x;
     const float *const *a, *const *b;
     const float *scales;
     const long *ranks;
-    int by_row;                    /* each row has its own adapter */
+    long each;                     /* rows with one adapter, which lie next to each other */
     const float *diagonal, *gain;  /* of the one adapter; 0 for none */
     long rows, inputs, outputs;
     int is_bfloat16;
@@ -177,7 +99,7 @@ struct call {
 static void compute(struct call *call, long first, long rows)
 {
     const long size = call->is_bfloat16 ? 2 : 4, inputs = call->inputs, outputs = call->outputs;
-    const long adapter = call->by_row ? first : 0, r = call->ranks[adapter];
+    const long adapter = first / call->each, r = call->ranks[adapter];
     const float *a = call->a[adapter], *b = call->b[adapter], scale = call->scales[adapter];
     const char *x = call->x + first * inputs * size;
     char *y = call->y + first * outputs * size;
@@ -198,6 +120,13 @@ static void compute(struct call *call, long first, long rows)
     free(memory);
 }
 
+static int have_one_adapter(const struct call *call, long first, long second)
+{
+    long one = first / call->each, other = second / call->each;
+    return one == other || (call->a[one] == call->a[other] && call->b[one] == call->b[other] &&
+                            call->scales[one] == call->scales[other]);
+}
+
 /* Take the next rows that lie next to each other and have one adapter, and compute them together; until none is left. */
 static void take_rows(void *of)
 {
@@ -205,11 +134,11 @@ static void take_rows(void *of)
     long first = __atomic_load_n(&call->next, __ATOMIC_RELAXED);
     while (first < call->rows) {
         long end = first + 1;
-        while (end < call->rows && end - first < call->most && (!call->by_row || call->a[end] == call->a[first]))
+        while (end < call->rows && end - first < call->most && have_one_adapter(call, first, end))
             end++;
         if (!__atomic_compare_exchange_n(&call->next, &first, end, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
             continue; /* another thread was faster; `first` is now what is left */
-        if (call->a[call->by_row ? first : 0])
+        if (call->a[first / call->each])
             compute(call, first, end - first);
         first = __atomic_load_n(&call->next, __ATOMIC_RELAXED);
     }
@@ -232,15 +161,15 @@ static int add_of_one(void *y, const void *x, const float *a, const float *b, co
 {
     long share = parallel && threads > 1 ? (rows + threads - 1) / threads : rows;
     long most = (share + TOGETHER - 1) / TOGETHER * TOGETHER;
-    struct call call = {y, x, &a, &b, &scale, &r, 0, diagonal, gain, rows, inputs, outputs, is_bfloat16, most, 0, 0};
+    struct call call = {y, x, &a, &b, &scale, &r, rows, diagonal, gain, rows, inputs, outputs, is_bfloat16, most, 0, 0};
     return compute_rows(call, parallel, threads);
 }
 
 static int add_by_row(void *y, const void *x, const float *const *a, const float *const *b, const float *scales,
-                      const long *ranks, long rows, long inputs, long outputs, start_threads parallel, unsigned threads,
-                      int is_bfloat16)
+                      const long *ranks, long rows, long each, long inputs, long outputs, start_threads parallel,
+                      unsigned threads, int is_bfloat16)
 {
-    struct call call = {y, x, a, b, scales, ranks, 1, 0, 0, rows, inputs, outputs, is_bfloat16, MOST_ROWS, 0, 0};
+    struct call call = {y, x, a, b, scales, ranks, each, 0, 0, rows, inputs, outputs, is_bfloat16, MOST_ROWS, 0, 0};
     return compute_rows(call, parallel, threads);
 }
 
@@ -260,18 +189,18 @@ int add_low_rank_bfloat16(uint16_t *y, const uint16_t *x, const float *a, const 
     return add_of_one(y, x, a, b, diagonal, gain, scale, rows, inputs, r, outputs, parallel, threads, 1);
 }
 
-/* x and y in float32, with A, B, s and r of each row. */
+/* x and y in float32, with A, B, s and r of each `each` rows. */
 int add_low_rank_by_row_float32(float *y, const float *x, const float *const *a, const float *const *b,
-                                const float *scales, const long *ranks, long rows, long inputs, long outputs,
+                                const float *scales, const long *ranks, long rows, long each, long inputs, long outputs,
                                 start_threads parallel, unsigned threads)
 {
-    return add_by_row(y, x, a, b, scales, ranks, rows, inputs, outputs, parallel, threads, 0);
+    return add_by_row(y, x, a, b, scales, ranks, rows, each, inputs, outputs, parallel, threads, 0);
 }
 
 /* The same with x and y in bfloat16. */
 int add_low_rank_by_row_bfloat16(uint16_t *y, const uint16_t *x, const float *const *a, const float *const *b,
-                                 const float *scales, const long *ranks, long rows, long inputs, long outputs,
+                                 const float *scales, const long *ranks, long rows, long each, long inputs, long outputs,
                                  start_threads parallel, unsigned threads)
 {
-    return add_by_row(y, x, a, b, scales, ranks, rows, inputs, outputs, parallel, threads, 1);
+    return add_by_row(y, x, a, b, scales, ranks, rows, each, inputs, outputs, parallel, threads, 1);
 }

@@ -1,4 +1,4 @@
-"""Decoding of mixed batches on a CPU: the output of a layer for few tokens, whose rows have one adapter each or none.
+"""Mixed batches on a CPU without gradients: the output of a layer for rows that have one adapter each or none.
 
 Compiled code reads the factors of each row's adapter from the adapter's own memory (`compiled_low_rank.RowTable`), so
 no change of a value can be missed. Changed attributes and other memory are noticed by a comparison with the adapters'
@@ -17,7 +17,7 @@ from peftcore._util.fingerprint import unchanging_scope
 from peftcore.adapter import Adapter
 from peftcore.composition.route import Route
 from peftcore.kernels.compiled_low_rank import Factors, RowTable, add_low_rank_by_row, compiled, factors_of, row_table
-from peftcore.layers.decoding import FEW_TOKENS, DecodingPlan, base_output, base_plan, own_factors
+from peftcore.layers.decoding import DecodingPlan, base_output, base_plan, own_factors
 from peftcore.layers.shared_inputs import is_replica
 
 if TYPE_CHECKING:
@@ -43,6 +43,20 @@ class AdapterState(NamedTuple):
     """`unchanging_scope()`"""
     row: tuple[Factors, Any] | None
     """A, B and s; None if the adapter computes more than s·B A x."""
+
+    def holds(self, scope: object | None) -> bool:
+        """Return True if nothing has changed.
+
+        Args:
+            scope: `unchanging_scope()` now.
+        """
+        attributes, changes, dropout, parameters, names, places, own_scope, _ = self
+        if attributes.get("changes", 0) != changes or (dropout is not None and dropout["training"]):
+            return False
+        if scope is not None and own_scope is scope:
+            return True
+        tensors = [parameters[name] for name in names]
+        return (tuple(map(Tensor.data_ptr, tensors)), tuple(map(Tensor.numel, tensors))) == places
 
 
 def _state_of(adapter: Adapter) -> AdapterState:
@@ -96,8 +110,6 @@ class RowPlan(NamedTuple):
     plan: DecodingPlan
     """The plan of the base layer."""
     adapters: list[AdapterState]
-    tokens: int
-    """Tokens of the batch (count)."""
     table: RowTable | None
     """None if the layer's adapters cannot be computed by row."""
 
@@ -144,27 +156,27 @@ class RowPlans:
     def _check(self, layers: Sequence["AdapterLayer"]) -> None:
         for layer in layers:
             plan = self._of.get(layer)
-            if plan is not None and not AdapterStates(plan.adapters).hold(compare_memory=True):
+            if plan is not None and not all(state.holds(None) for state in plan.adapters):
                 del self._of[layer]
                 self._adapters = None
 
 
 def decoded_by_row(layer: "AdapterLayer", route: Route, x: Tensor) -> Tensor | None:
-    """Return the output of a layer for a mixed batch of few tokens on a CPU; None if this path does not apply.
+    """Return the output of a layer for a mixed batch on a CPU; None if this path does not apply.
 
     Args:
         layer: the adapter layer that is called, without gradients and outside of a trace.
         route: the compositions of the rows, each a single adapter or the base alone.
-        x: its input (..., in_features).
+        x: its input (rows, ..., in_features).
     """
-    if not (x.is_cpu and x.dim() and 0 < x.numel() <= FEW_TOKENS * x.shape[-1]) or x.dtype not in compiled():
+    if not (x.is_cpu and x.dim() > 1 and x.numel()) or x.dtype not in compiled():
         return None
     if is_replica(layer) or torch._C._is_any_autocast_enabled():
         return None
-    tokens, plans = x.numel() // x.shape[-1], _checked_plans(layer, route)
+    plans = _checked_plans(layer, route)
     found = plans.get(layer)
-    if found is None or found.tokens != tokens or not found.plan.holds(layer, route.names):
-        found = _new_row_plan(layer, route.names, plans.rows, tokens)
+    if found is None or not found.plan.holds(layer, route.names):
+        found = _new_row_plan(layer, route.names, plans.rows)
         if found is None:
             return None
         plans.add(layer, found)
@@ -189,28 +201,23 @@ def _checked_plans(layer: "AdapterLayer", route: Route) -> RowPlans:
     return plans
 
 
-def _new_row_plan(
-    layer: "AdapterLayer", names: tuple[str, ...], rows: Sequence[str | None] | None, tokens: int
-) -> RowPlan | None:
+def _new_row_plan(layer: "AdapterLayer", names: tuple[str, ...], rows: Sequence[str | None] | None) -> RowPlan | None:
     """Return a plan for the layer as it is now; None if the layer's base computes more than that."""
     plan = base_plan(layer, names)
     if plan is None:
         return None
     states, table = _known_states(layer.selection.adapter_states, layer.unmerged_among(names)), None
-    if rows is not None and tokens % len(rows) == 0 and all(state.row is not None for state in states.values()):
-        each, of_rows = tokens // len(rows), [states[name].row if name in states else None for name in rows]
-        table = row_table([row for row in of_rows for _ in range(each)] if each > 1 else of_rows)
-    return RowPlan(plan, list(states.values()), tokens, table)
+    if rows is not None and all(state.row is not None for state in states.values()):
+        table = row_table([states[name].row if name in states else None for name in rows])
+    return RowPlan(plan, list(states.values()), table)
 
 
 def _known_states(known: dict[Adapter, AdapterState], adapters: Mapping[str, Adapter]) -> dict[str, AdapterState]:
     """Return the states of a layer's adapters by name, from `known` if they hold: batches often differ in one row."""
-    for adapter in adapters.values():
-        if adapter not in known:
-            known[adapter] = _state_of(adapter)
-    states, scope = {name: known[adapter] for name, adapter in adapters.items()}, unchanging_scope()
-    may_have_moved = scope is None or any(state.scope is not scope for state in states.values())
-    if not AdapterStates(states.values()).hold(may_have_moved):
-        states = {name: _state_of(adapter) for name, adapter in adapters.items()}
-        known.update(zip(adapters.values(), states.values(), strict=True))
+    states, scope = {}, unchanging_scope()
+    for name, adapter in adapters.items():
+        state = known.get(adapter)
+        if state is None or not state.holds(scope):
+            state = known[adapter] = _state_of(adapter)
+        states[name] = state
     return states

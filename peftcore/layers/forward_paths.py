@@ -124,10 +124,12 @@ def _mixed(layer: "AdapterLayer", route: Route, x: Tensor) -> Tensor | None:
 
     The outputs of the siblings are cached.
     """
+    y = decoded_by_row(layer, route, x)
+    if y is not None:
+        return y
     if 0 < LONG_RUN * route.run_count <= x.shape[:-1].numel():
         return _by_run(layer, route, x)
-    y = decoded_by_row(layer, route, x)
-    return _stacked(layer, route, x) if y is None else y
+    return _stacked(layer, route, x)
 
 
 def _by_run(layer: "AdapterLayer", route: Route, x: Tensor) -> Tensor | None:

@@ -14,20 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from peftcore.composition import Composition
+from peftcore.cpu_decoding import use_compiled_code
 from peftcore.errors import ConfigError
 from peftcore.injection import activation
 from peftcore.injection.adapter_set import ATTRIBUTE
 from peftcore.serving.errors import AdapterFailedError
 from peftcore.serving.kv_cache import KVCache
-
-GROUPED_SDPA = "peftcore_grouped_sdpa"
-"""Name of `_grouped_sdpa` among the attention functions of transformers."""
 
 
 @dataclass
@@ -54,9 +50,7 @@ class RoutedForward:
         self.model = model.eval()
         self._arguments = frozenset(inspect.signature(model.forward).parameters)
         _check_model(model)
-        is_sdpa = model.config._attn_implementation == "sdpa" and model._supports_attention_backend
-        if is_sdpa and model.device.type == "cpu":
-            model.set_attn_implementation(GROUPED_SDPA)
+        use_compiled_code(model)
 
     @property
     def can_route(self) -> bool:
@@ -75,7 +69,7 @@ class RoutedForward:
         """
         try:
             logits = self._logits(cache, tokens, mask, routes)
-            finite: list[bool] = logits.isfinite().all(-1).tolist()
+            finite: list[bool] = logits.abs().amax(-1).isfinite().tolist()  # 9 times as fast as isfinite of all
             error = None
         except Exception as raised:  # any error, because adapters run arbitrary code
             logits, finite, error = tokens.new_zeros(len(tokens), 0), [False] * len(tokens), raised
@@ -144,23 +138,3 @@ def _check_model(model: Any) -> None:
             f"{type(model).__name__} keeps {named} between tokens, but this server batches only keys and values; "
             "serve a model with attention layers only"
         )
-
-
-def _grouped_sdpa(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
-) -> tuple[Tensor, None]:
-    """Return what transformers' `sdpa` returns, faster for one query token and no padding, on CPUs.
-
-    With a mask, transformers computes all query heads of one key head together. Without, it asks PyTorch to do so
-    (`enable_gqa`), and PyTorch's CPU kernel takes several times as long for it (LOG.md of the benchmarks). So a mask
-    that hides nothing is given.
-
-    Shapes: query (B, h, T, d), key and value (B, h / groups, S, d).
-    """
-    if attention_mask is None and query.shape[2] == 1:
-        attention_mask = torch.ones(1, 1, 1, key.shape[2], dtype=torch.bool, device=key.device)
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-
-
-AttentionInterface.register(GROUPED_SDPA, _grouped_sdpa)
-AttentionMaskInterface.register(GROUPED_SDPA, sdpa_mask)

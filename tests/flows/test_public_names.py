@@ -1,12 +1,19 @@
-"""flows takes from peftcore public names alone: of `peftcore`, its `errors`, `files`, `hub` and `kv_cache`, and of
-its packages.
+"""flows takes from peftcore public names alone: of `peftcore`, its `cpu_decoding`, `errors`, `files`, `hub` and
+`kv_cache`, and of its packages.
 """
 
 import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-MODULES = ("peftcore", "peftcore.errors", "peftcore.files", "peftcore.files.hub", "peftcore.kv_cache")
+MODULES = (
+    "peftcore",
+    "peftcore.cpu_decoding",
+    "peftcore.errors",
+    "peftcore.files",
+    "peftcore.files.hub",
+    "peftcore.kv_cache",
+)
 
 
 def is_public(module: str) -> bool:

@@ -307,7 +307,7 @@ ROWS = ["b", "default", "default", None, "c", "default"]
 def mixed(monkeypatch: pytest.MonkeyPatch) -> Any:
     """(a model with three adapters in float32, a function that returns its outputs by compiled code and by stacks)"""
     if not compiled_low_rank.compiled():
-        pytest.skip("low_rank.c is not compiled here; the log says why")
+        pytest.skip("nothing is compiled here; the log says why")
     model = adapted(lora(), dtype=torch.float32)
     for name, rank in (("b", 4), ("c", 3)):
         model.add_adapter(name, lora(r=rank, init_lora_weights=False))
@@ -402,8 +402,13 @@ def test_mixed_batch_compares_the_adapters_of_all_layers_once_in_a_call(
             assert torch.equal(model(x), before) and torch.equal(model(x), before)
             assert compared == [(6, True), (6, False)]
         compared.clear()
-        model[1](model[0](x))
-        assert compared == [(3, True), (3, True)]  # outside of a call of the model
+        one_by_one: list[Any] = []
+        holds = decoding_by_row.AdapterState.holds
+        monkeypatch.setattr(
+            decoding_by_row.AdapterState, "holds", lambda state, scope: one_by_one.append(scope) or holds(state, scope)
+        )
+        model[1](model[0](x))  # outside of a call of the model: each layer compares its three adapters
+        assert not compared and one_by_one == [None] * 6
 
 
 @pytest.mark.parametrize("change", ["other memory", "scaling"])

@@ -109,10 +109,10 @@ def _cached_ratio(lora: "Lora") -> Tensor:
 
     n takes as long as a product with W.
     """
-    version: WeightVersion | None = lora.base.unmerged_version()
     cached = vars(lora).get(_RATIO)
-    if cached is not None and version is not None and cached[0] == version and cached[1].holds():
+    if cached is not None and lora.base.has_unmerged_version(cached[0]) and cached[1].holds():
         return cached[2]
+    version: WeightVersion | None = lora.base.unmerged_version()
     fingerprint, ratio = Fingerprint([lora]), _ratio(lora)
     if version is not None and fingerprint.countable:
         vars(lora)[_RATIO] = version, fingerprint, ratio

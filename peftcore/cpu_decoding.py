@@ -1,0 +1,104 @@
+"""Faster decoding steps of transformers' models on CPUs, by compiled code in place of several operations of PyTorch."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from peftcore.kernels.compiled_attention import attention_of_one_token
+from peftcore.kernels.compiled_norm import rms_norm
+
+ATTENTION = "peftcore_cpu"
+"""Name of `_attention` among the attention functions of transformers."""
+
+
+class CompiledRMSNorm(nn.Module):
+    """A normalisation layer of transformers that computes single tokens by `rms_norm` where that fits.
+
+    Args:
+        norm: A layer that `_can_replace` accepts; the new one has its parameter.
+
+    Shapes: x (rows, tokens, ..., d), weight (d,), output like x.
+    """
+
+    def __init__(self, norm: Any):
+        super().__init__()
+        self.weight: Tensor = norm.weight
+        self.variance_epsilon: float = norm.variance_epsilon
+        self.replaced = type(norm)
+        self.train(norm.training)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Return the normalised x."""
+        output = None
+        if hidden_states.dim() > 2 and hidden_states.shape[1] == 1:
+            output = rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        return self.replaced.forward(self, hidden_states) if output is None else output
+
+
+def use_compiled_code(model: Any) -> None:
+    """Let a model on a CPU compute attention and RMSNorm of decoding steps by compiled code.
+
+    A step is a forward without gradients of one token in each row; its outputs may be rounded in another way. All
+    other forwards are as before. Attention is replaced if it is transformers' "sdpa", normalisation if its formula is
+    that of Llama. Where nothing can be compiled, only the attention becomes faster. Call it before the model gets
+    adapters.
+
+    Args:
+        model: A `PreTrainedModel`; on another device it stays as it is.
+    """
+    if model.device.type != "cpu":
+        return
+    if model.config._attn_implementation == "sdpa" and model._supports_attention_backend:
+        model.set_attn_implementation(ATTENTION)
+    modules: dict[str, Any] = dict(model.named_modules(remove_duplicate=False))
+    norms = {path: norm for path, norm in modules.items() if path and _can_replace(norm)}
+    replaced = {norm: CompiledRMSNorm(norm) for norm in dict.fromkeys(norms.values())}
+    for path, norm in norms.items():
+        parent, _, name = path.rpartition(".")
+        setattr(modules[parent], name, replaced[norm])
+
+
+def _can_replace(norm: nn.Module) -> bool:
+    """Return True for a layer of transformers without hooks that computes what `rms_norm` does."""
+    kind = type(norm)
+    if not kind.__module__.startswith("transformers.") or not kind.__name__.endswith("RMSNorm"):
+        return False
+    weight, epsilon = norm._parameters.get("weight"), getattr(norm, "variance_epsilon", None)
+    has_hooks = norm._forward_hooks or norm._forward_pre_hooks or "forward" in norm.__dict__
+    if weight is None or epsilon is None or has_hooks or len(norm._parameters) > 1 or norm._modules or norm._buffers:
+        return False
+    with torch.no_grad():
+        x = torch.linspace(-3, 3, weight.numel(), dtype=weight.dtype)
+        output = rms_norm(x, weight, epsilon)
+        if output is None:
+            return False
+        tolerance = 1e-5 if weight.dtype == torch.float32 else 2**-7
+        return torch.allclose(norm(x), output, rtol=tolerance, atol=0)
+
+
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """Return what transformers' "sdpa" returns.
+
+    Shapes: query (B, H, T, d), key and value (B, h, S, d), attention_mask (B, 1, T, S), output (B, T, H, d).
+    """
+    is_plain = not (options.get("dropout") or options.get("softcap") or options.get("position_bias") is not None)
+    if query.shape[2] == 1 and is_plain:
+        scaling = options.get("scaling") or query.shape[-1] ** -0.5
+        output = attention_of_one_token(query, key, value, attention_mask, scaling)
+        if output is not None:
+            return output, None
+        if attention_mask is None:
+            # with a mask, even one that hides nothing, transformers computes all query heads of one key head together;
+            # without, PyTorch does so (`enable_gqa`), and takes several times as long (LOG.md of the benchmarks)
+            attention_mask = torch.ones(1, 1, 1, key.shape[2], dtype=torch.bool, device=key.device)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+
+
+AttentionInterface.register(ATTENTION, _attention)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)

@@ -1,0 +1,143 @@
+"""`peftcore.cpu_decoding`: models compute what they computed before, and what does not fit stays as it is."""
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, DynamicCache
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from peftcore import LNTuningConfig, LoraConfig, get_peft_model
+from peftcore.cpu_decoding import ATTENTION, CompiledRMSNorm, use_compiled_code
+from peftcore.kernels import compiled_attention
+from peftcore.kernels.compiled import library
+
+needs_compiler = pytest.mark.skipif(not library(), reason="nothing is compiled here; the log says why")
+SIZES: dict[str, Any] = {
+    **{"vocab_size": 80, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "pad_token_id": 0},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
+}
+KINDS: dict[str, tuple[dict[str, Any], int]] = {
+    "llama": ({}, 5),
+    "mistral": ({"sliding_window": 4}, 5),
+    "qwen3": ({}, 9),
+    "gemma3_text": ({"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}, 0),
+    "gpt_neox": ({}, 0),
+}
+"""{kind: (further sizes, number of norms of Llama's formula)}"""
+
+
+def made(kind: str, dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(CONFIG_MAPPING[kind](**SIZES, **KINDS[kind][0])).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            nn.init.uniform_(parameter, 0.5, 2)
+    return model.to(dtype)
+
+
+def norms(model: nn.Module) -> int:
+    return sum(isinstance(module, CompiledRMSNorm) for module in model.modules())
+
+
+TOKENS = torch.randint(1, 80, (3, 9), generator=torch.Generator().manual_seed(0))
+MASK = torch.tensor([[1] * 9, [0] * 4 + [1] * 5, [0] + [1] * 8])
+
+
+@torch.no_grad()
+def decoded(model: Any, mask: torch.Tensor) -> torch.Tensor:
+    """Logits of each row's last tokens, token by token."""
+    cache, logits = DynamicCache(config=model.config), []
+    for start, end in ((0, 5), (5, 6), (6, 7), (7, 8), (8, 9)):
+        given = {"attention_mask": mask[:, :end], "position_ids": (mask[:, :end].cumsum(1) - 1).clamp(0)[:, start:]}
+        given |= {"cache": cache, "use_cache": True}
+        logits.append(model(TOKENS[:, start:end], **given).logits[:, -1])
+    return torch.stack(logits)
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_compute_what_they_computed(
+    kind: str, masked: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, mask = made(kind, dtype), MASK if masked else torch.ones_like(MASK)
+    expected, calls = decoded(model, mask), []
+    use_compiled_code(model)
+    assert norms(model) == KINDS[kind][1] and model.config._attn_implementation == ATTENTION
+    function = compiled_attention.compiled()
+    monkeypatch.setattr(compiled_attention, "compiled", lambda: calls.append(1) or function)
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-5
+    torch.testing.assert_close(decoded(model, mask), expected, rtol=tolerance, atol=tolerance)
+    assert len(calls) == 4 * 2  # single tokens in each layer
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_whole_texts_have_the_same_bits(dtype: torch.dtype) -> None:
+    model = made("llama", dtype)
+    expected = model(TOKENS).logits
+    use_compiled_code(model)
+    assert torch.equal(model(TOKENS).logits, expected)
+
+
+@needs_compiler
+def test_gradients_are_computed_as_before() -> None:
+    model, gradients = made("llama"), []
+    for _ in range(2):
+        model.zero_grad()
+        model(TOKENS, labels=TOKENS).loss.backward()
+        gradients.append({name: parameter.grad.clone() for name, parameter in model.named_parameters()})
+        use_compiled_code(model)
+    assert gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(gradients[0][name], gradients[1][name]) for name in gradients[0])
+
+
+@needs_compiler
+def test_copies_files_and_adapters(tmp_path: Any) -> None:
+    model, plain = made("llama"), made("llama")
+    use_compiled_code(model)
+    mask = torch.ones_like(MASK)
+    expected = decoded(model, mask)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert norms(copied) == 5 and torch.equal(decoded(copied, mask), expected)
+    model.save_pretrained(tmp_path)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config._attn_implementation == "sdpa" and norms(loaded) == 0
+    assert all(torch.equal(*pair) for pair in zip(loaded.parameters(), model.parameters(), strict=True))
+    for config in (LoraConfig(target_modules="all-linear", init_lora_weights=False), LNTuningConfig()):
+        outputs = []
+        for base in (model, plain):
+            torch.manual_seed(1)
+            adapted: Any = get_peft_model(copy.deepcopy(base), config).eval()
+            for parameter in adapted.parameters():
+                if parameter.requires_grad:
+                    parameter.data.add_(0.1)
+            outputs.append(decoded(adapted, mask))
+        torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(outputs[0], expected, atol=1e-2)
+
+
+@needs_compiler
+@torch.no_grad()
+def test_a_norm_that_is_not_transformers_own_formula_stays() -> None:
+    model, hooked, other = made("llama"), made("llama"), made("llama").double()
+    hooked.model.norm.register_forward_hook(lambda *_: None)
+    model.model.norm.forward = model.model.norm.forward  # as accelerate does
+    for one, count in ((model, 4), (hooked, 4), (other, 0)):
+        use_compiled_code(one)
+        assert norms(one) == count
+
+
+def test_other_attention_and_devices_stay() -> None:
+    eager, elsewhere = made("llama"), made("llama").to("meta")
+    eager.set_attn_implementation("eager")
+    use_compiled_code(eager)
+    assert eager.config._attn_implementation == "eager"
+    use_compiled_code(elsewhere)
+    assert elsewhere.config._attn_implementation == "sdpa" and norms(elsewhere) == 0
