@@ -1,5 +1,6 @@
 """Faster decoding steps of transformers' models on CPUs, by compiled code in place of several operations of PyTorch."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -26,10 +27,11 @@ class CompiledRMSNorm(nn.Module):
 
     def __init__(self, norm: Any):
         super().__init__()
+        # whatever the forward of its class reads
+        self.__dict__.update({name: value for name, value in vars(norm).items() if not name.startswith("_")})
         self.weight: Tensor = norm.weight
         self.variance_epsilon: float = norm.variance_epsilon
         self.replaced = type(norm)
-        self.train(norm.training)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Return the normalised x."""
@@ -68,11 +70,13 @@ def _can_replace(norm: nn.Module) -> bool:
     if not kind.__module__.startswith("transformers.") or not kind.__name__.endswith("RMSNorm"):
         return False
     weight, epsilon = norm._parameters.get("weight"), getattr(norm, "variance_epsilon", None)
+    if weight is None or epsilon is None or len(norm._parameters) > 1 or norm._modules or norm._buffers:
+        return False
     has_hooks = norm._forward_hooks or norm._forward_pre_hooks or "forward" in norm.__dict__
-    if weight is None or epsilon is None or has_hooks or len(norm._parameters) > 1 or norm._modules or norm._buffers:
+    if has_hooks or len(inspect.signature(norm.forward).parameters) > 1:
         return False
     with torch.no_grad():
-        x = torch.linspace(-3, 3, weight.numel(), dtype=weight.dtype)
+        x = torch.linspace(-3, 3, weight.numel(), dtype=weight.dtype).view(1, 1, -1)
         output = rms_norm(x, weight, epsilon)
         if output is None:
             return False

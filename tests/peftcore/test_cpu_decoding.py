@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from peftcore import LNTuningConfig, LoraConfig, get_peft_model
 from peftcore.cpu_decoding import ATTENTION, CompiledRMSNorm, use_compiled_code
@@ -123,9 +124,48 @@ def test_copies_files_and_adapters(tmp_path: Any) -> None:
         assert not torch.allclose(outputs[0], expected, atol=1e-2)
 
 
+class WithAttribute(LlamaRMSNorm):
+    """Its forward reads an attribute of its own."""
+
+    def __init__(self) -> None:
+        super().__init__(32)
+        self.factor = 1.0
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states) * self.factor
+
+
+class WithGate(LlamaRMSNorm):
+    """Its forward takes more than x."""
+
+    def forward(self, hidden_states: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        return super().forward(hidden_states if gate is None else hidden_states * gate)
+
+
+class Squared(LlamaRMSNorm):
+    """It computes something else."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states).square()
+
+
 @needs_compiler
 @torch.no_grad()
-def test_a_norm_that_is_not_transformers_own_formula_stays() -> None:
+def test_norms_are_known_by_what_they_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(2, 3, 32)
+    for norm, fits in ((WithAttribute(), True), (WithGate(32), False), (Squared(32), False)):
+        monkeypatch.setattr(type(norm), "__module__", "transformers.models.other")
+        monkeypatch.setattr(type(norm), "__name__", "OtherRMSNorm")
+        model, expected = made("llama"), norm(x)
+        model.model.norm = norm
+        use_compiled_code(model)
+        assert isinstance(model.model.norm, CompiledRMSNorm) == fits
+        assert torch.equal(model.model.norm(x), expected)  # several tokens: by the class's own forward
+
+
+@needs_compiler
+@torch.no_grad()
+def test_norms_with_hooks_and_in_other_types_stay() -> None:
     model, hooked, other = made("llama"), made("llama"), made("llama").double()
     hooked.model.norm.register_forward_hook(lambda *_: None)
     model.model.norm.forward = model.model.norm.forward  # as accelerate does
