@@ -124,43 +124,58 @@ def test_copies_files_and_adapters(tmp_path: Any) -> None:
         assert not torch.allclose(outputs[0], expected, atol=1e-2)
 
 
-class WithAttribute(LlamaRMSNorm):
+class WithAttributeRMSNorm(LlamaRMSNorm):
     """Its forward reads an attribute of its own."""
+
+    __module__ = "transformers.models.other"
 
     def __init__(self) -> None:
         super().__init__(32)
         self.factor = 1.0
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return super().forward(hidden_states) * self.factor
+        return LlamaRMSNorm.forward(self, hidden_states) * self.factor
 
 
-class WithGate(LlamaRMSNorm):
+class WithGateRMSNorm(LlamaRMSNorm):
     """Its forward takes more than x."""
 
+    __module__ = "transformers.models.other"
+
     def forward(self, hidden_states: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
-        return super().forward(hidden_states if gate is None else hidden_states * gate)
+        return LlamaRMSNorm.forward(self, hidden_states if gate is None else hidden_states * gate)
 
 
-class Squared(LlamaRMSNorm):
+class SquaredRMSNorm(LlamaRMSNorm):
     """It computes something else."""
 
+    __module__ = "transformers.models.other"
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return super().forward(hidden_states).square()
+        return LlamaRMSNorm.forward(self, hidden_states).square()
+
+
+class SuperRMSNorm(LlamaRMSNorm):
+    """Its forward is bound to its class."""
+
+    __module__ = "transformers.models.other"
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states)
 
 
 @needs_compiler
 @torch.no_grad()
-def test_norms_are_known_by_what_they_compute(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.randn(2, 3, 32)
-    for norm, fits in ((WithAttribute(), True), (WithGate(32), False), (Squared(32), False)):
-        monkeypatch.setattr(type(norm), "__module__", "transformers.models.other")
-        monkeypatch.setattr(type(norm), "__name__", "OtherRMSNorm")
-        model, expected = made("llama"), norm(x)
+def test_norms_are_known_by_what_they_compute() -> None:
+    x, several = torch.randn(2, 1, 32), torch.randn(2, 3, 32)
+    norms = WithAttributeRMSNorm(), WithGateRMSNorm(32), SquaredRMSNorm(32), SuperRMSNorm(32)
+    for norm, fits in zip(norms, (True, False, False, False), strict=True):
+        model, expected = made("llama"), (norm(x), norm(several))
         model.model.norm = norm
         use_compiled_code(model)
         assert isinstance(model.model.norm, CompiledRMSNorm) == fits
-        assert torch.equal(model.model.norm(x), expected)  # several tokens: by the class's own forward
+        torch.testing.assert_close(model.model.norm(x), expected[0])
+        assert torch.equal(model.model.norm(several), expected[1])  # by the forward of the norm's class
 
 
 @needs_compiler
