@@ -65,7 +65,10 @@ def use_compiled_code(model: Any) -> None:
 
 
 def _can_replace(norm: nn.Module) -> bool:
-    """Return True for a layer of transformers without hooks that computes what `rms_norm` does."""
+    """Return True for a layer of transformers without hooks that computes what `rms_norm` does.
+
+    Its forward must take x alone, and be callable with an instance of another class: without `super()`.
+    """
     kind = type(norm)
     if not kind.__module__.startswith("transformers.") or not kind.__name__.endswith("RMSNorm"):
         return False
@@ -73,8 +76,13 @@ def _can_replace(norm: nn.Module) -> bool:
     if weight is None or epsilon is None or len(norm._parameters) > 1 or norm._modules or norm._buffers:
         return False
     has_hooks = norm._forward_hooks or norm._forward_pre_hooks or "forward" in norm.__dict__
-    uses_super = "__class__" in inspect.unwrap(kind.forward).__code__.co_freevars
-    if has_hooks or uses_super or len(inspect.signature(norm.forward).parameters) > 1:
+    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    if (
+        has_hooks
+        or code is None
+        or "__class__" in code.co_freevars
+        or len(inspect.signature(norm.forward).parameters) > 1
+    ):
         return False
     with torch.no_grad():
         x = torch.linspace(-3, 3, weight.numel(), dtype=weight.dtype).view(1, 1, -1)
