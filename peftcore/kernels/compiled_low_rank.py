@@ -25,8 +25,8 @@ MOST_WORK = 2**22
 """Largest number of multiplications of one call (count). A call in one thread has this many divided by PyTorch's
 threads, because PyTorch's own products use them all."""
 MOST_WORK_BY_ROW = 2**25
-"""The same for rows with different adapters, if all threads work. PyTorch's products by adapter are faster beyond it:
-with 16 rows of 32 tokens, from rank 50 on (`LOG.md` of the benchmarks)."""
+"""The same for rows with different adapters, if all threads work. Beyond it, PyTorch's products by adapter take as long
+or less (`LOG.md` of the benchmarks)."""
 LEAST_SHARED_WORK = 2**18
 """Least number of multiplications of one adapter that are divided among threads (count): 16 rows of 576 inputs and
 outputs with rank 16. Two threads save a quarter of their time, and nothing of that of 8 rows (`LOG.md` of the
