@@ -1,8 +1,9 @@
 """Attention of one query token in each row, in one call of compiled C (`attention.c`).
 
-PyTorch's kernel for CPUs is made for many queries. For one token of 16 rows with 90 tokens in the cache it takes 240 us
-a layer, where this one takes 55 (SmolLM2-135M in bfloat16 on 2 cores of an AMD EPYC with AVX-512). Sums and weights
-are in float32 as PyTorch's are, but PyTorch rounds the weights to bfloat16 before it multiplies the values by them.
+PyTorch's kernel for CPUs is made for many queries. In a decoding step of 16 rows with 80 tokens in the cache it takes
+240 us a layer, where this one takes 100 (SmolLM2-135M in bfloat16 on 2 cores of an AMD EPYC with AVX-512). Sums and
+weights are in float32 as PyTorch's are, but PyTorch rounds the weights to bfloat16 before it multiplies the values by
+them.
 """
 
 import ctypes

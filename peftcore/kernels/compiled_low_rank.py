@@ -24,7 +24,7 @@ from peftcore.kernels.compiled import library, openmp
 MOST_WORK = 2**22
 """Largest number of multiplications of one call (count). A call in one thread has this many divided by PyTorch's
 threads, because PyTorch's own products use them all."""
-MOST_WORK_BY_ROW = 2**25
+MOST_WORK_BY_ROW = 2**27
 """The same for rows with different adapters, if all threads work. Beyond it, PyTorch's products by adapter take as long
 or less (`LOG.md` of the benchmarks)."""
 LEAST_SHARED_WORK = 2**18
@@ -176,36 +176,48 @@ def _table_types(rows: int) -> tuple[Any, Any, Any]:
     return ctypes.c_void_p * rows, ctypes.c_float * rows, ctypes.c_long * rows
 
 
+def fits_by_row(x: Tensor, table: RowTable) -> bool:
+    """Return True if `add_low_rank_by_row` is for this input; it need not be for much work.
+
+    Args:
+        x: (rows, ..., i).
+        table: the table of the rows.
+    """
+    rows, inputs = len(table.pointers[0]), table.inputs
+    if (
+        x.dtype not in compiled()
+        or type(x) is not Tensor
+        or not (x.is_cpu and x.is_contiguous() and x.numel())
+        or x.shape[-1] != inputs
+        or x.numel() % (rows * inputs)
+        or torch._C._len_torch_dispatch_stack()
+    ):
+        return False
+    each = x.numel() // (rows * inputs)
+    return each * table.ranks * (inputs + table.outputs) <= (MOST_WORK_BY_ROW if openmp() else _most_work())
+
+
 def add_low_rank_by_row(y: Tensor, x: Tensor, table: RowTable) -> bool:
     """Add s·B A x to y in place, each row with the factors that the table names; see `add_low_rank`.
 
     Args:
         y: (rows, ..., o) in new memory, as many rows as the table has, each with as many tokens.
-        x: (rows, ..., i) of y's type.
+        x: (rows, ..., i) of y's type, which `fits_by_row`.
         table: the table of the rows.
     """
-    dtype = x.dtype
-    functions = compiled().get(dtype)
-    rows, inputs, outputs = len(table.pointers[0]), table.inputs, table.outputs
-    tokens, parallel = x.numel() // inputs, openmp()
+    tokens, outputs = x.numel() // table.inputs, table.outputs
     if (
-        functions is None
-        or y.dtype is not dtype
-        or type(x) is not Tensor
+        not fits_by_row(x, table)
+        or y.dtype is not x.dtype
         or type(y) is not Tensor
-        or not (x.is_cpu and y.is_cpu and x.is_contiguous() and y.is_contiguous())
-        or x.shape[-1] != inputs
+        or not (y.is_cpu and y.is_contiguous())
         or y.shape[-1] != outputs
-        or tokens % rows
         or y.numel() != tokens * outputs
-        or torch._C._len_torch_dispatch_stack()
     ):
         return False
-    each = tokens // rows
-    if each * table.ranks * (inputs + outputs) > (MOST_WORK_BY_ROW if parallel else _most_work()):
-        return False
+    sizes = tokens, tokens // len(table.pointers[0]), table.inputs, outputs
     pointers = y.data_ptr(), x.data_ptr(), *table.pointers
-    if not functions.add_by_row(*pointers, tokens, each, inputs, outputs, parallel, torch.get_num_threads()):
+    if not compiled()[x.dtype].add_by_row(*pointers, *sizes, openmp(), torch.get_num_threads()):
         raise _no_memory(tokens)
     return True
 

@@ -1,7 +1,7 @@
 """Root-mean-square normalisation in one call of compiled C (`rms_norm.c`).
 
-transformers' models compute it by eight operations of PyTorch, which take 67 us for 16 tokens of 576 elements, where
-this call takes 8 (in a decoding step of SmolLM2-135M in bfloat16 on 2 cores of an AMD EPYC with AVX-512).
+transformers' models compute it by eight operations of PyTorch. For 16 tokens of 576 elements they take 67 us, where
+this call takes 28 (in a decoding step of SmolLM2-135M in bfloat16 on 2 cores of an AMD EPYC with AVX-512).
 """
 
 import ctypes

@@ -16,8 +16,16 @@ from torch import Tensor
 from peftcore._util.fingerprint import unchanging_scope
 from peftcore.adapter import Adapter
 from peftcore.composition.route import Route
-from peftcore.kernels.compiled_low_rank import Factors, RowTable, add_low_rank_by_row, compiled, factors_of, row_table
-from peftcore.layers.decoding import DecodingPlan, base_output, base_plan, own_factors
+from peftcore.kernels.compiled_low_rank import (
+    Factors,
+    RowTable,
+    add_low_rank_by_row,
+    compiled,
+    factors_of,
+    fits_by_row,
+    row_table,
+)
+from peftcore.layers.decoding import FEW_TOKENS, DecodingPlan, base_output, base_plan, own_factors
 from peftcore.layers.shared_inputs import is_replica
 
 if TYPE_CHECKING:
@@ -173,6 +181,9 @@ def decoded_by_row(layer: "AdapterLayer", route: Route, x: Tensor) -> Tensor | N
         return None
     if is_replica(layer) or torch._C._is_any_autocast_enabled():
         return None
+    is_long = x.numel() > FEW_TOKENS * x.shape[-1]
+    if is_long and layer.base.compute_dtype(x) is not x.dtype:  # the base is no product in x's type
+        return None
     plans = _checked_plans(layer, route)
     found = plans.get(layer)
     if found is None or not found.plan.holds(layer, route.names):
@@ -180,10 +191,12 @@ def decoded_by_row(layer: "AdapterLayer", route: Route, x: Tensor) -> Tensor | N
         if found is None:
             return None
         plans.add(layer, found)
-    if found.table is None:
+    if found.table is None or not fits_by_row(
+        x, found.table
+    ):  # before the base's product, which takes most of the time
         return None
     layer.check_rows(x, route)
-    y = base_output(layer, found.plan, x)
+    y = layer.base.product(x) if is_long else base_output(layer, found.plan, x)
     return y if y is not None and add_low_rank_by_row(y, x, found.table) else None
 
 

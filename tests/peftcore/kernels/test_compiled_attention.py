@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from marked_tensor import Marked
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -11,14 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from peftcore.kernels import compiled_attention
 from peftcore.kernels.compiled_attention import attention_of_one_token, compiled, vector_width
 
-pytestmark = pytest.mark.skipif(not compiled(), reason="nothing is compiled here; the log says why")
+pytestmark = [
+    pytest.mark.skipif(not compiled(), reason="nothing is compiled here; the log says why"),
+    pytest.mark.usefixtures("no_grad"),
+]
 TYPES = [torch.float32, torch.bfloat16]
-
-
-@pytest.fixture(autouse=True)
-def no_grad() -> Any:
-    with torch.no_grad():
-        yield
 
 
 def given(
@@ -113,10 +111,6 @@ def test_a_row_without_visible_tokens_gets_zeros() -> None:
     mask = torch.tensor([[True] * 5, [False] * 5])[:, None, None]
     found = attention_of_one_token(q, k, v, mask, 1.0)
     assert found is not None and (found[1] == 0).all() and (found[0] != 0).all()
-
-
-class Marked(Tensor):
-    """A subclass, as of a library that keeps data of its own with a tensor."""
 
 
 @pytest.mark.parametrize(

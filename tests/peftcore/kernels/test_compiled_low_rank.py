@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from marked_tensor import Marked
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -60,10 +61,6 @@ def test_bfloat16_is_rounded_as_by_pytorch() -> None:
     expected = (given + 0.0).bfloat16()
     assert torch.equal(y.isnan()[0], expected.isnan())
     assert torch.equal(y[0].nan_to_num(7.0), expected.nan_to_num(7.0))
-
-
-class Marked(Tensor):
-    """A subclass, as of a library that keeps data of its own with a tensor."""
 
 
 @pytest.mark.parametrize(

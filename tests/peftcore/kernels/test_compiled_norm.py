@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from marked_tensor import Marked
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -11,14 +12,11 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from peftcore.kernels import compiled_norm
 from peftcore.kernels.compiled_norm import compiled, rms_norm
 
-pytestmark = pytest.mark.skipif(not compiled(), reason="nothing is compiled here; the log says why")
+pytestmark = [
+    pytest.mark.skipif(not compiled(), reason="nothing is compiled here; the log says why"),
+    pytest.mark.usefixtures("no_grad"),
+]
 TYPES = [torch.float32, torch.bfloat16]
-
-
-@pytest.fixture(autouse=True)
-def no_grad() -> Any:
-    with torch.no_grad():
-        yield
 
 
 def values(rows: int, width: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -61,10 +59,6 @@ def test_any_number_of_threads(dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(found[0], other) for other in found[1:])
-
-
-class Marked(Tensor):
-    """A subclass, as of a library that keeps data of its own with a tensor."""
 
 
 @pytest.mark.parametrize(

@@ -411,6 +411,17 @@ def test_mixed_batch_compares_the_adapters_of_all_layers_once_in_a_call(
         assert not compared and one_by_one == [None] * 6
 
 
+def test_mixed_batch_of_much_work_computes_the_base_once(mixed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, outputs = mixed
+    x = torch.randn(6, 8)
+    expected, _ = outputs(x)
+    monkeypatch.setattr(compiled_low_rank, "MOST_WORK_BY_ROW", 0)
+    monkeypatch.setattr(compiled_low_rank, "MOST_WORK", 0)
+    monkeypatch.setattr(decoding_by_row, "base_output", lambda *_: pytest.fail("the stacks compute it again"))
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, adapter_names=ROWS), expected)
+
+
 @pytest.mark.parametrize("change", ["other memory", "scaling"])
 def test_layer_called_alone_after_a_call_of_the_model(mixed: Any, change: str) -> None:
     model, _ = mixed
