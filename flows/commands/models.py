@@ -159,6 +159,9 @@ def serve(
             help="float32, float16 or bfloat16; auto: the base's type, or float32 on a CPU without fast 16 bits."
         ),
     ] = "auto",
+    adapter_dtype: Annotated[
+        str, typer.Option(help="auto: adapters in the base's type; float32: as they were trained, in twice the memory.")
+    ] = "auto",
     max_batch: Annotated[int, typer.Option(min=1, metavar="ROWS", help="Largest number of requests per batch.")] = 16,
     max_queue: Annotated[int, typer.Option(min=1, metavar="N", help="Largest number of waiting requests.")] = 256,
     max_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Largest number of tokens per answer.")] = 1024,
@@ -273,6 +276,7 @@ def serve(
             name=name,
             max_loaded=max_loaded,
             dtype=dtype,
+            adapter_dtype=adapter_dtype,
             load_from=load_from,
             chat_template=chat_template,
             tool_call_parser=tool_call_parser,

@@ -4,7 +4,9 @@ Nothing heavy is imported at the top, because `flows.stages` imports this module
 libraries read.
 """
 
+import atexit
 import errno
+import gc
 import logging
 import os
 import random
@@ -50,6 +52,7 @@ def start(run: Callable[["Params", Paths], Callable[[], None] | None]) -> NoRetu
     from flows.params import load_params
     from peftcore.errors import PeftError
 
+    keep_imported_objects()
     watch_parent()
     signal.signal(signal.SIGTERM, exit_on_signal)
     logs.set_up()
@@ -76,6 +79,17 @@ def start(run: Callable[["Params", Paths], Callable[[], None] | None]) -> NoRetu
             fail(message)
         raise
     sys.exit(0)
+
+
+def keep_imported_objects() -> None:
+    """Let the garbage collector look at new objects only, and at none at the end of the process.
+
+    A stage has about a million objects of imported modules, which live as long as it does. Looking at all of them once
+    more at the end takes 1 to 3 seconds.
+    """
+    gc.freeze()
+    gc.enable()
+    atexit.register(gc.freeze)
 
 
 def stage_name() -> str:

@@ -46,6 +46,8 @@ class ServeOptions:
     """Maximum number of adapters in the model at a time."""
     dtype: str = "auto"
     """Dtype of the base's weights; must be "auto" with `project`."""
+    adapter_dtype: str = "auto"
+    """Dtype of the adapters' weights: "auto", the base's, or "float32"."""
     load_from: Path | None = None
     """Folder below which clients may load adapters; None: they may not."""
     chat_template: Path | None = None

@@ -39,13 +39,16 @@ def serve(options: ServeOptions) -> None:
     from peftcore.serving import Recorder, check_servable, checked_keys, in_own_thread, make_service
     from peftcore.serving import serve as run
 
+    if options.adapter_dtype not in ("auto", "float32"):
+        raise ConfigError(f"--adapter-dtype {options.adapter_dtype!r} is unknown; give auto or float32")
     compositions = parse_compositions(options.mixtures)
     keys = checked_keys([*options.keys, *(os.environ[KEYS].split(",") if KEYS in os.environ else ())])
     template = None if options.chat_template is None else _chat_template(options.chat_template)
     redaction = None if options.redact is None else read_redaction(options.redact)
     model, tokenizer, base = in_own_thread(_load_base, options).result()
     tokenizer.chat_template = template or tokenizer.chat_template
-    store = AdapterStore(model, options.max_loaded)
+    has_float32_adapters = options.adapter_dtype == "float32"
+    store = AdapterStore(model, options.max_loaded, autocast_adapter_dtype=has_float32_adapters)
     served_name = options.name or options.base.resolve().name
     with temporary_folder("peftcore-serve-") as folder:
         if options.adapters is not None:

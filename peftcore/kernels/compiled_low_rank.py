@@ -31,13 +31,13 @@ LEAST_SHARED_WORK = 2**18
 """Least number of multiplications of one adapter that are divided among threads (count): 16 rows of 576 inputs and
 outputs with rank 16. Two threads save a quarter of their time, and nothing of that of 8 rows (`LOG.md` of the
 benchmarks)."""
-NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
-"""{type of x and y: end of the names of its C functions}"""
+IS_BFLOAT16 = {torch.float32: 0, torch.bfloat16: 1}
+"""{type of x and y: what its C functions are told}. A and B have the same type, or float32."""
 _PLAIN = (Tensor, nn.Parameter)
 
 
 class Functions(NamedTuple):
-    """The C functions for one type of x and y."""
+    """The C functions."""
 
     add: Callable[..., int]
     add_by_row: Callable[..., int]
@@ -51,10 +51,10 @@ def add_low_rank(
     Args:
         y: (..., o) in new memory, float32 or bfloat16.
         x: (..., i) of y's type.
-        a: A (r, i) in float32.
-        b: B (o, r) in float32.
-        diagonal: Λ, r elements in float32; None for ones.
-        gain: g, o elements in float32; None for ones.
+        a: A (r, i) in float32 or y's type.
+        b: B (o, r) of A's type.
+        diagonal: Λ, r elements of A's type or in float32; None for ones.
+        gain: g, o elements of A's type or in float32; None for ones.
         scaling: s.
 
     Returns:
@@ -64,13 +64,14 @@ def add_low_rank(
     Raises:
         MemoryError: There is no memory for intermediate values. Some rows of y may be changed.
     """
-    dtype = x.dtype
-    functions = compiled().get(dtype)
+    dtype, factors = x.dtype, a.dtype
+    functions = compiled()
     if (
         functions is None
+        or dtype not in IS_BFLOAT16
         or y.dtype is not dtype
-        or a.dtype is not torch.float32
-        or b.dtype is not torch.float32
+        or not (factors is torch.float32 or factors is dtype)
+        or b.dtype is not factors
         or type(scaling) is not float
         or type(x) is not Tensor
         or type(y) is not Tensor
@@ -89,16 +90,19 @@ def add_low_rank(
         return False
     e = g = None
     if diagonal is not None:
+        diagonal = diagonal.float() if diagonal.dtype is torch.bfloat16 is factors else diagonal
         if not _is_vector(diagonal, r):
             return False
         e = diagonal.data_ptr()
     if gain is not None:
+        gain = gain.float() if gain.dtype is torch.bfloat16 is factors else gain
         if not _is_vector(gain, outputs):
             return False
         g = gain.data_ptr()
     pointers = y.data_ptr(), x.data_ptr(), a.data_ptr(), b.data_ptr()
     threads = 1 if work < LEAST_SHARED_WORK else torch.get_num_threads()
-    if not functions.add(*pointers, e, g, scaling, rows, inputs, r, outputs, openmp(), threads):
+    types = IS_BFLOAT16[dtype], IS_BFLOAT16[factors]
+    if not functions.add(*pointers, e, g, scaling, rows, inputs, r, outputs, *types, openmp(), threads):
         raise _no_memory(rows)
     return True
 
@@ -120,19 +124,21 @@ class Factors(NamedTuple):
     """i"""
     outputs: int
     """o"""
+    dtype: torch.dtype
+    """Type of A and B."""
     memory: tuple[Any, Any]
     """The memory of A and B, which is kept so that C never reads memory of something else."""
 
 
 def factors_of(a: Tensor, b: Tensor) -> Factors | None:
-    """Return A and B for C; None unless they are contiguous float32 tensors on the CPU whose sizes fit."""
+    """Return A and B for C; None unless they are contiguous tensors on the CPU whose types and sizes fit."""
     for one in (a, b):
-        if type(one) not in _PLAIN or one.dtype is not torch.float32 or not one.is_cpu or not one.is_contiguous():
+        if type(one) not in _PLAIN or one.dtype not in IS_BFLOAT16 or not one.is_cpu or not one.is_contiguous():
             return None
-    if a.dim() != 2 or b.dim() != 2 or b.shape[1] != len(a):
+    if a.dtype is not b.dtype or a.dim() != 2 or b.dim() != 2 or b.shape[1] != len(a):
         return None
     memory = a.untyped_storage(), b.untyped_storage()
-    return Factors(a.data_ptr(), b.data_ptr(), len(a), a.shape[1], len(b), memory)
+    return Factors(a.data_ptr(), b.data_ptr(), len(a), a.shape[1], len(b), a.dtype, memory)
 
 
 class RowTable(NamedTuple):
@@ -144,6 +150,8 @@ class RowTable(NamedTuple):
     """o of all factors (count)."""
     ranks: int
     """Sum of the rows' r (count)."""
+    dtype: torch.dtype
+    """Type of all factors."""
     pointers: tuple[Any, Any, Any, Any]
     """For each row: addresses of A and B, s, r."""
     factors: list[Factors]
@@ -157,17 +165,17 @@ def row_table(rows: Sequence[tuple[Factors, Any] | None]) -> RowTable | None:
         rows: for each row, its adapter's factors and s; None for the base alone.
 
     Returns:
-        The table; None if no row has an adapter, or if the factors' sizes differ.
+        The table; None if no row has an adapter, or if the factors' sizes or types differ.
     """
     factors = [one[0] for one in rows if one]
-    sizes = {(one.inputs, one.outputs) for one in factors}
-    if len(sizes) != 1 or {type(one[1]) for one in rows if one} != {float}:
+    kinds = {(one.inputs, one.outputs, one.dtype) for one in factors}
+    if len(kinds) != 1 or {type(one[1]) for one in rows if one} != {float}:
         return None
-    ((inputs, outputs),) = sizes
+    ((inputs, outputs, dtype),) = kinds
     a, b, ranks, scales = zip(*[(*one[0][:3], one[1]) if one else (None, None, 0, 0.0) for one in rows], strict=True)
     addresses, floats, counts = _table_types(len(rows))
     pointers = addresses(*a), addresses(*b), floats(*scales), counts(*ranks)
-    return RowTable(inputs, outputs, sum(ranks), pointers, factors)
+    return RowTable(inputs, outputs, sum(ranks), dtype, pointers, factors)
 
 
 @cache
@@ -185,7 +193,8 @@ def fits_by_row(x: Tensor, table: RowTable) -> bool:
     """
     rows, inputs = len(table.pointers[0]), table.inputs
     if (
-        x.dtype not in compiled()
+        not computes(x.dtype)
+        or not (table.dtype is torch.float32 or table.dtype is x.dtype)
         or type(x) is not Tensor
         or not (x.is_cpu and x.is_contiguous() and x.numel())
         or x.shape[-1] != inputs
@@ -216,8 +225,12 @@ def add_low_rank_by_row(y: Tensor, x: Tensor, table: RowTable) -> bool:
     ):
         return False
     sizes = tokens, tokens // len(table.pointers[0]), table.inputs, outputs
+    types = IS_BFLOAT16[x.dtype], IS_BFLOAT16[table.dtype]
     pointers = y.data_ptr(), x.data_ptr(), *table.pointers
-    if not compiled()[x.dtype].add_by_row(*pointers, *sizes, openmp(), torch.get_num_threads()):
+    functions = compiled()
+    if functions is None:
+        return False
+    if not functions.add_by_row(*pointers, *sizes, *types, openmp(), torch.get_num_threads()):
         raise _no_memory(tokens)
     return True
 
@@ -231,17 +244,20 @@ def _no_memory(rows: int) -> MemoryError:
     return MemoryError(f"no memory for the intermediate values of a low-rank product of {rows} rows; free some memory")
 
 
+def computes(dtype: torch.dtype) -> bool:
+    """Return True if there is compiled code for x and y of this type."""
+    return dtype in IS_BFLOAT16 and compiled() is not None
+
+
 @cache
-def compiled() -> dict[torch.dtype, Functions]:
-    """Return {type: C functions}; empty where nothing can be compiled."""
+def compiled() -> Functions | None:
+    """Return the C functions; None where nothing can be compiled."""
     code = library()
     if code is None:
-        return {}
-    pointer, size = ctypes.c_void_p, ctypes.c_long
-    found = {}
-    for dtype, name in NAMES.items():
-        add, add_by_row = getattr(code, f"add_low_rank_{name}"), getattr(code, f"add_low_rank_by_row_{name}")
-        add.argtypes = [*[pointer] * 6, ctypes.c_float, *[size] * 4, pointer, ctypes.c_uint]
-        add_by_row.argtypes = [*[pointer] * 6, *[size] * 4, pointer, ctypes.c_uint]
-        found[dtype] = Functions(add, add_by_row)
-    return found
+        return None
+    pointer, size, flag = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+    add, add_by_row = code.add_low_rank_of_one, code.add_low_rank_by_row
+    threads = pointer, ctypes.c_uint
+    add.argtypes = [*[pointer] * 6, ctypes.c_float, *[size] * 4, flag, flag, *threads]
+    add_by_row.argtypes = [*[pointer] * 6, *[size] * 4, flag, flag, *threads]
+    return Functions(add, add_by_row)

@@ -1,80 +1,192 @@
 /* Changes y to g * (y + s * B diag(e) A x) for a few tokens, in one call. `compiled_low_rank.py` says why it exists.
 
-   All matrices lie row by row without gaps, and sums are in float32. */
+   All matrices lie row by row without gaps, and sums are in float32. x and y have one type, float32 or bfloat16, and so
+   have A and B. */
 
 #include "vectors.h"
 
 #define TOGETHER 4 /* rows that share each read of a factor */
-#define MOST_ROWS 32 /* rows of one adapter that a thread takes at once */
+#define MOST_ROWS 32 /* rows of one adapter that a thread takes at once; a multiple of TOGETHER */
 
-/* h (rows, r) = A x, each element times `scale` and, if given, its element of `diagonal`. */
-INLINE void project(const int rows, float *h, const float *x, const float *a, const float *diagonal, float scale,
-                    long inputs, long r)
+/* h = A x for `rows` rows, and for `count` rows of A from row k on; each element times `scale` and, if given, its element
+   of `diagonal`. */
+INLINE void project_rows(const int rows, const int count, float *h, const float *x, const void *a,
+                         const float *diagonal, float scale, long inputs, long k, long r,
+                         const int has_bfloat16_factors)
 {
-    for (long k = 0; k < r; k++, a += inputs) {
-        floats sums[TOGETHER] = {{0}};
-        long i = 0;
-        for (; i + WIDTH <= inputs; i += WIDTH)
+    floats sums[WIDTH] = {{0}};
+    long i = 0;
+    for (; i + WIDTH <= inputs; i += WIDTH) {
+        floats input[TOGETHER];
+        for (int row = 0; row < rows; row++)
+            input[row] = kept(load(x + row * inputs + i));
+        for (int n = 0; n < count; n++) {
+            floats factor = kept(widened_load(a, (k + n) * inputs + i, has_bfloat16_factors));
             for (int row = 0; row < rows; row++)
-                sums[row] += load(a + i) * load(x + row * inputs + i);
-        for (int row = 0; row < rows; row++) {
-            float sum = total(sums[row]);
-            for (long rest = i; rest < inputs; rest++)
-                sum += a[rest] * x[row * inputs + rest];
-            h[row * r + k] = sum * (diagonal ? scale * diagonal[k] : scale);
+                sums[row * count + n] += factor * input[row];
         }
+    }
+    float found[WIDTH];
+    if (rows * count == WIDTH)
+        store(found, sums_of_groups(sums, WIDTH));
+    else
+        for (int n = 0; n < rows * count; n++)
+            found[n] = total(sums[n]);
+    for (int row = 0; row < rows; row++)
+        for (int n = 0; n < count; n++) {
+            float sum = found[row * count + n];
+            for (long rest = i; rest < inputs; rest++)
+                sum += element(a, (k + n) * inputs + rest, has_bfloat16_factors) * x[row * inputs + rest];
+            h[row * r + k + n] = sum * (diagonal ? scale * diagonal[k + n] : scale);
+        }
+}
+
+/* h (rows, r) = A x, as above. */
+INLINE void project(const int rows, float *h, const float *x, const void *a, const float *diagonal, float scale,
+                    long inputs, long r, const int has_bfloat16_factors)
+{
+    long k = 0;
+    for (; k + WIDTH / TOGETHER <= r; k += WIDTH / TOGETHER)
+        project_rows(rows, WIDTH / TOGETHER, h, x, a, diagonal, scale, inputs, k, r, has_bfloat16_factors);
+    for (; k < r; k++)
+        project_rows(rows, 1, h, x, a, diagonal, scale, inputs, k, r, has_bfloat16_factors);
+}
+
+/* WIDTH rows of B, which have r elements each, are read as vectors in two cases. If r is a multiple of WIDTH, each row is
+   several vectors. If r is a smaller power of 2, each vector is several rows. */
+INLINE int are_vectors(long r)
+{
+    return r % WIDTH == 0 || (r < WIDTH && !(r & (r - 1)));
+}
+
+/* Exchange rows and columns of (WIDTH, r) elements in r vectors. Taking the elements of even places first, then those of
+   odd places, moves the last bit of each place to its front; this is done once for each bit of r. */
+INLINE void exchange(floats *vectors, const int r)
+{
+    for (int size = 1; size < r; size *= 2) {
+        floats moved[WIDTH];
+        for (int k = 0; k < r / 2; k++) {
+            moved[k] = of_even_places(vectors[2 * k], vectors[2 * k + 1]);
+            moved[r / 2 + k] = of_odd_places(vectors[2 * k], vectors[2 * k + 1]);
+        }
+        for (int k = 0; k < r; k++)
+            vectors[k] = moved[k];
     }
 }
 
-/* Add WIDTH outputs to each row, from output `at` on, and multiply by `gain`, if given. `columns` (r, WIDTH) are their
-   rows of B, transposed. */
-INLINE void add(const int rows, void *y, long at, const float *h, const float *columns, const float *gain, long outputs,
-                long r, const int is_bfloat16)
+/* Write `count` columns of WIDTH rows of B to `columns`. */
+INLINE void write_columns(float *columns, const void *b, long first, long stride, const int count,
+                          const int has_bfloat16_factors)
+{
+    floats vectors[WIDTH];
+    for (int k = 0; k < count; k++)
+        vectors[k] = widened_load(b, first + k * stride, has_bfloat16_factors);
+    exchange(vectors, count);
+    for (int k = 0; k < count; k++)
+        store(columns + k * WIDTH, vectors[k]);
+}
+
+/* Write WIDTH rows of B, from element `first` on, to `columns` (r, WIDTH), as columns. */
+INLINE void transpose(float *columns, const void *b, long first, long r, const int has_bfloat16_factors)
+{
+    if (r % WIDTH == 0)
+        for (long k = 0; k < r; k += WIDTH)
+            write_columns(columns + k * WIDTH, b, first + k, r, WIDTH, has_bfloat16_factors);
+    else if (r == 8)
+        write_columns(columns, b, first, WIDTH, 8, has_bfloat16_factors);
+    else if (r == 4)
+        write_columns(columns, b, first, WIDTH, 4, has_bfloat16_factors);
+    else
+        for (long k = 0; k < r; k++)
+            for (int lane = 0; lane < WIDTH; lane++)
+                columns[k * WIDTH + lane] = element(b, first + lane * r + k, has_bfloat16_factors);
+}
+
+/* WIDTH outputs of one row: WIDTH rows of B, from element `first` on, times h, which is repeated if it is shorter than a
+   vector. */
+INLINE floats outputs_of_row(const void *b, long first, const float *h, long r, const int has_bfloat16_factors)
+{
+    floats sums[WIDTH] = {{0}};
+    if (r % WIDTH == 0) {
+        for (long k = 0; k < r; k += WIDTH)
+            for (int lane = 0; lane < WIDTH; lane++)
+                sums[lane] += widened_load(b, first + lane * r + k, has_bfloat16_factors) * load(h + k);
+        return sums_of_groups(sums, WIDTH);
+    }
+    for (int k = 0; k < WIDTH; k++)
+        if (k < r)
+            sums[k] = widened_load(b, first + k * WIDTH, has_bfloat16_factors) * load(h);
+    return r == 8   ? sums_of_groups(sums, 8)
+           : r == 4 ? sums_of_groups(sums, 4)
+           : r == 2 ? sums_of_groups(sums, 2)
+                    : sums[0];
+}
+
+/* Add `sums` to WIDTH outputs, from element `at` on, and multiply by `gain`, if given. */
+INLINE void add_sums(void *y, long at, floats sums, const float *gain, const int is_bfloat16)
+{
+    floats output = widened_load(y, at, is_bfloat16) + sums;
+    rounded_store(y, at, is_bfloat16, gain ? output * load(gain) : output);
+}
+
+/* Add WIDTH outputs to each of `rows` rows, with columns of B. */
+INLINE void add_columns(const int rows, void *y, long at, const float *h, const float *columns, const float *gain,
+                        long outputs, long r, const int is_bfloat16)
 {
     floats sums[TOGETHER] = {{0}};
     for (long k = 0; k < r; k++)
         for (int row = 0; row < rows; row++)
             sums[row] += load(columns + k * WIDTH) * h[row * r + k];
-    for (int row = 0; row < rows; row++) {
-        floats output = widened_load(y, row * outputs + at, is_bfloat16) + sums[row];
-        rounded_store(y, row * outputs + at, is_bfloat16, gain ? output * load(gain + at) : output);
-    }
+    for (int row = 0; row < rows; row++)
+        add_sums(y, row * outputs + at, sums[row], gain, is_bfloat16);
 }
 
-/* `scratch` has room for r * (WIDTH + rows) floats, and is aligned like x to a line of the cache. */
-INLINE void add_low_rank(void *y, const float *x, const float *a, const float *b, const float *diagonal,
+/* `scratch` has room for r * (WIDTH + rows) + TOGETHER * WIDTH floats, and is aligned like x to a line of the cache. */
+INLINE void add_low_rank(void *y, const float *x, const void *a, const void *b, const float *diagonal,
                          const float *gain, float scale, long rows, long inputs, long r, long outputs, float *scratch,
-                         const int is_bfloat16)
+                         const int is_bfloat16, const int has_bfloat16_factors)
 {
-    float *columns = scratch, *h = scratch + r * WIDTH;
-    const long size = is_bfloat16 ? 2 : 4;
+    float *columns = scratch, *repeated = columns + r * WIDTH, *h = repeated + TOGETHER * WIDTH;
+    const long size = is_bfloat16 ? 2 : 4, together = rows / TOGETHER * TOGETHER;
+    const int by_row = are_vectors(r);
     long row = 0;
-    for (; row + TOGETHER <= rows; row += TOGETHER)
-        project(TOGETHER, h + row * r, x + row * inputs, a, diagonal, scale, inputs, r);
+    for (; row < together; row += TOGETHER)
+        project(TOGETHER, h + row * r, x + row * inputs, a, diagonal, scale, inputs, r, has_bfloat16_factors);
     for (; row < rows; row++)
-        project(1, h + row * r, x + row * inputs, a, diagonal, scale, inputs, r);
+        project(1, h + row * r, x + row * inputs, a, diagonal, scale, inputs, r, has_bfloat16_factors);
+    for (row = together; by_row && r < WIDTH && row < rows; row++)
+        for (int lane = 0; lane < WIDTH; lane++)
+            repeated[(row - together) * WIDTH + lane] = h[row * r + (lane & (r - 1))];
     long at = 0;
     for (; at + WIDTH <= outputs; at += WIDTH) {
-        for (long k = 0; k < r; k++)
-            for (int lane = 0; lane < WIDTH; lane++)
-                columns[k * WIDTH + lane] = b[(at + lane) * r + k];
-        for (row = 0; row + TOGETHER <= rows; row += TOGETHER)
-            add(TOGETHER, (char *)y + row * outputs * size, at, h + row * r, columns, gain, outputs, r, is_bfloat16);
-        for (; row < rows; row++)
-            add(1, (char *)y + row * outputs * size, at, h + row * r, columns, gain, outputs, r, is_bfloat16);
+        const float *gains = gain ? gain + at : 0;
+        if (together || !by_row)
+            transpose(columns, b, at * r, r, has_bfloat16_factors);
+        for (row = 0; row < together; row += TOGETHER)
+            add_columns(TOGETHER, (char *)y + row * outputs * size, at, h + row * r, columns, gains, outputs, r,
+                        is_bfloat16);
+        for (; row < rows; row++) {
+            if (!by_row) {
+                add_columns(1, (char *)y + row * outputs * size, at, h + row * r, columns, gains, outputs, r,
+                            is_bfloat16);
+                continue;
+            }
+            const float *full = r < WIDTH ? repeated + (row - together) * WIDTH : h + row * r;
+            add_sums(y, row * outputs + at, outputs_of_row(b, at * r, full, r, has_bfloat16_factors), gains,
+                     is_bfloat16);
+        }
     }
     for (; at < outputs; at++)
         for (row = 0; row < rows; row++) {
             float sum = 0;
             for (long k = 0; k < r; k++)
-                sum += h[row * r + k] * b[at * r + k];
-            uint16_t *half = (uint16_t *)y + row * outputs + at;
-            float *whole = (float *)y + row * outputs + at;
-            float output = ((is_bfloat16 ? widened(*half) : *whole) + sum) * (gain ? gain[at] : 1);
+                sum += h[row * r + k] * element(b, at * r + k, has_bfloat16_factors);
+            const long place = row * outputs + at;
+            float output = (element(y, place, is_bfloat16) + sum) * (gain ? gain[at] : 1);
             if (is_bfloat16)
-                *half = rounded(output);
+                ((uint16_t *)y)[place] = rounded(output);
             else
-                *whole = output;
+                ((float *)y)[place] = output;
         }
 }
 
@@ -83,13 +195,14 @@ INLINE void add_low_rank(void *y, const float *x, const float *a, const float *b
 struct call {
     char *y;
     const char *x;
-    const float *const *a, *const *b;
+    const void *const *a, *const *b;
     const float *scales;
     const long *ranks;
     long each;                     /* rows with one adapter, which lie next to each other */
     const float *diagonal, *gain;  /* of the one adapter; 0 for none */
     long rows, inputs, outputs;
-    int is_bfloat16;
+    int is_bfloat16;          /* x and y; else they are float32 */
+    int has_bfloat16_factors; /* so are A and B, with x and y in bfloat16 */
     long most;   /* rows of one adapter that a thread takes at once */
     long next;   /* first row that no thread has taken */
     int failed;  /* there was no memory */
@@ -100,23 +213,26 @@ static void compute(struct call *call, long first, long rows)
 {
     const long size = call->is_bfloat16 ? 2 : 4, inputs = call->inputs, outputs = call->outputs;
     const long adapter = first / call->each, r = call->ranks[adapter];
-    const float *a = call->a[adapter], *b = call->b[adapter], scale = call->scales[adapter];
+    const void *a = call->a[adapter], *b = call->b[adapter];
+    const float *diagonal = call->diagonal, *gain = call->gain, scale = call->scales[adapter];
     const char *x = call->x + first * inputs * size;
     char *y = call->y + first * outputs * size;
     long widened_inputs = call->is_bfloat16 ? (rows * inputs + 15) / 16 * 16 : 0;
-    float *memory = memory_for(widened_inputs + r * (WIDTH + rows));
+    float *memory = memory_for(widened_inputs + r * (WIDTH + rows) + TOGETHER * WIDTH);
     if (!memory) {
         __atomic_store_n(&call->failed, 1, __ATOMIC_RELAXED);
         return;
     }
     float *scratch = memory + widened_inputs;
-    if (call->is_bfloat16) {
+    if (call->is_bfloat16)
         for (long i = 0; i < rows * inputs; i++)
             memory[i] = widened(((const uint16_t *)x)[i]);
-        add_low_rank(y, memory, a, b, call->diagonal, call->gain, scale, rows, inputs, r, outputs, scratch, 1);
-    } else
-        add_low_rank(y, (const float *)x, a, b, call->diagonal, call->gain, scale, rows, inputs, r, outputs, scratch,
-                     0);
+    if (call->has_bfloat16_factors)
+        add_low_rank(y, memory, a, b, diagonal, gain, scale, rows, inputs, r, outputs, scratch, 1, 1);
+    else if (call->is_bfloat16)
+        add_low_rank(y, memory, a, b, diagonal, gain, scale, rows, inputs, r, outputs, scratch, 1, 0);
+    else
+        add_low_rank(y, (const float *)x, a, b, diagonal, gain, scale, rows, inputs, r, outputs, scratch, 0, 0);
     free(memory);
 }
 
@@ -155,52 +271,26 @@ static int compute_rows(struct call call, start_threads parallel, unsigned threa
     return !call.failed;
 }
 
-static int add_of_one(void *y, const void *x, const float *a, const float *b, const float *diagonal, const float *gain,
-                      float scale, long rows, long inputs, long r, long outputs, start_threads parallel,
-                      unsigned threads, int is_bfloat16)
+/* x (rows, inputs) and y (rows, outputs), with one adapter. */
+int add_low_rank_of_one(void *y, const void *x, const void *a, const void *b, const float *diagonal, const float *gain,
+                        float scale, long rows, long inputs, long r, long outputs, int is_bfloat16,
+                        int has_bfloat16_factors, start_threads parallel, unsigned threads)
 {
     long share = parallel && threads > 1 ? (rows + threads - 1) / threads : rows;
     long most = (share + TOGETHER - 1) / TOGETHER * TOGETHER;
-    struct call call = {y, x, &a, &b, &scale, &r, rows, diagonal, gain, rows, inputs, outputs, is_bfloat16, most, 0, 0};
+    struct call call = {.y = y, .x = x, .a = &a, .b = &b, .scales = &scale, .ranks = &r, .each = rows,
+                        .diagonal = diagonal, .gain = gain, .rows = rows, .inputs = inputs, .outputs = outputs,
+                        .is_bfloat16 = is_bfloat16, .has_bfloat16_factors = has_bfloat16_factors, .most = most};
     return compute_rows(call, parallel, threads);
 }
 
-static int add_by_row(void *y, const void *x, const float *const *a, const float *const *b, const float *scales,
-                      const long *ranks, long rows, long each, long inputs, long outputs, start_threads parallel,
-                      unsigned threads, int is_bfloat16)
+/* The same with A, B, s and r of each `each` rows. */
+int add_low_rank_by_row(void *y, const void *x, const void *const *a, const void *const *b, const float *scales,
+                        const long *ranks, long rows, long each, long inputs, long outputs, int is_bfloat16,
+                        int has_bfloat16_factors, start_threads parallel, unsigned threads)
 {
-    struct call call = {y, x, a, b, scales, ranks, each, 0, 0, rows, inputs, outputs, is_bfloat16, MOST_ROWS, 0, 0};
+    struct call call = {.y = y, .x = x, .a = a, .b = b, .scales = scales, .ranks = ranks, .each = each,
+                        .rows = rows, .inputs = inputs, .outputs = outputs, .is_bfloat16 = is_bfloat16,
+                        .has_bfloat16_factors = has_bfloat16_factors, .most = MOST_ROWS};
     return compute_rows(call, parallel, threads);
-}
-
-/* x (rows, inputs) and y (rows, outputs) in float32, with one adapter. */
-int add_low_rank_float32(float *y, const float *x, const float *a, const float *b, const float *diagonal,
-                         const float *gain, float scale, long rows, long inputs, long r, long outputs,
-                         start_threads parallel, unsigned threads)
-{
-    return add_of_one(y, x, a, b, diagonal, gain, scale, rows, inputs, r, outputs, parallel, threads, 0);
-}
-
-/* The same with x and y in bfloat16. */
-int add_low_rank_bfloat16(uint16_t *y, const uint16_t *x, const float *a, const float *b, const float *diagonal,
-                          const float *gain, float scale, long rows, long inputs, long r, long outputs,
-                          start_threads parallel, unsigned threads)
-{
-    return add_of_one(y, x, a, b, diagonal, gain, scale, rows, inputs, r, outputs, parallel, threads, 1);
-}
-
-/* x and y in float32, with A, B, s and r of each `each` rows. */
-int add_low_rank_by_row_float32(float *y, const float *x, const float *const *a, const float *const *b,
-                                const float *scales, const long *ranks, long rows, long each, long inputs, long outputs,
-                                start_threads parallel, unsigned threads)
-{
-    return add_by_row(y, x, a, b, scales, ranks, rows, each, inputs, outputs, parallel, threads, 0);
-}
-
-/* The same with x and y in bfloat16. */
-int add_low_rank_by_row_bfloat16(uint16_t *y, const uint16_t *x, const float *const *a, const float *const *b,
-                                 const float *scales, const long *ranks, long rows, long each, long inputs, long outputs,
-                                 start_threads parallel, unsigned threads)
-{
-    return add_by_row(y, x, a, b, scales, ranks, rows, each, inputs, outputs, parallel, threads, 1);
 }

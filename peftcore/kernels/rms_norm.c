@@ -17,11 +17,6 @@ struct call {
     long next; /* first row that no thread has taken */
 };
 
-INLINE float element(const void *from, long at, int is_bfloat16)
-{
-    return is_bfloat16 ? widened(((const uint16_t *)from)[at]) : ((const float *)from)[at];
-}
-
 INLINE floats rounded_values(floats values, int is_bfloat16)
 {
     if (!is_bfloat16)

@@ -15,8 +15,6 @@
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float floats __attribute__((vector_size(WIDTH * 4)));
-typedef float floats8 __attribute__((vector_size(32)));
-typedef float floats4 __attribute__((vector_size(16)));
 typedef uint32_t words __attribute__((vector_size(WIDTH * 4)));
 typedef uint16_t halves __attribute__((vector_size(WIDTH * 2)));
 
@@ -27,6 +25,70 @@ INLINE floats load(const float *from)
     return values;
 }
 
+/* The same values, which GCC now keeps in a register: it reads a vector from memory again for each use otherwise. */
+INLINE floats kept(floats values)
+{
+#if defined(__AVX__)
+    __asm__("" : "+v"(values));
+#endif
+    return values;
+}
+
+INLINE void store(float *to, floats values)
+{
+    memcpy(to, &values, sizeof values);
+}
+
+/* Clang and GCC name this operation differently. Places are those of `one` and then `other`. */
+#ifdef __clang__
+#define CHOOSE(one, other, ...) __builtin_shufflevector(one, other, __VA_ARGS__)
+#else
+#define CHOOSE(one, other, ...) __builtin_shuffle(one, other, (words){__VA_ARGS__})
+#endif
+#if WIDTH == 16
+#define EVEN_PLACES 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define ODD_PLACES 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#elif WIDTH == 8
+#define EVEN_PLACES 0, 2, 4, 6, 8, 10, 12, 14
+#define ODD_PLACES 1, 3, 5, 7, 9, 11, 13, 15
+#else
+#define EVEN_PLACES 0, 2, 4, 6
+#define ODD_PLACES 1, 3, 5, 7
+#endif
+
+/* The elements of `one` and then `other` whose places are even, or odd. */
+INLINE floats of_even_places(floats one, floats other)
+{
+    return CHOOSE(one, other, EVEN_PLACES);
+}
+
+INLINE floats of_odd_places(floats one, floats other)
+{
+    return CHOOSE(one, other, ODD_PLACES);
+}
+
+INLINE void add_neighbours(floats *vectors, const int count)
+{
+    for (int i = 0; i < count; i++)
+        vectors[i] = of_even_places(vectors[2 * i], vectors[2 * i + 1]) +
+                     of_odd_places(vectors[2 * i], vectors[2 * i + 1]);
+}
+
+/* The sums of each `count` elements that lie next to each other in `count` vectors; a power of 2, at most WIDTH. The
+   vectors change. */
+INLINE floats sums_of_groups(floats *vectors, const int count)
+{
+    if (count == 16)
+        add_neighbours(vectors, 8);
+    if (count >= 8)
+        add_neighbours(vectors, 4);
+    if (count >= 4)
+        add_neighbours(vectors, 2);
+    if (count >= 2)
+        add_neighbours(vectors, 1);
+    return vectors[0];
+}
+
 /* A bfloat16 is the upper half of a float32. */
 INLINE float widened(uint16_t half)
 {
@@ -34,6 +96,12 @@ INLINE float widened(uint16_t half)
     float value;
     memcpy(&value, &word, sizeof value);
     return value;
+}
+
+/* The float32 or bfloat16 value of element `at`. */
+INLINE float element(const void *from, long at, int is_bfloat16)
+{
+    return is_bfloat16 ? widened(((const uint16_t *)from)[at]) : ((const float *)from)[at];
 }
 
 INLINE uint16_t rounded(float value)
@@ -67,27 +135,12 @@ INLINE void rounded_store(void *to, long at, int is_bfloat16, floats values)
     memcpy((uint16_t *)to + at, &half, sizeof half);
 }
 
-/* The sum of all elements, added by halves. */
+/* The sum of all elements, in the order of `sums_of_groups`. */
 INLINE float total(floats values)
 {
-#if WIDTH == 16
-    floats8 upper;
-    memcpy(&upper, (char *)&values + sizeof upper, sizeof upper);
-    floats8 eight;
-    memcpy(&eight, &values, sizeof eight);
-    eight += upper;
-#elif WIDTH == 8
-    floats8 eight = values;
-#endif
-#if WIDTH >= 8
-    floats4 higher, four;
-    memcpy(&higher, (char *)&eight + sizeof higher, sizeof higher);
-    memcpy(&four, &eight, sizeof four);
-    four += higher;
-#else
-    floats4 four = values;
-#endif
-    return (four[0] + four[2]) + (four[1] + four[3]);
+    for (int left = WIDTH; left > 1; left /= 2)
+        values = of_even_places(values, values) + of_odd_places(values, values);
+    return values[0];
 }
 
 /* Memory for `count` floats, aligned to a line of the cache: reads that cross a line take twice as long. */

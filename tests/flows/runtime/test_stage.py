@@ -31,6 +31,7 @@ def started_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     (tmp_path / "params.yaml").write_text("project: {seed: 7}\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(stage, "watch_parent", lambda: None)
+    monkeypatch.setattr(stage, "keep_imported_objects", lambda: None)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
 
@@ -181,6 +182,28 @@ def test_a_stage_imports_nothing_slow_that_it_does_not_need(tmp_path: Path) -> N
         line for line in done.stdout.splitlines() if line.startswith(tuple(unneeded))
     ]  # W&B says that it is offline
     assert told == [f"{stage} []" for stage in unneeded]
+
+
+@pytest.mark.parametrize("program", ["-m", "-c"])
+def test_garbage_is_not_collected_while_a_stage_is_imported(program: str) -> None:
+    """`python -m` has "-m" in sys.argv while it looks for the stage's module. Other programs keep their collector."""
+    code = (
+        f"import gc, sys; sys.argv[0] = {program!r}; import flows.stages; before = gc.isenabled(); "
+        "from flows.runtime.stage import keep_imported_objects; keep_imported_objects(); "
+        "print(before, gc.isenabled(), gc.get_freeze_count() > 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == [str(program != "-m"), "True", "True"], done.stderr
+
+
+def test_a_stages_objects_are_not_looked_at_again_when_it_ends(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit, gc; atexit.register(lambda: print(len(gc.get_objects()) < 1000))"
+    )
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+    command = [sys.executable, "-m", "flows.stages.register"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
+    assert done.stdout.split() == ["True"], done.stderr
 
 
 @pytest.mark.faults("kill -9 of dvc, flow or stage")

@@ -102,6 +102,7 @@ def test_a_process_serves_and_ends_in_order(started: Callable[..., tuple[Any, st
         (["--composition", 'sql={"chat": 1}'], "the composition 'sql' has the name of the base model or of an adapter"),
         (["--host", "203.0.113.1"], "cannot listen on 203.0.113.1 port 8000"),
         (["--watch"], "no pipeline in"),
+        (["--adapter-dtype", "int8"], "--adapter-dtype 'int8' is unknown; give auto or float32"),
         (["--api-key", ""], "an API key is empty; check that its environment variable is set"),
         (["--record", "r", "--redact", "sql/bad.yaml"], "sql/bad.yaml, rule 1: the pattern 'T-(' "),
     ],

@@ -449,7 +449,7 @@ def test_starts_from_data_before_the_adapter(tmp_path: Path) -> None:
 # -- stores ------------------------------------------------------------------------------------------------------------
 
 
-@checks("AdapterStore.__init__", "model max_loaded max_bytes base")
+@checks("AdapterStore.__init__", "model max_loaded max_bytes base autocast_adapter_dtype")
 @checks("AdapterStore.register", "name source tags")
 @checks("AdapterStore.register_directory", "folder")
 @checks("AdapterStore.names", "tag")
@@ -503,3 +503,10 @@ def test_stores(saved: Path, tmp_path: Path) -> None:
         limited.register("a", saved)
         with pytest.raises(PeftError):
             limited.acquire("a")
+    sizes = []
+    for has_float32 in (True, False):
+        narrow = peftcore.AdapterStore(Plain().bfloat16(), autocast_adapter_dtype=has_float32)
+        narrow.register("a", saved)
+        narrow.acquire("a")
+        sizes.append(narrow.statistics()["bytes"])
+    assert sizes[0] == 2 * sizes[1]

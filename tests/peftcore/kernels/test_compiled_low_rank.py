@@ -26,22 +26,40 @@ from peftcore.kernels.compiled_low_rank import (
 )
 
 pytestmark = pytest.mark.skipif(not compiled(), reason="nothing is compiled here; the log says why")
-TYPES = [torch.float32, torch.bfloat16]
+TYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)]
+"""Types of x and y, and of A and B."""
+types = pytest.mark.parametrize(("dtype", "factors"), TYPES)
 
 
-def values(rows: int, inputs: int, r: int, outputs: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def values(
+    rows: int, inputs: int, r: int, outputs: int, dtype: torch.dtype, factors: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, x, A, B)"""
     torch.manual_seed(rows + inputs + r + outputs)
     y, x = torch.randn(rows, 1, outputs).to(dtype), torch.randn(rows, 1, inputs).to(dtype)
-    return y, x, torch.randn(r, inputs), torch.randn(outputs, r)
+    return y, x, torch.randn(r, inputs).to(factors), torch.randn(outputs, r).to(factors)
 
 
-@pytest.mark.parametrize("dtype", TYPES)
+@types
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 8, 11])
-@pytest.mark.parametrize(("inputs", "r", "outputs"), [(64, 16, 48), (7, 1, 5), (33, 5, 17), (16, 8, 16), (100, 3, 2)])
-def test_formula(rows: int, inputs: int, r: int, outputs: int, dtype: torch.dtype) -> None:
-    for diagonal, gain in ((None, None), (torch.randn(r, 1), None), (None, torch.randn(outputs))):
-        y, x, a, b = values(rows, inputs, r, outputs, dtype)
+@pytest.mark.parametrize(
+    ("inputs", "r", "outputs"),
+    [
+        (64, 16, 48),
+        (40, 32, 33),
+        (17, 64, 20),
+        (7, 1, 35),
+        (33, 5, 17),
+        (16, 8, 16),
+        (20, 4, 18),
+        (24, 2, 40),
+        (100, 3, 2),
+        (20, 12, 50),
+    ],
+)
+def test_formula(rows: int, inputs: int, r: int, outputs: int, dtype: torch.dtype, factors: torch.dtype) -> None:
+    for diagonal, gain in ((None, None), (torch.randn(r, 1).to(factors), None), (None, torch.randn(outputs))):
+        y, x, a, b = values(rows, inputs, r, outputs, dtype, factors)
         scales = torch.ones(r) if diagonal is None else diagonal.view(-1)
         added = 1.5 * ((x.double() @ a.double().T) * scales.double()) @ b.double().T
         exact, size = y.double() + added, added.abs().max()
@@ -121,36 +139,39 @@ def table_of(factors: list[Tensor], scalings: list[Any], rows: Sequence[int | No
     return row_table([None if n is None else (found[n], scalings[n]) for n in rows])  # type: ignore[misc]
 
 
-def adapters(ranks: tuple[int, ...] = (4, 16, 5), inputs: int = 33, outputs: int = 37) -> list[Tensor]:
+def adapters(ranks: tuple[int, ...] = (4, 16, 5), dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """A and B of each adapter."""
     torch.manual_seed(0)
-    return [tensor for r in ranks for tensor in (torch.randn(r, inputs), torch.randn(outputs, r))]
+    return [tensor.to(dtype) for r in ranks for tensor in (torch.randn(r, 33), torch.randn(37, r))]
 
 
-@pytest.mark.parametrize("dtype", TYPES)
-def test_each_row_has_its_own_factors(dtype: torch.dtype) -> None:
+@types
+def test_each_row_has_its_own_factors(dtype: torch.dtype, factors: torch.dtype) -> None:
     y, x, *_ = values(len(ROWS), 33, 1, 37, dtype)
-    factors, scalings, given = adapters(), [1.0, 0.5, -2.0], y.clone()
-    table = table_of(factors, scalings)
+    pairs, scalings, given = adapters(dtype=factors), [1.0, 0.5, -2.0], y.clone()
+    table = table_of(pairs, scalings)
     assert table is not None
     assert add_low_rank_by_row(y, x, table)
     for row, number in enumerate(ROWS):
         expected = given[row].clone()
         if number is not None:
-            a, b = factors[2 * number : 2 * number + 2]
+            a, b = pairs[2 * number : 2 * number + 2]
             assert add_low_rank(expected, x[row], a, b, None, None, scalings[number])
         tolerance = 1e-5 if dtype == torch.float32 else 2**-7
         torch.testing.assert_close(y[row], expected, rtol=tolerance, atol=tolerance)
     assert not add_low_rank_by_row(y[1:], x[1:], table)
     assert not add_low_rank_by_row(y, x[..., 1:].contiguous(), table)
-    assert not add_low_rank_by_row(y.half(), x.half(), table)
+    for other in {torch.float16, torch.bfloat16, torch.float32} - {dtype, factors}:
+        fits = factors is torch.float32 and other is torch.bfloat16
+        assert add_low_rank_by_row(y.to(other), x.to(other), table) == fits
 
 
-@pytest.mark.parametrize("dtype", TYPES)
-def test_threads_share_the_rows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@types
+def test_threads_share_the_rows(dtype: torch.dtype, factors: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """The outputs are the same bit by bit with any number of threads, and without PyTorch's OpenMP library."""
     rows = ROWS * 2 + [2] * 40
     y, x, *_ = values(len(rows), 33, 1, 37, dtype)
-    table = table_of(adapters(), [1.0, 0.5, -2.0], rows)
+    table = table_of(adapters(dtype=factors), [1.0, 0.5, -2.0], rows)
     assert table is not None
     found, threads = [], torch.get_num_threads()
     try:
@@ -165,11 +186,13 @@ def test_threads_share_the_rows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPa
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
-@pytest.mark.parametrize("dtype", TYPES)
+@types
 @pytest.mark.parametrize("rows", [29, 32])
-def test_threads_share_the_rows_of_one_adapter(rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_share_the_rows_of_one_adapter(
+    rows: int, dtype: torch.dtype, factors: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The outputs are the same bit by bit with any number of threads."""
-    y, x, a, b = values(rows, 33, 16, 37, dtype)
+    y, x, a, b = values(rows, 33, 16, 37, dtype, factors)
     monkeypatch.setattr(compiled_low_rank, "LEAST_SHARED_WORK", 0)
     gain, found, threads = torch.randn(37), [], torch.get_num_threads()
     try:
@@ -182,14 +205,14 @@ def test_threads_share_the_rows_of_one_adapter(rows: int, dtype: torch.dtype, mo
     assert all(torch.equal(found[0], other) for other in found[1:])
 
 
-@pytest.mark.parametrize("dtype", TYPES)
-def test_rows_of_several_tokens(dtype: torch.dtype) -> None:
+@types
+def test_rows_of_several_tokens(dtype: torch.dtype, factors: torch.dtype) -> None:
     """A row's adapter is that of all its tokens; the outputs are those of as many rows with one token each."""
-    tokens, factors, scalings = 21, adapters(), [1.0, 0.5, -2.0]
+    tokens, pairs, scalings = 21, adapters(dtype=factors), [1.0, 0.5, -2.0]
     torch.manual_seed(0)
     y, x = torch.randn(len(ROWS), tokens, 37).to(dtype), torch.randn(len(ROWS), tokens, 33).to(dtype)
     found, expected = y.clone(), y.clone()
-    table, by_token = table_of(factors, scalings), table_of(factors, scalings, [n for n in ROWS for _ in range(tokens)])
+    table, by_token = table_of(pairs, scalings), table_of(pairs, scalings, [n for n in ROWS for _ in range(tokens)])
     assert table is not None and by_token is not None
     assert add_low_rank_by_row(found, x, table) and add_low_rank_by_row(expected.view(-1, 37), x.view(-1, 33), by_token)
     assert torch.equal(found, expected) and not torch.equal(found, y)
@@ -216,7 +239,7 @@ def test_much_work_of_mixed_rows_is_pytorchs() -> None:
 
 
 def test_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    functions = {torch.float32: Functions(lambda *_: 0, lambda *_: 0)}
+    functions = Functions(lambda *_: 0, lambda *_: 0)
     monkeypatch.setattr(compiled_low_rank, "compiled", lambda: functions)
     y, x, a, b = values(len(ROWS), 33, 4, 37, torch.float32)
     table = table_of(adapters(), [1.0, 0.5, -2.0])
@@ -290,23 +313,25 @@ def test_modes_that_count_operations_see_them_all() -> None:
     assert counter.get_total_flops() == 2 * (8 * 6 + 8 * 4 + 4 * 6)
 
 
-@pytest.mark.parametrize("dtype", TYPES)
+@types
 @pytest.mark.parametrize("kind", ["lora", "dora", "adalora"])
 @torch.no_grad()
-def test_layers_use_it(dtype: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_use_it(dtype: torch.dtype, factors: torch.dtype, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     common: dict[str, Any] = {"target_modules": ["0"], "init_lora_weights": False}
     config: Any = LoraConfig(r=4, use_dora=kind == "dora", **common)
     if kind == "adalora":
         config = AdaLoraConfig(init_r=4, target_r=2, total_step=10, **common)
-    model: Any = get_peft_model(nn.Sequential(nn.Linear(24, 20, bias=False, dtype=dtype)), config).eval()
+    layer = nn.Linear(24, 20, bias=False, dtype=dtype)
+    model: Any = get_peft_model(nn.Sequential(layer), config, autocast_adapter_dtype=factors is torch.float32).eval()
     x, calls = torch.randn(3, 24, dtype=dtype), []
-    functions = {
-        key: one._replace(add=lambda *given, add=one.add: calls.append(given) or add(*given))
-        for key, one in compiled().items()
-    }
+    functions: Any = compiled()
+    add = functions.add
+    functions = functions._replace(add=lambda *given: calls.append(given) or add(*given))
     monkeypatch.setattr(compiled_low_rank, "compiled", lambda: functions)
     y = model(x)
     assert len(calls) == 1
-    monkeypatch.setattr(compiled_low_rank, "compiled", dict)
-    torch.testing.assert_close(y, model(x), rtol=1e-5 if dtype == torch.float32 else 2**-7, atol=1e-5)
+    monkeypatch.setattr(compiled_low_rank, "compiled", lambda: None)
+    expected = model(x)  # PyTorch rounds each product to the factors' type
+    rounding = 1e-5 if factors == torch.float32 else 2**-6 * expected.abs().max().item()
+    torch.testing.assert_close(y, expected, rtol=1e-5 if dtype == torch.float32 else 2**-7, atol=rounding)

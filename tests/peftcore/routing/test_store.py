@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from peftcore import IA3Config, LoraConfig, PeftModel, get_peft_model
 from peftcore._util.fingerprint import unchanging_weights
 from peftcore.composition import Stack
-from peftcore.errors import AdapterNameError, AdapterStoreError, CheckpointError, RoutingError
+from peftcore.errors import AdapterNameError, AdapterStoreError, CheckpointError, ConfigError, RoutingError
 from peftcore.files import MANIFEST
 from peftcore.files.tensors import WEIGHTS_NAME
 from peftcore.routing import AdapterStore
@@ -142,6 +142,28 @@ def test_bytes_are_a_budget(folder: Path) -> None:
     _model, store = store_of(folder, max_bytes=size - 1)
     with pytest.raises(AdapterStoreError, match=f"adapter 'a' has {size:,} bytes of parameters, and the store's limit"):
         store.acquire("a")
+
+
+def test_adapters_in_the_type_of_their_layers(folder: Path) -> None:
+    """They take half of the bytes, also in a slot that another adapter had, and answer as a model with such adapters."""
+    model = llama().bfloat16()
+    store = AdapterStore(model, max_loaded=1, autocast_adapter_dtype=False)
+    store.register_directory(folder)
+    for name in ("a", "b", "ia3"):
+        with torch.no_grad(), store.route(name):
+            y = model(TOKENS).logits
+        size = sum(t.numel() * 2 for t in load_file(folder / name / WEIGHTS_NAME).values())
+        assert store.statistics()["bytes"] == size
+        alone = PeftModel.from_pretrained(llama().bfloat16(), folder / name, autocast_adapter_dtype=False)
+        with torch.no_grad():
+            assert torch.equal(y, alone.eval()(TOKENS).logits)
+    smaller = AdapterStore(llama().bfloat16(), max_bytes=size, autocast_adapter_dtype=False)
+    smaller.register_directory(folder)
+    smaller.acquire("ia3").release()
+    with pytest.raises(AdapterStoreError, match="bytes of parameters"):
+        smaller.acquire("a")
+    with pytest.raises(ConfigError, match="autocast_adapter_dtype must be True or False; got 'no'"):
+        AdapterStore(model, autocast_adapter_dtype="no")  # type: ignore[arg-type]
 
 
 def test_where_all_are_held_it_waits_or_says_so(folder: Path) -> None:
