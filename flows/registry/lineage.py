@@ -22,7 +22,7 @@ from flows.params import Params
 from flows.paths import Paths
 from flows.runtime.git import Git
 from flows.runtime.inputs import uncommitted_files
-from flows.runtime.project import changed_stages, stage_order
+from flows.runtime.project import changed_stages_beside
 from peftcore.files import MANIFEST, damaged_files, read_manifest, sha256
 
 LOCK = "dvc.lock"
@@ -70,7 +70,7 @@ def read_lock(root: Path, without: str) -> dict[str, Any]:
     path = root / LOCK
     if not path.exists():
         raise RepositoryError(f"{path} is missing, so the run's inputs are unknown; use `peftcore run`")
-    stale = changed_stages(root, [stage for stage in stage_order(root) if stage != without])
+    stale = changed_stages_beside(root, without)
     if stale:
         changes = "; ".join(f"{stage} ({', '.join(what)})" for stage, what in stale.items())
         raise RepositoryError(

@@ -137,9 +137,7 @@ def stage_order(root: Path, output: Path | None = None) -> list[str]:
     from dvc.stage import PipelineStage
 
     try:
-        with warnings.catch_warnings(), Repo(str(root)) as repo:
-            # DVC uses a deprecated attribute of its trie library
-            warnings.filterwarnings("ignore", "_NoneStep.value", DeprecationWarning)
+        with _without_warnings(), Repo(str(root)) as repo:
             graph = repo.index.graph.reverse(copy=True)
             if output is not None:
                 (out,) = repo.find_outs_by_path(str(output))
@@ -169,8 +167,40 @@ def changed_stages(root: Path, stages: Sequence[str] = ()) -> dict[str, list[str
 
     stages: default all. Leave out a running stage, because DVC locks its outputs.
     """
-    status = json.loads(dvc(root, "status", "--json", *stages))
+    return _changes(json.loads(dvc(root, "status", "--json", *stages)))
+
+
+def changed_stages_beside(root: Path, running: str) -> dict[str, list[str]]:
+    """Return what `changed_stages` does for all stages but the one that is running.
+
+    DVC is used as a library, because its command takes 0.2 s longer for each stage that it is given.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+    from dvc.stage import PipelineStage
+
+    status: dict[str, Any] = {}
+    try:
+        with _without_warnings(), Repo(str(root)) as repo, repo.lock:
+            for stage in repo.index.stages:
+                if isinstance(stage, PipelineStage) and stage.name != running:
+                    status |= {str(stage.name): changes for changes in stage.status(check_updates=True).values()}
+    except DvcException as error:
+        raise RepositoryError(f"{root / 'dvc.yaml'}: {error}") from error
+    return _changes(status)
+
+
+def _changes(status: dict[str, Any]) -> dict[str, list[str]]:
+    """Return {stage: changes in words} of DVC's status."""
     return {stage: [word for entry in entries for word in _in_words(entry)] for stage, entries in status.items()}
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Leave out the warning of a deprecated attribute of DVC's trie library, which DVC uses."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "_NoneStep.value", DeprecationWarning)
+        yield
 
 
 def stage_states(root: Path) -> dict[str, list[str]]:
@@ -225,8 +255,7 @@ def get_output(root: Path, commit: str, name: str, target: Path) -> None:
     from dvc_data.index import DataIndexDirError
 
     try:
-        with warnings.catch_warnings(), open_repo(root) as repo:
-            warnings.filterwarnings("ignore", "_NoneStep.value", DeprecationWarning)
+        with _without_warnings(), open_repo(root) as repo:
             repo.fetch(targets=[str(root / name)], revs=[commit])
             with repo.switch(commit):
                 download(repo.dvcfs, name, str(target))

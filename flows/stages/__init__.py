@@ -1,8 +1,8 @@
 """The stages of dvc.yaml: one module each with `run(params, paths)`, started by `python -m flows.stages.NAME`.
 
-Importing this package sets environment variables that silence libraries, which read them on import. If a stage is about
-to run as a program, the garbage collector waits until `flows.runtime.stage.start`: imports leave no garbage, and looking
-for it among a million new objects takes one of six seconds.
+Importing this package sets environment variables that silence libraries, which read them on import. If a stage is
+about to run as a program, the garbage collector waits until `flows.runtime.stage.start`: imports leave no garbage, and
+looking for it among a million new objects takes one of six seconds.
 """
 
 import gc
