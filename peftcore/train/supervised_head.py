@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftcore.detection.head import LogitTransform, logit_transforms, output_head
-from peftcore.errors import PeftError
+from peftcore.errors import PeftError, TrainingError
 from peftcore.files.tensors import is_sharded
 from peftcore.train.head_hooks import HeadHooks, HeadResult, flat_indices
 
@@ -48,7 +48,8 @@ def supervised_logits(model: nn.Module, inputs: Mapping[str, Any], mask: Tensor)
         mask: (B, T), true at n positions.
 
     Raises:
-        TrainingError: The model returns logits of fewer than T positions.
+        TrainingError: The model returns logits of fewer than T positions, or its use of its head changes while the
+            inputs have a cache.
     """
     logits = _forward(model, inputs, mask, None).logits
     assert logits is not None  # without targets there are no losses
@@ -101,25 +102,38 @@ def _forward(model: nn.Module, inputs: Mapping[str, Any], mask: Tensor, targets:
     # a sharded model's forward is collective, but only processes with labels would send probes
     sharded = any(is_sharded(parameter) for parameter in bare.parameters())
     head = None if sharded or is_compiled(model) else output_head(bare)
-    has_cache = any(inputs.get(name) is not None for name in _CACHES)
-    if head is None or has_cache:  # a second forward would extend the cache again
+    if head is None:
         return _all_logits(model, inputs, mask)
     transforms = logit_transforms(bare)
     # processing may differ between training and evaluation, and between classes
     key = (type(bare), bare.training, transforms)
     behaviours = _AFTER_HEADS.setdefault(bare, {})
     after_head = behaviours.get(key)
+    has_cache = any(inputs.get(name) is not None for name in _CACHES)
     if after_head is None and mask.any():
-        after_head = _find_after_head(model, inputs, head, mask, transforms)
+        # the forward with probes must not extend the cache
+        probed = {name: value for name, value in inputs.items() if name not in _CACHES}
+        after_head = _find_after_head(model, probed, head, mask, transforms)
+        if has_cache and after_head is _ALL_LOGITS:  # perhaps only because the inputs lack their cache
+            after_head = None
     known = after_head or _ALL_LOGITS
-    result = _known_forward(model, inputs, HeadHooks(head, mask, targets, known.transform), known)
+    result = _known_forward(model, inputs, HeadHooks(head, mask, targets, known.transform), known, has_cache)
     if after_head is not None:  # only after success: an invalid batch says nothing about the model
         behaviours[key] = after_head
     return result
 
 
-def _known_forward(model: nn.Module, inputs: Mapping[str, Any], hooks: HeadHooks, after_head: _AfterHead) -> HeadResult:
-    result = hooks.result(hooks.run(model, inputs)) if after_head.takes_rows else None
+def _known_forward(
+    model: nn.Module, inputs: Mapping[str, Any], hooks: HeadHooks, after_head: _AfterHead, has_cache: bool
+) -> HeadResult:
+    if not after_head.takes_rows:
+        return _all_logits(model, inputs, hooks.mask)
+    result = hooks.result(hooks.run(model, inputs))
+    if result is None and has_cache:
+        raise TrainingError(
+            f"{type(model).__name__} calls its output head otherwise than in its first batch, and the cache already has "
+            "this batch; give no cache"
+        )
     return _all_logits(model, inputs, hooks.mask) if result is None else result
 
 

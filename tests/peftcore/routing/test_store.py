@@ -145,7 +145,7 @@ def test_bytes_are_a_budget(folder: Path) -> None:
 
 
 def test_adapters_in_the_type_of_their_layers(folder: Path) -> None:
-    """They take half of the bytes, also in a slot that another adapter had, and answer as a model with such adapters."""
+    """They take half of the bytes, also in the slot of another one, and answer as a model with such adapters."""
     model = llama().bfloat16()
     store = AdapterStore(model, max_loaded=1, autocast_adapter_dtype=False)
     store.register_directory(folder)

@@ -298,8 +298,8 @@ def test_virtual_tokens_stand_before_the_text(computed: list[tuple[int, ...]]) -
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
 @pytest.mark.filterwarnings("ignore:.*past_key_values.*deprecated:FutureWarning")
-def test_a_cache_is_extended_once(name: str) -> None:
-    """The text begins in the cache; the losses of its end are those of the whole text."""
+def test_a_cache_is_extended_once(name: str, computed: list[tuple[int, ...]]) -> None:
+    """The text begins in the cache; the losses of its end are those of the whole text, without other logits."""
     torch.manual_seed(0)
     model = with_lora(llama()).double().eval()
     ids, attention = batch()[0]["input_ids"], torch.ones(3, 12, dtype=torch.long)
@@ -308,9 +308,34 @@ def test_a_cache_is_extended_once(name: str) -> None:
     mask = torch.ones(3, 5, dtype=torch.bool)
     inputs = {"input_ids": ids[:, 7:], "attention_mask": attention, name: cache}
     losses = module.supervised_losses(model, inputs, mask, ids[:, 7:].flatten())
-    assert cache.get_seq_length() == 12
+    assert cache.get_seq_length() == 12 and len(computed) == 1
     expected = F.cross_entropy(model(input_ids=ids).logits[:, 7:].flatten(0, 1), ids[:, 7:].flatten(), reduction="none")
     torch.testing.assert_close(losses, expected)
+
+
+def test_a_model_that_uses_its_head_otherwise_extends_no_cache_twice() -> None:
+    torch.manual_seed(0)
+    model, inputs = _HeadTwice(llama().config).eval(), batch()[0]
+    mask = torch.ones(3, 12, dtype=torch.bool)
+    with torch.no_grad():
+        module.supervised_logits(model, inputs, mask)
+        model.calls = 2
+        assert module.supervised_logits(model, inputs, mask).shape == (36, VOCABULARY)
+        cache = DynamicCache(config=model.config)
+        with pytest.raises(TrainingError, match="_HeadTwice calls its output head otherwise .* give no cache"):
+            module.supervised_logits(model, inputs | {"cache": cache}, mask)
+
+
+class _HeadTwice(LlamaForCausalLM):
+    """Calls its head `calls` times."""
+
+    calls = 1
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        if self.calls > 1:
+            self.lm_head(torch.zeros(3, 12, self.config.hidden_size))
+        return output
 
 
 # -- what nobody has heard of ----------------------------------------------------------------------------------
