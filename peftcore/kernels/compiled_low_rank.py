@@ -12,6 +12,7 @@ for the rounding of float32.
 """
 
 import ctypes
+import struct
 from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
@@ -112,33 +113,32 @@ def _is_vector(tensor: Tensor, length: int) -> bool:
     return is_plain and tensor.numel() == length and tensor.is_contiguous()
 
 
-class Factors(NamedTuple):
-    """A (r, i) and B (o, r) of one adapter, as C reads them: the values of the time of each call."""
+_LOW_RANK = struct.Struct("@PPlf0P")
+"""`struct low_rank` of low_rank.c: addresses of A and B, r, s."""
+_NO_ADAPTER = bytes(_LOW_RANK.size)
 
-    a: int
-    """Address of A."""
-    b: int
-    """Address of B."""
+
+class Factors(NamedTuple):
+    """s, A (r, i) and B (o, r) of one adapter for C, which reads the values that A and B have at the time of each call."""
+
+    packed: bytes
+    """The adapter's `struct low_rank`."""
+    kind: tuple[int, int, torch.dtype]
+    """i, o, and the type of A and B."""
     r: int
-    inputs: int
-    """i"""
-    outputs: int
-    """o"""
-    dtype: torch.dtype
-    """Type of A and B."""
     memory: tuple[Any, Any]
     """The memory of A and B, which is kept so that C never reads memory of something else."""
 
 
-def factors_of(a: Tensor, b: Tensor) -> Factors | None:
-    """Return A and B for C; None unless they are contiguous tensors on the CPU whose types and sizes fit."""
+def factors_of(a: Tensor, b: Tensor, scaling: Any) -> Factors | None:
+    """Return an adapter for C; None unless A and B are contiguous tensors on the CPU whose types and sizes fit."""
     for one in (a, b):
         if type(one) not in _PLAIN or one.dtype not in IS_BFLOAT16 or not one.is_cpu or not one.is_contiguous():
             return None
-    if a.dtype is not b.dtype or a.dim() != 2 or b.dim() != 2 or b.shape[1] != len(a):
+    if a.dtype is not b.dtype or a.dim() != 2 or b.dim() != 2 or b.shape[1] != len(a) or type(scaling) is not float:
         return None
-    memory = a.untyped_storage(), b.untyped_storage()
-    return Factors(a.data_ptr(), b.data_ptr(), len(a), a.shape[1], len(b), a.dtype, memory)
+    packed = _LOW_RANK.pack(a.data_ptr(), b.data_ptr(), len(a), scaling)
+    return Factors(packed, (a.shape[1], len(b), a.dtype), len(a), (a.untyped_storage(), b.untyped_storage()))
 
 
 class RowTable(NamedTuple):
@@ -148,40 +148,32 @@ class RowTable(NamedTuple):
     """i of all factors (count)."""
     outputs: int
     """o of all factors (count)."""
-    ranks: int
-    """Sum of the rows' r (count)."""
     dtype: torch.dtype
     """Type of all factors."""
-    pointers: tuple[Any, Any, Any, Any]
-    """For each row: addresses of A and B, s, r."""
+    ranks: int
+    """Sum of the rows' r (count)."""
+    rows: int
+    packed: bytes
+    """`struct low_rank` of each row."""
     factors: list[Factors]
     """The factors of all rows with an adapter, which keep their memory."""
 
 
-def row_table(rows: Sequence[tuple[Factors, Any] | None]) -> RowTable | None:
+def row_table(rows: Sequence[Factors | None]) -> RowTable | None:
     """Return the table for rows with one adapter or none.
 
     Args:
-        rows: for each row, its adapter's factors and s; None for the base alone.
+        rows: for each row, its adapter's factors; None for the base alone.
 
     Returns:
         The table; None if no row has an adapter, or if the factors' sizes or types differ.
     """
-    factors = [one[0] for one in rows if one]
-    kinds = {(one.inputs, one.outputs, one.dtype) for one in factors}
-    if len(kinds) != 1 or {type(one[1]) for one in rows if one} != {float}:
+    factors = [one for one in rows if one is not None]
+    kinds = {one.kind for one in factors}
+    if len(kinds) != 1:
         return None
-    ((inputs, outputs, dtype),) = kinds
-    a, b, ranks, scales = zip(*[(*one[0][:3], one[1]) if one else (None, None, 0, 0.0) for one in rows], strict=True)
-    addresses, floats, counts = _table_types(len(rows))
-    pointers = addresses(*a), addresses(*b), floats(*scales), counts(*ranks)
-    return RowTable(inputs, outputs, sum(ranks), dtype, pointers, factors)
-
-
-@cache
-def _table_types(rows: int) -> tuple[Any, Any, Any]:
-    """Return C's types of so many addresses, numbers and counts."""
-    return ctypes.c_void_p * rows, ctypes.c_float * rows, ctypes.c_long * rows
+    packed = b"".join([_NO_ADAPTER if one is None else one.packed for one in rows])
+    return RowTable(*kinds.pop(), sum([one.r for one in factors]), len(rows), packed, factors)
 
 
 def fits_by_row(x: Tensor, table: RowTable) -> bool:
@@ -191,7 +183,7 @@ def fits_by_row(x: Tensor, table: RowTable) -> bool:
         x: (rows, ..., i).
         table: the table of the rows.
     """
-    rows, inputs = len(table.pointers[0]), table.inputs
+    rows, inputs = table.rows, table.inputs
     if (
         not computes(x.dtype)
         or not (table.dtype is torch.float32 or table.dtype is x.dtype)
@@ -224,9 +216,9 @@ def add_low_rank_by_row(y: Tensor, x: Tensor, table: RowTable) -> bool:
         or y.numel() != tokens * outputs
     ):
         return False
-    sizes = tokens, tokens // len(table.pointers[0]), table.inputs, outputs
+    sizes = tokens, tokens // table.rows, table.inputs, outputs
     types = IS_BFLOAT16[x.dtype], IS_BFLOAT16[table.dtype]
-    pointers = y.data_ptr(), x.data_ptr(), *table.pointers
+    pointers = y.data_ptr(), x.data_ptr(), table.packed
     functions = compiled()
     if functions is None:
         return False
@@ -259,5 +251,5 @@ def compiled() -> Functions | None:
     add, add_by_row = code.add_low_rank_of_one, code.add_low_rank_by_row
     threads = pointer, ctypes.c_uint
     add.argtypes = [*[pointer] * 6, ctypes.c_float, *[size] * 4, flag, flag, *threads]
-    add_by_row.argtypes = [*[pointer] * 6, *[size] * 4, flag, flag, *threads]
+    add_by_row.argtypes = [pointer, pointer, ctypes.c_char_p, *[size] * 4, flag, flag, *threads]
     return Functions(add, add_by_row)

@@ -190,14 +190,18 @@ INLINE void add_low_rank(void *y, const float *x, const void *a, const void *b, 
         }
 }
 
-/* A call: rows that have one adapter, the first, or `each` rows at a time their own. Rows whose pointer to A is 0 have no
-   adapter. */
+/* An adapter; none if A is 0. `compiled_low_rank.py` makes the same structure. */
+struct low_rank {
+    const void *a, *b;
+    long r;
+    float scale;
+};
+
+/* A call: rows that have one adapter, the first, or `each` rows at a time their own. */
 struct call {
     char *y;
     const char *x;
-    const void *const *a, *const *b;
-    const float *scales;
-    const long *ranks;
+    const struct low_rank *adapters;
     long each;                     /* rows with one adapter, which lie next to each other */
     const float *diagonal, *gain;  /* of the one adapter; 0 for none */
     long rows, inputs, outputs;
@@ -212,9 +216,10 @@ struct call {
 static void compute(struct call *call, long first, long rows)
 {
     const long size = call->is_bfloat16 ? 2 : 4, inputs = call->inputs, outputs = call->outputs;
-    const long adapter = first / call->each, r = call->ranks[adapter];
-    const void *a = call->a[adapter], *b = call->b[adapter];
-    const float *diagonal = call->diagonal, *gain = call->gain, scale = call->scales[adapter];
+    const struct low_rank *adapter = call->adapters + first / call->each;
+    const void *a = adapter->a, *b = adapter->b;
+    const float *diagonal = call->diagonal, *gain = call->gain, scale = adapter->scale;
+    const long r = adapter->r;
     const char *x = call->x + first * inputs * size;
     char *y = call->y + first * outputs * size;
     long widened_inputs = call->is_bfloat16 ? (rows * inputs + 15) / 16 * 16 : 0;
@@ -238,9 +243,8 @@ static void compute(struct call *call, long first, long rows)
 
 static int have_one_adapter(const struct call *call, long first, long second)
 {
-    long one = first / call->each, other = second / call->each;
-    return one == other || (call->a[one] == call->a[other] && call->b[one] == call->b[other] &&
-                            call->scales[one] == call->scales[other]);
+    const struct low_rank *one = call->adapters + first / call->each, *other = call->adapters + second / call->each;
+    return one == other || (one->a == other->a && one->b == other->b && one->scale == other->scale);
 }
 
 /* Take the next rows that lie next to each other and have one adapter, and compute them together; until none is left. */
@@ -254,7 +258,7 @@ static void take_rows(void *of)
             end++;
         if (!__atomic_compare_exchange_n(&call->next, &first, end, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
             continue; /* another thread was faster; `first` is now what is left */
-        if (call->a[first / call->each])
+        if (call->adapters[first / call->each].a)
             compute(call, first, end - first);
         first = __atomic_load_n(&call->next, __ATOMIC_RELAXED);
     }
@@ -278,19 +282,19 @@ int add_low_rank_of_one(void *y, const void *x, const void *a, const void *b, co
 {
     long share = parallel && threads > 1 ? (rows + threads - 1) / threads : rows;
     long most = (share + TOGETHER - 1) / TOGETHER * TOGETHER;
-    struct call call = {.y = y, .x = x, .a = &a, .b = &b, .scales = &scale, .ranks = &r, .each = rows,
+    const struct low_rank adapter = {a, b, r, scale};
+    struct call call = {.y = y, .x = x, .adapters = &adapter, .each = rows,
                         .diagonal = diagonal, .gain = gain, .rows = rows, .inputs = inputs, .outputs = outputs,
                         .is_bfloat16 = is_bfloat16, .has_bfloat16_factors = has_bfloat16_factors, .most = most};
     return compute_rows(call, parallel, threads);
 }
 
-/* The same with A, B, s and r of each `each` rows. */
-int add_low_rank_by_row(void *y, const void *x, const void *const *a, const void *const *b, const float *scales,
-                        const long *ranks, long rows, long each, long inputs, long outputs, int is_bfloat16,
-                        int has_bfloat16_factors, start_threads parallel, unsigned threads)
+/* The same with an adapter for each `each` rows. */
+int add_low_rank_by_row(void *y, const void *x, const struct low_rank *adapters, long rows, long each, long inputs,
+                        long outputs, int is_bfloat16, int has_bfloat16_factors, start_threads parallel,
+                        unsigned threads)
 {
-    struct call call = {.y = y, .x = x, .a = a, .b = b, .scales = scales, .ranks = ranks, .each = each,
-                        .rows = rows, .inputs = inputs, .outputs = outputs, .is_bfloat16 = is_bfloat16,
+    struct call call = {.y = y, .x = x, .adapters = adapters, .each = each, .rows = rows, .inputs = inputs, .outputs = outputs, .is_bfloat16 = is_bfloat16,
                         .has_bfloat16_factors = has_bfloat16_factors, .most = MOST_ROWS};
     return compute_rows(call, parallel, threads);
 }

@@ -53,8 +53,8 @@ class AdapterState(NamedTuple):
     """Addresses of A and B, and their sizes in bytes."""
     scope: object | None
     """`unchanging_scope()`"""
-    row: tuple[Factors, Any] | None
-    """A, B and s; None if the adapter computes more than s·B A x."""
+    row: Factors | None
+    """A, B and s for C; None if the adapter computes more than s·B A x."""
 
     def holds(self, scope: object | None) -> bool:
         """Return True if nothing has changed.
@@ -79,10 +79,10 @@ def _state_of(adapter: Adapter) -> AdapterState:
         return AdapterState(attributes, adapter.changes, None, {}, (), ((), ()), unchanging_scope(), None)
     names = own.names.a, own.names.b
     a, b = (own.parameters[name] for name in names)
-    factors = None if own.names.diagonal is not None or own.names.has_gain else factors_of(a, b)
+    is_product = own.names.diagonal is None and not own.names.has_gain
     dropout: Any = None if own.dropout is None else vars(own.dropout)
     places = (a.data_ptr(), b.data_ptr()), (a.nbytes, b.nbytes)
-    row = None if factors is None else (factors, adapter.scaling)
+    row = factors_of(a, b, adapter.scaling) if is_product else None
     return AdapterState(attributes, own.changes, dropout, own.parameters, names, places, unchanging_scope(), row)
 
 

@@ -1,6 +1,7 @@
 """Server process. The first SIGTERM or Ctrl-C completes running requests and then exits; the second exits at once."""
 
 import contextlib
+import gc
 import logging
 import socket
 import time
@@ -150,6 +151,8 @@ def serve(service: Service, host: str = "127.0.0.1", port: int = 8000, metrics_p
         sockets = [stack.enter_context(_listening(host, port, "--port"))]
         if metrics_port is not None:
             sockets.append(stack.enter_context(_listening(host, metrics_port, "--metrics-port")))
+        gc.collect()
+        gc.freeze()  # looking at the objects of model and libraries again would hold up all answers for 0.25 s
         Server(service, host, port, metrics_port).run(sockets)
 
 

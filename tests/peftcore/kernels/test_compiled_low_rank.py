@@ -133,10 +133,10 @@ ROWS = [1, 0, 0, None, 2, 0, None, 2, 2, 2, 2, 2, 1]
 
 def table_of(factors: list[Tensor], scalings: list[Any], rows: Sequence[int | None] = ROWS) -> RowTable | None:
     """The table for A and B of each adapter; None if an adapter's factors do not fit."""
-    found = [factors_of(*pair) for pair in zip(factors[::2], factors[1::2], strict=True)]
+    found = [factors_of(*each) for each in zip(factors[::2], factors[1::2], scalings, strict=True)]
     if None in found:
         return None
-    return row_table([None if n is None else (found[n], scalings[n]) for n in rows])  # type: ignore[misc]
+    return row_table([None if n is None else found[n] for n in rows])
 
 
 def adapters(ranks: tuple[int, ...] = (4, 16, 5), dtype: torch.dtype = torch.float32) -> list[Tensor]:

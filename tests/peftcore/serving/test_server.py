@@ -1,5 +1,6 @@
 """The server as a process would see it: it ends in order, and loses nothing under load."""
 
+import gc
 import socket
 import threading
 from collections import Counter
@@ -12,7 +13,7 @@ import openai
 import pytest
 
 from peftcore.errors import ConfigError
-from peftcore.serving import Limits, serve
+from peftcore.serving import Limits, serve, server
 
 GIVEN: dict[str, Any] = {"model": "sql", "prompt": [5, 6], "temperature": 0}
 
@@ -50,6 +51,18 @@ def test_a_port_of_its_own_monitors_without_the_key_and_does_nothing_else(servin
     served.wait(lambda: not served.service.engine.alive)
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{monitoring}/health")
+
+
+def test_the_garbage_collector_leaves_model_and_libraries_alone(
+    serving: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr(server.Server, "run", lambda *_: seen.append(len(gc.get_objects())))
+    try:
+        serve(serving().service, port=0)
+    finally:
+        gc.unfreeze()
+    assert seen[0] < 1000 < len(gc.get_objects())
 
 
 @pytest.mark.parametrize("option", ["--port", "--metrics-port"])
