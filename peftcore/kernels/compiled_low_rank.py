@@ -119,7 +119,7 @@ _NO_ADAPTER = bytes(_LOW_RANK.size)
 
 
 class Factors(NamedTuple):
-    """s, A (r, i) and B (o, r) of one adapter for C, which reads the values that A and B have at the time of each call."""
+    """s, A (r, i) and B (o, r) of one adapter for C, which reads A's and B's values of the time of each call."""
 
     packed: bytes
     """The adapter's `struct low_rank`."""

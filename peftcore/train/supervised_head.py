@@ -131,8 +131,8 @@ def _known_forward(
     result = hooks.result(hooks.run(model, inputs))
     if result is None and has_cache:
         raise TrainingError(
-            f"{type(model).__name__} calls its output head otherwise than in its first batch, and the cache already has "
-            "this batch; give no cache"
+            f"{type(model).__name__} calls its output head otherwise than in its first batch, and the cache has this "
+            "batch already; give no cache"
         )
     return _all_logits(model, inputs, hooks.mask) if result is None else result
 

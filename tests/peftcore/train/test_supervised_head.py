@@ -322,7 +322,7 @@ def test_a_model_that_uses_its_head_otherwise_extends_no_cache_twice() -> None:
         model.calls = 2
         assert module.supervised_logits(model, inputs, mask).shape == (36, VOCABULARY)
         cache = DynamicCache(config=model.config)
-        with pytest.raises(TrainingError, match="_HeadTwice calls its output head otherwise .* give no cache"):
+        with pytest.raises(TrainingError, match=r"_HeadTwice calls its output head otherwise .* give no cache"):
             module.supervised_logits(model, inputs | {"cache": cache}, mask)
 
 
