@@ -283,9 +283,9 @@ int add_low_rank_of_one(void *y, const void *x, const void *a, const void *b, co
     long share = parallel && threads > 1 ? (rows + threads - 1) / threads : rows;
     long most = (share + TOGETHER - 1) / TOGETHER * TOGETHER;
     const struct low_rank adapter = {a, b, r, scale};
-    struct call call = {.y = y, .x = x, .adapters = &adapter, .each = rows,
-                        .diagonal = diagonal, .gain = gain, .rows = rows, .inputs = inputs, .outputs = outputs,
-                        .is_bfloat16 = is_bfloat16, .has_bfloat16_factors = has_bfloat16_factors, .most = most};
+    struct call call = {.y = y, .x = x, .adapters = &adapter, .each = rows, .diagonal = diagonal, .gain = gain,
+                        .rows = rows, .inputs = inputs, .outputs = outputs, .is_bfloat16 = is_bfloat16,
+                        .has_bfloat16_factors = has_bfloat16_factors, .most = most};
     return compute_rows(call, parallel, threads);
 }
 
@@ -294,7 +294,8 @@ int add_low_rank_by_row(void *y, const void *x, const struct low_rank *adapters,
                         long outputs, int is_bfloat16, int has_bfloat16_factors, start_threads parallel,
                         unsigned threads)
 {
-    struct call call = {.y = y, .x = x, .adapters = adapters, .each = each, .rows = rows, .inputs = inputs, .outputs = outputs, .is_bfloat16 = is_bfloat16,
+    struct call call = {.y = y, .x = x, .adapters = adapters, .each = each, .rows = rows, .inputs = inputs,
+                        .outputs = outputs, .is_bfloat16 = is_bfloat16,
                         .has_bfloat16_factors = has_bfloat16_factors, .most = MOST_ROWS};
     return compute_rows(call, parallel, threads);
 }
