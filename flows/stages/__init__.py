@@ -2,7 +2,7 @@
 
 Importing this package sets environment variables that silence libraries, which read them on import. If a stage is
 about to run as a program, the garbage collector waits until `flows.runtime.stage.start`: imports leave no garbage, and
-looking for it among a million new objects takes one of six seconds.
+looking for it among all the new objects takes one of six seconds.
 """
 
 import gc
@@ -10,6 +10,6 @@ import sys
 
 from flows.runtime.stage import set_quiet_environment
 
-if sys.argv[0] == "-m":  # Python is looking for the module to run
+if sys.argv[:1] == ["-m"]:  # Python is looking for the module to run
     gc.disable()
 set_quiet_environment()

@@ -91,13 +91,13 @@ def add_low_rank(
         return False
     e = g = None
     if diagonal is not None:
-        diagonal = diagonal.float() if diagonal.dtype is torch.bfloat16 is factors else diagonal
-        if not _is_vector(diagonal, r):
+        diagonal = _float32_vector(diagonal, r, factors)
+        if diagonal is None:
             return False
         e = diagonal.data_ptr()
     if gain is not None:
-        gain = gain.float() if gain.dtype is torch.bfloat16 is factors else gain
-        if not _is_vector(gain, outputs):
+        gain = _float32_vector(gain, outputs, factors)
+        if gain is None:
             return False
         g = gain.data_ptr()
     pointers = y.data_ptr(), x.data_ptr(), a.data_ptr(), b.data_ptr()
@@ -108,9 +108,13 @@ def add_low_rank(
     return True
 
 
-def _is_vector(tensor: Tensor, length: int) -> bool:
-    is_plain = type(tensor) in _PLAIN and tensor.dtype is torch.float32 and tensor.is_cpu
-    return is_plain and tensor.numel() == length and tensor.is_contiguous()
+def _float32_vector(tensor: Tensor, length: int, dtype: torch.dtype) -> Tensor | None:
+    """Return a tensor of `dtype` or float32 in float32; None if C cannot read it, or for another number of elements."""
+    if type(tensor) not in _PLAIN or not tensor.is_cpu or tensor.numel() != length or not tensor.is_contiguous():
+        return None
+    if tensor.dtype is torch.float32:
+        return tensor
+    return tensor.float() if tensor.dtype is dtype else None
 
 
 _LOW_RANK = struct.Struct("@PPlf0P")

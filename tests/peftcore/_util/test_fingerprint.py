@@ -148,7 +148,8 @@ def test_outputs_follow_a_change(change: str, given: dict[str, Any]) -> None:
     for _ in range(3):  # each epoch trains, freezes and evaluates
         CHANGES[change](model)
         after, general = outputs(model, **given)
-        torch.testing.assert_close(after, general, rtol=1e-5, atol=1e-5)
+        rounding = 1e-6 * general.abs().max().clamp(min=10).item()  # some changes make large sums of small parts
+        torch.testing.assert_close(after, general, rtol=1e-5, atol=rounding)
         assert not torch.allclose(after, before, atol=1e-3)
         before = after
 
@@ -197,7 +198,7 @@ def stacked_anew(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     from peftcore.composition import stacked
     from peftcore.layers import decoding_by_row
 
-    monkeypatch.setattr(decoding_by_row, "compiled", dict)  # compiled code reads the adapters themselves
+    monkeypatch.setattr(decoding_by_row, "computes", lambda dtype: False)  # compiled code reads the adapters themselves
     seen: list[int] = []
     original = stacked.stack
     monkeypatch.setattr(stacked, "stack", lambda *given: seen.append(1) or original(*given))
