@@ -41,7 +41,7 @@ INLINE void project_rows(const int rows, const int count, float *h, const float 
         }
 }
 
-/* h (rows, r) = A x, as above. */
+/* h (rows, r) = A x for `rows` rows and all of A, with the same factors. */
 INLINE void project(const int rows, float *h, const float *x, const void *a, const float *diagonal, float scale,
                     long inputs, long r, const int has_bfloat16_factors)
 {
@@ -148,25 +148,25 @@ INLINE void add_low_rank(void *y, const float *x, const void *a, const void *b, 
 {
     float *columns = scratch, *repeated = columns + r * WIDTH, *h = repeated + TOGETHER * WIDTH;
     const long size = is_bfloat16 ? 2 : 4, together = rows / TOGETHER * TOGETHER;
-    const int by_row = are_vectors(r);
+    const int has_vectors = are_vectors(r);
     long row = 0;
     for (; row < together; row += TOGETHER)
         project(TOGETHER, h + row * r, x + row * inputs, a, diagonal, scale, inputs, r, has_bfloat16_factors);
     for (; row < rows; row++)
         project(1, h + row * r, x + row * inputs, a, diagonal, scale, inputs, r, has_bfloat16_factors);
-    for (row = together; by_row && r < WIDTH && row < rows; row++)
+    for (row = together; has_vectors && r < WIDTH && row < rows; row++)
         for (int lane = 0; lane < WIDTH; lane++)
             repeated[(row - together) * WIDTH + lane] = h[row * r + (lane & (r - 1))];
     long at = 0;
     for (; at + WIDTH <= outputs; at += WIDTH) {
         const float *gains = gain ? gain + at : 0;
-        if (together || !by_row)
+        if (together || !has_vectors)
             transpose(columns, b, at * r, r, has_bfloat16_factors);
         for (row = 0; row < together; row += TOGETHER)
             add_columns(TOGETHER, (char *)y + row * outputs * size, at, h + row * r, columns, gains, outputs, r,
                         is_bfloat16);
         for (; row < rows; row++) {
-            if (!by_row) {
+            if (!has_vectors) {
                 add_columns(1, (char *)y + row * outputs * size, at, h + row * r, columns, gains, outputs, r,
                             is_bfloat16);
                 continue;

@@ -25,7 +25,7 @@ INLINE floats load(const float *from)
     return values;
 }
 
-/* The same values, which GCC now keeps in a register: it reads a vector from memory again for each use otherwise. */
+/* The same values, kept in a register. Without this, GCC reads a vector from memory again for each use of it. */
 INLINE floats kept(floats values)
 {
 #if defined(__AVX__)
