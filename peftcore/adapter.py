@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from peftcore._util import adapter_changes
 from peftcore.bases import BaseWeight
 from peftcore.config import options_at
 from peftcore.kernels.factors import Factors
@@ -193,6 +194,7 @@ class Adapter(_Constants):
     def mark_changed(self) -> None:
         """Invalidate all values that were computed from the weights. Assigning an attribute has the same effect."""
         vars(self)["changes"] = self.changes + 1  # nn.Module's own assignment is slow
+        adapter_changes.note()
 
     def requires_grad_(self, requires_grad: bool = True) -> Self:
         """Set `requires_grad` of all parameters but the frozen ones."""

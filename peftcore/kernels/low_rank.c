@@ -45,8 +45,8 @@ INLINE void project_rows(const int rows, const int count, float *h, const float 
 INLINE void project(const int rows, float *h, const float *x, const void *a, const float *diagonal, float scale,
                     long inputs, long r, const int has_bfloat16_factors)
 {
-    long k = 0;
-    for (; k + WIDTH / TOGETHER <= r; k += WIDTH / TOGETHER)
+    long k = 0; /* with one row, reading A takes the time, and is fastest from its first element to its last */
+    for (; rows > 1 && k + WIDTH / TOGETHER <= r; k += WIDTH / TOGETHER)
         project_rows(rows, WIDTH / TOGETHER, h, x, a, diagonal, scale, inputs, k, r, has_bfloat16_factors);
     for (; k < r; k++)
         project_rows(rows, 1, h, x, a, diagonal, scale, inputs, k, r, has_bfloat16_factors);
@@ -190,33 +190,42 @@ INLINE void add_low_rank(void *y, const float *x, const void *a, const void *b, 
         }
 }
 
-/* An adapter; none if A is 0. `compiled_low_rank.py` makes the same structure. */
+/* An adapter; none if A is 0. `compiled_low_rank.py` makes this structure and the next one. */
 struct low_rank {
     const void *a, *b;
     long r;
     float scale;
 };
 
-/* A call: rows that have one adapter, the first, or `each` rows at a time their own. */
+struct adapters {
+    long inputs, outputs;
+    int are_bfloat16; /* A and B; else they are float32 */
+    struct low_rank of_rows[];
+};
+
+/* A call, in which `each` rows at a time have one adapter. */
 struct call {
     char *y;
     const char *x;
-    const struct low_rank *adapters;
-    long each;                     /* rows with one adapter, which lie next to each other */
-    const float *diagonal, *gain;  /* of the one adapter; 0 for none */
-    long rows, inputs, outputs;
-    int is_bfloat16;          /* x and y; else they are float32 */
-    int has_bfloat16_factors; /* so are A and B, with x and y in bfloat16 */
-    long most;   /* rows of one adapter that a thread takes at once */
-    long next;   /* first row that no thread has taken */
-    int failed;  /* there was no memory */
+    const struct adapters *adapters;
+    long rows, each;
+    int is_bfloat16;              /* x and y; else they are float32 */
+    const float *diagonal, *gain; /* of the one adapter; 0 for none */
+    long most;                    /* rows of one adapter that a thread takes at once */
+    long next;                    /* first row that no thread has taken */
+    int failed;                   /* there was no memory */
 };
+
+static const struct low_rank *adapter_of(const struct call *call, long row)
+{
+    return call->adapters->of_rows + row / call->each;
+}
 
 /* Compute `rows` rows of one adapter, from row `first` on. */
 static void compute(struct call *call, long first, long rows)
 {
-    const long size = call->is_bfloat16 ? 2 : 4, inputs = call->inputs, outputs = call->outputs;
-    const struct low_rank *adapter = call->adapters + first / call->each;
+    const long size = call->is_bfloat16 ? 2 : 4, inputs = call->adapters->inputs, outputs = call->adapters->outputs;
+    const struct low_rank *adapter = adapter_of(call, first);
     const void *a = adapter->a, *b = adapter->b;
     const float *diagonal = call->diagonal, *gain = call->gain, scale = adapter->scale;
     const long r = adapter->r;
@@ -232,7 +241,7 @@ static void compute(struct call *call, long first, long rows)
     if (call->is_bfloat16)
         for (long i = 0; i < rows * inputs; i++)
             memory[i] = widened(((const uint16_t *)x)[i]);
-    if (call->has_bfloat16_factors)
+    if (call->adapters->are_bfloat16)
         add_low_rank(y, memory, a, b, diagonal, gain, scale, rows, inputs, r, outputs, scratch, 1, 1);
     else if (call->is_bfloat16)
         add_low_rank(y, memory, a, b, diagonal, gain, scale, rows, inputs, r, outputs, scratch, 1, 0);
@@ -243,7 +252,7 @@ static void compute(struct call *call, long first, long rows)
 
 static int have_one_adapter(const struct call *call, long first, long second)
 {
-    const struct low_rank *one = call->adapters + first / call->each, *other = call->adapters + second / call->each;
+    const struct low_rank *one = adapter_of(call, first), *other = adapter_of(call, second);
     return one == other || (one->a == other->a && one->b == other->b && one->scale == other->scale);
 }
 
@@ -258,44 +267,27 @@ static void take_rows(void *of)
             end++;
         if (!__atomic_compare_exchange_n(&call->next, &first, end, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED))
             continue; /* another thread was faster; `first` is now what is left */
-        if (call->adapters[first / call->each].a)
+        if (adapter_of(call, first)->a)
             compute(call, first, end - first);
         first = __atomic_load_n(&call->next, __ATOMIC_RELAXED);
     }
 }
 
-/* `parallel` is GOMP_parallel of PyTorch's OpenMP library, or 0 for one thread. Returns 0, with some rows of y changed,
+/* x (rows, inputs) and y (rows, outputs). `diagonal` and `gain` are 0 or those of the one adapter that all rows have.
+   `parallel` is GOMP_parallel of PyTorch's OpenMP library, or 0 for one thread. Returns 0, with some rows of y changed,
    if there is no memory. */
-static int compute_rows(struct call call, start_threads parallel, unsigned threads)
+int add_low_rank_to_rows(void *y, const void *x, const struct adapters *adapters, long rows, long each, int is_bfloat16,
+                         const float *diagonal, const float *gain, start_threads parallel, unsigned threads)
 {
+    struct call call = {.y = y, .x = x, .adapters = adapters, .rows = rows, .each = each, .is_bfloat16 = is_bfloat16,
+                        .diagonal = diagonal, .gain = gain, .most = MOST_ROWS};
+    if (each == rows) { /* each thread takes its share at once */
+        long share = parallel && threads > 1 ? (rows + threads - 1) / threads : rows;
+        call.most = (share + TOGETHER - 1) / TOGETHER * TOGETHER;
+    }
     if (parallel && threads > 1)
         parallel(take_rows, &call, threads, 0);
     else
         take_rows(&call);
     return !call.failed;
-}
-
-/* x (rows, inputs) and y (rows, outputs), with one adapter. */
-int add_low_rank_of_one(void *y, const void *x, const void *a, const void *b, const float *diagonal, const float *gain,
-                        float scale, long rows, long inputs, long r, long outputs, int is_bfloat16,
-                        int has_bfloat16_factors, start_threads parallel, unsigned threads)
-{
-    long share = parallel && threads > 1 ? (rows + threads - 1) / threads : rows;
-    long most = (share + TOGETHER - 1) / TOGETHER * TOGETHER;
-    const struct low_rank adapter = {a, b, r, scale};
-    struct call call = {.y = y, .x = x, .adapters = &adapter, .each = rows, .diagonal = diagonal, .gain = gain,
-                        .rows = rows, .inputs = inputs, .outputs = outputs, .is_bfloat16 = is_bfloat16,
-                        .has_bfloat16_factors = has_bfloat16_factors, .most = most};
-    return compute_rows(call, parallel, threads);
-}
-
-/* The same with an adapter for each `each` rows. */
-int add_low_rank_by_row(void *y, const void *x, const struct low_rank *adapters, long rows, long each, long inputs,
-                        long outputs, int is_bfloat16, int has_bfloat16_factors, start_threads parallel,
-                        unsigned threads)
-{
-    struct call call = {.y = y, .x = x, .adapters = adapters, .each = each, .rows = rows, .inputs = inputs,
-                        .outputs = outputs, .is_bfloat16 = is_bfloat16,
-                        .has_bfloat16_factors = has_bfloat16_factors, .most = MOST_ROWS};
-    return compute_rows(call, parallel, threads);
 }

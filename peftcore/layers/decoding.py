@@ -11,7 +11,8 @@ The numbers are those of the general path: the base layer, then each adapter. Th
 base's product in float32 (`peftcore.bases.onednn`), and the adapters' products (`peftcore.kernels.compiled_low_rank`).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -19,11 +20,12 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from peftcore.adapter import Adapter, FactorNames
+from peftcore._util import adapter_changes
+from peftcore.adapter import Adapter
 from peftcore.bases.onednn import linear
 from peftcore.bases.plain import LinearWeight
 from peftcore.composition.route import Route
-from peftcore.kernels.compiled_low_rank import add_low_rank
+from peftcore.kernels.compiled_low_rank import Factors, add_low_rank, factors_of
 from peftcore.kernels.maths import scaled
 from peftcore.layers.composed import ascend, descend
 from peftcore.layers.shared_inputs import widened_input
@@ -31,19 +33,32 @@ from peftcore.layers.shared_inputs import widened_input
 if TYPE_CHECKING:
     from peftcore.layers.adapter_layer import AdapterLayer
 
+_is_compiling = torch.compiler.is_compiling
+_is_tracing = torch._C._is_tracing
+_is_transforming = torch._C._are_functorch_transforms_active
+_is_autocast_enabled = torch._C._is_any_autocast_enabled
+
 FEW_TOKENS = 32
 """Largest number of tokens for which x, not the factors, is cast (count); measured by `benchmarks.decoding`."""
 
 
-class OwnFactors(NamedTuple):
+@dataclass(slots=True, eq=False)
+class OwnFactors:
     """An adapter whose low-rank branch consists of its parameters, as `Adapter.factor_names` says."""
 
     adapter: Adapter
     changes: int
     """`adapter.changes` when the plan was made."""
     dropout: nn.Module | None
+    """Not active when the plan was made; None if the adapter has none."""
     parameters: Mapping[str, Any]
-    names: FactorNames
+    a: str
+    """Names of parameters, and more, as in `FactorNames`."""
+    b: str
+    diagonal: str | None
+    has_gain: bool
+    factors: Factors | None = None
+    """A, B and s for C, as they were in the last call; None if C cannot read them."""
 
 
 class OwnScale(NamedTuple):
@@ -57,7 +72,8 @@ class OwnScale(NamedTuple):
     of_input: bool
 
 
-class DecodingPlan(NamedTuple):
+@dataclass(slots=True, eq=False)
+class DecodingPlan:
     """The calculation of a layer for one chain of adapters, and the state of the layer for which it is right."""
 
     names: tuple[str, ...]
@@ -66,9 +82,13 @@ class DecodingPlan(NamedTuple):
     """The layer's `NamedModules`; another one in a DataParallel replica."""
     changes: int
     """`holder.changes` when the plan was made."""
+    latest_change: object
+    """`adapter_changes.latest` when the plan was made, or when it was compared with the adapters."""
     merged: tuple[str, ...]
     base_layer: nn.Module
-    hooks: Sequence[Mapping[int, Any]]
+    attributes: Mapping[str, Any]
+    """The attributes of the base layer."""
+    hooks: tuple[Mapping[int, Any], ...]
     """The base layer's dictionaries of hooks, all of them empty."""
     parameters: Mapping[str, Any] | None
     """The parameters of a base layer whose forward is F.linear; else None."""
@@ -78,27 +98,34 @@ class DecodingPlan(NamedTuple):
     """The same as factors; None if that does not describe all of them."""
     scale: OwnScale | None
     """The adapter that acts, if there is only one and it is a scale; else None."""
+    dropouts: list[nn.Module]
+    """The dropouts of `factors`, none of which was active when the plan was made."""
 
     def holds(self, layer: "AdapterLayer", names: tuple[str, ...]) -> bool:
         """Return True if neither the adapters in effect nor the layer have changed since the plan was made."""
         modules: Any = layer._modules
-        own_names, holder, changes, merged, base_layer, (before, after, back, before_back), _, _, _, scale = self
+        before, after, back, before_back = self.hooks
         return (
-            (own_names is names or own_names == names)
-            and layer.adapters is holder
-            and holder.changes == changes
-            and layer.merged_names is merged
-            and modules["base_layer"] is base_layer
+            (self.names is names or self.names == names)
+            and layer.adapters is self.holder
+            and layer.merged_names is self.merged
+            and modules["base_layer"] is self.base_layer
             and not (before or after or back or before_back or layer.has_trained_biases)
-            and "forward" not in base_layer.__dict__
-            and (scale is None or scale.adapter.changes == scale.changes)
+            and "forward" not in self.attributes
+            and (self.latest_change is adapter_changes.latest or self._holds_after_changes())
+            and (not self.dropouts or not any(dropout.training for dropout in self.dropouts))
         )
 
-    def factors_hold(self) -> bool:
-        """Return True if the adapters of `factors` have not changed since the plan was made."""
-        for adapter, changes, dropout, _, _ in self.factors or ():
-            if adapter.changes != changes or (dropout is not None and dropout.training):
-                return False
+    def _holds_after_changes(self) -> bool:
+        """Return True if no adapter of this layer is among those that have changed."""
+        latest = adapter_changes.latest
+        if self.holder.changes != self.changes:
+            return False
+        if any(own.adapter.changes != own.changes for own in self.factors or ()):
+            return False
+        if self.scale is not None and self.scale.adapter.changes != self.scale.changes:
+            return False
+        self.latest_change = latest
         return True
 
 
@@ -114,19 +141,19 @@ def decoded(layer: "AdapterLayer", x: Tensor) -> Tensor | None:
         has hooks or computes more than a product, for adapters that need its weight, and inside of a trace.
     """
     if (
-        torch.compiler.is_compiling()
-        or torch._C._is_tracing()
-        or torch._C._are_functorch_transforms_active()
+        _is_compiling()
+        or _is_tracing()
+        or _is_transforming()
         or forward_ad._current_level >= 0
-        or not x.dim()
-        or not 0 < x.numel() <= FEW_TOKENS * x.shape[-1]
+        or not (shape := x.shape)
+        or not 0 < x.numel() <= FEW_TOKENS * shape[-1]
     ):
         return None
     names: Any = layer.selection.now
-    if isinstance(names, Route) and (names := names.chain) is None:
+    if type(names) is Route and (names := names.chain) is None:
         return None
     plan = layer.decoding_plan
-    if plan is None or not plan.holds(layer, names) or not plan.factors_hold():
+    if plan is None or not plan.holds(layer, names):
         plan = layer.__dict__["decoding_plan"] = _new_plan(layer, names)
         if plan is None:
             return None
@@ -135,12 +162,18 @@ def decoded(layer: "AdapterLayer", x: Tensor) -> Tensor | None:
     y = base_output(layer, plan, x)
     if y is None:
         return None
-    for adapter, _, _, parameters, (a, b, diagonal, has_gain) in plan.factors:
-        middle = None if diagonal is None else parameters[diagonal]
-        gain = adapter.output_gain() if has_gain else None
-        if has_gain and gain is None:
-            return _computed(layer, plan, x)
-        y = _with_branch(y, x, parameters[a], parameters[b], middle, gain, adapter.scaling, layer)
+    for own in plan.factors:
+        parameters, middle, gain = own.parameters, None, None
+        a, b, factors = parameters[own.a], parameters[own.b], own.factors
+        if own.diagonal is not None:
+            middle = parameters[own.diagonal]
+        elif own.has_gain:
+            gain = own.adapter.output_gain()
+            if gain is None:
+                return _computed(layer, plan, x)
+        if factors is None or not add_low_rank(y, x, a, b, factors, middle, gain):
+            own.factors = factors_of(a, b, own.adapter.scaling)
+            y = _with_branch(y, x, a, b, middle, gain, own.adapter.scaling, layer, own.factors)
     return y
 
 
@@ -150,25 +183,37 @@ def _new_plan(layer: "AdapterLayer", names: tuple[str, ...]) -> DecodingPlan | N
     if plan is None:
         return None
     adapters = layer.in_order(names)
-    factors = [own_factors(adapter) for adapter in adapters]
-    return plan._replace(
-        adapters=adapters,
-        factors=None if None in factors else factors,
-        scale=_own_scale(adapters[0]) if len(adapters) == 1 else None,
-    )
+    factors = [own for own in map(own_factors, adapters) if own is not None]
+    plan.adapters = adapters
+    plan.factors = factors if len(factors) == len(adapters) else None
+    plan.scale = _own_scale(adapters[0]) if len(adapters) == 1 else None
+    plan.dropouts = [own.dropout for own in plan.factors or () if own.dropout is not None]
+    return plan
 
 
 def base_plan(layer: "AdapterLayer", names: tuple[str, ...]) -> DecodingPlan | None:
     """Return the plan without adapters; None if the base layer has hooks, or a bias that trains."""
+    latest = adapter_changes.latest  # before anything is looked up: another thread may change it
     view = layer.base  # also moves the adapters to the base layer that is in place now
     base: Any = view.layer
     hooks = (base._forward_pre_hooks, base._forward_hooks, base._backward_hooks, base._backward_pre_hooks)
     if any(hooks) or "forward" in base.__dict__ or layer.has_trained_biases:
         return None
     holder = layer.adapters
-    parameters = base._parameters if type(view) is LinearWeight and type(base) is nn.Linear else None
     return DecodingPlan(
-        names, holder, holder.changes, layer.merged_names, base, hooks, parameters, adapters=[], factors=[], scale=None
+        names,
+        holder,
+        holder.changes,
+        latest,
+        layer.merged_names,
+        base,
+        vars(base),
+        hooks,
+        parameters=base._parameters if type(view) is LinearWeight and type(base) is nn.Linear else None,
+        adapters=[],
+        factors=[],
+        scale=None,
+        dropouts=[],
     )
 
 
@@ -178,7 +223,7 @@ def own_factors(adapter: Adapter) -> OwnFactors | None:
     if names is None or adapter.dropout_probability:
         return None
     dropout = adapter._modules.get("dropout")
-    return OwnFactors(adapter, adapter.changes, dropout, adapter._parameters, names)
+    return OwnFactors(adapter, adapter.changes, dropout, adapter._parameters, *names)
 
 
 def _own_scale(adapter: Adapter) -> OwnScale | None:
@@ -189,12 +234,13 @@ def _own_scale(adapter: Adapter) -> OwnScale | None:
 def base_output(layer: "AdapterLayer", plan: DecodingPlan, x: Tensor) -> Tensor | None:
     """Return the base layer's output in new memory; None if its forward must compute it."""
     parameters = plan.parameters
-    if parameters is None or torch._C._is_any_autocast_enabled():
+    if parameters is None or _is_autocast_enabled():
         return layer.base.plain_output(x)
     weight = parameters.get("weight")
     if type(weight) is not nn.Parameter or weight.dtype is not x.dtype or weight.is_meta:
         return layer.base.plain_output(x)
-    return linear(x, weight, parameters.get("bias"))
+    product = linear if weight.dtype is torch.float32 else F.linear
+    return product(x, weight, parameters.get("bias"))
 
 
 def _with_branch(
@@ -206,9 +252,13 @@ def _with_branch(
     gain: Tensor | None,
     scaling: Any,
     layer: "AdapterLayer",
+    factors: Factors | None,
 ) -> Tensor:
-    """Return g∘(y + s·BΛ(A x)), and change y. The few tokens of x are cast to the factors' type, not the reverse."""
-    if add_low_rank(y, x, a, b, diagonal, gain, scaling):
+    """Return g∘(y + s·BΛ(A x)), and change y.
+
+    The few tokens of x are cast to the factors' type, not the reverse.
+    """
+    if factors is not None and add_low_rank(y, x, a, b, factors, diagonal, gain):
         return y
     dtype = a.dtype
     if not (dtype is b.dtype is x.dtype):  # even a cast that does nothing costs as much as a small product
@@ -242,7 +292,7 @@ def _computed(layer: "AdapterLayer", plan: DecodingPlan, x: Tensor) -> Tensor | 
     y = base_output(layer, plan, x)
     if y is not None:
         for a, b, scaling, _, gain in branches:
-            y = _with_branch(y, x, a, b, None, gain, scaling, layer)
+            y = _with_branch(y, x, a, b, None, gain, scaling, layer, factors_of(a, b, scaling))
     return y
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from peftcore._util import adapter_changes
 from peftcore._util.fingerprint import unchanging_scope
 from peftcore.adapter import Adapter
 from peftcore.composition.route import Route
@@ -77,9 +78,9 @@ def _state_of(adapter: Adapter) -> AdapterState:
     own = own_factors(adapter)
     if own is None:
         return AdapterState(attributes, adapter.changes, None, {}, (), ((), ()), unchanging_scope(), None)
-    names = own.names.a, own.names.b
+    names = own.a, own.b
     a, b = (own.parameters[name] for name in names)
-    is_product = own.names.diagonal is None and not own.names.has_gain
+    is_product = own.diagonal is None and not own.has_gain
     dropout: Any = None if own.dropout is None else vars(own.dropout)
     places = (a.data_ptr(), b.data_ptr()), (a.nbytes, b.nbytes)
     row = factors_of(a, b, adapter.scaling) if is_product else None
@@ -91,6 +92,8 @@ class AdapterStates:
 
     def __init__(self, states: Iterable[AdapterState]):
         states = list(states)
+        self._latest_change: object | None = None
+        """`adapter_changes.latest` when the counts of changes were last compared; None if they never were."""
         self._attributes = [state.attributes for state in states]
         self._changes = [state.changes for state in states]
         self._dropouts = [state.dropout for state in states if state.dropout is not None]
@@ -104,8 +107,11 @@ class AdapterStates:
         Args:
             compare_memory: False if the factors are known to be in the same memory as before.
         """
-        if [attributes.get("changes", 0) for attributes in self._attributes] != self._changes:
-            return False
+        latest_change = adapter_changes.latest
+        if latest_change is not self._latest_change:
+            if [attributes.get("changes", 0) for attributes in self._attributes] != self._changes:
+                return False
+            self._latest_change = latest_change
         if True in [attributes["training"] for attributes in self._dropouts]:
             return False
         if not compare_memory:

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from peftcore._util import adapter_changes
 from peftcore.composition.route import Route
 from peftcore.detection.layer_inputs import rows_come_first
 from peftcore.errors import RoutingError
@@ -38,15 +39,19 @@ class NamedModules(nn.ModuleDict):
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if isinstance(value, nn.Module):  # `set_submodule` replaces a module by assignment
-            self.__dict__["changes"] = self.changes + 1
+            self._note_change()
 
     def __setitem__(self, name: str, module: nn.Module) -> None:
         self._modules[name] = module
-        self.__dict__["changes"] = self.changes + 1  # nn.Module's own assignment is slow
+        self._note_change()
 
     def __delitem__(self, name: str) -> None:
         del self._modules[name]
-        self.__dict__["changes"] = self.changes + 1
+        self._note_change()
+
+    def _note_change(self) -> None:
+        self.__dict__["changes"] = self.changes + 1  # nn.Module's own assignment is slow
+        adapter_changes.note()
 
 
 class Prompts(NamedModules):

@@ -15,7 +15,6 @@ from peftcore.kernels import compiled_low_rank
 from peftcore.kernels.compiled_low_rank import (
     MOST_WORK,
     MOST_WORK_BY_ROW,
-    Functions,
     RowTable,
     add_low_rank,
     add_low_rank_by_row,
@@ -29,6 +28,20 @@ pytestmark = pytest.mark.skipif(not compiled(), reason="nothing is compiled here
 TYPES = [(torch.float32, torch.float32), (torch.bfloat16, torch.float32), (torch.bfloat16, torch.bfloat16)]
 """Types of x and y, and of A and B."""
 types = pytest.mark.parametrize(("dtype", "factors"), TYPES)
+
+
+def add(
+    y: Tensor,
+    x: Tensor,
+    a: Tensor,
+    b: Tensor,
+    diagonal: Tensor | None = None,
+    gain: Tensor | None = None,
+    scaling: Any = 1.0,
+) -> bool:
+    """`add_low_rank` with factors that are packed now; False too if they cannot be packed."""
+    factors = factors_of(a, b, scaling)
+    return factors is not None and add_low_rank(y, x, a, b, factors, diagonal, gain)
 
 
 def values(
@@ -65,7 +78,7 @@ def test_formula(rows: int, inputs: int, r: int, outputs: int, dtype: torch.dtyp
         exact, size = y.double() + added, added.abs().max()
         if gain is not None:
             exact, size = exact * gain, size * gain.abs().max()
-        assert add_low_rank(y, x, a, b, diagonal, gain, 1.5)
+        assert add(y, x, a, b, diagonal, gain, 1.5)
         rounding = 1e-6 * size + (exact.abs() / 256 if dtype == torch.bfloat16 else 1e-6)
         assert ((y.double() - exact).abs() <= rounding).all()
 
@@ -75,7 +88,7 @@ def test_bfloat16_is_rounded_as_by_pytorch() -> None:
     given = torch.tensor([1.0, 1 + 2**-8, 1 + 3 * 2**-8, -3.4e38, float("nan"), float("inf"), 1e-40, -0.0])
     given = torch.cat([given.repeat(4), given])  # 40 outputs: vectors and single ones
     y, x = torch.zeros(1, 40, dtype=torch.bfloat16), torch.ones(1, 1, dtype=torch.bfloat16)
-    assert add_low_rank(y, x, torch.ones(1, 1), given.view(40, 1), None, None, 1.0)
+    assert add(y, x, torch.ones(1, 1), given.view(40, 1))
     expected = (given + 0.0).bfloat16()
     assert torch.equal(y.isnan()[0], expected.isnan())
     assert torch.equal(y[0].nan_to_num(7.0), expected.nan_to_num(7.0))
@@ -105,7 +118,31 @@ def test_bfloat16_is_rounded_as_by_pytorch() -> None:
 def test_what_does_not_fit_is_left_alone(change: Any) -> None:
     y, x, a, b = change(*(one.squeeze(1) for one in values(3, 8, 4, 6, torch.float32)))
     before = y.clone()
-    assert not add_low_rank(y, x, a, b, None, None, 1.0)
+    assert not add(y, x, a, b)
+    assert torch.equal(y, before)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda a, b: (a.clone(), b),
+        lambda a, b: (a, b.clone()),
+        lambda a, b: (a.set_(torch.ones(4, 8)), b),  # type: ignore[func-returns-value]
+        lambda a, b: (a, b.set_(torch.ones(6, 4))),
+        lambda a, b: (a.resize_(2, 16), b),
+        lambda a, b: (a, b.resize_(2, 4)),
+        lambda a, b: (a.t_().resize_(4, 8).t_(), b),
+        lambda a, b: (setattr(a, "data", a.data.bfloat16()) or a, b),
+    ],
+)
+def test_factors_are_of_tensors_in_the_memory_of_the_time_when_they_were_packed(change: Any) -> None:
+    y, x, a, b = values(3, 8, 4, 6, torch.float32)
+    factors = factors_of(a, b, 1.0)
+    assert factors is not None
+    a.mul_(2)
+    assert add_low_rank(y, x, a, b, factors, None, None)
+    before, (a, b) = y.clone(), change(a, b)
+    assert not add_low_rank(y, x, a, b, factors, None, None)
     assert torch.equal(y, before)
 
 
@@ -114,17 +151,17 @@ def test_what_does_not_fit_is_left_alone(change: Any) -> None:
 )
 def test_diagonal_or_gain_that_does_not_fit(vector: Tensor) -> None:
     y, x, a, b = values(1, 8, 4, 4, torch.float32)
-    assert not add_low_rank(y, x, a, b, vector, None, 1.0)
-    assert not add_low_rank(y, x, a, b, None, vector, 1.0)
+    assert not add(y, x, a, b, vector, None)
+    assert not add(y, x, a, b, None, vector)
 
 
 def test_other_scalings_and_much_work_are_pytorchs() -> None:
     y, x, a, b = values(1, 8, 4, 6, torch.float32)
-    assert not add_low_rank(y, x, a, b, None, None, torch.tensor(1.0))
+    assert not add(y, x, a, b, scaling=torch.tensor(1.0))
     most = MOST_WORK // (1 if openmp() else torch.get_num_threads()) // (4 * 14)
     for rows, fits in ((most, True), (most + 1, False)):
         outputs, inputs = y.repeat(rows, 1, 1), x.repeat(rows, 1, 1)
-        assert add_low_rank(outputs, inputs, a, b, None, None, 1.0) == fits
+        assert add(outputs, inputs, a, b) == fits
 
 
 ROWS = [1, 0, 0, None, 2, 0, None, 2, 2, 2, 2, 2, 1]
@@ -156,7 +193,7 @@ def test_each_row_has_its_own_factors(dtype: torch.dtype, factors: torch.dtype) 
         expected = given[row].clone()
         if number is not None:
             a, b = pairs[2 * number : 2 * number + 2]
-            assert add_low_rank(expected, x[row], a, b, None, None, scalings[number])
+            assert add(expected, x[row], a, b, scaling=scalings[number])
         tolerance = 1e-5 if dtype == torch.float32 else 2**-7
         torch.testing.assert_close(y[row], expected, rtol=tolerance, atol=tolerance)
     assert not add_low_rank_by_row(y[1:], x[1:], table)
@@ -199,7 +236,7 @@ def test_threads_share_the_rows_of_one_adapter(
         for count in (1, 2, 3, 5):
             torch.set_num_threads(count)
             found.append(y.clone())
-            assert add_low_rank(found[-1], x, a, b, None, gain, 1.5)
+            assert add(found[-1], x, a, b, None, gain, 1.5)
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(found[0], other) for other in found[1:])
@@ -226,7 +263,7 @@ def test_adapters_may_share_a_factor() -> None:
     table, expected = table_of([a, b, a, other, a, b], [1.0, 1.0, 2.0], [0, 1, 2, 0]), y.clone()
     assert table is not None and add_low_rank_by_row(y, x, table)
     for row, (factor, scaling) in enumerate([(b, 1.0), (other, 1.0), (b, 2.0), (b, 1.0)]):
-        assert add_low_rank(expected[row], x[row], a, factor, None, None, scaling)
+        assert add(expected[row], x[row], a, factor, scaling=scaling)
     torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -239,13 +276,12 @@ def test_much_work_of_mixed_rows_is_pytorchs() -> None:
 
 
 def test_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    functions = Functions(lambda *_: 0, lambda *_: 0)
-    monkeypatch.setattr(compiled_low_rank, "compiled", lambda: functions)
+    monkeypatch.setattr(compiled_low_rank, "compiled", lambda: lambda *_: 0)
     y, x, a, b = values(len(ROWS), 33, 4, 37, torch.float32)
     table = table_of(adapters(), [1.0, 0.5, -2.0])
     assert table is not None
     with pytest.raises(MemoryError, match="product of 13 rows"):
-        add_low_rank(y, x, a, b, None, None, 1.0)
+        add(y, x, a, b)
     with pytest.raises(MemoryError, match="product of 13 rows"):
         add_low_rank_by_row(y, x, table)
 
@@ -268,7 +304,7 @@ def test_rows_are_computed_in_pytorchs_threads(monkeypatch: pytest.MonkeyPatch) 
     assert calls == [3]
     for rows, expected in ((8, [3]), (16, [3, 3])):  # few rows of one adapter are computed in one thread
         y, x, a, b = values(rows, 576, 16, 576, torch.float32)
-        assert add_low_rank(y, x, a, b, None, None, 1.0)
+        assert add(y, x, a, b)
         assert calls == expected
 
 
@@ -325,10 +361,8 @@ def test_layers_use_it(dtype: torch.dtype, factors: torch.dtype, kind: str, monk
     layer = nn.Linear(24, 20, bias=False, dtype=dtype)
     model: Any = get_peft_model(nn.Sequential(layer), config, autocast_adapter_dtype=factors is torch.float32).eval()
     x, calls = torch.randn(3, 24, dtype=dtype), []
-    functions: Any = compiled()
-    add = functions.add
-    functions = functions._replace(add=lambda *given: calls.append(given) or add(*given))
-    monkeypatch.setattr(compiled_low_rank, "compiled", lambda: functions)
+    function: Any = compiled()
+    monkeypatch.setattr(compiled_low_rank, "compiled", lambda: lambda *given: calls.append(given) or function(*given))
     y = model(x)
     assert len(calls) == 1
     monkeypatch.setattr(compiled_low_rank, "compiled", lambda: None)

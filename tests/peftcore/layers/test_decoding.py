@@ -121,8 +121,8 @@ def _elsewhere(change: Callable[[], Any]) -> None:
 
 
 def _swap(model: Any) -> None:
-    other = nn.Parameter(torch.randn(8, 3, dtype=torch.float64))
-    torch.utils.swap_tensors(model[0].adapters["default"].lora_B_weight, other)
+    present = _factors(model).lora_B_weight
+    torch.utils.swap_tensors(present, nn.Parameter(torch.randn_like(present)))
 
 
 def _load(model: Any) -> None:
@@ -130,7 +130,7 @@ def _load(model: Any) -> None:
 
 
 def _new_base(model: Any) -> None:
-    model[0].base_layer = nn.Linear(8, 8).double()
+    model[0].base_layer = nn.Linear(8, 8, dtype=model[0].weight.dtype)
 
 
 def _add(model: Any) -> None:
@@ -152,9 +152,9 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "SGD, foreach": lambda m: _optimiser_step(m, lambda p: torch.optim.SGD(p, lr=0.5, foreach=True)),
     "AdamW, fused": lambda m: _optimiser_step(m, lambda p: torch.optim.AdamW(p, lr=0.5, fused=True)),
     "an edit of .data": lambda m: _factors(m).lora_B_weight.data.add_(0.5),
-    "new .data": lambda m: setattr(_factors(m).lora_B_weight, "data", torch.ones(8, 3, dtype=torch.float64)),
+    "new .data": lambda m: setattr(_factors(m).lora_B_weight, "data", torch.ones_like(_factors(m).lora_B_weight)),
     "a new parameter": lambda m: setattr(
-        _factors(m), "lora_B_weight", nn.Parameter(torch.ones(8, 3, dtype=torch.float64))
+        _factors(m), "lora_B_weight", nn.Parameter(torch.ones_like(_factors(m).lora_B_weight))
     ),
     "swap_tensors": _swap,
     "load_state_dict": _load,
@@ -186,18 +186,22 @@ CASES = [
 ]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode], ids=["no_grad", "inference_mode"])
 @pytest.mark.parametrize("method, name", CASES)
-def test_a_change_is_seen_at_once(method: str, name: str, mode: Any) -> None:
+def test_a_change_is_seen_at_once(method: str, name: str, mode: Any, dtype: torch.dtype) -> None:
+    """In float32, compiled code reads the factors at addresses from an earlier call."""
     config = METHODS["adalora"] if method == "adalora" else lora(lora_dropout=0.5, use_dora=method == "dora")
-    model = adapted(config, bias=method == "lora")
+    model, x = adapted(config, bias=method == "lora", dtype=dtype), X.to(dtype)
     with mode():
-        before = model(X)
-        model(X)
+        before = model(x)
+        model(x)
     CHANGES[name](model)
+    if any(module.training for module in model.modules()):
+        model.eval()  # not otherwise: it counts as a change of every adapter
     with mode():
-        after = model.eval()(X)
-        torch.testing.assert_close(after, general(model, X), atol=1e-12, rtol=0)
+        after = model(x)
+        torch.testing.assert_close(after, general(model, x), atol=1e-12 if dtype == torch.float64 else 2e-5, rtol=0)
     assert torch.allclose(before, after) == (name == "a merge")
 
 
