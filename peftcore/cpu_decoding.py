@@ -1,4 +1,4 @@
-"""Faster decoding steps of transformers' models on CPUs, by compiled code in place of several operations of PyTorch."""
+"""Faster forwards of transformers' models on CPUs without gradients, by compiled code in place of PyTorch's calls."""
 
 import inspect
 from typing import Any
@@ -9,7 +9,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from peftcore.kernels.compiled_attention import attention_of_one_token
+from peftcore.kernels.compiled_attention import attention_of_one_token, attention_of_prompts
 from peftcore.kernels.compiled_norm import rms_norm
 
 ATTENTION = "peftcore_cpu"
@@ -42,12 +42,12 @@ class CompiledRMSNorm(nn.Module):
 
 
 def use_compiled_code(model: Any) -> None:
-    """Let a model on a CPU compute attention and RMSNorm of decoding steps by compiled code.
+    """Let a model on a CPU compute attention, and RMSNorm of decoding steps, by compiled code.
 
-    A step is a forward without gradients of one token in each row; its outputs may be rounded in another way. All
-    other forwards are as before. Attention is replaced if it is transformers' "sdpa", normalisation if its formula is
-    that of Llama. Where nothing can be compiled, only the attention becomes faster. Call it before the model gets
-    adapters.
+    This is for forwards without gradients; their outputs may be rounded in another way. All other forwards are as
+    before. A decoding step has one token in each row. Attention is replaced if it is transformers' "sdpa",
+    normalisation if its formula is that of Llama. Where nothing can be compiled, only the attention of decoding steps
+    becomes faster. Call it before the model gets adapters.
 
     Args:
         model: A `PreTrainedModel`; on another device it stays as it is.
@@ -101,8 +101,14 @@ def _attention(
     Shapes: query (B, H, T, d), key and value (B, h, S, d), attention_mask (B, 1, T, S), output (B, T, H, d).
     """
     is_plain = not (options.get("dropout") or options.get("softcap") or options.get("position_bias") is not None)
-    if query.shape[2] == 1 and is_plain:
-        scaling = options.get("scaling") or query.shape[-1] ** -0.5
+    scaling = options.get("scaling") or query.shape[-1] ** -0.5
+    if query.shape[2] > 1 and is_plain:
+        own = options.get("is_causal")
+        is_causal = attention_mask is None and (getattr(module, "is_causal", True) if own is None else own)
+        output = attention_of_prompts(query, key, value, attention_mask, is_causal, scaling)
+        if output is not None:
+            return output, None
+    elif is_plain:
         output = attention_of_one_token(query, key, value, attention_mask, scaling)
         if output is not None:
             return output, None

@@ -46,6 +46,7 @@ from flows.runtime.stage import start
 from flows.training.objectives import merged_rows, model_outputs, objective_of, rows_of
 from peftcore import PeftModel
 from peftcore.bases import add_packed_copies, keep_quantized_weights_trainable
+from peftcore.cpu_decoding import use_compiled_code
 from peftcore.files import directory_written_atomically, write_atomically, write_manifest
 
 log = logging.getLogger("flows.merge")  # as a program this module is called __main__
@@ -88,6 +89,7 @@ def run(params: Params, paths: Paths) -> None:
                 candidate.to(computed)  # type: ignore[arg-type]
             keep_quantized_weights_trainable(candidate)  # makes a prompt's forward several times faster on a CPU
             add_packed_copies(candidate, exact=True)
+            use_compiled_code(candidate)
             return compare(reference, candidate, bar)
 
         candidates = {name: compared(_merged(params, paths, name)) for name in names}

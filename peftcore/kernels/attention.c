@@ -2,30 +2,9 @@
 
    Keys and values are read where they lie, and sums are in float32. */
 
-#include <math.h>
-
 #include "vectors.h"
 
 #define QUERIES 4 /* query heads that share each read of keys and values */
-
-/* e^x for x <= 0, to 2 units in the last place. */
-INLINE floats exponential(floats x)
-{
-    floats lowest = (floats){0} - 87.0f;
-    words is_lower = (words)(x < lowest);
-    x = (floats)((is_lower & (words)lowest) | (~is_lower & (words)x));
-    floats shifted = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: the rounded power of 2 is in the last bits */
-    words power = (words)shifted << 23;
-    floats n = shifted - 12582912.0f;
-    floats rest = x - n * 0.693145752f - n * 1.42860677e-6f;
-    floats sum = rest * 1.9875691500e-4f + 1.3981999507e-3f;
-    sum = sum * rest + 8.3334519073e-3f;
-    sum = sum * rest + 4.1665795894e-2f;
-    sum = sum * rest + 1.6666665459e-1f;
-    sum = sum * rest + 5.0000001201e-1f;
-    sum = sum * rest * rest + rest + 1.0f;
-    return (floats)(~is_lower & ((words)sum + power));
-}
 
 /* A call. Strides are in elements; the last dimension of each tensor lies without gaps. */
 struct call {

@@ -59,21 +59,6 @@ INLINE int are_vectors(long r)
     return r % WIDTH == 0 || (r < WIDTH && !(r & (r - 1)));
 }
 
-/* Exchange rows and columns of (WIDTH, r) elements in r vectors. Taking the elements of even places first, then those of
-   odd places, moves the last bit of each place to its front; this is done once for each bit of r. */
-INLINE void exchange(floats *vectors, const int r)
-{
-    for (int size = 1; size < r; size *= 2) {
-        floats moved[WIDTH];
-        for (int k = 0; k < r / 2; k++) {
-            moved[k] = of_even_places(vectors[2 * k], vectors[2 * k + 1]);
-            moved[r / 2 + k] = of_odd_places(vectors[2 * k], vectors[2 * k + 1]);
-        }
-        for (int k = 0; k < r; k++)
-            vectors[k] = moved[k];
-    }
-}
-
 /* Write `count` columns of WIDTH rows of B to `columns`. */
 INLINE void write_columns(float *columns, const void *b, long first, long stride, const int count,
                           const int has_bfloat16_factors)

@@ -1,6 +1,7 @@
 /* Vectors of float32, read from and written to memory in float32 or bfloat16. Only what GCC and Clang have in common
    is used. `compiled.py` compiles the C files of this folder. */
 
+#include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -17,6 +18,7 @@
 typedef float floats __attribute__((vector_size(WIDTH * 4)));
 typedef uint32_t words __attribute__((vector_size(WIDTH * 4)));
 typedef uint16_t halves __attribute__((vector_size(WIDTH * 2)));
+typedef uint8_t bytes __attribute__((vector_size(WIDTH)));
 
 INLINE floats load(const float *from)
 {
@@ -65,6 +67,21 @@ INLINE floats of_even_places(floats one, floats other)
 INLINE floats of_odd_places(floats one, floats other)
 {
     return CHOOSE(one, other, ODD_PLACES);
+}
+
+/* Exchange rows and columns of (WIDTH, r) elements in r vectors. Taking the elements of even places first, then those of
+   odd places, moves the last bit of each place to its front; this is done once for each bit of r. */
+INLINE void exchange(floats *vectors, const int r)
+{
+    for (int size = 1; size < r; size *= 2) {
+        floats moved[WIDTH];
+        for (int k = 0; k < r / 2; k++) {
+            moved[k] = of_even_places(vectors[2 * k], vectors[2 * k + 1]);
+            moved[r / 2 + k] = of_odd_places(vectors[2 * k], vectors[2 * k + 1]);
+        }
+        for (int k = 0; k < r; k++)
+            vectors[k] = moved[k];
+    }
 }
 
 INLINE void add_neighbours(floats *vectors, const int count)
@@ -141,6 +158,25 @@ INLINE float total(floats values)
     for (int left = WIDTH; left > 1; left /= 2)
         values = of_even_places(values, values) + of_odd_places(values, values);
     return values[0];
+}
+
+/* e^x for x <= 0, to 2 units in the last place. */
+INLINE floats exponential(floats x)
+{
+    floats lowest = (floats){0} - 87.0f;
+    words is_lower = (words)(x < lowest);
+    x = (floats)((is_lower & (words)lowest) | (~is_lower & (words)x));
+    floats shifted = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: the rounded power of 2 is in the last bits */
+    words power = (words)shifted << 23;
+    floats n = shifted - 12582912.0f;
+    floats rest = x - n * 0.693145752f - n * 1.42860677e-6f;
+    floats sum = rest * 1.9875691500e-4f + 1.3981999507e-3f;
+    sum = sum * rest + 8.3334519073e-3f;
+    sum = sum * rest + 4.1665795894e-2f;
+    sum = sum * rest + 1.6666665459e-1f;
+    sum = sum * rest + 5.0000001201e-1f;
+    sum = sum * rest * rest + rest + 1.0f;
+    return (floats)(~is_lower & ((words)sum + power));
 }
 
 /* Memory for `count` floats, aligned to a line of the cache: reads that cross a line take twice as long. */

@@ -74,17 +74,21 @@ def test_models_compute_what_they_computed(
     monkeypatch.setattr(compiled_attention, "compiled", lambda: calls.append(1) or function)
     tolerance = 1e-5 if dtype == torch.float32 else 2**-5
     torch.testing.assert_close(decoded(model, mask), expected, rtol=tolerance, atol=tolerance)
-    assert len(calls) == 4 * 2  # single tokens in each layer
+    assert len(calls) == 5 * 2  # of each layer: the prompt, and four tokens
 
 
 @needs_compiler
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_whole_texts_have_the_same_bits(dtype: torch.dtype) -> None:
+def test_whole_texts(dtype: torch.dtype) -> None:
     model = made("llama", dtype)
-    expected = model(TOKENS).logits
+    expected = [model(TOKENS, attention_mask=mask).logits for mask in (None, MASK)]
     use_compiled_code(model)
-    assert torch.equal(model(TOKENS).logits, expected)
+    tolerance = 1e-5 if dtype == torch.float32 else 2**-6
+    for mask, logits in zip((None, MASK), expected, strict=True):
+        visible = torch.ones_like(MASK).bool() if mask is None else mask.bool()
+        found = model(TOKENS, attention_mask=mask).logits
+        torch.testing.assert_close(found[visible], logits[visible], rtol=tolerance, atol=tolerance)
 
 
 @needs_compiler

@@ -10,7 +10,13 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from peftcore.kernels import compiled_attention
-from peftcore.kernels.compiled_attention import attention_of_one_token, compiled, vector_width
+from peftcore.kernels.compiled_attention import (
+    Functions,
+    attention_of_one_token,
+    attention_of_prompts,
+    compiled,
+    vector_width,
+)
 
 pytestmark = [
     pytest.mark.skipif(not compiled(), reason="nothing is compiled here; the log says why"),
@@ -20,16 +26,22 @@ TYPES = [torch.float32, torch.bfloat16]
 
 
 def given(
-    rows: int, heads: int, key_heads: int, tokens: int, width: int, dtype: torch.dtype = torch.float32
+    rows: int,
+    heads: int,
+    key_heads: int,
+    tokens: int,
+    width: int,
+    dtype: torch.dtype = torch.float32,
+    queries: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values."""
     torch.manual_seed(rows + heads + tokens + width)
     k, v = torch.randn(2, rows, key_heads, tokens, width).to(dtype)
-    return torch.randn(rows, heads, 1, width).to(dtype), k, v
+    return torch.randn(rows, heads, queries, width).to(dtype), k, v
 
 
 def exact(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """The formula in float64, (B, 1, H, d)."""
+    """The formula in float64, (B, T, H, d)."""
     group = q.shape[1] // k.shape[1]
     k, v = (one.double().repeat_interleave(group, 1) for one in (k, v))
     scores = scaling * q.double() @ k.transpose(2, 3)
@@ -165,6 +177,108 @@ def test_whoever_must_see_the_operations_sees_them() -> None:
 
 
 def test_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled_attention, "compiled", lambda: lambda *_: 0)
+    monkeypatch.setattr(compiled_attention, "compiled", lambda: Functions(lambda *_: 0, lambda *_: 0))
     with pytest.raises(MemoryError, match="attention weights of 5 tokens"):
         attention_of_one_token(*given(1, 2, 1, 5, 32), None, 1.0)
+    with pytest.raises(MemoryError, match="attention of 3 queries and 5 tokens"):
+        attention_of_prompts(*given(1, 2, 1, 5, 32, queries=3), None, False, 1.0)
+
+
+# -- attention_of_prompts ------------------------------------------------------------------------------------------
+
+
+def masks(rows: int, queries: int, tokens: int) -> dict[str, Tensor | None]:
+    """Masks by kind; with "causal", the function makes the mask itself. Some rows begin with padding."""
+    causal = torch.ones(queries, tokens, dtype=torch.bool).tril(tokens - queries).expand(rows, 1, -1, -1).clone()
+    padded = causal.clone()
+    padded[0, :, :, : tokens // 2] = False
+    padded[..., -1] = True
+    window = causal & ~torch.ones(queries, tokens, dtype=torch.bool).tril(tokens - queries - 7)
+    some = torch.rand(rows, 1, queries, tokens) < 0.2
+    some[..., tokens // 2] = True
+    return {"none": None, "causal": None, "cache": causal, "padded": padded, "window": window, "some": some}
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("kind", masks(1, 1, 1))
+@pytest.mark.parametrize(
+    ("rows", "heads", "key_heads", "queries", "tokens", "vectors"),
+    [(1, 1, 1, 1, 1, 1), (3, 9, 3, 33, 33, 4), (2, 4, 4, 5, 70, 2), (2, 7, 1, 21, 150, 3), (1, 4, 2, 130, 130, 5)],
+)
+def test_formula_of_prompts(
+    rows: int, heads: int, key_heads: int, queries: int, tokens: int, vectors: int, kind: str, dtype: torch.dtype
+) -> None:
+    q, k, v = given(rows, heads, key_heads, tokens, vectors * vector_width(), dtype, queries)
+    mask = masks(rows, queries, tokens)[kind]
+    shown = torch.ones(queries, tokens, dtype=torch.bool).tril()[None, None] if kind == "causal" else mask
+    assert_exact(attention_of_prompts(q, k, v, mask, kind == "causal", 0.3), exact(q, k, v, shown, 0.3), rounding=1e-5)
+    large = 40 * q  # scores of hundreds, so that nearly all of the weight is at one token
+    found = attention_of_prompts(large, k, v, mask, kind == "causal", 0.3)
+    assert_exact(found, exact(large, k, v, shown, 0.3), rounding=1e-4)
+
+
+def test_tensors_of_prompts_lie_where_a_cache_and_a_model_leave_them() -> None:
+    q, k, v = given(3, 4, 2, 20, 32, queries=6)
+    mask = torch.rand(1, 1, 6, 20) < 0.7
+    mask[..., 0] = True
+    expected = attention_of_prompts(q, k, v, mask, False, 0.2)
+    q = q.transpose(1, 2).contiguous().transpose(1, 2)
+    k, v = (F.pad(one, (0, 0, 0, 9))[:, :, :20] for one in (k, v))
+    for one in (mask, mask.expand(3, 1, 6, 20), F.pad(mask.expand(3, 1, 6, 20), (0, 5, 0, 2))[..., :6, :20]):
+        found = attention_of_prompts(q, k, v, one, False, 0.2)
+        assert found is not None and expected is not None and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_a_query_has_the_same_bits_alone_and_in_any_number_of_threads(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, k, v = given(3, 6, 2, 100, 64, dtype, queries=90)
+    mask = torch.rand(3, 1, 90, 100) < 0.5
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(compiled_attention, "LEAST_SHARED_WORK", 0)
+    found: list[Any] = []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            found.append(attention_of_prompts(q, k, v, mask, False, 0.1))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+    for query in (0, 1, 40, 89):
+        one = slice(query, query + 1)
+        alone = attention_of_prompts(q[1:2, :, one], k[1:2], v[1:2], mask[1:2, :, one], False, 0.1)
+        assert alone is not None and torch.equal(alone[0, 0], found[0][1, query])
+
+
+def test_numbers_that_are_none_reach_only_the_queries_that_see_them() -> None:
+    q, k, v = given(2, 2, 1, 80, 32, queries=80)
+    k[0, 0, 30] = torch.nan
+    v[0, 0, 60] = torch.inf
+    found = attention_of_prompts(q, k, v, None, True, 1.0)
+    assert found is not None and found[0, 30:].isnan().all() and found[0, :24].isfinite().all()
+    assert found[1].isfinite().all()
+
+
+def test_a_query_without_visible_tokens_gets_zeros() -> None:
+    q, k, v = given(2, 2, 1, 9, 32, queries=4)
+    mask = torch.ones(2, 1, 4, 9, dtype=torch.bool)
+    mask[1, :, 2] = False
+    found = attention_of_prompts(q, k, v, mask, False, 1.0)
+    assert found is not None and (found[1, 2] == 0).all() and (found[0] != 0).all() and (found[1, 3] != 0).all()
+
+
+def test_prompts_that_do_not_fit_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = given(2, 4, 2, 6, 32, queries=5)
+    mask = torch.ones(2, 1, 5, 6, dtype=torch.bool)
+    assert attention_of_prompts(q, k, v, mask, False, 1.0) is not None
+    assert attention_of_prompts(q, k, v, mask, True, 1.0) is None
+    assert attention_of_prompts(q, k[:, :, :4], v[:, :, :4], None, True, 1.0) is None
+    assert attention_of_prompts(q[:, :, :0], k, v, None, False, 1.0) is None
+    assert attention_of_prompts(q, k, v, mask[:, :, :4], False, 1.0) is None
+    assert attention_of_prompts(q, k, v, mask.float(), False, 1.0) is None
+    assert attention_of_prompts(q.double(), k.double(), v.double(), mask, False, 1.0) is None
+    with torch.enable_grad():
+        assert attention_of_prompts(q, k, v, mask, False, 1.0) is None
+    monkeypatch.setattr(compiled_attention, "MOST_TOKENS", 5)
+    assert attention_of_prompts(q, k, v, mask, False, 1.0) is None
