@@ -54,6 +54,10 @@ class AdapterLayer(PeftLayerAttributes, TensorHolder, LayerWrapper, AdapterSlot)
         self._chain: _Chain | None = None
         self.decoding_plan: DecodingPlan | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the attributes without what is kept of earlier calls: addresses are no part of a copy or a file."""
+        return {**super().__getstate__(), "decoding_plan": None, "_chain": None}
+
     def is_empty(self) -> bool:
         """Return True if the layer holds no adapter."""
         return not len(self.adapters)

@@ -53,7 +53,7 @@ class OwnFactors:
     """Not active when the plan was made; None if the adapter has none."""
     parameters: Mapping[str, Any]
     a: str
-    """Names of parameters, and more, as in `FactorNames`."""
+    """This and the next three are those of `FactorNames`."""
     b: str
     diagonal: str | None
     has_gain: bool
