@@ -7,7 +7,7 @@
 
 #define QUERIES 6 /* pairs of token and query head that share each read of keys and values */
 #define PARTS 4   /* vectors of keys, or of a value, whose sums are in registers */
-#define BLOCK 64  /* query tokens that share widened keys and values */
+#define BLOCK 64  /* query tokens that share widened keys and values; a multiple of WIDTH */
 
 /* A call. Strides are in elements; the last dimension of each tensor lies without gaps. */
 struct call {
@@ -57,7 +57,8 @@ static void find_visible(const struct call *call, long row, long query, char *vi
         *first += 8;
 }
 
-/* Widen keys, as columns, and values of a key head up to token `end`; what lies between it and `room` is 0. */
+/* Widen keys, as columns, and values of a key head up to token `end`. That is a multiple of BLOCK or the last one, so that
+   zeros follow up to the next multiple of WIDTH. */
 INLINE void widen(const struct call *call, struct memory *memory, const char *k, const char *v, long end,
                   const int is_bfloat16)
 {
@@ -202,7 +203,7 @@ static void take(void *of)
 {
     struct call *call = of;
     const long step = PARTS * WIDTH, width = call->width, room = (call->tokens + step - 1) / step * step;
-    float *keys = memory_for(2 * room * width + QUERIES * (width + 2 * room));
+    float *keys = memory_for(2 * room * width + QUERIES * (width + room + room / 4));
     if (!keys) {
         __atomic_store_n(&call->failed, 1, __ATOMIC_RELAXED);
         return;
@@ -221,8 +222,8 @@ static void take(void *of)
     free(keys);
 }
 
-/* `sizes`: rows, key heads, query heads of each, query tokens, tokens, width, which is a multiple of WIDTH. `strides`: of
-   q, k and v by row, head and token, of the mask by row and query. `parallel` is GOMP_parallel, or 0 for one thread.
+/* `sizes`: rows, key heads, query heads of each, query tokens, tokens, width, which is a multiple of WIDTH. `strides`:
+   of q, k and v by row, head and token, of the mask by row and query. `parallel` is GOMP_parallel, or 0 for one thread.
    Returns 0 if there is no memory. */
 int attend_prompts(void *out, const void *q, const void *k, const void *v, const void *mask, const long *sizes,
                    const long *strides, float scale, int is_causal, int is_bfloat16, start_threads parallel,
