@@ -20,6 +20,7 @@ from peftcore import MissingExtraError
 from peftcore.bases import PackedCopyLinear, base_weight, fast_dtype
 from peftcore.bases import compute_dtype as compute_dtypes
 from peftcore.bases.packed_copy import packs_bfloat16
+from peftcore.cpu_decoding import use_compiled_code
 
 BFLOAT16_COPIES = 15 if packs_bfloat16() else 0
 """Layers of the tiny base that have a packed copy in bfloat16."""
@@ -76,6 +77,7 @@ def test_an_evaluated_base_has_copies_with_the_same_values(
     quantization = Quantization(storage=storage, compute_dtype=dtype)
     model, plain = load_for_evaluation(tiny_base, quantization), load_dequantized(tiny_base, quantization)
     assert copied(model) == copies
+    use_compiled_code(plain)
     ids = torch.arange(3, 43).view(2, 20)
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, plain(ids).logits)

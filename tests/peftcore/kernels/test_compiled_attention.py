@@ -1,5 +1,6 @@
 """`peftcore.kernels.compiled_attention`: the formula in float64, and what is refused."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -50,6 +51,21 @@ def exact(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float) 
     return (scores.softmax(-1) @ v).transpose(1, 2)
 
 
+def in_threads(compute: Callable[[], Tensor | None], monkeypatch: pytest.MonkeyPatch) -> Tensor:
+    """What `compute` returns, which must have the same bits with 1, 2 and 5 threads."""
+    monkeypatch.setattr(compiled_attention, "LEAST_SHARED_WORK", 0)
+    found: list[Any] = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            found.append(compute())
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+    return found[0]
+
+
 def assert_exact(found: Tensor | None, expected: Tensor, rounding: float = 2e-6) -> None:
     assert found is not None and found.shape == expected.shape and found.is_contiguous()
     tolerance = rounding if found.dtype == torch.float32 else 2**-8
@@ -92,20 +108,11 @@ def test_a_row_has_the_same_bits_alone_and_in_any_number_of_threads(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     q, k, v = given(11, 6, 2, 50, 64, dtype)
-    threads = torch.get_num_threads()
-    monkeypatch.setattr(compiled_attention, "LEAST_SHARED_WORK", 0)
-    found: list[Any] = []
-    try:
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
-            found.append(attention_of_one_token(q, k, v, None, 0.1))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(found[0], other) for other in found[1:])
+    found = in_threads(lambda: attention_of_one_token(q, k, v, None, 0.1), monkeypatch)
     for row in range(len(q)):
         one = slice(row, row + 1)
         alone = attention_of_one_token(q[one], k[one], v[one], None, 0.1)
-        assert alone is not None and torch.equal(alone[0], found[0][row])
+        assert alone is not None and torch.equal(alone[0], found[row])
 
 
 def test_numbers_that_are_none_stay_in_their_row() -> None:
@@ -235,20 +242,11 @@ def test_a_query_has_the_same_bits_alone_and_in_any_number_of_threads(
 ) -> None:
     q, k, v = given(3, 6, 2, 100, 64, dtype, queries=90)
     mask = torch.rand(3, 1, 90, 100) < 0.5
-    threads = torch.get_num_threads()
-    monkeypatch.setattr(compiled_attention, "LEAST_SHARED_WORK", 0)
-    found: list[Any] = []
-    try:
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
-            found.append(attention_of_prompts(q, k, v, mask, False, 0.1))
-    finally:
-        torch.set_num_threads(threads)
-    assert all(torch.equal(found[0], other) for other in found[1:])
+    found = in_threads(lambda: attention_of_prompts(q, k, v, mask, False, 0.1), monkeypatch)
     for query in (0, 1, 40, 89):
         one = slice(query, query + 1)
         alone = attention_of_prompts(q[1:2, :, one], k[1:2], v[1:2], mask[1:2, :, one], False, 0.1)
-        assert alone is not None and torch.equal(alone[0, 0], found[0][1, query])
+        assert alone is not None and torch.equal(alone[0, 0], found[1, query])
 
 
 def test_numbers_that_are_none_reach_only_the_queries_that_see_them() -> None:
