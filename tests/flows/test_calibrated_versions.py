@@ -12,7 +12,7 @@ from command_line import peftcore
 from transformers import AutoModelForCausalLM
 
 from flows.base.calibrated import calibrated_identity
-from flows.base.model import load_calibrated, load_dequantized
+from flows.base.model import load_calibrated, load_for_evaluation
 from flows.data.rows import read_rows
 from flows.errors import BaseModelError, RegistryError
 from flows.evaluation.scoring import row_losses
@@ -114,7 +114,7 @@ def test_the_gate_measures_the_champion_on_its_own_base(versions: Paths, monkeyp
     assert promotion.outcome == "would promote", promotion.sentence
     registry = registry_of(params, versions.root)
     with files_of(versions, registry, registry.version("v0.1.0"), [versions.calibrated, versions.adapter]) as at:
-        model = PeftModel.from_pretrained(load_dequantized(at.calibrated, params.quantization), at.adapter)
+        model = PeftModel.from_pretrained(load_for_evaluation(at.calibrated, params.quantization), at.adapter)
         rows = read_rows(versions.split("test"), limit=params.evaluate.rows)
         losses = row_losses(model, rows, 0, params.evaluate.batch_size).means
     expected = dict(zip([row["id"] for row in rows], losses, strict=True))

@@ -14,7 +14,7 @@ import torch
 from pyarrow import parquet
 
 from flows.base.folder import load_tokenizer
-from flows.base.model import load_dequantized
+from flows.base.model import load_dequantized, load_for_evaluation
 from flows.data.chat import render
 from flows.data.rows import read_rows
 from flows.errors import RegistryError, StageError
@@ -102,7 +102,7 @@ def write_results_of(at: Paths, params: Params, numbers: range) -> None:
 def champion_losses(params: Params, adapter: Path, base: Path, test: Path) -> dict[str, float]:
     """By hand: the loss of each of the first rows of `test` under an adapter."""
     rows = read_rows(test, limit=params.evaluate.rows)
-    model = PeftModel.from_pretrained(load_dequantized(base, params.quantization), adapter)
+    model = PeftModel.from_pretrained(load_for_evaluation(base, params.quantization), adapter)
     return dict(zip([r["id"] for r in rows], row_losses(model, rows, 0, params.evaluate.batch_size).means, strict=True))
 
 
