@@ -22,10 +22,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftcore.bases import BaseWeight, fast_dtype
+from peftcore.kernels.compiled_dropout import DropoutMask
 from peftcore.kernels.dropout_masks import get_dropout_masks
 from peftcore.kernels.maths import scaled
 from peftcore.kernels.pytorch_dropout import PytorchDropout
-from peftcore.kernels.seeded_dropout import Dropout, mask_, masked
+from peftcore.kernels.seeded_dropout import Dropout
 
 
 class LowRankBranch(NamedTuple):
@@ -110,8 +111,8 @@ def _forward(x: Tensor, call: _Call, branches: list[_Branch]) -> _Forward:
     dtype = _product_dtype(x, call)
     flat = x.reshape(-1, x.shape[-1]).to(dtype)
     a = _stacked([a.to(dtype) for a, _, _ in branches], 0)
-    keep, bits = (None, None) if call.dropout is None else call.dropout.draw(flat)
-    h = F.linear(flat if keep is None else masked(flat, keep), a)
+    mask, bits = (None, None) if call.dropout is None else call.dropout.draw(flat)
+    h = F.linear(flat if mask is None else mask.apply(flat), a)
     scaled_b = [(b * s).to(dtype) for (_, b, _), s in zip(branches, call.scalings, strict=True)]
     parts = zip(call.bases, _parts(h, scaled_b), scaled_b, strict=True)
     ys = [base.product(flat).addmm_(part, b.T).to(x.dtype) for base, part, b in parts]
@@ -168,9 +169,9 @@ class _LowRankLinears(torch.autograd.Function):
             for base, weight in zip(call.bases, tensors[3::4], strict=True)
         ]
         flat = x.reshape(-1, x.shape[-1]).to(dtype)
-        keep = None if call.dropout is None else call.dropout.again(flat, bits)
+        mask = None if call.dropout is None else call.dropout.again(flat, bits)
         if double:
-            return _plain_gradients(x, keep, call, tensors, weights, gradients, needed)
+            return _plain_gradients(x, mask, call, tensors, weights, gradients, needed)
         grads: list[Tensor | None] = [None] * len(tensors)
         through_gain: list[Tensor] = []
         through_b: list[Tensor] = []
@@ -183,11 +184,11 @@ class _LowRankLinears(torch.autograd.Function):
             grads[4 * k + 1] = (part.T @ g).mul_(call.scalings[k]).T.to(tensors[4 * k + 1].dtype)
             through_gain.append(g)
         g_h = _stacked(through_b, 1)
-        g_a = (g_h.T @ (flat if keep is None else masked(flat, keep))).split([each.shape[1] for each in b])
+        g_a = (g_h.T @ (flat if mask is None else mask.apply(flat))).split([each.shape[1] for each in b])
         grads[0::4] = [grad.to(factor.dtype) for grad, factor in zip(g_a, tensors[0::4], strict=True)]
         if not needed[0]:
             return None, None, *grads
-        g_x = g_h @ a if keep is None else mask_(g_h @ a, keep)
+        g_x = g_h @ a if mask is None else mask.apply_(g_h @ a)
         for g, weight in zip(through_gain, weights, strict=True):
             g_x.addmm_(g, weight)
         return g_x.to(x.dtype).view(x.shape), None, *grads
@@ -199,7 +200,7 @@ def _branches(tensors: Sequence[Any]) -> list[_Branch]:
 
 def _plain_gradients(
     x: Tensor,
-    keep: Tensor | None,
+    mask: DropoutMask | None,
     call: _Call,
     tensors: Sequence[Tensor | None],
     weights: list[Tensor],
@@ -208,7 +209,7 @@ def _plain_gradients(
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of all inputs by plain autograd, which can be differentiated again."""
     flat = x.reshape(-1, x.shape[-1])
-    dropped, outputs = flat if keep is None else masked(flat, keep), []
+    dropped, outputs = flat if mask is None else mask.apply(flat), []
     for (a, b, gain), weight, scaling in zip(_branches(tensors), weights, call.scalings, strict=True):
         y = flat @ weight.T + scaling * dropped @ a.to(x.dtype).T @ b.to(x.dtype).T
         outputs.append(y if gain is None else scaled(y, gain))

@@ -6,9 +6,10 @@ On a CPU the mask is saved for the backward pass as one bit per element, on othe
 Shapes: n rows, i features.
 """
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from peftcore.kernels.compiled_dropout import DropoutMask
 
 
 class PytorchDropout:
@@ -22,11 +23,11 @@ class PytorchDropout:
         """Factor of the elements that are not dropped; 0 if all are dropped."""
         return 1 / (1 - self.p) if self.p < 1 else 0.0
 
-    def draw(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def draw(self, x: Tensor) -> tuple[DropoutMask, Tensor]:
         """Draw the dropout mask of x (n, i) from the generator of x's device.
 
         Returns:
-            The mask, 1 for kept elements and 0 for dropped ones, and the saved form from which `again` restores it.
+            The mask, and the saved form from which `again` restores it.
         """
         if self.p == 1 or not x.numel():  # PyTorch draws nothing then
             keep = torch.zeros(x.shape, dtype=torch.uint8, device=x.device)
@@ -36,10 +37,9 @@ class PytorchDropout:
             keep = torch.empty(x.shape, dtype=dtype, device="cpu").bernoulli_(1 - self.p).to(torch.uint8)
         else:  # a fused operation, whose numbers differ from those of `bernoulli_`
             keep = torch.native_dropout(x, self.p, True)[1].view(torch.uint8)
-        return keep, torch.from_numpy(np.packbits(keep.numpy())) if x.device.type == "cpu" else keep
+        mask = DropoutMask.packed(keep)
+        return mask, keep if mask.bits is None else mask.bits
 
-    def again(self, x: Tensor, saved: Tensor) -> Tensor:
+    def again(self, x: Tensor, saved: Tensor) -> DropoutMask:
         """Return the mask that `draw` returned for this x, given its saved form."""
-        if x.device.type != "cpu":
-            return saved
-        return torch.from_numpy(np.unpackbits(saved.numpy(), count=x.numel())).view(x.shape)
+        return DropoutMask(x.shape, saved) if x.device.type == "cpu" else DropoutMask(x.shape, keep=saved)

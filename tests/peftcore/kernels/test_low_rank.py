@@ -46,9 +46,9 @@ def next_factors(x: Tensor, p: float) -> Tensor:
     """What the next dropout will multiply the elements of x with."""
     state = torch.get_rng_state()
     dropout = Dropout(p)
-    keep, _ = dropout.draw(x.detach().flatten(0, -2))
+    mask, _ = dropout.draw(x.detach().flatten(0, -2))
     torch.set_rng_state(state)
-    return (keep != 0).double().view(x.shape) * dropout.scale
+    return mask.keep.double().view(x.shape) * dropout.scale
 
 
 @pytest.mark.parametrize("shape", [(ROWS, IN), (2, ROWS, IN), (1, 2, ROWS, IN)])

@@ -11,8 +11,9 @@ def test_the_mask_drops_each_element_with_its_probability(p: float) -> None:
     torch.manual_seed(0)
     x = torch.zeros(1000, 1000)
     dropout = Dropout(p)
-    keep, bits = dropout.draw(x)
-    assert set(keep.unique().tolist()) == {0, 1} and torch.equal(keep, dropout.again(x, bits))
+    mask, bits = dropout.draw(x)
+    keep = mask.keep
+    assert set(keep.unique().tolist()) == {0, 1} and torch.equal(keep, dropout.again(x, bits).keep)
     here = dropout.threshold / 256
     assert abs(here - p) < 1 / 256 and dropout.scale == pytest.approx(1 / (1 - here))
     dropped, spread = (keep == 0).double(), (here * (1 - here)) ** 0.5
@@ -21,8 +22,8 @@ def test_the_mask_drops_each_element_with_its_probability(p: float) -> None:
         assert abs(dropped.mean(axis).std() / (spread / 1000**0.5) - 1) < 0.1
     neighbours = ((dropped[:, 1:] - here) * (dropped[:, :-1] - here)).mean() / spread**2
     assert abs(neighbours) < 5e-3
-    assert not torch.equal(keep, Dropout(p).draw(x)[0])
+    assert not torch.equal(keep, Dropout(p).draw(x)[0].keep)
     thresholds = torch.tensor([Dropout(p).threshold / 256 for _ in range(20_000)])
     assert abs(thresholds.mean() - p) < 1e-4
     torch.manual_seed(0)
-    assert torch.equal(keep, Dropout(p).draw(x)[0])
+    assert torch.equal(keep, Dropout(p).draw(x)[0].keep)
