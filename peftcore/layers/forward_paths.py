@@ -20,6 +20,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
@@ -325,6 +331,14 @@ def has_no_hooks(layer: nn.Module) -> bool:
         or layer._backward_hooks
         or layer._backward_pre_hooks
         or "forward" in layer.__dict__  # accelerate replaces it on the instance
+        or has_global_hooks()
+    )
+
+
+def has_global_hooks() -> bool:
+    """Return True if there are hooks of all modules, such as those of `register_module_forward_hook`."""
+    return bool(
+        _global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks
     )
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from method_example import randomise
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from peftcore import (
     AdaLoraConfig,
@@ -204,6 +205,73 @@ def test_a_change_is_seen_at_once(method: str, name: str, mode: Any, dtype: torc
         after = model(x)
         torch.testing.assert_close(after, general(model, x), atol=1e-12 if dtype == torch.float64 else 2e-5, rtol=0)
     assert torch.allclose(before, after) == (name == "a merge")
+
+
+def _with_forward_hook(layer: Any, seen: list[str]) -> Any:
+    return layer.register_forward_hook(lambda *_: seen.append("called"))
+
+
+def _with_forward_pre_hook(layer: Any, seen: list[str]) -> Any:
+    return layer.register_forward_pre_hook(lambda *_: seen.append("called"))
+
+
+def _with_hook_of_all_modules(layer: Any, seen: list[str]) -> Any:
+    def note(module: nn.Module, _inputs: Any, _output: Any) -> None:
+        if module is layer:
+            seen.append("called")
+
+    return torch_module.register_module_forward_hook(note)
+
+
+def _with_hook_of_all_modules_before(layer: Any, seen: list[str]) -> Any:
+    def note(module: nn.Module, _inputs: Any) -> None:
+        if module is layer:
+            seen.append("called")
+
+    return torch_module.register_module_forward_pre_hook(note)
+
+
+@pytest.mark.parametrize("part", ["layer", "base layer"])
+@pytest.mark.parametrize(
+    "register",
+    [_with_forward_hook, _with_forward_pre_hook, _with_hook_of_all_modules, _with_hook_of_all_modules_before],
+)
+def test_hooks_are_called_from_when_they_are_added_until_they_are_removed(register: Any, part: str) -> None:
+    model, seen = adapted(lora()), []
+    layer = model[1] if part == "layer" else model[1].base_layer
+    with torch.no_grad():
+        expected = model(X)
+        handle = register(layer, seen)
+        found = model(X)
+        handle.remove()
+        assert seen == ["called"]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+        model(X)
+    assert seen == ["called"]
+
+
+def test_a_forward_that_is_replaced_is_called() -> None:
+    model, layer = adapted(lora()), adapted(lora())[1]
+    with torch.no_grad():
+        expected = model(X)
+        model[1].forward = lambda x: layer.forward(x) + 1
+        torch.testing.assert_close(model(X), expected + 1, rtol=0, atol=1e-14)
+        del model[1].forward
+        assert torch.equal(model(X), expected)
+
+
+def test_a_layer_that_was_compiled_alone_runs_as_compiled() -> None:
+    model, seen = adapted(lora()), []
+
+    def backend(graph: Any, _inputs: Any) -> Any:
+        seen.append("compiled")
+        return graph.forward
+
+    with torch.no_grad():
+        expected = model(X)
+        model[1].compile(backend=backend)
+        torch.testing.assert_close(model(X), expected, rtol=0, atol=1e-14)
+    assert seen == ["compiled"]
 
 
 def test_an_edit_inside_of_inference_mode_is_seen() -> None:
