@@ -437,12 +437,18 @@ def test_mixed_batch_follows_a_change(mixed: Any, change: str) -> None:
 
 
 @torch.no_grad()
-def test_mixed_batch_with_a_hook_and_after_it(mixed: Any) -> None:
+@pytest.mark.parametrize("of_all_modules", [False, True])
+def test_mixed_batch_with_a_hook_and_after_it(mixed: Any, of_all_modules: bool) -> None:
     model, outputs = mixed
-    x = torch.randn(6, 8)
+    x, base = torch.randn(6, 8), model[1].base_layer
     before, _ = outputs(x)
-    hook = model[1].base_layer.register_forward_hook(lambda module, args, y: y + 1)
-    torch.testing.assert_close(model(x, adapter_names=ROWS), before + 1)
+
+    def add_one(module: nn.Module, _inputs: Any, y: Tensor) -> Tensor:
+        return y + 1 if module is base else y
+
+    hook = torch_module.register_module_forward_hook(add_one) if of_all_modules else base.register_forward_hook(add_one)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, adapter_names=ROWS), before + 1)
     hook.remove()
     torch.testing.assert_close(outputs(x)[0], before)
 
