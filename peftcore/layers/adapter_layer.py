@@ -10,12 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import (
-    _global_backward_hooks,
-    _global_backward_pre_hooks,
-    _global_forward_hooks,
-    _global_forward_pre_hooks,
-)
 
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight, base_weight
@@ -24,15 +18,11 @@ from peftcore.layers.active import Selection
 from peftcore.layers.adapter_slot import AdapterSlot
 from peftcore.layers.composed import ascend, descend
 from peftcore.layers.decoding import DecodingPlan, decoded
-from peftcore.layers.forward_paths import has_global_hooks, has_no_hooks, is_traced, layer_output
+from peftcore.layers.forward_paths import has_no_hooks, is_traced, layer_output
 from peftcore.layers.named_tensors import TensorHolder
 from peftcore.layers.peft_attributes import PeftLayerAttributes
 from peftcore.layers.trained_bias import TrainedBias
 from peftcore.layers.wrapper import LayerWrapper
-
-_is_compiling = torch.compiler.is_compiling
-_is_tracing = torch._C._is_tracing
-_is_grad_enabled = torch.is_grad_enabled
 
 
 class _Chain(NamedTuple):
@@ -143,35 +133,9 @@ class AdapterLayer(PeftLayerAttributes, TensorHolder, LayerWrapper, AdapterSlot)
             self.__dict__["_chain"] = chain
         return chain.adapters
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call `forward` as every module does, and in decoding steps what it would call, with fewer calls between."""
-        attributes = self.__dict__
-        if (
-            _is_compiling()
-            or attributes["training"]
-            or len(args) != 1
-            or kwargs
-            or type(args[0]) is not Tensor
-            or _is_grad_enabled()
-            or attributes["_forward_hooks"]
-            or attributes["_forward_pre_hooks"]
-            or attributes["_backward_hooks"]
-            or attributes["_backward_pre_hooks"]
-            or _global_forward_hooks
-            or _global_forward_pre_hooks
-            or _global_backward_hooks
-            or _global_backward_pre_hooks
-            or "forward" in attributes
-            or _is_tracing()
-            or self._compiled_call_impl is not None
-        ):
-            return super().__call__(*args, **kwargs)
-        y = decoded(self, args[0])
-        return layer_output(self, args[0], (), {}) if y is None else y
-
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the output of the base layer with the adapters in effect, of the base layer's shape."""
-        if not (args or kwargs or self.training or _is_grad_enabled() or has_global_hooks()):
+        if not (args or kwargs or self.training or torch.is_grad_enabled()):
             y = decoded(self, x)
             if y is not None:
                 return y

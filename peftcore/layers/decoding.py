@@ -19,6 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.nn.modules.module import (
+    _global_backward_hooks,
+    _global_backward_pre_hooks,
+    _global_forward_hooks,
+    _global_forward_pre_hooks,
+)
 
 from peftcore._util import adapter_changes
 from peftcore.adapter import Adapter
@@ -138,13 +144,18 @@ def decoded(layer: "AdapterLayer", x: Tensor) -> Tensor | None:
 
     Returns:
         The output (..., out_features). None for a long input, for rows with different adapters, for a base layer that
-        has hooks or computes more than a product, for adapters that need its weight, and inside of a trace.
+        has hooks or computes more than a product, for adapters that need its weight, inside of a trace, and while there
+        are hooks of all modules.
     """
     if (
         _is_compiling()
         or _is_tracing()
         or _is_transforming()
         or forward_ad._current_level >= 0
+        or _global_forward_hooks
+        or _global_forward_pre_hooks
+        or _global_backward_hooks
+        or _global_backward_pre_hooks
         or not (shape := x.shape)
         or not 0 < x.numel() <= FEW_TOKENS * shape[-1]
     ):
