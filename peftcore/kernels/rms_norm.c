@@ -17,15 +17,6 @@ struct call {
     long next; /* first row that no thread has taken */
 };
 
-INLINE floats rounded_values(floats values, int is_bfloat16)
-{
-    if (!is_bfloat16)
-        return values;
-    uint16_t memory[WIDTH];
-    rounded_store(memory, 0, 1, values);
-    return widened_load(memory, 0, 1);
-}
-
 INLINE void normalize(void *out, const void *x, const void *weight, float epsilon, long width, const int is_bfloat16)
 {
     floats sums = {0};
@@ -39,7 +30,9 @@ INLINE void normalize(void *out, const void *x, const void *weight, float epsilo
         sum += element(x, rest, is_bfloat16) * element(x, rest, is_bfloat16);
     const float factor = 1 / sqrtf(sum / width + epsilon);
     for (i = 0; i + WIDTH <= width; i += WIDTH) {
-        floats value = rounded_values(widened_load(x, i, is_bfloat16) * factor, is_bfloat16);
+        floats value = widened_load(x, i, is_bfloat16) * factor;
+        if (is_bfloat16)
+            value = rounded_values(value);
         rounded_store(out, i, is_bfloat16, value * widened_load(weight, i, is_bfloat16));
     }
     for (; i < width; i++) {

@@ -138,17 +138,28 @@ INLINE floats widened_load(const void *from, long at, int is_bfloat16)
     return (floats)(__builtin_convertvector(half, words) << 16);
 }
 
+/* The bits of the nearest bfloat16 of each value, in the lower half of a word. */
+INLINE words rounded_bits(floats values)
+{
+    words word = (words)values;
+    words is_nan = (words)(values != values);
+    word = (word + 0x7fff + (word >> 16 & 1)) >> 16;
+    return (is_nan & 0x7fc0) | (~is_nan & word);
+}
+
+/* The values, rounded to bfloat16. */
+INLINE floats rounded_values(floats values)
+{
+    return (floats)(rounded_bits(values) << 16);
+}
+
 INLINE void rounded_store(void *to, long at, int is_bfloat16, floats values)
 {
     if (!is_bfloat16) {
         memcpy((float *)to + at, &values, sizeof values);
         return;
     }
-    words word = (words)values;
-    words is_nan = (words)(values != values);
-    word = (word + 0x7fff + (word >> 16 & 1)) >> 16;
-    word = (is_nan & 0x7fc0) | (~is_nan & word);
-    halves half = __builtin_convertvector(word, halves);
+    halves half = __builtin_convertvector(rounded_bits(values), halves);
     memcpy((uint16_t *)to + at, &half, sizeof half);
 }
 
