@@ -40,7 +40,7 @@ def library() -> ctypes.PyDLL | None:
     try:
         return ctypes.PyDLL(str(library_file()))  # holds Python's lock: giving it up costs as much as a small product
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:
-        logger.info("decoding uses PyTorch's operations, because its C code cannot be compiled: %s", error)
+        logger.info("PyTorch's operations do the work of C code, which cannot be compiled: %s", error)
         return None
 
 
@@ -80,7 +80,7 @@ def library_file() -> Path:
     made_of = (*sources, repr((compiler, FLAGS)).encode(), _processor().encode())
     name = hashlib.sha256(b"\0".join(made_of)).hexdigest()[:32]
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "peftcore"
-    file = folder / f"decoding-{name}.so"
+    file = folder / f"kernels-{name}.so"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     state = folder.stat()
     if state.st_uid != os.getuid() or state.st_mode & (stat.S_IWGRP | stat.S_IWOTH):

@@ -1,6 +1,6 @@
 """Dropout masks as bits, in compiled C (`dropout.c`) or by NumPy and PyTorch; both give the same bits.
 
-One training step of SmolLM2-135M draws masks for 100 million elements, and applies each of them three times. For 1024 x
+One training step of SmolLM2-135M with 1,024 tokens draws 100 million elements, and applies each three times. For 1024 x
 576 elements in bfloat16, C takes 80 and 26 us, NumPy and PyTorch 170 and 90 (2 cores of an AMD EPYC with AVX-512).
 
 Shapes: n rows, i features.
