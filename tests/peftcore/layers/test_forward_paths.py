@@ -282,6 +282,18 @@ def test_hooks_on_the_base_layer_are_called(calls: list[int]) -> None:
     torch.testing.assert_close(model(TOKENS).logits, expected, atol=1e-12, rtol=0)
 
 
+def test_hooks_of_all_modules_are_called_for_base_layers(calls: list[int]) -> None:
+    model = get_peft_model(llama(), lora(target_modules=["o_proj"]))
+    base_layers = [layer.self_attn.o_proj.base_layer for layer in model.model.layers]
+    seen: list[Any] = []
+    with nn.modules.module.register_module_forward_hook(lambda module, _x, _y: seen.append(module)):
+        hooked = loss_and_gradients(model)
+    assert [module for module in seen if module in base_layers] == base_layers and not calls
+    for found, expected in zip(hooked[1].values(), loss_and_gradients(model)[1].values(), strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+    assert calls == [1] * len(base_layers)
+
+
 def test_a_base_that_trains_gets_its_gradient(calls: list[int]) -> None:
     model = get_peft_model(qwen(), lora(target_modules=["q_proj"]))
     for layer in model.model.layers:
