@@ -52,7 +52,7 @@ def test_variables_stand_for_options(here: Any, tmp_path: Path) -> None:
 def test_a_refusal_is_exit_code_3_with_its_report(here: Any) -> None:
     here.paths.params.write_text(here.paths.params.read_text() + "gate: {min_loss_gain: 2.0}\n")
     done = peftcore("ci", "--version", "v0.1.0", "--dry-run", "--json")
-    assert (done.exit_code, done.stdout) == (3, "")
+    assert (done.exit_code, done.stdout) == (3, ""), (done.stderr, done.exception)
     assert "is not promoted to champion: gain in loss: 1.100 nats, at least 2" in done.stderr
     assert "| gain in loss | ❌ |" in (here.root / "reports" / "gate.md").read_text()
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,24 @@ def test_files_of_another_commit_come_at_their_paths_and_go_again(project: Any) 
         assert (folder / "artifacts" / "merge.json").read_text() == before
         assert (folder / "artifacts" / "adapter" / "adapter_config.json").is_file()
     assert not folder.exists()
+
+
+def test_files_come_while_other_commands_use_dvcs_databases(
+    project: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    project.git("add", "dvc.lock")
+    project.git("commit", "--quiet", "--message=Lock")
+    monkeypatch.setenv("DVC_SITE_CACHE_DIR", str(tmp_path / "site"))
+    name = "artifacts/merge.json"
+    dvc(project.root, "get", ".", name, "--rev", "HEAD", "--out", str(tmp_path / "got"))  # makes the databases
+    databases = [sqlite3.connect(file, isolation_level=None) for file in (tmp_path / "site").rglob("*.db")]
+    assert databases
+    for database in databases:
+        database.execute("BEGIN EXCLUSIVE")
+    with files_at(project.root, "HEAD", [name, "artifacts/adapter"]) as folder:
+        assert (folder / name).read_text() == project.paths.merge_report.read_text()
+    for database in databases:
+        database.close()
 
 
 @pytest.mark.parametrize("name", ["plain", "100%20 (1)", "what?"])
