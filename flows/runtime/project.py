@@ -116,14 +116,14 @@ def dvc(root: Path, *arguments: str) -> str:
     return output
 
 
-def _dvc(root: Path, arguments: Sequence[str], memory: Path | None = None) -> tuple[str, str | None]:
+def _dvc(root: Path, arguments: Sequence[str], databases: Path | None = None) -> tuple[str, str | None]:
     """Run a DVC command in `root`; returns its output, and its message if it failed.
 
-    memory: the folder for DVC's databases of files and hashes; None for the one that all commands share.
+    databases: the folder of DVC's databases of files and hashes; None for the one that all commands share.
     """
     environment = stage_environment() | {"PYTHONIOENCODING": "utf-8"}
-    if memory is not None:
-        environment["DVC_SITE_CACHE_DIR"] = str(memory)
+    if databases is not None:
+        environment["DVC_SITE_CACHE_DIR"] = str(databases)
     done = subprocess.run(
         [*DVC, *arguments], cwd=root, env=environment, capture_output=True, encoding="utf-8", check=False
     )
@@ -250,9 +250,9 @@ def files_at(root: Path, commit: str, names: list[str]) -> Iterator[Path]:
 def get_output(root: Path, commit: str, name: str, target: Path) -> None:
     """Copy the DVC output `name` of `commit` to `target`, from DVC's cache or remote. Raises RepositoryError."""
     if (root / ".git").exists():
-        # of commands that run at once and share their databases, one may fail: "database is locked"
-        with temporary_folder("peftcore-dvc-") as memory:
-            _, reason = _dvc(root, ["get", str(root), name, "--rev", commit, "--out", str(target)], memory)
+        # with shared databases, one of several commands at once may fail with "database is locked"
+        with temporary_folder("peftcore-dvc-") as databases:
+            _, reason = _dvc(root, ["get", str(root), name, "--rev", commit, "--out", str(target)], databases)
         if reason is not None:
             raise _unavailable(name, commit, reason)
         return

@@ -31,7 +31,7 @@ class Functions(NamedTuple):
 
 
 class DropoutMask:
-    """Which elements of a tensor (n, i) dropout keeps.
+    """The elements of a tensor (n, i) that dropout keeps.
 
     Args:
         shape: (n, i).

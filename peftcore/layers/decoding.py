@@ -145,7 +145,7 @@ def decoded(layer: "AdapterLayer", x: Tensor) -> Tensor | None:
     Returns:
         The output (..., out_features). None for a long input, for rows with different adapters, for a base layer that
         has hooks or computes more than a product, for adapters that need its weight, inside of a trace, and while there
-        are hooks of all modules.
+        are global module hooks.
     """
     if (
         _is_compiling()

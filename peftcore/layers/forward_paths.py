@@ -336,7 +336,7 @@ def has_no_hooks(layer: nn.Module) -> bool:
 
 
 def has_global_hooks() -> bool:
-    """Return True if there are hooks of all modules, such as those of `register_module_forward_hook`."""
+    """Return True if there are global module hooks, such as those of `register_module_forward_hook`."""
     return bool(
         _global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks
     )
