@@ -17,12 +17,12 @@ ATTENTION = "peftcore_cpu"
 
 
 class CompiledRMSNorm(nn.Module):
-    """A normalisation layer of transformers that computes single tokens by `rms_norm` where that fits.
+    """A normalisation layer of transformers that computes by `rms_norm` where that fits.
 
     Args:
         norm: A layer that `_can_replace` accepts; the new one has its parameter.
 
-    Shapes: x (rows, tokens, ..., d), weight (d,), output like x.
+    Shapes: x (..., d), weight (d,), output like x.
     """
 
     def __init__(self, norm: Any):
@@ -35,19 +35,17 @@ class CompiledRMSNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Return the normalised x."""
-        output = None
-        if hidden_states.dim() > 2 and hidden_states.shape[1] == 1:
-            output = rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        output = rms_norm(hidden_states, self.weight, self.variance_epsilon)
         return self.replaced.forward(self, hidden_states) if output is None else output
 
 
 def use_compiled_code(model: Any) -> None:
-    """Let a model on a CPU compute attention, and RMSNorm of decoding steps, by compiled code.
+    """Let a model on a CPU compute attention and RMSNorm by compiled code.
 
     This is for forwards without gradients; their outputs may be rounded in another way. All other forwards are as
-    before. A decoding step has one token in each row. Attention is replaced if it is transformers' "sdpa",
-    normalisation if its formula is that of Llama. Where nothing can be compiled, only the attention of decoding steps
-    becomes faster. Call it before the model gets adapters.
+    before. Attention is replaced if it is transformers' "sdpa", normalisation if its formula is that of Llama. Where
+    nothing can be compiled, only the attention of decoding steps, which have one token in each row, becomes faster.
+    Call it before the model gets adapters.
 
     Args:
         model: A `PreTrainedModel`; on another device it stays as it is.

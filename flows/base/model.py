@@ -38,6 +38,7 @@ from flows.errors import BaseModelError
 from flows.params import Quantization
 from peftcore.bases import add_packed_copies, dequantize_model, fast_dtype
 from peftcore.cpu_decoding import use_compiled_code
+from peftcore.cpu_quantization import use_compiled_quantization
 from peftcore.errors import require_extra
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -171,6 +172,8 @@ def _load_quantized(
 ) -> PreTrainedModel:
     check_calibration(folder, quantization)
     dtype = compute_dtype(quantization)
+    if quantization.storage in ("nf4", "fp4") and device().type == "cpu":
+        use_compiled_quantization()
     if quantization.is_calibrated:
         return _load(folder, dtype, None, labels, task)  # the folder's own configuration has the storage
     if quantization.storage == "gguf":

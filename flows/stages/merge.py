@@ -45,7 +45,7 @@ from flows.runtime.progress import progress
 from flows.runtime.stage import start
 from flows.training.objectives import merged_rows, model_outputs, objective_of, rows_of
 from peftcore import PeftModel
-from peftcore.bases import add_packed_copies, keep_quantized_weights_trainable
+from peftcore.bases import add_packed_copies, has_quantized_layers, keep_quantized_weights_trainable
 from peftcore.cpu_decoding import use_compiled_code
 from peftcore.files import directory_written_atomically, write_atomically, write_manifest
 
@@ -87,6 +87,8 @@ def run(params: Params, paths: Paths) -> None:
         def compared(candidate: PreTrainedModel) -> Fidelity:
             if candidate.dtype != computed:
                 candidate.to(computed)  # type: ignore[arg-type]
+            if params.quantization.storage in ("nf4", "fp4") and has_quantized_layers(candidate):
+                candidate = candidate.dequantize(computed)  # once; 4-bit layers do so in each forward
             keep_quantized_weights_trainable(candidate)  # makes a prompt's forward several times faster on a CPU
             add_packed_copies(candidate, exact=True)
             use_compiled_code(candidate)

@@ -1,5 +1,5 @@
-"""flows takes from peftcore public names alone: of `peftcore`, its `cpu_decoding`, `errors`, `files`, `hub` and
-`kv_cache`, and of its packages.
+"""flows takes from peftcore public names alone: of `peftcore`, its `cpu_decoding`, `cpu_quantization`, `errors`,
+`files`, `hub` and `kv_cache`, and of its packages.
 """
 
 import ast
@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[2]
 MODULES = (
     "peftcore",
     "peftcore.cpu_decoding",
+    "peftcore.cpu_quantization",
     "peftcore.errors",
     "peftcore.files",
     "peftcore.files.hub",
