@@ -4,6 +4,7 @@ import subprocess
 import sys
 from typing import Any
 
+import bitsandbytes  # noqa: F401 - before a test replaces the function that it calls when it is imported
 import pytest
 import torch
 
