@@ -24,7 +24,15 @@ from torch.autograd import forward_ad
 logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).parent
-SOURCES = ("low_rank.c", "attention.c", "attention_of_prompts.c", "rms_norm.c", "dropout.c", "quantize_4bit.c")
+SOURCES = (
+    "low_rank.c",
+    "attention.c",
+    "attention_of_prompts.c",
+    "rms_norm.c",
+    "dropout.c",
+    "quantize_4bit.c",
+    "checksum.c",
+)
 """Files to compile, in `FOLDER`."""
 HEADERS = ("vectors.h",)
 """Files that they include."""

@@ -217,7 +217,7 @@ class Lora(Adapter):
     def low_rank(self) -> LowRankBranch | None:
         own = self._parameters  # attributes of a module are slow to read, and this runs in every layer's forward
         dropout = self.dropout_probability if "dropout" in self._modules else 0.0
-        if not self.variants and self._computes_with_parameters():
+        if not self.variants and self.computes_with_parameters():
             return LowRankBranch(own["lora_A_weight"], own["lora_B_weight"], self.scaling, dropout)  # type: ignore[arg-type]
         if dropout and self.start is not None:
             return None  # the subtracted start sees the whole input
@@ -228,7 +228,7 @@ class Lora(Adapter):
         return branch
 
     def factor_names(self) -> FactorNames | None:
-        if not self._computes_with_parameters():
+        if not self.computes_with_parameters():
             return None
         if not self.variants:
             return FactorNames("lora_A_weight", "lora_B_weight")
@@ -238,7 +238,7 @@ class Lora(Adapter):
     def output_gain(self) -> Tensor | None:
         return self.variants[0].output_gain(self)
 
-    def _computes_with_parameters(self) -> bool:
+    def computes_with_parameters(self) -> bool:
         """Return True if A and B are this adapter's own parameters, and no start is subtracted."""
         return self.source is None and self._buffers["start_A"] is None
 

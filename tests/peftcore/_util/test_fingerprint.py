@@ -17,6 +17,8 @@ from peftcore import LoraConfig, get_peft_model, inject_adapter_in_model, refres
 from peftcore._util.fingerprint import Fingerprint, unchanging_weights
 from peftcore.composition import Gate
 from peftcore.injection.adapter_set import adapter_set
+from peftcore.kernels.compiled_checksum import compiled
+from peftcore.methods.lora.variants import dora
 from peftcore.routing.gates import arrow_gate
 from peftcore.train.adamw import FusedAdamW
 
@@ -247,7 +249,12 @@ def test_an_edit_of_every_element_through_data_is_noticed(dtype: torch.dtype) ->
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("trainable", [True, False], ids=["trainable", "frozen"])
-def test_the_lengths_of_dora_follow_a_change(change: str, trainable: bool) -> None:
+@pytest.mark.parametrize("kept_by", ["checksum", "fingerprint"])
+def test_the_lengths_of_dora_follow_a_change(
+    kept_by: str, change: str, trainable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kept_by == "fingerprint":
+        monkeypatch.setattr(dora, "checksum", lambda *_: None)
     model = adapted(use_dora=True, bias=False)
     model.set_requires_grad("a", trainable)
     before, general = outputs(model)
@@ -258,6 +265,17 @@ def test_the_lengths_of_dora_follow_a_change(change: str, trainable: bool) -> No
         torch.testing.assert_close(after, general, rtol=1e-5, atol=1e-5)
         assert not torch.allclose(after, before, atol=1e-3)
         before = after
+
+
+@pytest.mark.skipif(not compiled(), reason="nothing is compiled here; the log says why")
+@pytest.mark.parametrize("name", ["lora_A_weight", "lora_B_weight", "lora_magnitude_vector_weight"])
+def test_the_lengths_of_dora_follow_one_element_that_changes_through_data(name: str) -> None:
+    model = adapted(use_dora=True, bias=False)
+    before, _ = outputs(model)
+    adapter_of(model).get_parameter(name).data.flatten()[5] += 10
+    after, general = outputs(model)
+    torch.testing.assert_close(after, general, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(after, before, atol=1e-3)
 
 
 def test_the_lengths_of_dora_follow_the_base_and_copies() -> None:

@@ -5,7 +5,7 @@ bias. On a convolution with groups, n is computed as in HF PEFT: its product of 
 Shapes: i in_features, o out_features, r rank, k kernel; m, n (o,), A (r, i, *k), B (o, r, *1).
 """
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peftcore._util.fingerprint import Fingerprint
 from peftcore.bases.base import WeightVersion
 from peftcore.bases.plain import current_parameter
+from peftcore.kernels.compiled_checksum import checksum
 from peftcore.kernels.factors import Factors
 from peftcore.kernels.low_rank import LowRankBranch
 from peftcore.methods.lora.variant import Variant, register_variant
@@ -22,8 +23,28 @@ if TYPE_CHECKING:
 
 _ROW_NORMS = "_dora_row_norms"
 """Attribute of the adapter: (version of the base weight, ‖W‖² by rows (o,))."""
+_MAGNITUDE = "lora_magnitude_vector_weight"
 _RATIO = "_dora_ratio"
-"""Attribute of the adapter: (version of the base weight, fingerprint of the adapter, m/n (o,))."""
+"""Attribute of the adapter: its `_KnownRatio`."""
+
+
+class _KnownRatio(NamedTuple):
+    """m/n, and the state for which it is right."""
+
+    value: Tensor
+    """m/n (o,)."""
+    base: WeightVersion
+    changes: object
+    """`lora.changes`."""
+    weights: int | Fingerprint
+    """`_state_of_weights`."""
+
+    def holds(self, lora: "Lora") -> bool:
+        """Return True if no weight has changed."""
+        if lora.changes != self.changes or not lora.base.has_unmerged_version(self.base):
+            return False
+        weights = self.weights
+        return weights.holds() if isinstance(weights, Fingerprint) else weights == _checksum(lora)
 
 
 @register_variant
@@ -60,7 +81,10 @@ class Dora(Variant):
         return branch._replace(gain=_ratio(lora) if torch.is_grad_enabled() else _cached_ratio(lora))
 
     def output_gain(self, lora: "Lora") -> Tensor | None:
-        return _cached_ratio(lora) if lora.base.bias is None else None
+        base, known = lora.base, vars(lora).get(_RATIO)
+        if known is not None and base.layer._parameters.get("bias") is None and known.holds(lora):
+            return known.value  # a base with a bias, which takes longer to read, has no known ratio
+        return _cached_ratio(lora) if base.bias is None else None
 
     def output(self, lora: "Lora", y: Tensor, x: Tensor, dropped: Tensor, h: Tensor) -> Tensor:
         base = lora.base
@@ -109,14 +133,28 @@ def _cached_ratio(lora: "Lora") -> Tensor:
 
     n takes as long as a product with W.
     """
-    cached = vars(lora).get(_RATIO)
-    if cached is not None and lora.base.has_unmerged_version(cached[0]) and cached[1].holds():
-        return cached[2]
-    version: WeightVersion | None = lora.base.unmerged_version()
-    fingerprint, ratio = Fingerprint([lora]), _ratio(lora)
-    if version is not None and fingerprint.countable:
-        vars(lora)[_RATIO] = version, fingerprint, ratio
+    known: _KnownRatio | None = vars(lora).get(_RATIO)
+    if known is not None and known.holds(lora):
+        return known.value
+    base, changes, weights = lora.base.unmerged_version(), lora.changes, _state_of_weights(lora)
+    ratio = _ratio(lora)
+    if base is not None and weights is not None:
+        vars(lora)[_RATIO] = _KnownRatio(ratio, base, changes, weights)
     return ratio
+
+
+def _state_of_weights(lora: "Lora") -> int | Fingerprint | None:
+    """Return the checksum of A, B and m; where there is none, a fingerprint; None if changes cannot be noticed."""
+    has_own = len(lora.variants) == 1 and lora.computes_with_parameters()
+    if has_own and (found := _checksum(lora)) is not None:
+        return found
+    fingerprint = Fingerprint([lora])
+    return fingerprint if fingerprint.countable else None
+
+
+def _checksum(lora: "Lora") -> int | None:
+    own = lora._parameters
+    return checksum(own.get("lora_A_weight"), own.get("lora_B_weight"), own.get(_MAGNITUDE))
 
 
 @torch.no_grad()
