@@ -1,7 +1,7 @@
 """A checksum of weights in one call of compiled C (`checksum.c`): whether a value computed from them is still right.
 
-PyTorch does not report every change of a weight. For A, B and m of a DoRA layer of 576 x 576 and rank 16, the call takes
-3 us if they are in the cache of the processor.
+PyTorch does not report every change of a weight. For A, B and m of a DoRA layer of 576 x 576 and rank 16, the call
+takes 3 us if they are in the cache of the processor.
 """
 
 import ctypes
@@ -17,14 +17,14 @@ _PLAIN = (nn.Parameter, Tensor)
 _is_transforming = torch._C._are_functorch_transforms_active
 
 
-def checksum(first: Tensor | None, second: Tensor | None, third: Tensor | None) -> int | None:
+def checksum(first: Tensor, second: Tensor, third: Tensor) -> int | None:
     """Return a checksum of the values of three tensors, of any types and shapes.
 
     A change of one 32-bit word changes it for certain, a change of more words almost certainly (all but one of 2^32).
 
     Returns:
-        64 bits; None without a tensor, for other devices, strides and subclasses of tensors, inside of transforms of
-        functions, and where nothing could be compiled.
+        64 bits; None for what is no tensor, for other devices, strides and subclasses of tensors, inside of transforms
+        of functions, and where nothing could be compiled.
     """
     function = compiled()
     if (

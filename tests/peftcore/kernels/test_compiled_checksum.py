@@ -53,7 +53,8 @@ def test_the_sign_of_zero_and_numbers_that_are_none_count() -> None:
 def test_what_does_not_fit(change: Any, place: int) -> None:
     given = weights()
     assert checksum(*given) is not None
-    assert checksum(*[change(each) if i == place else each for i, each in enumerate(given)]) is None
+    changed: Any = [change(each) if i == place else each for i, each in enumerate(given)]
+    assert checksum(*changed) is None
 
 
 def test_inside_of_transforms() -> None:

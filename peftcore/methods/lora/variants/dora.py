@@ -5,7 +5,7 @@ bias. On a convolution with groups, n is computed as in HF PEFT: its product of 
 Shapes: i in_features, o out_features, r rank, k kernel; m, n (o,), A (r, i, *k), B (o, r, *1).
 """
 
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -153,7 +153,7 @@ def _state_of_weights(lora: "Lora") -> int | Fingerprint | None:
 
 
 def _checksum(lora: "Lora") -> int | None:
-    own = lora._parameters
+    own: Any = lora._parameters
     return checksum(own.get("lora_A_weight"), own.get("lora_B_weight"), own.get(_MAGNITUDE))
 
 
