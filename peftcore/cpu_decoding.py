@@ -9,8 +9,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from peftcore.kernels.compiled_attention import attention_of_one_token, attention_of_prompts
-from peftcore.kernels.compiled_norm import rms_norm
+from peftcore.compiled.attention import attention_of_one_token, attention_of_prompts
+from peftcore.compiled.norm import rms_norm
 
 ATTENTION = "peftcore_cpu"
 """Name of `_attention` among the attention functions of transformers."""

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftcore.compiled.quantization import compiled, quantize_4bit
 from peftcore.errors import require_extra
-from peftcore.kernels.compiled_quantization import compiled, quantize_4bit
 
 logger = logging.getLogger(__name__)
 

@@ -2,9 +2,9 @@
 
 With few tokens, a product takes about as long as reading the weight. `benchmarks.serving` shows what the copies save.
 
-- **bfloat16**: the same values in the order in which oneDNN reads them. So 16 tokens take 0.68 of the time, and 512
-  tokens 0.92 (all layers of SmolLM2-135M on 2 cores of an AMD EPYC with AVX-512). The operation is one that
-  `torch.compile` uses.
+- **bfloat16**: the same values in the order in which compiled C reads them (`compiled/packed_product.py`). So 16 tokens
+  take SHARE of the time, and 512 tokens SHARE (all layers of SmolLM2-135M on 2 cores of an AMD EPYC with AVX-512). Where
+  there is no such code, in the order in which oneDNN reads them, by an operation that `torch.compile` uses: 0.68, 0.92.
 - **float32**: half of the bytes in float16, for few tokens. FBGEMM's product with them multiplies and adds in float32.
   The copy of a weight that was loaded from 16 bits is exact, except that bfloat16 values below 2⁻¹⁷ (8e-6) lose bits:
   they are rounded to multiples of 2⁻²⁴ (6e-8). That is less than the rounding of a float32 product. Other float32
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from peftcore.bases.compute_dtype import fast_dtype
 from peftcore.bases.plain import LinearWeight
 from peftcore.bases.storages import register_storage
+from peftcore.compiled.packed_product import packed_product
 
 logger = logging.getLogger(__name__)
 
@@ -39,8 +40,8 @@ _ENGINES = ("x86", "fbgemm")
 """PyTorch's quantisation engines (`torch.backends.quantized.engine`) that have the product with float16 weights."""
 
 
-Product = Callable[[Tensor, Tensor | None], Tensor]
-"""x (..., i), b (o,) -> x Wᵀ + b (..., o) with a packed weight."""
+Product = Callable[[Tensor, Tensor | None], Tensor | None]
+"""x (..., i), b (o,) -> x Wᵀ + b (..., o) with a packed weight; None for inputs that need the weight itself."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,6 +80,8 @@ def _no_copy() -> _Copy:
 def _product_with(weight: Tensor) -> Product:
     """Return the product with a packed copy of a weight (o, i)."""
     if weight.dtype is torch.bfloat16:
+        if (own := packed_product(weight)) is not None:
+            return own
         reordered, product = torch.ops.mkldnn._reorder_linear_weight(weight, None), _onednn()
         return lambda x, bias: product(x, reordered, bias, "none", [], "")
     if not hasattr(torch, "fbgemm_linear_fp16_weight_fp32_activation"):
@@ -98,10 +101,14 @@ def _onednn() -> Any:
 
 @cache
 def packs_bfloat16() -> bool:
-    """Return True if PyTorch has oneDNN's operations for bfloat16. They are not public, so a version may lack them."""
+    """Return True if there is compiled C for bfloat16, or PyTorch has oneDNN's operations.
+
+    These are not public, so a version may lack them.
+    """
     try:
         one = torch.eye(16, dtype=torch.bfloat16, device="cpu")
-        return torch.equal(_product_with(one)(one, None), one)
+        with torch.no_grad():
+            return torch.equal(_product_with(one)(one, None), one)  # type: ignore[arg-type]
     except (AttributeError, TypeError, RuntimeError) as error:
         logger.info("weights cannot be packed in bfloat16: %s", error)
         return False

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftcore.bases import BaseWeight, fast_dtype
-from peftcore.kernels.compiled_dropout import DropoutMask
+from peftcore.compiled.dropout import DropoutMask
 from peftcore.kernels.dropout_masks import get_dropout_masks
 from peftcore.kernels.maths import scaled
 from peftcore.kernels.pytorch_dropout import PytorchDropout

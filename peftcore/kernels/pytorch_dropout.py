@@ -9,7 +9,7 @@ Shapes: n rows, i features.
 import torch
 from torch import Tensor
 
-from peftcore.kernels.compiled_dropout import DropoutMask
+from peftcore.compiled.dropout import DropoutMask
 
 
 class PytorchDropout:

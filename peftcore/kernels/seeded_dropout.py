@@ -13,7 +13,7 @@ Shapes: n rows, i features.
 import torch
 from torch import Tensor
 
-from peftcore.kernels.compiled_dropout import DropoutMask, draw_bits
+from peftcore.compiled.dropout import DropoutMask, draw_bits
 
 _COIN = 2**15
 

@@ -8,7 +8,7 @@ kept in a `DecodingPlan`, which every call compares with the state of the layer.
 in every call, so no change of a weight can be missed.
 
 The numbers are those of the general path: the base layer, then each adapter. They may be rounded in another way: the
-base's product in float32 (`peftcore.bases.onednn`), and the adapters' products (`peftcore.kernels.compiled_low_rank`).
+base's product in float32 (`peftcore.bases.onednn`), and the adapters' products (`peftcore.compiled.low_rank`).
 """
 
 from collections.abc import Mapping
@@ -30,8 +30,8 @@ from peftcore._util import adapter_changes
 from peftcore.adapter import Adapter
 from peftcore.bases.onednn import linear
 from peftcore.bases.plain import LinearWeight
+from peftcore.compiled.low_rank import Factors, add_low_rank, factors_of
 from peftcore.composition.route import Route
-from peftcore.kernels.compiled_low_rank import Factors, add_low_rank, factors_of
 from peftcore.kernels.maths import scaled
 from peftcore.layers.composed import ascend, descend
 from peftcore.layers.shared_inputs import widened_input

@@ -17,8 +17,7 @@ from torch import Tensor
 from peftcore._util import adapter_changes
 from peftcore._util.fingerprint import unchanging_scope
 from peftcore.adapter import Adapter
-from peftcore.composition.route import Route
-from peftcore.kernels.compiled_low_rank import (
+from peftcore.compiled.low_rank import (
     Factors,
     RowTable,
     add_low_rank_by_row,
@@ -27,6 +26,7 @@ from peftcore.kernels.compiled_low_rank import (
     fits_by_row,
     row_table,
 )
+from peftcore.composition.route import Route
 from peftcore.layers.decoding import FEW_TOKENS, DecodingPlan, base_output, base_plan, own_factors
 from peftcore.layers.shared_inputs import is_replica
 

@@ -12,9 +12,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from peftcore import LNTuningConfig, LoraConfig, get_peft_model
+from peftcore.compiled import attention as compiled_attention
+from peftcore.compiled.library import library
 from peftcore.cpu_decoding import ATTENTION, CompiledRMSNorm, use_compiled_code
-from peftcore.kernels import compiled_attention
-from peftcore.kernels.compiled import library
 
 needs_compiler = pytest.mark.skipif(not library(), reason="nothing is compiled here; the log says why")
 SIZES: dict[str, Any] = {

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from peftcore import cpu_quantization
+from peftcore.compiled.quantization import compiled
 from peftcore.cpu_quantization import use_compiled_quantization
-from peftcore.kernels.compiled_quantization import compiled
 
 needs_compiler = pytest.mark.skipif(not compiled(), reason="nothing is compiled here; the log says why")
 SCRIPT = """

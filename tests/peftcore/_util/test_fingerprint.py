@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from peftcore import LoraConfig, get_peft_model, inject_adapter_in_model, refresh_adapters
 from peftcore._util.fingerprint import Fingerprint, unchanging_weights
+from peftcore.compiled.checksum import compiled
 from peftcore.composition import Gate
 from peftcore.injection.adapter_set import adapter_set
-from peftcore.kernels.compiled_checksum import compiled
 from peftcore.methods.lora.variants import dora
 from peftcore.routing.gates import arrow_gate
 from peftcore.train.adamw import FusedAdamW

@@ -211,9 +211,26 @@ def test_other_types_have_no_copy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", [BFLOAT16])
-def test_bfloat16_without_onednns_operation(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("bias", [False, True])
+@torch.no_grad()
+def test_onednns_operation_where_there_is_no_compiled_code(
+    bias: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randn(3, 5, 128).to(dtype)[:, -1:, ::2]
+    y = PackedCopyLinear(plain(dtype, bias))(x)
+    monkeypatch.setattr(packed_copy, "packed_product", lambda weight: None)
+    calls: list[Any] = []
+    operation = packed_copy._onednn()
+    monkeypatch.setattr(packed_copy, "_onednn", lambda: lambda *given: calls.append(1) or operation(*given))
+    torch.testing.assert_close(PackedCopyLinear(plain(dtype, bias))(x), y, rtol=2**-7, atol=2**-8)
+    assert calls
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT16])
+def test_bfloat16_without_compiled_code_and_onednn(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     assert can_copy(plain(dtype))
     packs_bfloat16.cache_clear()
+    monkeypatch.setattr(packed_copy, "packed_product", lambda weight: None)
     monkeypatch.setattr(packed_copy, "_onednn", lambda: torch.ops.mkldnn.no_such_operation)
     try:
         assert not can_copy(plain(dtype))

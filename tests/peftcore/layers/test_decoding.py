@@ -24,7 +24,7 @@ from peftcore import (
     get_peft_model,
 )
 from peftcore._util.fingerprint import unchanging_weights
-from peftcore.kernels import compiled_low_rank
+from peftcore.compiled import low_rank as compiled_low_rank
 from peftcore.layers import adapter_layer, decoding_by_row
 from peftcore.layers.decoding import FEW_TOKENS, decoded
 

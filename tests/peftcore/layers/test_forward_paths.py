@@ -472,6 +472,6 @@ def test_a_forward_enters_few_modules(training: bool, most: int) -> None:
         "layers.forward_paths", "methods.lora.adapter", "bases.plain", "kernels.low_rank", "bases.compute_dtype",
     }  # fmt: skip
     assert entered == {"layers.adapter_layer", "layers.active", "bases.onednn"} | (
-        fused if training else {"layers.decoding", "kernels.compiled_low_rank"}
+        fused if training else {"layers.decoding", "compiled.low_rank"}
     )
     assert len(entered) == most

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from peftcore._util.fingerprint import Fingerprint
 from peftcore.bases.base import WeightVersion
 from peftcore.bases.plain import current_parameter
-from peftcore.kernels.compiled_checksum import checksum
+from peftcore.compiled.checksum import checksum
 from peftcore.kernels.factors import Factors
 from peftcore.kernels.low_rank import LowRankBranch
 from peftcore.methods.lora.variant import Variant, register_variant

@@ -1,4 +1,4 @@
-/* Attention of one query token in each row, for a decoding step. `compiled_attention.py` says why it exists.
+/* Attention of one query token in each row, for a decoding step. `attention.py` says why it exists.
 
    Keys and values are read where they lie, and sums are in float32. */
 

@@ -1,4 +1,4 @@
-"""`peftcore.kernels.compiled_low_rank`: the formula, and what is refused."""
+"""`peftcore.compiled.low_rank`: the formula, and what is refused."""
 
 import ctypes
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from peftcore import AdaLoraConfig, LoraConfig, get_peft_model
-from peftcore.kernels import compiled_low_rank
-from peftcore.kernels.compiled_low_rank import (
+from peftcore.compiled import low_rank as compiled_low_rank
+from peftcore.compiled.low_rank import (
     MOST_WORK,
     MOST_WORK_BY_ROW,
     RowTable,

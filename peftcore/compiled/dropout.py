@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peftcore.kernels.compiled import library, openmp, takes_calls
+from peftcore.compiled.library import library, openmp, takes_calls
 
 LEAST_SHARED_ELEMENTS = 2**16
 """Least number of elements that are divided among threads (count)."""

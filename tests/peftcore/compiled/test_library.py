@@ -1,4 +1,4 @@
-"""`peftcore.kernels.compiled`: the cache of compiled code, and where nothing can be compiled."""
+"""`peftcore.compiled.library`: the cache of compiled code, and where nothing can be compiled."""
 
 import logging
 import os
@@ -15,9 +15,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peftcore import LoraConfig, get_peft_model
+from peftcore.compiled import attention, low_rank, norm
+from peftcore.compiled import library as library_module
+from peftcore.compiled.library import library
 from peftcore.cpu_decoding import CompiledRMSNorm, use_compiled_code
-from peftcore.kernels import compiled, compiled_attention, compiled_low_rank, compiled_norm
-from peftcore.kernels.compiled import library
 
 pytestmark = pytest.mark.skipif(not library(), reason="nothing is compiled here; the log says why")
 
@@ -33,7 +34,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def forget() -> None:
     """Look for compiled code again at the next use."""
-    for found in (library, compiled_attention.compiled, compiled_low_rank.compiled, compiled_norm.compiled):
+    for found in (library, attention.compiled, low_rank.compiled, norm.compiled):
         found.cache_clear()
 
 
@@ -55,7 +56,7 @@ def test_cache_that_others_can_write_is_not_used(cache: Path) -> None:
 
 
 def test_processes_at_once(cache: Path) -> None:
-    code = "from peftcore.kernels.compiled import library; print(library() is not None)"
+    code = "from peftcore.compiled.library import library; print(library() is not None)"
     running = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
     assert [process.communicate()[0].strip() for process in running] == ["True"] * 3
     assert len(list(cache.iterdir())) == 1
@@ -63,7 +64,7 @@ def test_processes_at_once(cache: Path) -> None:
 
 def test_another_processor_compiles_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library()
-    monkeypatch.setattr(compiled, "_processor", lambda: "another")
+    monkeypatch.setattr(library_module, "_processor", lambda: "another")
     library.cache_clear()
     assert library() is not None and len(list(cache.iterdir())) == 2
 

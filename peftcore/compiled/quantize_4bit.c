@@ -1,4 +1,4 @@
-/* Blockwise quantisation to the nearest of 16 values. `compiled_quantization.py` says why it is here.
+/* Blockwise quantisation to the nearest of 16 values. `quantization.py` says why it is here.
 
    Each block has one scale, its largest absolute value. The codes are those of bitsandbytes, bit for bit. */
 

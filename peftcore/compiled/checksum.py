@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from peftcore.kernels.compiled import library
+from peftcore.compiled.library import library
 
 _PLAIN = (nn.Parameter, Tensor)
 _is_transforming = torch._C._are_functorch_transforms_active

@@ -1,4 +1,4 @@
-"""`peftcore.kernels.compiled_checksum`: every change of a value changes the sum, and what is refused."""
+"""`peftcore.compiled.checksum`: every change of a value changes the sum, and what is refused."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import torch
 from marked_tensor import Marked
 from torch import Tensor, nn
 
-from peftcore.kernels.compiled_checksum import checksum, compiled
+from peftcore.compiled.checksum import checksum, compiled
 
 pytestmark = pytest.mark.skipif(not compiled(), reason="nothing is compiled here; the log says why")
 

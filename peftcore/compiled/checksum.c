@@ -1,4 +1,4 @@
-/* A checksum of the weights of an adapter. `compiled_checksum.py` says why it is here.
+/* A checksum of the weights of an adapter. `checksum.py` says why it is here.
 
    The words of each part are divided among lanes. A step of a lane can be undone, so one changed word always changes
    the sum, and several changed words leave it as it is with a probability of 2^-32. */

@@ -1,4 +1,4 @@
-"""`peftcore.kernels.compiled_dropout`: compiled C has the bits of NumPy and PyTorch."""
+"""`peftcore.compiled.dropout`: compiled C has the bits of NumPy and PyTorch."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,8 +10,8 @@ from marked_tensor import Marked
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from peftcore.kernels import compiled_dropout
-from peftcore.kernels.compiled_dropout import DropoutMask, compiled, draw_bits
+from peftcore.compiled import dropout as compiled_dropout
+from peftcore.compiled.dropout import DropoutMask, compiled, draw_bits
 
 needs_compiler = pytest.mark.skipif(not compiled(), reason="nothing is compiled here; the log says why")
 TYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

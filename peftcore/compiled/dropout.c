@@ -1,4 +1,4 @@
-/* Dropout masks as bits. `compiled_dropout.py` says why they are here.
+/* Dropout masks as bits. `dropout.py` says why they are here.
 
    Element 8 k + j of a mask is bit 7 - j of byte k, as in NumPy's packbits: 1 for elements that are kept. */
 

@@ -1,4 +1,4 @@
-/* Changes y to g * (y + s * B diag(e) A x) for a few tokens, in one call. `compiled_low_rank.py` says why it exists.
+/* Changes y to g * (y + s * B diag(e) A x) for a few tokens, in one call. `low_rank.py` says why it exists.
 
    All matrices lie row by row without gaps, and sums are in float32. x and y have one type, float32 or bfloat16, and so
    have A and B. */
@@ -175,7 +175,7 @@ INLINE void add_low_rank(void *y, const float *x, const void *a, const void *b, 
         }
 }
 
-/* An adapter; none if A is 0. `compiled_low_rank.py` makes this structure and the next one. */
+/* An adapter; none if A is 0. `low_rank.py` makes this structure and the next one. */
 struct low_rank {
     const void *a, *b;
     long r;

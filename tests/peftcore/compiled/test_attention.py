@@ -1,4 +1,4 @@
-"""`peftcore.kernels.compiled_attention`: the formula in float64, and what is refused."""
+"""`peftcore.compiled.attention`: the formula in float64, and what is refused."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from peftcore.kernels import compiled_attention
-from peftcore.kernels.compiled_attention import (
+from peftcore.compiled import attention as compiled_attention
+from peftcore.compiled.attention import (
     Functions,
     attention_of_one_token,
     attention_of_prompts,

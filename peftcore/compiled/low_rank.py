@@ -9,7 +9,7 @@ a layer on a CPU, where one call of compiled code takes 14. PyTorch has no such 
 be looked up once is packed for C once, as `Factors` or as a `RowTable`, and C reads A's and B's values of the time of
 each call.
 
-Without compiled code (`peftcore.kernels.compiled`), the layers use PyTorch's operations. The numbers are the same but
+Without compiled code (`peftcore.compiled.library`), the layers use PyTorch's operations. The numbers are the same but
 for the rounding of float32.
 """
 
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from peftcore.kernels.compiled import library, openmp
+from peftcore.compiled.library import library, openmp
 
 MOST_WORK = 2**22
 """Largest number of multiplications of one call (count). Where calls have one thread, they have this many divided by

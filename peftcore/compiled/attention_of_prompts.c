@@ -1,4 +1,4 @@
-/* Attention of many query tokens in each row, for prompts and scoring. `compiled_attention.py` says why it exists.
+/* Attention of many query tokens in each row, for prompts and scoring. `attention.py` says why it exists.
 
    Keys and values are widened to float32 once for a block of queries, and sums and weights are in float32. Keys that no
    query of a few neighbours sees, at the beginning or at the end, are left out. */

@@ -1,4 +1,4 @@
-"""`peftcore.kernels.compiled_norm`: transformers' layer, and what is refused."""
+"""`peftcore.compiled.norm`: transformers' layer, and what is refused."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from peftcore.kernels import compiled_norm
-from peftcore.kernels.compiled_norm import compiled, rms_norm
+from peftcore.compiled import norm as compiled_norm
+from peftcore.compiled.norm import compiled, rms_norm
 
 pytestmark = [
     pytest.mark.skipif(not compiled(), reason="nothing is compiled here; the log says why"),

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of kernels."""
+"""Fixtures of the tests of compiled code."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-/* Root-mean-square normalisation of rows: w * x / sqrt(mean(x²) + epsilon). `compiled_norm.py` says why it exists.
+/* Root-mean-square normalisation of rows: w * x / sqrt(mean(x²) + epsilon). `norm.py` says why it exists.
 
    Sums are in float32. As in transformers, a bfloat16 row is rounded to bfloat16 before it is multiplied by w. */
 

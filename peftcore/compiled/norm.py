@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from peftcore.kernels.compiled import library, openmp, takes_calls
+from peftcore.compiled.library import library, openmp, takes_calls
 
 LEAST_SHARED_ELEMENTS = 2**16
 """Least number of elements of x that are divided among threads (count)."""

@@ -1,12 +1,12 @@
-"""`peftcore.kernels.compiled_quantization`: the codes and scales of a formula in PyTorch, bit for bit."""
+"""`peftcore.compiled.quantization`: the codes and scales of a formula in PyTorch, bit for bit."""
 
 import pytest
 import torch
 from bitsandbytes.functional import get_4bit_type
 from torch import Tensor
 
-from peftcore.kernels import compiled_quantization
-from peftcore.kernels.compiled_quantization import compiled, quantize_4bit
+from peftcore.compiled import quantization as compiled_quantization
+from peftcore.compiled.quantization import compiled, quantize_4bit
 
 pytestmark = pytest.mark.skipif(not compiled(), reason="nothing is compiled here; the log says why")
 VALUES = {kind: get_4bit_type(kind, device="cpu") for kind in ("nf4", "fp4")}

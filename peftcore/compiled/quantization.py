@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from peftcore.kernels.compiled import library, openmp
+from peftcore.compiled.library import library, openmp
 
 LEAST_SHARED_ELEMENTS = 2**16
 """Least number of weights that are divided among threads (count)."""

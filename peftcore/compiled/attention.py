@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peftcore.kernels.compiled import library, openmp, takes_calls
+from peftcore.compiled.library import library, openmp, takes_calls
 
 LEAST_SHARED_WORK = 2**17
 """Least number of multiplications that are divided among threads (count)."""
