@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent
 SOURCES = (
     "low_rank.c",
+    "low_rank_of_prompts.c",
     "packed_product.c",
     "attention.c",
     "attention_of_prompts.c",

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from peftcore.compiled.library import library, openmp
 
-MOST_WORK = 2**22
+MOST_WORK = 2**26
 """Largest number of multiplications of one call (count). Where calls have one thread, they have this many divided by
 PyTorch's threads, because PyTorch's own products use them all, but at least `LEAST_SHARED_WORK`."""
 MOST_WORK_BY_ROW = 2**27
@@ -149,16 +149,16 @@ def add_low_rank(
         return False
     threads, e, g = 1, None, None
     if rows >= factors.shared_from:
-        if rows * factors.r * (factors.inputs + factors.outputs) > _most_work():
+        if not fits_work(x, factors):
             return False
         threads = torch.get_num_threads()
     if diagonal is not None:
-        diagonal = _float32_vector(diagonal, factors.r, own_dtype)
+        diagonal = float32_vector(diagonal, factors.r, own_dtype)
         if diagonal is None:
             return False
         e = diagonal.data_ptr()
     if gain is not None:
-        gain = _float32_vector(gain, factors.outputs, own_dtype)
+        gain = float32_vector(gain, factors.outputs, own_dtype)
         if gain is None:
             return False
         g = gain.data_ptr()
@@ -168,7 +168,12 @@ def add_low_rank(
     return True
 
 
-def _float32_vector(tensor: Tensor, length: int, dtype: torch.dtype) -> Tensor | None:
+def fits_work(x: Tensor, factors: Factors) -> bool:
+    """Return True if x (..., i) is not too long for one call."""
+    return x.numel() // factors.inputs * factors.r * (factors.inputs + factors.outputs) <= _most_work()
+
+
+def float32_vector(tensor: Tensor, length: int, dtype: torch.dtype) -> Tensor | None:
     """Return a tensor of `dtype` or float32 in float32; None if C cannot read it, or for another number of elements."""
     if type(tensor) not in _PLAIN or not tensor.is_cpu or tensor.numel() != length or not tensor.is_contiguous():
         return None

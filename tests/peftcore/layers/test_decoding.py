@@ -25,8 +25,9 @@ from peftcore import (
 )
 from peftcore._util.fingerprint import unchanging_weights
 from peftcore.compiled import low_rank as compiled_low_rank
-from peftcore.layers import adapter_layer, decoding_by_row
-from peftcore.layers.decoding import FEW_TOKENS, decoded
+from peftcore.compiled import low_rank_of_prompts
+from peftcore.layers import adapter_layer, decoding, decoding_by_row
+from peftcore.layers.decoding import FEW_TOKENS, MOST_TOKENS, decoded
 
 
 def lora(**options: Any) -> LoraConfig:
@@ -91,6 +92,46 @@ def test_equals_the_general_path(name: str, bias: bool, shape: tuple[int, ...], 
         few = 0 < x.numel() <= FEW_TOKENS * 8
         assert taken == [few, few]
         torch.testing.assert_close(quick, general(model, x), atol=1e-12, rtol=0)
+
+
+MANY = FEW_TOKENS + 8
+OF_FACTORS = ("lora", "rslora", "dora", "adalora")
+
+
+@pytest.mark.skipif(not compiled_low_rank.compiled(), reason="nothing is compiled here; the log says why")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", METHODS)
+def test_many_tokens_with_factors_equal_the_general_path(name: str, dtype: torch.dtype, taken: list[bool]) -> None:
+    if dtype is torch.bfloat16 and not low_rank_of_prompts.compiled():
+        pytest.skip("there is no compiled code for this processor")
+    model, x = adapted(METHODS[name], dtype=dtype), torch.randn(2, MANY // 2, 8).to(dtype)
+    tolerance = 1e-5 if dtype is torch.float32 else 0.05
+    with torch.no_grad():
+        before = model(x)
+        assert taken == [name in OF_FACTORS] * 2
+        torch.testing.assert_close(before, general(model, x), rtol=tolerance, atol=tolerance)
+        if name in OF_FACTORS:
+            for parameter in _factors(model).parameters():
+                parameter.data.mul_(1.5)
+            torch.testing.assert_close(model(x), general(model, x), rtol=tolerance, atol=tolerance)
+            assert not torch.allclose(model(x), before, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("refused", ["add_low_rank", "add_low_rank_to_prompts", "fits_work", "fits_prompts"])
+def test_many_tokens_that_compiled_code_refuses(refused: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    dtype = torch.bfloat16 if "prompts" in refused else torch.float32
+    model, x = adapted(lora(), dtype=dtype), torch.randn(MANY, 8).to(dtype)
+    with torch.no_grad():
+        expected = model(x)
+        monkeypatch.setattr(decoding, refused, lambda *_: False)
+        torch.testing.assert_close(model(x), expected, rtol=2**-6, atol=2**-6)
+
+
+def test_float32_takes_the_general_path_beyond_its_limit(taken: list[bool]) -> None:
+    model, most = adapted(lora(), dtype=torch.float32), MOST_TOKENS[torch.float32]
+    with torch.no_grad():
+        model(torch.randn(most + 1, 8))
+    assert taken == [False, False]
 
 
 @pytest.mark.parametrize("x_type", [torch.float32, torch.bfloat16, torch.float16], ids=str)
