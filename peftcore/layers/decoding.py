@@ -1,6 +1,7 @@
 """Decoding: the output of a layer for few tokens, without gradients.
 
 `decoded` is for a batch whose rows have the same chain of adapters; `peftcore.layers.decoding_by_row` is for others.
+It also takes longer inputs of adapters with two factors, where compiled code has the products.
 
 With one token in each row, calling a layer costs more than its arithmetic: since the last token, its code and its data
 have left the processor's caches. So this path makes as few calls as it can. What seldom changes is looked up once and
@@ -8,7 +9,8 @@ kept in a `DecodingPlan`, which every call compares with the state of the layer.
 in every call, so no change of a weight can be missed.
 
 The numbers are those of the general path: the base layer, then each adapter. They may be rounded in another way: the
-base's product in float32 (`peftcore.bases.onednn`), and the adapters' products (`peftcore.compiled.low_rank`).
+base's product in float32 (`peftcore.bases.onednn`), and the adapters' products (`peftcore.compiled.low_rank` and
+`low_rank_of_prompts`).
 """
 
 from collections.abc import Mapping
@@ -146,9 +148,9 @@ def decoded(layer: "AdapterLayer", x: Tensor) -> Tensor | None:
         x: its input (..., in_features).
 
     Returns:
-        The output (..., out_features). None for a long input, for rows with different adapters, for a base layer that
-        has hooks or computes more than a product, for adapters that need its weight, inside of a trace, and while there
-        are global module hooks.
+        The output (..., out_features). None for a long input that compiled code does not take, for rows with different adapters, for a base layer that
+        has hooks or computes more than a product, for adapters that need its weight, inside of a trace, and while
+        there are global module hooks.
     """
     if (
         _is_compiling()
