@@ -1,4 +1,5 @@
-/* Changes y to g * (y + s * B diag(e) A x) for many tokens in bfloat16. `low_rank.py` says why it exists.
+/* Changes y to g * (y + s * B diag(e) A x) for many tokens in bfloat16. `low_rank_of_prompts.py` says why it
+   exists.
 
    A, s * B and A x are rounded to bfloat16, as in PyTorch's products of these; sums are in float32. */
 
@@ -7,7 +8,7 @@
 #if defined(__AVX512BF16__) && defined(__AVX512VL__) && defined(__AVX512BW__)
 #include <immintrin.h>
 
-#define LANES 16 /* of a vector; each has a pair of bfloat16 numbers */
+#define LANES 16  /* of a vector; each has a pair of bfloat16 numbers */
 #define VECTORS 2 /* of outputs that are computed at once */
 #define ROWS 12   /* that are computed at once */
 #define MOST_RANK 256
@@ -83,8 +84,10 @@ INLINE void project(const struct call *call, uint16_t *h, long halves, long row,
         }
         if (call->diagonal)
             diagonal = _mm512_maskz_loadu_ps(present, call->diagonal + k);
-        for (int n = 0; n < rows; n++)
-            _mm256_storeu_si256((__m256i *)(h + n * halves + k), (__m256i)_mm512_cvtneps_pbh(sums[n] * diagonal));
+        for (int n = 0; n < rows; n++) { /* 0 behind the last column: an infinite x times a missing row is not 0 */
+            const __m512 columns = _mm512_maskz_mul_ps(present, sums[n], diagonal);
+            _mm256_storeu_si256((__m256i *)(h + n * halves + k), (__m256i)_mm512_cvtneps_pbh(columns));
+        }
     }
 }
 
@@ -157,7 +160,7 @@ int add_low_rank_to_prompts(uint16_t *y, const void *x, const void *a, const voi
                             const float *gain, start_threads parallel, unsigned threads)
 {
     const long of_a = (r + LANES - 1) / LANES * LANES * (inputs / 2);
-    const long of_b = ((outputs + LANES - 1) / LANES + 1) * LANES * ((r + 1) / 2);
+    const long of_b = (outputs + LANES - 1) / LANES * LANES * ((r + 1) / 2);
     uint32_t *packed = (uint32_t *)memory_for(of_a + of_b);
     if (!packed)
         return 0;

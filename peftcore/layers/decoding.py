@@ -148,9 +148,9 @@ def decoded(layer: "AdapterLayer", x: Tensor) -> Tensor | None:
         x: its input (..., in_features).
 
     Returns:
-        The output (..., out_features). None for a long input that compiled code does not take, for rows with different adapters, for a base layer that
-        has hooks or computes more than a product, for adapters that need its weight, inside of a trace, and while
-        there are global module hooks.
+        The output (..., out_features). None for a long input that compiled code does not take, for rows with different
+        adapters, for a base layer that has hooks or computes more than a product, for adapters that need its weight,
+        inside of a trace, and while there are global module hooks.
     """
     if (
         _is_compiling()

@@ -87,6 +87,16 @@ def test_numbers_that_are_none_stay_in_their_row() -> None:
     assert y[3].isnan().all() and y[torch.arange(40) != 3].isfinite().all()
 
 
+def test_infinite_inputs_with_an_odd_rank() -> None:
+    y, x, a, b = values(40, 32, 20, 5, torch.float32)
+    x[3, 5] = torch.inf
+    a[1:] = 0
+    a[:, 5] = 1
+    b.abs_()
+    assert add_low_rank_to_prompts(y, x, a, b, 1.0)
+    assert (y[3] == torch.inf).all()
+
+
 def test_any_number_of_threads() -> None:
     y, x, a, b = values(100, 64, 48, 16, torch.float32)
     threads, found = torch.get_num_threads(), []
