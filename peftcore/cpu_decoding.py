@@ -1,6 +1,9 @@
 """Faster forwards of transformers' models on CPUs without gradients, by compiled code in place of PyTorch's calls."""
 
 import inspect
+from collections.abc import Callable
+from functools import cache
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -11,9 +14,12 @@ from transformers.masking_utils import sdpa_mask
 
 from peftcore.compiled.attention import attention_of_one_token, attention_of_prompts
 from peftcore.compiled.norm import rms_norm
+from peftcore.compiled.rotary import rotate_positions
 
 ATTENTION = "peftcore_cpu"
 """Name of `_attention` among the attention functions of transformers."""
+_ROTARY = "apply_rotary_pos_emb"
+"""Name of the function by which the attention layers of transformers rotate queries and keys."""
 
 
 class CompiledRMSNorm(nn.Module):
@@ -40,12 +46,12 @@ class CompiledRMSNorm(nn.Module):
 
 
 def use_compiled_code(model: Any) -> None:
-    """Let a model on a CPU compute attention and RMSNorm by compiled code.
+    """Let a model on a CPU compute attention, RMSNorm and rotary position embeddings by compiled code.
 
     This is for forwards without gradients; their outputs may be rounded in another way. All other forwards are as
-    before. Attention is replaced if it is transformers' "sdpa", normalisation if its formula is that of Llama. Where
-    nothing can be compiled, only the attention of decoding steps, which have one token in each row, becomes faster.
-    Call it before the model gets adapters.
+    before. Attention is replaced if it is transformers' "sdpa", the other two if their formulas are those of Llama.
+    Where nothing can be compiled, only the attention of decoding steps, which have one token in each row, becomes
+    faster. Call it before the model gets adapters.
 
     Args:
         model: A `PreTrainedModel`; on another device it stays as it is.
@@ -60,6 +66,56 @@ def use_compiled_code(model: Any) -> None:
     for path, norm in norms.items():
         parent, _, name = path.rpartition(".")
         setattr(modules[parent], name, replaced[norm])
+    for module in modules.values():
+        module.__class__ = _with_compiled_rotary(type(module)) or type(module)
+
+
+@cache
+def _with_compiled_rotary(kind: type[nn.Module]) -> type[nn.Module] | None:
+    """Return a subclass of a layer of transformers that rotates queries and keys by `rotate_positions` where that fits.
+
+    Its forward is that of the layer, in which `_ROTARY` names another function; the module of the layer's class does
+    not change. None for a layer that uses no such function or another formula.
+    """
+    forward: Any = inspect.unwrap(kind.forward)
+    code = getattr(forward, "__code__", None)
+    if not kind.__module__.startswith("transformers.") or code is None or _ROTARY not in code.co_names:
+        return None
+    original = forward.__globals__.get(_ROTARY)
+    if original is None or not _is_known_rotation(original):
+        return None
+
+    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *arguments: Any, **options: Any) -> Any:
+        rotated = None if arguments or options else rotate_positions(q, k, cos, sin)
+        return original(q, k, cos, sin, *arguments, **options) if rotated is None else rotated
+
+    def reduce(module: Any, protocol: Any) -> Any:
+        _, _, *state = nn.Module.__reduce_ex__(module, protocol)
+        return _new, (kind,), *state
+
+    names = {**forward.__globals__, _ROTARY: rotate}
+    faster = FunctionType(code, names, forward.__name__, forward.__defaults__, forward.__closure__)
+    faster.__kwdefaults__ = forward.__kwdefaults__
+    return type(kind.__name__, (kind,), {"forward": faster, "__reduce_ex__": reduce, "__module__": __name__})
+
+
+def _new(kind: type[nn.Module]) -> nn.Module:
+    """Return a layer without attributes, for copies and for what was pickled."""
+    made = _with_compiled_rotary(kind) or kind
+    return made.__new__(made)
+
+
+def _is_known_rotation(function: Callable[..., Any]) -> bool:
+    """Return True if a function computes what `rotate_positions` does, and that can be computed here."""
+    with torch.no_grad():
+        q, k, cosines, sines = torch.linspace(-3, 2, 192).view(4, 2, 1, 3, 8).unbind()
+        tables = cosines[:, 0], sines[:, 0].contiguous()
+        expected = rotate_positions(q, k, *tables)
+        try:
+            found = function(q, k, *tables)
+        except (RuntimeError, TypeError, ValueError, IndexError):  # it takes other arguments or shapes
+            return False
+        return expected is not None and all(map(torch.allclose, found, expected))
 
 
 def _can_replace(norm: nn.Module) -> bool:

@@ -15,7 +15,16 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    TOKENIZER_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import logging as transformers_logging
 
 from flows.base.heads import published_class
@@ -117,7 +126,7 @@ def load_packed(source: str, checkpoint: Checkpoint) -> tuple[PreTrainedModel, P
     except GgufError as error:
         raise BaseModelError(f"base.source {source}: {error}") from error
     try:
-        tokenizer = _tokenizer(checkpoint)
+        tokenizer = _tokenizer(checkpoint, model.config)
     except Exception as error:  # of the tokenizer's builder, which raises any
         raise BaseModelError(
             f"base.source {source}: transformers cannot read the file's tokenizer ({type(error).__name__}: {error})"
@@ -129,11 +138,16 @@ def load_packed(source: str, checkpoint: Checkpoint) -> tuple[PreTrainedModel, P
     return model, tokenizer
 
 
-def _tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+def _tokenizer(checkpoint: Checkpoint, config: PreTrainedConfig | None = None) -> PreTrainedTokenizerBase:
+    """Return the checkpoint's tokenizer. config: the model's configuration, if it is known."""
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    kind: Any = AutoTokenizer
     if checkpoint.gguf:
         options["gguf_file"] = checkpoint.gguf
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, **options)
+        if config is not None and not (checkpoint.folder / "tokenizer_config.json").exists():
+            # AutoTokenizer chooses the same class, but reads the file's header for it, which takes seconds
+            kind = TOKENIZER_MAPPING.get(type(config), PreTrainedTokenizerFast)
+    tokenizer = kind.from_pretrained(checkpoint.folder, **options)
     for name in ("is_local", "local_files_only", "trust_remote_code"):
         tokenizer.init_kwargs.pop(name, None)
     return tokenizer
@@ -151,7 +165,7 @@ def _load(source: str, checkpoint: Checkpoint) -> tuple[PreTrainedModel, PreTrai
             raise BaseModelError(f"base.source {source}: {error}") from error
         options |= {"gguf_file": checkpoint.gguf, **_unpacked()}
         if (model := _own_gguf(checkpoint.folder / checkpoint.gguf)) is not None:
-            return model, _tokenizer(checkpoint), []
+            return model, _tokenizer(checkpoint, model.config), []
     else:
         config = AutoConfig.from_pretrained(checkpoint.folder, **local_options)
         if getattr(config, "quantization_config", None):

@@ -16,6 +16,7 @@ import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
+from functools import lru_cache
 from typing import NamedTuple, cast
 
 import numpy
@@ -154,7 +155,7 @@ def _bands(similarity: float) -> tuple[int, int]:
 def _words(text: str) -> numpy.ndarray:
     """Return the 64-bit hashes of a text's words, in order."""
     words = _WORD.findall(canonical(text).lower())
-    return numpy.frombuffer(b"".join(map(_digest, words)), "<u8")
+    return numpy.frombuffer(b"".join(map(_word_digest, words)), "<u8")
 
 
 def _runs(words: numpy.ndarray) -> numpy.ndarray:
@@ -164,8 +165,13 @@ def _runs(words: numpy.ndarray) -> numpy.ndarray:
     return numpy.frombuffer(b"".join(_digest(content[at : at + size * WORDS]) for at in starts), "<u8")
 
 
-def _digest(content: str | bytes) -> bytes:
-    return hashlib.blake2b(content.encode() if isinstance(content, str) else content, digest_size=8).digest()
+@lru_cache(1 << 18)
+def _word_digest(word: str) -> bytes:
+    return _digest(word.encode())
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=8).digest()
 
 
 def _frame(texts: Sequence[numpy.ndarray]) -> numpy.ndarray:

@@ -13,7 +13,14 @@ from transformers import PreTrainedModel
 from flows.data.rows import Row
 from flows.data.tokens import IGNORED
 from flows.evaluation.common_prefix import share_prefix
-from flows.evaluation.scoring import by_length, class_log_probs, pairs_rewards, tag_log_probs, target_batches_logits
+from flows.evaluation.scoring import (
+    by_length,
+    class_log_probs,
+    padding_multiple,
+    pairs_rewards,
+    tag_log_probs,
+    target_batches_logits,
+)
 from peftcore.train import RightPaddingCollator, supervised_logits, supervised_positions
 
 MAX_KEPT = 512 * 2**20
@@ -84,12 +91,13 @@ def fidelity(reference: Reference, candidate: nn.Module, bar: Any = None) -> Fid
         candidate: The model to compare.
         bar: Progress bar that counts rows.
     """
-    rows, collate = reference.rows, RightPaddingCollator(reference.pad)
-    device = next(candidate.parameters()).device
+    rows, device = reference.rows, next(candidate.parameters()).device
+    collate = RightPaddingCollator(reference.pad, padding_multiple(device))
     after = {reference.model: reference.after_prefix, candidate: share_prefix(candidate, rows)}
     divergence, agreed, tokens = 0.0, 0, 0
     losses = [0.0, 0.0]
-    batches = by_length([len(row["input_ids"]) for row in rows], reference.batch_size, device)
+    rests = reference.after_prefix[1]
+    batches = by_length([len(row["input_ids"]) for row in rests], reference.batch_size, device)
     for number, batch in enumerate(batches):
 
         def predict(model: nn.Module, batch: list[int] = batch) -> Tensor:

@@ -20,9 +20,11 @@ def stage_inputs(root: Path, stage: str) -> dict[str, object]:
     """Return {input of a stage: its value, or the sizes and times of its files}; {} if dvc.yaml has no such stage."""
     entry = (_read(root / "dvc.yaml") or {}).get("stages", {}).get(stage, {})
     inputs: dict[str, object] = {}
+    contents: dict[str, Any] = {}
     for file, keys in _params(entry.get("params", [])):
-        values = _read(root / file)
-        inputs |= {f"{key} of {file}": _at(values, key) for key in keys} or {file: values}
+        if file not in contents:
+            contents[file] = _read(root / file)
+        inputs |= {f"{key} of {file}": _at(contents[file], key) for key in keys} or {file: contents[file]}
     for name in entry.get("deps", []):
         inputs[str(name)] = _files(root / str(name))
     return inputs

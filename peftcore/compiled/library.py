@@ -31,6 +31,7 @@ SOURCES = (
     "attention.c",
     "attention_of_prompts.c",
     "rms_norm.c",
+    "rotary.c",
     "dropout.c",
     "quantize_4bit.c",
     "checksum.c",

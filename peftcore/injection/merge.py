@@ -173,8 +173,15 @@ def _check_values(merge: _LayerMerge) -> None:
 def _stays_finite(merge: _LayerMerge) -> bool:
     """Return True if the merged weight and bias are finite in the base's type (float16 ends at 65504)."""
     weight, bias = _merged(merge)
-    finite = bool(weight.to(merge.base.dtype).isfinite().all())
-    return finite and (bias is None or bool(bias.to(merge.base.bias).isfinite().all()))
+    return _is_finite(weight.to(merge.base.dtype)) and (bias is None or _is_finite(bias.to(merge.base.bias)))
+
+
+def _is_finite(values: Tensor) -> bool:
+    """Return True if no element is NaN or infinite."""
+    # a sum reads the elements once, and `isfinite` several times; but a sum can exceed the type by itself
+    return bool(values.sum(dtype=torch.promote_types(values.dtype, torch.float32)).isfinite()) or bool(
+        values.isfinite().all()
+    )
 
 
 def _merged(merge: _LayerMerge, scratch: dict[Any, Tensor] | None = None) -> tuple[Tensor, Tensor | None]:

@@ -100,7 +100,8 @@ _AFTER_HEADS: WeakKeyDictionary[nn.Module, dict[Any, _AfterHead]] = WeakKeyDicti
 def _forward(model: nn.Module, inputs: Mapping[str, Any], mask: Tensor, targets: Tensor | None) -> HeadResult:
     bare = getattr(model, "module", model)
     # a sharded model's forward is collective, but only processes with labels would send probes
-    sharded = any(is_sharded(parameter) for parameter in bare.parameters())
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    sharded = distributed and any(is_sharded(parameter) for parameter in bare.parameters())
     head = None if sharded or is_compiled(model) else output_head(bare)
     if head is None:
         return _all_logits(model, inputs, mask)

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, DynamicCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from peftcore import LNTuningConfig, LoraConfig, get_peft_model
+from peftcore import LNTuningConfig, LoraConfig, cpu_decoding, get_peft_model
 from peftcore.compiled import attention as compiled_attention
 from peftcore.compiled.library import library
 from peftcore.cpu_decoding import ATTENTION, CompiledRMSNorm, use_compiled_code
@@ -21,14 +22,15 @@ SIZES: dict[str, Any] = {
     **{"vocab_size": 80, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "pad_token_id": 0},
     **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16},
 }
-KINDS: dict[str, tuple[dict[str, Any], int]] = {
-    "llama": ({}, 5),
-    "mistral": ({"sliding_window": 4}, 5),
-    "qwen3": ({}, 9),
-    "gemma3_text": ({"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}, 0),
-    "gpt_neox": ({}, 0),
+KINDS: dict[str, tuple[dict[str, Any], int, bool]] = {
+    "llama": ({}, 5, True),
+    "mistral": ({"sliding_window": 4}, 5, True),
+    "qwen3": ({}, 9, True),
+    "gemma3_text": ({"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}, 0, True),
+    "gpt_neox": ({}, 0, True),  # but it rotates only a part of each head, so that its own function does the work
+    "cohere": ({}, 0, False),
 }
-"""{kind: (further sizes, number of norms of Llama's formula)}"""
+"""{kind: (further sizes, number of norms of Llama's formula, whether its rotary embeddings are Llama's)}"""
 
 
 def made(kind: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -42,6 +44,11 @@ def made(kind: str, dtype: torch.dtype = torch.float32) -> Any:
 
 def norms(model: nn.Module) -> int:
     return sum(isinstance(module, CompiledRMSNorm) for module in model.modules())
+
+
+def rotary_layers(model: nn.Module) -> int:
+    """The number of attention layers with compiled rotary embeddings."""
+    return sum(type(module).__module__ == cpu_decoding.__name__ for module in model.modules()) - norms(model)
 
 
 TOKENS = torch.randint(1, 80, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -67,14 +74,17 @@ def test_models_compute_what_they_computed(
     kind: str, masked: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, mask = made(kind, dtype), MASK if masked else torch.ones_like(MASK)
-    expected, calls = decoded(model, mask), []
+    expected, calls, rotations = decoded(model, mask), [], []
     use_compiled_code(model)
     assert norms(model) == KINDS[kind][1] and model.config._attn_implementation == ATTENTION
-    function = compiled_attention.compiled()
+    assert rotary_layers(model) == 2 * KINDS[kind][2]
+    function, rotate = compiled_attention.compiled(), cpu_decoding.rotate_positions
     monkeypatch.setattr(compiled_attention, "compiled", lambda: calls.append(1) or function)
+    monkeypatch.setattr(cpu_decoding, "rotate_positions", lambda *four: rotations.append(1) or rotate(*four))
     tolerance = 1e-5 if dtype == torch.float32 else 2**-5
     torch.testing.assert_close(decoded(model, mask), expected, rtol=tolerance, atol=tolerance)
     assert len(calls) == 5 * 2  # of each layer: the prompt, and four tokens
+    assert len(rotations) == 5 * rotary_layers(model)
 
 
 @needs_compiler
@@ -110,10 +120,10 @@ def test_copies_files_and_adapters(tmp_path: Any) -> None:
     mask = torch.ones_like(MASK)
     expected = decoded(model, mask)
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert norms(copied) == 5 and torch.equal(decoded(copied, mask), expected)
+        assert norms(copied) == 5 and rotary_layers(copied) == 2 and torch.equal(decoded(copied, mask), expected)
     model.save_pretrained(tmp_path)
     loaded: Any = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert loaded.config._attn_implementation == "sdpa" and norms(loaded) == 0
+    assert loaded.config._attn_implementation == "sdpa" and norms(loaded) == rotary_layers(loaded) == 0
     assert all(torch.equal(*pair) for pair in zip(loaded.parameters(), model.parameters(), strict=True))
     for config in (LoraConfig(target_modules="all-linear", init_lora_weights=False), LNTuningConfig()):
         outputs = []
@@ -191,6 +201,17 @@ def test_norms_with_hooks_and_in_other_types_stay() -> None:
     for one, count in ((model, 4), (hooked, 4), (other, 0)):
         use_compiled_code(one)
         assert norms(one) == count
+
+
+def test_layers_of_other_models_rotate_as_before() -> None:
+    """The module of the layer's class, which all models of the process share, does not change."""
+    model, other = made("llama"), made("llama")
+    function = modeling_llama.apply_rotary_pos_emb
+    use_compiled_code(model)
+    use_compiled_code(model)  # a second call changes nothing
+    assert modeling_llama.apply_rotary_pos_emb is function and rotary_layers(other) == 0
+    for layer in model.model.layers:
+        assert type(layer.self_attn).__mro__[1] is modeling_llama.LlamaAttention
 
 
 def test_other_attention_and_devices_stay() -> None:

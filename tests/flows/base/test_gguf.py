@@ -79,6 +79,18 @@ def test_the_fetched_folder_holds_the_file_and_no_other_weights(paths: Paths, pa
     assert json.loads((paths.base / "generation_config.json").read_text())["eos_token_id"] == tokenizer.eos_token_id
 
 
+@pytest.mark.parametrize("storage", ["gguf", "none"])
+def test_the_tokenizer_is_the_one_that_transformers_chooses(
+    paths: Paths, tiny_params: TinyParams, storage: str, tmp_path: Path
+) -> None:
+    """The header is read by transformers once, for the configuration; AutoTokenizer would read it again."""
+    fetch.run(tiny_params(base={"source": "path:base.gguf"}, quantization={"storage": storage}), paths)
+    found: Any = AutoTokenizer.from_pretrained(paths.base)
+    expected: Any = AutoTokenizer.from_pretrained(paths.root, gguf_file="base.gguf")
+    assert found.backend_tokenizer.to_str() == expected.backend_tokenizer.to_str()
+    assert found.chat_template == expected.chat_template and found.eos_token == expected.eos_token
+
+
 def test_a_gguf_source_is_unpacked_for_another_storage(paths: Paths, tiny_params: TinyParams) -> None:
     fetch.run(tiny_params(base={"source": "path:base.gguf"}), paths)
     assert not holds_gguf(paths.base)

@@ -7,7 +7,7 @@ import torch
 from rouge_score.tokenizers import DefaultTokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from flows.evaluation.scoring import RowLosses, by_length, rouge_l, row_losses, words_of
+from flows.evaluation.scoring import RowLosses, by_length, padding_multiple, rouge_l, row_losses, words_of
 
 
 def model() -> LlamaForCausalLM:
@@ -39,6 +39,14 @@ def test_a_rows_loss_is_its_own_whatever_it_is_batched_with(batch_size: int) -> 
         assert tokens == int((labels != -100).sum())
 
 
+def test_on_a_cpu_no_padding_is_computed_beyond_the_longest_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    widths, judge = [], model()
+    judge.register_forward_pre_hook(lambda _, __, inputs: widths.append(inputs["input_ids"].shape[1]), with_kwargs=True)
+    row_losses(judge, rows(), 0, 1)
+    assert set(widths) >= {5, 8, 12, 19, 30}
+    assert padding_multiple(torch.device("cuda")) == 8
+
+
 def test_the_loss_of_many_rows_weighs_tokens() -> None:
     losses = RowLosses([1.0, 4.0, 9.0], [3, 1, 100])
     assert losses.of([0, 1]).loss == pytest.approx(7 / 4)
@@ -62,8 +70,8 @@ def test_batches_are_of_like_length_and_hold_each_row_once() -> None:
 
 
 def test_batches_on_a_cpu_have_few_tokens() -> None:
-    """One row, or as many as have 512 tokens when padded to the longest."""
-    lengths = [600, 300, 200, 200, 100, 90, 80, 70, 60, 50]
+    """One row, or as many as have 768 tokens when padded to the longest."""
+    lengths = [900, 450, 300, 300, 150, 135, 120, 105, 90, 75]
     assert by_length(lengths, 4, torch.device("cpu")) == [[0], [1], [2, 3], [4, 5, 6, 7], [8, 9]]
     assert by_length(lengths, 4, torch.device("cuda")) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
     assert by_length([0, 0], 4, torch.device("cpu")) == [[0, 1]]

@@ -46,6 +46,20 @@ def test_the_temporary_server_is_in_a_session_of_its_own_and_dies_with_its_paren
     assert asked == signal.SIGKILL
 
 
+def test_errors_of_the_servers_libraries_are_not_logged() -> None:
+    """They come from work that the end of the flow interrupts; Prefect's own errors are logged."""
+    code = (
+        "import logging, prefect.logging.configuration as one; one.setup_logging(); loggers = map(logging.getLogger, "
+        "('sqlalchemy.pool', 'prefect.server')); print(*(one.isEnabledFor(logging.ERROR) for one in loggers))"
+    )
+    with temporary_settings(restore_defaults={PREFECT_API_URL}):
+        tie_temporary_server()
+    start: Any = server.subprocess.Popen
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_LOGGING")}
+    with start(args=[sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.communicate()[0].split() == ["False", "True"]
+
+
 def test_prefect_still_finds_what_it_uses_of_the_module() -> None:
     with temporary_settings(restore_defaults={PREFECT_API_URL}):
         tie_temporary_server()

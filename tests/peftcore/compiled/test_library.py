@@ -15,7 +15,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peftcore import LoraConfig, get_peft_model
-from peftcore.compiled import attention, low_rank, norm
+from peftcore.compiled import attention, low_rank, norm, rotary
 from peftcore.compiled import library as library_module
 from peftcore.compiled.library import library
 from peftcore.cpu_decoding import CompiledRMSNorm, use_compiled_code
@@ -34,7 +34,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def forget() -> None:
     """Look for compiled code again at the next use."""
-    for found in (library, attention.compiled, low_rank.compiled, norm.compiled):
+    for found in (library, attention.compiled, low_rank.compiled, norm.compiled, rotary.compiled):
         found.cache_clear()
 
 
