@@ -133,7 +133,8 @@ class ChatTokenizer:
     def _turn(self, messages: list[Message], index: int, whole: str, tools: Tools) -> tuple[int, int]:
         """Return the start of the turn's content in `whole`, and the end of the turn."""
         prompt = render(self.tokenizer, messages[:index], generate=True, tools=tools)
-        until = render(self.tokenizer, messages[: index + 1], tools=tools)
+        is_last = index + 1 == len(messages)
+        until = whole if is_last else render(self.tokenizer, messages[: index + 1], tools=tools)
         if not (whole.startswith(prompt) and whole.startswith(until) and len(prompt) < len(until)):
             raise DataError(not_a_prefix(self.tokenizer))
         return len(prompt), len(until)

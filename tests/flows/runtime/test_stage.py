@@ -31,7 +31,7 @@ def started_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     (tmp_path / "params.yaml").write_text("project: {seed: 7}\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(stage, "watch_parent", lambda: None)
-    monkeypatch.setattr(stage, "keep_imported_objects", lambda: None)
+    monkeypatch.setattr(stage, "spare_garbage_collection", lambda: None)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(logging, "basicConfig", lambda **_: None)
 
@@ -189,11 +189,12 @@ def test_garbage_is_not_collected_while_a_stage_is_imported(program: str) -> Non
     """`python -m` has "-m" in sys.argv while it looks for the stage's module. Other programs keep their collector."""
     code = (
         f"import gc, sys; sys.argv[0] = {program!r}; import flows.stages; before = gc.isenabled(); "
-        "from flows.runtime.stage import keep_imported_objects; keep_imported_objects(); "
-        "print(before, gc.isenabled(), gc.get_freeze_count() > 0)"
+        "from flows.runtime.stage import spare_garbage_collection; spare_garbage_collection(); "
+        "print(before, gc.isenabled(), gc.get_freeze_count() > 0, gc.get_threshold()[0])"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.split() == [str(program != "-m"), "True", "True"], done.stderr
+    expected = [str(program != "-m"), "True", "True", str(stage.OBJECTS_BETWEEN_COLLECTIONS)]
+    assert done.stdout.split() == expected, done.stderr
 
 
 def test_a_stages_objects_are_not_looked_at_again_when_it_ends(tmp_path: Path) -> None:
