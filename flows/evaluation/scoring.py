@@ -67,8 +67,8 @@ class RowLosses:
 CPU_TOKENS = 768
 """Most tokens of a forward pass without generation on a CPU: the activations of more tokens do not stay in its caches.
 
-256 rows of SmolLM2-135M take 20.7 s with 768 tokens and 21.4 s with 512 (2 cores of an AMD EPYC with AVX-512); without
-compiled code, batches of 32 rows took a quarter longer than 512 tokens.
+256 rows of SmolLM2-135M take 20.7 s with 768 tokens and 21.4 s with 512 (2 cores of an AMD EPYC with AVX-512); when
+PyTorch computed attention, batches of 32 rows took a quarter longer than those of 512 tokens.
 """
 
 

@@ -231,8 +231,8 @@ class Train(Section):
     def _check_rewards(self) -> Self:
         if self.objective == "grpo" and not self.grpo.rewards:
             expected = (
-                "grpo learns from rewards; give at least one, such as [{scorer: 'data/rewards.py:FUNCTION'}], a function "
-                "of (prompt, answer, reference, row) that returns a number"
+                "grpo learns from rewards; give at least one, such as [{scorer: 'data/rewards.py:FUNCTION'}], a "
+                "function of (prompt, answer, reference, row) that returns a number"
             )
             raise invalid_value(expected, "grpo.rewards", self.grpo.rewards)
         return self
