@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from peftcore import LoraConfig, get_peft_model
+from peftcore import LoraConfig, cpu_decoding, get_peft_model
 from peftcore.compiled import attention, low_rank, norm, rotary
 from peftcore.compiled import library as library_module
 from peftcore.compiled.library import library
@@ -34,7 +34,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def forget() -> None:
     """Look for compiled code again at the next use."""
-    for found in (library, attention.compiled, low_rank.compiled, norm.compiled, rotary.compiled):
+    of_layers = cpu_decoding._with_compiled_rotary
+    for found in (library, attention.compiled, low_rank.compiled, norm.compiled, rotary.compiled, of_layers):
         found.cache_clear()
 
 
