@@ -20,6 +20,8 @@ ATTENTION = "peftcore_cpu"
 """Name of `_attention` among the attention functions of transformers."""
 _ROTARY = "apply_rotary_pos_emb"
 """Name of the function by which the attention layers of transformers rotate queries and keys."""
+_PLAIN = "plain_class"
+"""Attribute of a class of `_with_compiled_rotary`: the layer's own class."""
 
 
 class CompiledRMSNorm(nn.Module):
@@ -67,7 +69,8 @@ def use_compiled_code(model: Any) -> None:
         parent, _, name = path.rpartition(".")
         setattr(modules[parent], name, replaced[norm])
     for module in modules.values():
-        module.__class__ = _with_compiled_rotary(type(module)) or type(module)
+        if (faster := _with_compiled_rotary(type(module))) is not None:
+            module.__class__ = faster
 
 
 @cache
@@ -75,11 +78,12 @@ def _with_compiled_rotary(kind: type[nn.Module]) -> type[nn.Module] | None:
     """Return a subclass of a layer of transformers that rotates queries and keys by `rotate_positions` where that fits.
 
     Its forward is that of the layer, in which `_ROTARY` names another function; the module of the layer's class does
-    not change. None for a layer that uses no such function or another formula.
+    not change. None for such a subclass, and for a layer that uses no such function or another formula.
     """
     forward: Any = inspect.unwrap(kind.forward)
     code = getattr(forward, "__code__", None)
-    if not kind.__module__.startswith("transformers.") or code is None or _ROTARY not in code.co_names:
+    is_candidate = kind.__module__.startswith("transformers.") and not hasattr(kind, _PLAIN)
+    if not is_candidate or code is None or _ROTARY not in code.co_names:
         return None
     original = forward.__globals__.get(_ROTARY)
     if original is None or not _is_known_rotation(original):
@@ -96,7 +100,9 @@ def _with_compiled_rotary(kind: type[nn.Module]) -> type[nn.Module] | None:
     names = {**forward.__globals__, _ROTARY: rotate}
     faster = FunctionType(code, names, forward.__name__, forward.__defaults__, forward.__closure__)
     faster.__kwdefaults__ = forward.__kwdefaults__
-    return type(kind.__name__, (kind,), {"forward": faster, "__reduce_ex__": reduce, "__module__": __name__})
+    # others look up the functions of a layer's module by its name
+    members = {"__module__": kind.__module__, "__reduce_ex__": reduce, "forward": faster, _PLAIN: kind}
+    return type(kind.__name__, (kind,), members)
 
 
 def _new(kind: type[nn.Module]) -> nn.Module:

@@ -12,7 +12,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.llama import modeling_llama
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from peftcore import LNTuningConfig, LoraConfig, cpu_decoding, get_peft_model
+from peftcore import AdaptionPromptConfig, LNTuningConfig, LoraConfig, cpu_decoding, get_peft_model
 from peftcore.compiled import attention as compiled_attention
 from peftcore.compiled.library import library
 from peftcore.cpu_decoding import ATTENTION, CompiledRMSNorm, use_compiled_code
@@ -48,7 +48,7 @@ def norms(model: nn.Module) -> int:
 
 def rotary_layers(model: nn.Module) -> int:
     """The number of attention layers with compiled rotary embeddings."""
-    return sum(type(module).__module__ == cpu_decoding.__name__ for module in model.modules()) - norms(model)
+    return sum(hasattr(type(module), "plain_class") for module in model.modules())
 
 
 TOKENS = torch.randint(1, 80, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -210,6 +210,8 @@ def test_layers_of_other_models_rotate_as_before() -> None:
     function = modeling_llama.apply_rotary_pos_emb
     use_compiled_code(model)
     use_compiled_code(model)  # a second call changes nothing
+    adapted: Any = get_peft_model(made("llama"), AdaptionPromptConfig(adapter_len=2, adapter_layers=1))
+    use_compiled_code(adapted.get_base_model())  # it has the views of adapters already
     assert modeling_llama.apply_rotary_pos_emb is function and rotary_layers(other) == 0
     for layer in model.model.layers:
         assert type(layer.self_attn).__mro__[1] is modeling_llama.LlamaAttention
