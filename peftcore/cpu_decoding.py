@@ -77,8 +77,9 @@ def use_compiled_code(model: Any) -> None:
 def _with_compiled_rotary(kind: type[nn.Module]) -> type[nn.Module] | None:
     """Return a subclass of a layer of transformers that rotates queries and keys by `rotate_positions` where that fits.
 
-    Its forward is that of the layer, in which `_ROTARY` names another function; the module of the layer's class does
-    not change. None for such a subclass, and for a layer that uses no such function or another formula.
+    The subclass has the layer's own forward, in which the name `_ROTARY` stands for `rotate` below; the module of the
+    layer's class does not change. None for such a subclass, and for a layer without this function or with another
+    formula.
     """
     forward: Any = inspect.unwrap(kind.forward)
     code = getattr(forward, "__code__", None)
