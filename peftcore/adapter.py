@@ -33,7 +33,6 @@ from torch.nn import functional as F
 
 from peftcore._util import adapter_changes
 from peftcore.bases import BaseWeight
-from peftcore.compiled.low_rank import CheckedGain
 from peftcore.config import options_at
 from peftcore.kernels.factors import Factors
 from peftcore.kernels.low_rank import LowRankBranch
@@ -378,10 +377,6 @@ class Adapter(_Constants):
 
     def output_gain(self) -> Tensor | None:
         """Return g (o,) of `FactorNames`; None if only `low_rank` can tell what the adapter computes now."""
-        return None
-
-    def checked_gain(self) -> CheckedGain | None:
-        """Return g of an earlier call if only a change of A, B or a third tensor can have made it wrong; else None."""
         return None
 
     def forward_weight(self, weight: Tensor) -> Tensor:

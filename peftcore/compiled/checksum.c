@@ -3,7 +3,6 @@
    The words of each part are divided among lanes. A step of a lane can be undone, so one changed word always changes
    the sum, and several changed words leave it as it is with a probability of 2^-32. */
 
-#include "checksum.h"
 #include "vectors.h"
 
 #define LANES 4 /* vectors of lanes, so that a step need not wait for the one before */

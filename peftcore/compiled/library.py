@@ -37,7 +37,7 @@ SOURCES = (
     "checksum.c",
 )
 """Files to compile, in `FOLDER`."""
-HEADERS = ("vectors.h", "checksum.h")
+HEADERS = ("vectors.h",)
 """Files that they include."""
 FLAGS = (("-O3", "-march=native"), ("-O3", "-mcpu=native"))
 """Flags to try, in order: some compilers for ARM do not know the first ones. Code for any processor would be slow."""

@@ -3,7 +3,6 @@
    All matrices lie row by row without gaps, and sums are in float32. x and y have one type, float32 or bfloat16, and so
    have A and B. */
 
-#include "checksum.h"
 #include "vectors.h"
 
 #define TOGETHER 4 /* rows that share each read of a factor */
@@ -189,13 +188,6 @@ struct adapters {
     struct low_rank of_rows[];
 };
 
-/* The weights for which an adapter's gain was computed; `low_rank.py` makes this structure, too. */
-struct weights {
-    const void *third; /* what the gain depends on beside A and B */
-    long third_bytes;
-    uint64_t checksum;
-};
-
 /* A call, in which `each` rows at a time have one adapter. */
 struct call {
     char *y;
@@ -266,27 +258,12 @@ static void take_rows(void *of)
     }
 }
 
-static int have_changed(const struct adapters *adapters, const struct weights *weights)
-{
-    const struct low_rank *adapter = adapters->of_rows;
-    const long size = adapter->r * (adapters->are_bfloat16 ? 2 : 4);
-    return checksum(adapter->a, size * adapters->inputs, adapter->b, size * adapters->outputs, weights->third,
-                    weights->third_bytes) != weights->checksum;
-}
-
-/* What a call returns; `low_rank.py` knows these numbers. */
-enum { NO_MEMORY, DONE, CHANGED };
-
 /* x (rows, inputs) and y (rows, outputs). `diagonal` and `gain` are 0 or those of the one adapter that all rows have.
-   `weights` is 0 or what `gain` was computed from. `parallel` is GOMP_parallel of PyTorch's OpenMP library, or 0 for one
-   thread. Returns CHANGED, with y as it was, if these weights have changed, and NO_MEMORY, with some rows of y changed,
+   `parallel` is GOMP_parallel of PyTorch's OpenMP library, or 0 for one thread. Returns 0, with some rows of y changed,
    if there is no memory. */
 int add_low_rank_to_rows(void *y, const void *x, const struct adapters *adapters, long rows, long each, int is_bfloat16,
-                         const float *diagonal, const float *gain, const struct weights *weights,
-                         start_threads parallel, unsigned threads)
+                         const float *diagonal, const float *gain, start_threads parallel, unsigned threads)
 {
-    if (weights && have_changed(adapters, weights))
-        return CHANGED;
     struct call call = {.y = y, .x = x, .adapters = adapters, .rows = rows, .each = each, .is_bfloat16 = is_bfloat16,
                         .diagonal = diagonal, .gain = gain, .most = MOST_ROWS};
     if (each == rows) { /* each thread takes its share at once */
@@ -297,5 +274,5 @@ int add_low_rank_to_rows(void *y, const void *x, const struct adapters *adapters
         parallel(take_rows, &call, threads, 0);
     else
         take_rows(&call);
-    return call.failed ? NO_MEMORY : DONE;
+    return !call.failed;
 }

@@ -44,11 +44,6 @@ _ROW = struct.Struct("@PPlf0P")
 _HEAD = struct.Struct("@llixxxx")
 """`struct adapters` of low_rank.c without the rows: i, o, whether A and B are bfloat16."""
 _NO_ADAPTER = bytes(_ROW.size)
-_WEIGHTS = struct.Struct("@PlQ")
-"""`struct weights` of low_rank.c: the third tensor's address and bytes, and the checksum."""
-_NO_MEMORY = 0
-"""This and `_CHANGED` are what the C function returns beside 1."""
-_CHANGED = 2
 
 
 @dataclass(slots=True, eq=False)
@@ -110,54 +105,8 @@ def factors_of(a: Tensor, b: Tensor, scaling: Any) -> Factors | None:
     )
 
 
-@dataclass(slots=True, eq=False)
-class CheckedGain:
-    """g (o,) of one adapter, and a checksum of what it was computed from: A, B and a third tensor."""
-
-    gain: Tensor
-    """g in float32."""
-    gain_address: int
-    third: Tensor
-    third_address: int
-    third_bytes: int
-    memory: Any
-    """The memory of the third tensor, which is kept so that C never reads memory of something else."""
-    weights: bytes
-    """The `struct weights` of these tensors."""
-
-    def is_in_place(self) -> bool:
-        """Return True if the third tensor still lies where C reads it."""
-        third = self.third
-        return third.data_ptr() == self.third_address and third.nbytes == self.third_bytes and third.is_contiguous()
-
-    def __reduce__(self) -> tuple[Any, tuple[()]]:
-        return type(None), ()  # a copy has other addresses
-
-
-def checked_gain(gain: Tensor, third: Tensor, checksum: int) -> CheckedGain | None:
-    """Return a gain for C; None if C cannot read it.
-
-    Args:
-        gain: g (o,) in float32 or bfloat16; it must not be changed any more.
-        third: what g was computed from beside A and B.
-        checksum: `peftcore.compiled.checksum.checksum` of A, B and `third`.
-    """
-    found = float32_vector(gain, gain.numel(), torch.bfloat16)
-    if found is None:
-        return None
-    address, size = third.data_ptr(), third.nbytes
-    packed = _WEIGHTS.pack(address, size, checksum)
-    return CheckedGain(found, found.data_ptr(), third, address, size, third.untyped_storage(), packed)
-
-
 def add_low_rank(
-    y: Tensor,
-    x: Tensor,
-    a: Tensor,
-    b: Tensor,
-    factors: Factors,
-    diagonal: Tensor | None,
-    gain: Tensor | CheckedGain | None,
+    y: Tensor, x: Tensor, a: Tensor, b: Tensor, factors: Factors, diagonal: Tensor | None, gain: Tensor | None
 ) -> bool:
     """Change y to g∘(y + s·BΛA x) in place, without gradients, if the compiled function fits.
 
@@ -168,12 +117,12 @@ def add_low_rank(
         b: B (o, r) of A's type.
         factors: A, B and s, packed for C earlier.
         diagonal: Λ, r elements of A's type or in float32; None for ones.
-        gain: g, o elements of A's type or in float32, or `checked_gain` of them; None for ones.
+        gain: g, o elements of A's type or in float32; None for ones.
 
     Returns:
         True if y is changed. False, with y as it was, if A or B is another tensor than the packed one or lies in other
-        memory, if what a checked gain was computed from has changed, for much work, for other types, devices, strides
-        or subclasses of tensors, inside of a `TorchDispatchMode`, and where nothing could be compiled.
+        memory, for much work, for other types, devices, strides or subclasses of tensors, inside of a
+        `TorchDispatchMode`, and where nothing could be compiled.
 
     Raises:
         MemoryError: There is no memory for intermediate values. Some rows of y may be changed.
@@ -198,7 +147,7 @@ def add_low_rank(
         or _dispatch_stack_length()
     ):
         return False
-    threads, e, g, weights = 1, None, None, None
+    threads, e, g = 1, None, None
     if rows >= factors.shared_from:
         if not fits_work(x, factors):
             return False
@@ -208,21 +157,15 @@ def add_low_rank(
         if diagonal is None:
             return False
         e = diagonal.data_ptr()
-    if isinstance(gain, CheckedGain):
-        if gain.gain.numel() != factors.outputs or not gain.is_in_place():
-            return False
-        g, weights = gain.gain_address, gain.weights
-    elif gain is not None:
+    if gain is not None:
         gain = float32_vector(gain, factors.outputs, own_dtype)
         if gain is None:
             return False
         g = gain.data_ptr()
     is_bfloat16 = dtype is torch.bfloat16
-    call = y.data_ptr(), x.data_ptr(), factors.packed, rows, rows, is_bfloat16, e, g, weights
-    result = function(*call, openmp(), threads)
-    if result == _NO_MEMORY:
+    if not function(y.data_ptr(), x.data_ptr(), factors.packed, rows, rows, is_bfloat16, e, g, openmp(), threads):
         raise _no_memory(rows)
-    return result != _CHANGED
+    return True
 
 
 def fits_work(x: Tensor, factors: Factors) -> bool:
@@ -321,7 +264,7 @@ def add_low_rank_by_row(y: Tensor, x: Tensor, table: RowTable) -> bool:
         return False
     each, threads = tokens // table.rows, torch.get_num_threads()
     call = y.data_ptr(), x.data_ptr(), table.packed, tokens, each, IS_BFLOAT16[x.dtype]
-    if function(*call, None, None, None, openmp(), threads) == _NO_MEMORY:
+    if not function(*call, None, None, openmp(), threads):
         raise _no_memory(tokens)
     return True
 
@@ -348,6 +291,6 @@ def compiled() -> Callable[..., int] | None:
         return None
     pointer, count = ctypes.c_void_p, ctypes.c_long
     function = code.add_low_rank_to_rows
-    function.argtypes = [pointer, pointer, ctypes.c_char_p, count, count, ctypes.c_int, pointer, pointer]
-    function.argtypes += [ctypes.c_char_p, pointer, ctypes.c_uint]
+    function.argtypes = [pointer, pointer, ctypes.c_char_p, count, count, ctypes.c_int, pointer, pointer, pointer]
+    function.argtypes += [ctypes.c_uint]
     return function

@@ -32,7 +32,7 @@ from peftcore._util import adapter_changes
 from peftcore.adapter import Adapter
 from peftcore.bases.onednn import linear
 from peftcore.bases.plain import LinearWeight
-from peftcore.compiled.low_rank import CheckedGain, Factors, add_low_rank, factors_of, fits_work
+from peftcore.compiled.low_rank import Factors, add_low_rank, factors_of, fits_work
 from peftcore.compiled.low_rank_of_prompts import add_low_rank_to_prompts, fits_prompts
 from peftcore.composition.route import Route
 from peftcore.kernels.maths import scaled
@@ -187,15 +187,11 @@ def decoded(layer: "AdapterLayer", x: Tensor) -> Tensor | None:
         if own.diagonal is not None:
             middle = parameters[own.diagonal]
         elif own.has_gain:
-            gain = own.adapter.checked_gain() or own.adapter.output_gain()
+            gain = own.adapter.output_gain()
             if gain is None:
                 return _computed(layer, plan, x)
         if factors is None or not add_low_rank(y, x, a, b, factors, middle, gain):
             own.factors = factors_of(a, b, own.adapter.scaling)
-            if isinstance(gain, CheckedGain):  # a weight has changed, or compiled code cannot take x
-                gain = own.adapter.output_gain()
-                if gain is None:
-                    return _computed(layer, plan, x)
             y = _with_branch(y, x, a, b, middle, gain, own.adapter.scaling, layer, own.factors)
     return y
 

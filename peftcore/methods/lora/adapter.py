@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from peftcore.adapter import Adapter, FactorNames, Shared
 from peftcore.bases import BaseWeight, ParameterWeight
-from peftcore.compiled.low_rank import CheckedGain
 from peftcore.errors import ConfigError, MergeError
 from peftcore.kernels.factors import Factors
 from peftcore.kernels.low_rank import LowRankBranch
@@ -238,9 +237,6 @@ class Lora(Adapter):
 
     def output_gain(self) -> Tensor | None:
         return self.variants[0].output_gain(self)
-
-    def checked_gain(self) -> CheckedGain | None:
-        return self.variants[0].checked_gain(self)
 
     def computes_with_parameters(self) -> bool:
         """Return True if A and B are this adapter's own parameters, and no start is subtracted."""

@@ -16,7 +16,6 @@ from torch import Tensor
 from peftcore._util.plugins import import_plugins
 from peftcore.adapter import Shared
 from peftcore.bases import BaseWeight
-from peftcore.compiled.low_rank import CheckedGain
 from peftcore.config import PeftConfig
 from peftcore.kernels.factors import Factors
 from peftcore.kernels.low_rank import LowRankBranch
@@ -153,10 +152,6 @@ class Variant:
 
     def output_gain(self, lora: "Lora") -> Tensor | None:
         """Return g (o,) of an `is_gain` variant, without gradients; None if that does not describe the forward pass."""
-        return None
-
-    def checked_gain(self, lora: "Lora") -> CheckedGain | None:
-        """Return g of an `is_gain` variant as `Adapter.checked_gain` does."""
         return None
 
     def check_mergeable(self, lora: "Lora") -> None:

@@ -1,8 +1,6 @@
 """`peftcore.compiled.low_rank`: the formula, and what is refused."""
 
-import copy
 import ctypes
-import pickle
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,15 +12,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from peftcore import AdaLoraConfig, LoraConfig, get_peft_model
 from peftcore.compiled import low_rank as compiled_low_rank
-from peftcore.compiled.checksum import checksum
 from peftcore.compiled.low_rank import (
     MOST_WORK,
     MOST_WORK_BY_ROW,
-    CheckedGain,
     RowTable,
     add_low_rank,
     add_low_rank_by_row,
-    checked_gain,
     compiled,
     factors_of,
     openmp,
@@ -158,63 +153,6 @@ def test_diagonal_or_gain_that_does_not_fit(vector: Tensor) -> None:
     y, x, a, b = values(1, 8, 4, 4, torch.float32)
     assert not add(y, x, a, b, vector, None)
     assert not add(y, x, a, b, None, vector)
-
-
-def checked(gain: Tensor, a: Tensor, b: Tensor, third: Tensor) -> CheckedGain:
-    """The gain with a checksum of these tensors."""
-    state = checksum(a, b, third)
-    assert state is not None
-    found = checked_gain(gain, third, state)
-    assert found is not None
-    return found
-
-
-@types
-@pytest.mark.parametrize("rows", [1, 29])
-def test_checked_gain(rows: int, dtype: torch.dtype, factors: torch.dtype) -> None:
-    y, x, a, b = values(rows, 33, 4, 37, dtype, factors)
-    gain, third, packed, other = torch.randn(37).to(factors), torch.randn(37), factors_of(a, b, 1.5), y.clone()
-    assert packed is not None and add(y, x, a, b, None, gain, 1.5)
-    assert add_low_rank(other, x, a, b, packed, None, checked(gain, a, b, third))
-    assert torch.equal(other, y)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda a, b, third: a.view(-1)[-1:].zero_(),
-        lambda a, b, third: b.view(-1)[-1:].zero_(),
-        lambda a, b, third: third[-1:].zero_(),
-        lambda a, b, third: setattr(third, "data", third.clone()),
-        lambda a, b, third: setattr(third, "data", torch.randn(9)),
-        lambda a, b, third: third.resize_(5),
-        lambda a, b, third: torch.utils.swap_tensors(third, torch.randn(6, device="meta")),
-    ],
-)
-@pytest.mark.parametrize("factors", [torch.float32, torch.bfloat16])
-def test_a_checked_gain_is_not_used_after_a_change(factors: torch.dtype, change: Any) -> None:
-    y, x, a, b = values(3, 8, 4, 6, factors, factors)
-    packed, third = factors_of(a, b, 1.0), torch.randn(6)
-    gain = checked(torch.randn(6), a, b, third)
-    assert packed is not None and add_low_rank(y, x, a, b, packed, None, gain)
-    before = y.clone()
-    change(a, b, third)
-    assert not add_low_rank(y, x, a, b, packed, None, gain)
-    assert torch.equal(y, before)
-
-
-def test_gains_that_cannot_be_checked() -> None:
-    y, x, a, b = values(3, 8, 4, 6, torch.float32)
-    packed, third = factors_of(a, b, 1.0), torch.randn(6)
-    assert checked_gain(torch.ones(6).half(), third, 1) is None
-    assert packed is not None and not add_low_rank(y, x, a, b, packed, None, checked(torch.ones(5), a, b, third))
-
-
-def test_a_copy_of_a_checked_gain_is_none() -> None:
-    """Its addresses would be those of other tensors."""
-    _, _, a, b = values(3, 8, 4, 6, torch.float32)
-    gain = checked(torch.ones(6), a, b, torch.ones(6))
-    assert copy.deepcopy(gain) is None and pickle.loads(pickle.dumps(gain)) is None
 
 
 def test_other_scalings_and_much_work_are_pytorchs() -> None:

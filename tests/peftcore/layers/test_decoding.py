@@ -28,7 +28,6 @@ from peftcore.compiled import low_rank as compiled_low_rank
 from peftcore.compiled import low_rank_of_prompts
 from peftcore.layers import adapter_layer, decoding, decoding_by_row
 from peftcore.layers.decoding import FEW_TOKENS, MOST_TOKENS, decoded
-from peftcore.methods.lora.variants import dora
 
 
 def lora(**options: Any) -> LoraConfig:
@@ -97,7 +96,6 @@ def test_equals_the_general_path(name: str, bias: bool, shape: tuple[int, ...], 
 
 MANY = FEW_TOKENS + 8
 OF_FACTORS = ("lora", "rslora", "dora", "adalora")
-TOLERANCES = {torch.float64: {"atol": 1e-12, "rtol": 0.0}, torch.float32: {"atol": 2e-5, "rtol": 1e-6}}
 
 
 @pytest.mark.skipif(not compiled_low_rank.compiled(), reason="nothing is compiled here; the log says why")
@@ -246,48 +244,8 @@ def test_a_change_is_seen_at_once(method: str, name: str, mode: Any, dtype: torc
         model.eval()  # not otherwise: it counts as a change of every adapter
     with mode():
         after = model(x)
-        torch.testing.assert_close(after, general(model, x), **TOLERANCES[dtype])
+        torch.testing.assert_close(after, general(model, x), atol=1e-12 if dtype == torch.float64 else 2e-5, rtol=0)
     assert torch.allclose(before, after) == (name == "a merge")
-
-
-MAGNITUDE = "lora_magnitude_vector_weight"
-CHANGES_OF_MAGNITUDE: dict[str, Callable[[Any], Any]] = {
-    "an edit of .data": lambda lora: getattr(lora, MAGNITUDE).data.add_(0.5),
-    "new .data": lambda lora: setattr(getattr(lora, MAGNITUDE), "data", torch.ones_like(getattr(lora, MAGNITUDE))),
-    "a new parameter": lambda lora: setattr(lora, MAGNITUDE, nn.Parameter(torch.ones_like(getattr(lora, MAGNITUDE)))),
-    "swap_tensors": lambda lora: torch.utils.swap_tensors(
-        getattr(lora, MAGNITUDE), nn.Parameter(torch.ones_like(getattr(lora, MAGNITUDE)))
-    ),
-}
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-@pytest.mark.parametrize("change", CHANGES_OF_MAGNITUDE)
-def test_a_change_of_doras_magnitude_is_seen_at_once(change: str, dtype: torch.dtype) -> None:
-    model, x = adapted(lora(use_dora=True), dtype=dtype), X.to(dtype)
-    with torch.no_grad():
-        before = model(x)
-        assert torch.equal(model(x), before)
-        CHANGES_OF_MAGNITUDE[change](_factors(model))
-        after = model(x)
-        torch.testing.assert_close(after, general(model, x), **TOLERANCES[dtype])
-    assert not torch.allclose(before, after)
-
-
-@pytest.mark.skipif(not compiled_low_rank.compiled(), reason="nothing is compiled here; the log says why")
-def test_doras_checksum_is_part_of_the_compiled_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, x = adapted(lora(use_dora=True), dtype=torch.float32), X.float()
-    with torch.no_grad():
-        expected = model(x)
-        model(x)
-        monkeypatch.setattr(dora, "checksum", lambda *_: pytest.fail("a call of its own"))
-        torch.testing.assert_close(model(x), expected)
-        monkeypatch.undo()
-        _factors(model).lora_A_weight.data.add_(0.5)  # the compiled call refuses, PyTorch computes, and the next
-        after = model(x)
-        monkeypatch.setattr(dora, "checksum", lambda *_: pytest.fail("a call of its own"))
-        torch.testing.assert_close(model(x), after)
-    assert not torch.allclose(after, expected)
 
 
 def _with_forward_hook(layer: Any, seen: list[str]) -> Any:

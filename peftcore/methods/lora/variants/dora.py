@@ -14,7 +14,6 @@ from peftcore._util.fingerprint import Fingerprint
 from peftcore.bases.base import WeightVersion
 from peftcore.bases.plain import current_parameter
 from peftcore.compiled.checksum import checksum
-from peftcore.compiled.low_rank import CheckedGain, checked_gain
 from peftcore.kernels.factors import Factors
 from peftcore.kernels.low_rank import LowRankBranch
 from peftcore.methods.lora.variant import Variant, register_variant
@@ -39,16 +38,10 @@ class _KnownRatio(NamedTuple):
     """`lora.changes`."""
     weights: int | Fingerprint
     """`_state_of_weights`."""
-    checked: CheckedGain | None
-    """m/n for compiled code, which compares the checksum itself; None without one."""
-
-    def has_base_of(self, lora: "Lora") -> bool:
-        """Return True if neither the base weight nor what is assigned to the adapter has changed."""
-        return lora.changes == self.changes and lora.base.has_unmerged_version(self.base)
 
     def holds(self, lora: "Lora") -> bool:
         """Return True if no weight has changed."""
-        if not self.has_base_of(lora):
+        if lora.changes != self.changes or not lora.base.has_unmerged_version(self.base):
             return False
         weights = self.weights
         return weights.holds() if isinstance(weights, Fingerprint) else weights == _checksum(lora)
@@ -88,19 +81,10 @@ class Dora(Variant):
         return branch._replace(gain=_ratio(lora) if torch.is_grad_enabled() else _cached_ratio(lora))
 
     def output_gain(self, lora: "Lora") -> Tensor | None:
-        return _cached_ratio(lora) if lora.base.bias is None else None
-
-    def checked_gain(self, lora: "Lora") -> CheckedGain | None:
-        known: _KnownRatio | None = vars(lora).get(_RATIO)
-        if (
-            known is None
-            or known.checked is None
-            or known.checked.third is not lora._parameters.get(_MAGNITUDE)
-            or lora.base.layer._parameters.get("bias") is not None
-            or not known.has_base_of(lora)
-        ):
-            return None
-        return known.checked
+        base, known = lora.base, vars(lora).get(_RATIO)
+        if known is not None and base.layer._parameters.get("bias") is None and known.holds(lora):
+            return known.value  # a base with a bias, which takes longer to read, has no known ratio
+        return _cached_ratio(lora) if base.bias is None else None
 
     def output(self, lora: "Lora", y: Tensor, x: Tensor, dropped: Tensor, h: Tensor) -> Tensor:
         base = lora.base
@@ -155,8 +139,7 @@ def _cached_ratio(lora: "Lora") -> Tensor:
     base, changes, weights = lora.base.unmerged_version(), lora.changes, _state_of_weights(lora)
     ratio = _ratio(lora)
     if base is not None and weights is not None:
-        checked = checked_gain(ratio, _magnitude(lora), weights) if isinstance(weights, int) else None
-        vars(lora)[_RATIO] = _KnownRatio(ratio, base, changes, weights, checked)
+        vars(lora)[_RATIO] = _KnownRatio(ratio, base, changes, weights)
     return ratio
 
 
