@@ -96,6 +96,7 @@ def test_equals_the_general_path(name: str, bias: bool, shape: tuple[int, ...], 
 
 MANY = FEW_TOKENS + 8
 OF_FACTORS = ("lora", "rslora", "dora", "adalora")
+TOLERANCES = {torch.float64: {"atol": 1e-12, "rtol": 0.0}, torch.float32: {"atol": 2e-5, "rtol": 1e-6}}
 
 
 @pytest.mark.skipif(not compiled_low_rank.compiled(), reason="nothing is compiled here; the log says why")
@@ -244,8 +245,30 @@ def test_a_change_is_seen_at_once(method: str, name: str, mode: Any, dtype: torc
         model.eval()  # not otherwise: it counts as a change of every adapter
     with mode():
         after = model(x)
-        torch.testing.assert_close(after, general(model, x), atol=1e-12 if dtype == torch.float64 else 2e-5, rtol=0)
+        torch.testing.assert_close(after, general(model, x), **TOLERANCES[dtype])
     assert torch.allclose(before, after) == (name == "a merge")
+
+
+MAGNITUDE = "lora_magnitude_vector_weight"
+CHANGES_OF_MAGNITUDE: dict[str, Callable[[Any, Any], Any]] = {
+    "an edit of .data": lambda lora, m: m.data.add_(0.5),
+    "new .data": lambda lora, m: setattr(m, "data", torch.ones_like(m)),
+    "a new parameter": lambda lora, m: setattr(lora, MAGNITUDE, nn.Parameter(torch.ones_like(m))),
+    "swap_tensors": lambda lora, m: torch.utils.swap_tensors(m, nn.Parameter(torch.ones_like(m))),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("change", CHANGES_OF_MAGNITUDE)
+def test_a_change_of_doras_magnitude_is_seen_at_once(change: str, dtype: torch.dtype) -> None:
+    model, x = adapted(lora(use_dora=True), dtype=dtype), X.to(dtype)
+    with torch.no_grad():
+        before = model(x)
+        assert torch.equal(model(x), before)
+        CHANGES_OF_MAGNITUDE[change](_factors(model), getattr(_factors(model), MAGNITUDE))
+        after = model(x)
+        torch.testing.assert_close(after, general(model, x), **TOLERANCES[dtype])
+    assert not torch.allclose(before, after)
 
 
 def _with_forward_hook(layer: Any, seen: list[str]) -> Any:
