@@ -28,17 +28,17 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Tensor]]:
     yield seen
 
 
-def weight_of(outputs: int = 320, inputs: int = 256) -> Tensor:
+def weight_of(outputs: int = 1024, inputs: int = 512) -> Tensor:
     return torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("shape", [(1, 1, 256), (7, 1, 256), (64, 1, 256)])
+@pytest.mark.parametrize("shape", [(1, 1, 512), (7, 1, 512), (64, 1, 512)])
 @pytest.mark.parametrize("with_bias", [False, True])
 @torch.no_grad()
 def test_product_is_that_of_linear(calls: list[Tensor], shape: tuple[int, ...], with_bias: bool) -> None:
     torch.manual_seed(1)
-    x, bias = torch.randn(shape), torch.randn(320) if with_bias else None
-    for weight in (weight_of(), weight_of(256, 320).T):
+    x, bias = torch.randn(shape), torch.randn(1024) if with_bias else None
+    for weight in (weight_of(), weight_of(512, 1024).T):
         exact = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
         y = onednn.linear(x, weight, bias)
         assert y.shape == exact.shape and y.dtype == torch.float32
@@ -48,7 +48,7 @@ def test_product_is_that_of_linear(calls: list[Tensor], shape: tuple[int, ...], 
 
 @torch.no_grad()
 def test_strided_input(calls: list[Tensor]) -> None:
-    x = torch.randn(4, 3, 256)[:, -1:]
+    x = torch.randn(4, 3, 512)[:, -1:]
     torch.testing.assert_close(onednn.linear(x, weight_of()), x @ weight_of().T, rtol=1e-5, atol=1e-4)
     assert len(calls) == 1
 
@@ -58,16 +58,18 @@ def test_strided_input(calls: list[Tensor]) -> None:
     "x, weight",
     [
         (torch.ones(1, 1, 8), weight_of(4, 8)),
-        (torch.ones(1, 2, 256), weight_of()),
-        (torch.ones(65, 1, 256), weight_of()),
-        (torch.ones(0, 1, 256), weight_of()),
-        (torch.ones(1, 256), weight_of()),
-        (torch.ones(1, 1, 256).double(), weight_of().double()),
-        (torch.ones(1, 1, 256).bfloat16(), weight_of().bfloat16()),
-        (torch.ones(1, 1, 256, device="meta"), weight_of().to("meta")),
+        (torch.ones(1, 1, 511), weight_of(1024, 511)),
+        (torch.ones(1, 2, 512), weight_of()),
+        (torch.ones(65, 1, 512), weight_of()),
+        (torch.ones(0, 1, 512), weight_of()),
+        (torch.ones(1, 512), weight_of()),
+        (torch.ones(1, 1, 512).double(), weight_of().double()),
+        (torch.ones(1, 1, 512).bfloat16(), weight_of().bfloat16()),
+        (torch.ones(1, 1, 512, device="meta"), weight_of().to("meta")),
     ],
     ids=[
         "small weight",
+        "just too small a weight",
         "two tokens",
         "many rows",
         "no rows",
@@ -84,7 +86,7 @@ def test_linear_multiplies_everything_else(calls: list[Tensor], x: Tensor, weigh
 
 
 def test_with_gradients_the_product_has_them(calls: list[Tensor]) -> None:
-    x = torch.ones(1, 1, 256, requires_grad=True)
+    x = torch.ones(1, 1, 512, requires_grad=True)
     onednn.linear(x, weight_of()).sum().backward()
     assert x.grad is not None and not calls
     torch.testing.assert_close(x.grad[0, 0], weight_of().sum(0), rtol=1e-5, atol=1e-4)
@@ -92,7 +94,7 @@ def test_with_gradients_the_product_has_them(calls: list[Tensor]) -> None:
 
 @torch.no_grad()
 def test_pytorchs_modes_are_followed(calls: list[Tensor]) -> None:
-    x, weight = torch.ones(1, 1, 256), weight_of()
+    x, weight = torch.ones(1, 1, 512), weight_of()
     with torch.autocast("cpu", torch.bfloat16):
         assert onednn.linear(x, weight).dtype == torch.bfloat16
     torch._C._set_mkldnn_enabled(False)  # the public switch also sets TF32, and then warns
@@ -123,7 +125,7 @@ def test_only_cpus_made_by_amd(monkeypatch: pytest.MonkeyPatch, maker: str, slow
 @torch.no_grad()
 def test_only_decoding_steps_of_a_model_are_rounded_in_another_way(calls: list[Tensor]) -> None:
     """The adapters change nothing, so a text has the base's outputs to the bit."""
-    net = nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 256))
+    net = nn.Sequential(nn.Linear(256, 2048), nn.Linear(2048, 512))
     text, step = torch.randn(2, 9, 256), torch.randn(2, 1, 256)
     of_text, of_step = net(text), net(step)
     model = get_peft_model(net, LoraConfig(target_modules=["0", "1"]))
