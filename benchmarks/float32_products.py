@@ -57,10 +57,10 @@ def parse() -> argparse.Namespace:
 def table(products: dict[str, Product], options: argparse.Namespace) -> str:
     """Return milliseconds of all layers for each number of rows with one token, as Markdown."""
     weights = [0.02 * torch.randn(shape) for _ in range(BLOCKS) for shape in SHAPES]
-    chosen = f"oneDNN for weights of {onednn.LEAST_ELEMENTS:,} elements" if onednn.mkl_is_slow() else "MKL"
+    chosen = f"oneDNN for weights of {onednn.LEAST_ELEMENTS:,} elements or more" if onednn.mkl_is_slow() else "MKL"
     lines = [
         f"Milliseconds of {len(weights)} layers in float32, {torch.get_num_threads()} threads. For up to "
-        f"{onednn.MOST_ROWS} rows of one token ours takes {chosen} here, and MKL for all others.",
+        f"{onednn.MOST_ROWS} rows of one token ours takes here {chosen}, and MKL for everything else.",
         "",
         "| rows | " + " | ".join(products) + " | oneDNN / MKL | ours / MKL |",
         "|---:" * (len(products) + 3) + "|",
