@@ -4,11 +4,11 @@
     python -m benchmarks.decoding --storage bf16 --cells 1x1   # a quick look
     python -m benchmarks.decoding --methods lora dora --clock cpu
 
-SmolLM2-135M (--base, or its shape with random weights), r = 16 on all linear layers, no routes: the adapter is the
-active one. "trainable" is an adapter as training leaves it, in evaluation mode; "frozen" one that was loaded for use.
-"switched off" is ours inside of `disable_adapter()`. "packed copies" is ours, trainable, after `add_packed_copies`, and
-"base, packed copies" the bare base after it; both in bf16 only. A cell is rows x tokens; with one token, 64 lie in the
-cache.
+SmolLM2-135M (--base, or its shape with random weights), r = 16 on all linear layers, or with `lora-qv` on q_proj and
+v_proj, PEFT's default for Llama. No routes: the adapter is the active one. "trainable" is an adapter as training leaves
+it, in evaluation mode; "frozen" one that was loaded for use. "switched off" is ours inside of `disable_adapter()`.
+"packed copies" is ours, trainable, after `add_packed_copies`, and "base, packed copies" the bare base after it; both in
+bf16 only. A cell is rows x tokens; with one token, 64 lie in the cache.
 """
 
 import argparse
@@ -36,7 +36,7 @@ CACHED, RANK = 64, 16
 CELLS = ("1x1", "16x1", "32x1", "4x128")
 STORAGES = {"fp32": ("fp32", "none"), "bf16": ("bf16", "none"), "nf4": ("bf16", "nf4")}
 """{name: (compute type, storage of the base's weights)}"""
-METHODS = ("lora", "rslora", "dora", "adalora", "ia3")
+METHODS = ("lora", "lora-qv", "rslora", "dora", "adalora", "ia3")
 FLOOR, OFF, PACKED, PACKED_FLOOR = "base", "ours, switched off", "ours, packed copies", "base, packed copies"
 SIDES = (FLOOR, "ours, trainable", "ours, frozen", OFF, PACKED, PACKED_FLOOR, "PEFT, trainable", "PEFT, frozen")
 TARGETS = {
@@ -119,7 +119,8 @@ def save_adapter(base: Path, folder: Path, method: str, storage: str) -> None:
     """Save an adapter with random weights, made by PEFT, so that both tools read the same one."""
     torch.manual_seed(1)
     dtype, stored = STORAGES[storage]
-    common: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": "all-linear"}
+    targets = ["q_proj", "v_proj"] if method == "lora-qv" else "all-linear"
+    common: dict[str, Any] = {"task_type": "CAUSAL_LM", "target_modules": targets}
     config: Any
     if method == "ia3":
         names = ["k_proj", "v_proj", "down_proj"]
@@ -221,9 +222,9 @@ def table(report: dict[str, Any], inference_mode: bool) -> str:
         side for side in SIDES if any(side in cell for cells in report["measured"].values() for cell in cells.values())
     ]
     lines = [
-        f"SmolLM2-135M, r = {RANK} on all linear layers, one active adapter, evaluation mode, "
-        f"{'inference_mode' if inference_mode else 'no_grad'}. Multiples of the bare base, median of the ratio within "
-        f"a round; in brackets ours / PEFT. With one token, {CACHED} lie in the cache.",
+        f"SmolLM2-135M, r = {RANK} on all linear layers (lora-qv: on q_proj and v_proj), one active adapter, "
+        f"evaluation mode, {'inference_mode' if inference_mode else 'no_grad'}. Multiples of the bare base, median of "
+        f"the ratio within a round; in brackets ours / PEFT. With one token, {CACHED} lie in the cache.",
         "",
         f"| method, storage | rows x tokens | base, ms | {' | '.join(sides[1:])} | target |",
         "|---|---|---:|" + "---:|" * len(sides),

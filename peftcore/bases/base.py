@@ -86,6 +86,9 @@ class BaseWeight(ABC):
     def clear_cache(self) -> None:  # noqa: B027
         """Drop values that were computed from the weight, because the weight may have changed."""
 
+    def prepare_layer(self) -> None:  # noqa: B027
+        """Change the layer as adapters need it. Called when it gets its first adapter; a view alone changes nothing."""
+
     # -- geometry ------------------------------------------------------------------------------------------------
 
     @property

@@ -2,9 +2,9 @@
 
 On CPUs with bfloat16 instructions, bitsandbytes has a second 4-bit matrix product that reads codes in a packed order.
 For one or two tokens that product is several times faster than dequantising the weight; for a long prompt it is ten
-times slower. A bitsandbytes layer repacks itself permanently at its first forward in eval mode. The view here prevents
-the repacking, so that saving, merging and training stay exact to the bit. The view makes a packed copy of the codes for
-short inputs and drops the copy at the next long input.
+times slower. A bitsandbytes layer repacks itself permanently at its first forward in eval mode. Layers with adapters,
+and all layers of a model that trains, do not (`keep_codes`), so that saving, merging and training stay exact to the
+bit. The view makes a packed copy of the codes for short inputs and drops the copy at the next long input.
 """
 
 import copy
@@ -31,6 +31,8 @@ finds them equal at 16 to 26 tokens of one layer in bfloat16 (192 x 576 to 1536 
 """
 PACKED_OUTPUTS = 32
 """Number of outputs whose codes are interleaved in the packed order."""
+REPACKS = "support_avx512bf16_for_cpu"
+"""bitsandbytes' name of a 4-bit layer's attribute that is true if the layer repacks itself."""
 
 
 @register_storage("bitsandbytes.Params4bit")
@@ -43,7 +45,6 @@ class FourBitWeight(LinearWeight):
 
     def __init__(self, layer: nn.Module):
         super().__init__(layer)
-        self.layer.support_avx512bf16_for_cpu = False  # prevents the permanent repacking
         self._packed: _PackedWeight | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -51,6 +52,9 @@ class FourBitWeight(LinearWeight):
 
     def clear_cache(self) -> None:
         self._packed = None
+
+    def prepare_layer(self) -> None:
+        keep_codes(self.layer)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -88,7 +92,7 @@ class FourBitWeight(LinearWeight):
 
     def prefers_product(self, x: Tensor) -> bool:
         wants_gradient = torch.is_grad_enabled() and x.requires_grad
-        return not wants_gradient and self._can_use_packed(x) and self.compute_dtype(x) is not None
+        return not wants_gradient and self.can_use_packed(x) and self.compute_dtype(x) is not None
 
     def _packed_for(self, x: Tensor) -> "_PackedWeight | None":
         """Return the current packed copy of the weight if the packed product fits x."""
@@ -97,9 +101,9 @@ class FourBitWeight(LinearWeight):
         weight = self.layer.weight
         if self._packed is not None and self._packed.is_current(weight):
             return self._packed
-        return _packed(weight) if self._can_use_packed(x) else None
+        return _packed(weight) if self.can_use_packed(x) else None
 
-    def _can_use_packed(self, x: Tensor) -> bool:
+    def can_use_packed(self, x: Tensor) -> bool:
         """Return True for few bfloat16 tokens on the CPU; the packed product would round float32 inputs to bfloat16."""
         if not _is_short(x) or self.layer.training:
             return False
@@ -310,11 +314,29 @@ class EightBitWeight(LinearWeight):
         self.layer.state = state["state"]
 
 
+def keep_codes(model: nn.Module) -> None:
+    """Prevent bitsandbytes from repacking 4-bit layers for inference on the CPU.
+
+    Few tokens take as long as with the repacking (`peftcore.bases.four_bit_layer`).
+
+    Args:
+        model: A layer, or a model with such layers; changed in place.
+    """
+    for module in model.modules():
+        if not hasattr(module, REPACKS):
+            continue
+        setattr(module, REPACKS, False)
+        kind: Any = import_module("bitsandbytes.nn").Linear4bit
+        if type(module) is kind and _has_packed_product():  # subclasses may have a forward of their own
+            module.__class__ = import_module("peftcore.bases.four_bit_layer").UnpackedLinear4bit
+
+
 def keep_quantized_weights_trainable(model: nn.Module) -> None:
     """Prevent bitsandbytes from repacking 4-bit weights for inference on the CPU.
 
-    Without this call, the first evaluation during training repacks them. The packed form has no backward pass (layers
-    below get no gradient, and bitsandbytes only warns) and rounds the blocks' scales. The repacking cannot be undone.
+    A new adapter that trains does so, too. Without it, the first evaluation during training repacks them. The packed
+    form has no backward pass (layers below get no gradient, and bitsandbytes only warns) and rounds the blocks' scales.
+    The repacking cannot be undone.
 
     Args:
         model: The model to train; changed in place.
@@ -323,12 +345,9 @@ def keep_quantized_weights_trainable(model: nn.Module) -> None:
         TrainingError: A layer of the model is already packed.
     """
     for path, module in model.named_modules():
-        if not hasattr(module, "support_avx512bf16_for_cpu"):
-            continue
-        module.support_avx512bf16_for_cpu = False  # pyright: ignore
-        state = getattr(getattr(module, "weight", None), "quant_state", None)
-        if _is_packed(state):
+        if hasattr(module, REPACKS) and _is_packed(getattr(getattr(module, "weight", None), "quant_state", None)):
             raise TrainingError(
                 f"{path}: a forward pass in eval mode has packed this 4-bit layer for inference, so it has no "
                 "gradients; load the base model again and train before evaluating it"
             )
+    keep_codes(model)

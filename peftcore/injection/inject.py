@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from peftcore.adapter import Adapter
 from peftcore.bases import ParameterWeight
+from peftcore.bases.quantized import keep_codes
 from peftcore.config import PeftConfig, TunerConfig
 from peftcore.detection.layer_inputs import shared_input_groups
 from peftcore.errors import AdapterNameError, ConfigError, MergeError, PeftError, TargetError
@@ -110,6 +111,7 @@ def commit_injection(
         adapters.restricting.add(name)
     if trainable:
         adapters.trainable.add(name)
+        keep_codes(model)  # of all layers, because gradients flow through those without adapters, too
     adapters.kinds[name] = method_of(injection.config).adapter
     if injection.adapters:
         note_changed_base(adapters, name)

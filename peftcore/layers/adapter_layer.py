@@ -75,7 +75,9 @@ class AdapterLayer(PeftLayerAttributes, TensorHolder, LayerWrapper, AdapterSlot)
 
     def take_view(self, view: BaseWeight) -> None:
         """Use an existing view of the base layer, unless this layer has a view already."""
-        self._view = self._view or view
+        if self._view is None:
+            view.prepare_layer()
+            self._view = view
 
     def __getattr__(self, name: str) -> Any:
         if name == "bias" and self.has_trained_biases:  # some models read a layer's bias and never call the layer
@@ -111,6 +113,7 @@ class AdapterLayer(PeftLayerAttributes, TensorHolder, LayerWrapper, AdapterSlot)
     def _new_view(self, old: BaseWeight | None) -> BaseWeight:
         """Make a view on the current base layer, and move the adapters to it."""
         view = base_weight(self.base_layer, self.path)
+        view.prepare_layer()
         if old is not None:
             self.move_adapters(old, view)
         self._view = view

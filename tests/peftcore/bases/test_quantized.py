@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from peftcore import IA3Config, LoraConfig, get_peft_model
-from peftcore.bases import base_weight
+from peftcore.bases import base_weight, keep_quantized_weights_trainable
 from peftcore.bases.quantized import MAX_PACKED_TOKENS
+from peftcore.errors import TrainingError
 from peftcore.injection.adapter_set import adapter_set
 
 needs_packed_product = pytest.mark.skipif(
@@ -40,6 +41,20 @@ def four_bit(kind: str = "nf4", inputs: int = 128, outputs: int = 64, dtype: tor
     return made.to("cpu").eval()
 
 
+def adapted_view(layer: Any) -> Any:
+    """The view of a layer that has adapters."""
+    view = base_weight(layer)
+    view.prepare_layer()
+    return view
+
+
+def net_with_adapter_below(trainable: bool = True) -> Any:
+    """Two 4-bit layers, 128 -> 64 -> 128, the first one with a LoRA that changes it."""
+    net = nn.Sequential(four_bit(), four_bit(inputs=64, outputs=128))
+    config = LoraConfig(r=4, target_modules=["0"], init_lora_weights=False, inference_mode=not trainable)
+    return get_peft_model(net, config)
+
+
 def exact(layer: Any, x: Tensor) -> Tensor:
     """x Wᵀ + b in float64, W as its codes and scales say."""
     state = copy.copy(layer.weight.quant_state)
@@ -56,7 +71,7 @@ def inputs(tokens: int, features: int = 128, dtype: torch.dtype = torch.bfloat16
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_packed_order_is_bitsandbytes_own(kind: str) -> None:
     layer = four_bit(kind)
-    base: Any = base_weight(layer)
+    base: Any = adapted_view(layer)
     base.product(inputs(1))
     codes, state = bnb_functional._convert_weight_packed_for_cpu(
         layer.weight.data.clone(), copy.copy(layer.weight.quant_state)
@@ -68,7 +83,7 @@ def test_the_packed_order_is_bitsandbytes_own(kind: str) -> None:
 @pytest.mark.parametrize("tokens", [1, MAX_PACKED_TOKENS, MAX_PACKED_TOKENS + 1])
 def test_either_product_is_the_layer_within_the_rounding_of_bfloat16(kind: str, tokens: int) -> None:
     layer = four_bit(kind)
-    base, x = base_weight(layer), inputs(tokens)
+    base, x = adapted_view(layer), inputs(tokens)
     y, expected = base.product(x), exact(layer, x)
     assert y.dtype == torch.bfloat16
     assert (y.double() - expected).norm() < 1.5 * EPS * expected.norm()
@@ -77,14 +92,14 @@ def test_either_product_is_the_layer_within_the_rounding_of_bfloat16(kind: str, 
 def test_an_input_that_lies_across_memory_is_read_right() -> None:
     layer = four_bit()
     x = inputs(8).T.contiguous().T
-    y, expected = base_weight(layer).product(x), exact(layer, x)
+    y, expected = adapted_view(layer).product(x), exact(layer, x)
     assert not x.is_contiguous() and (y.double() - expected).norm() < 1.5 * EPS * expected.norm()
 
 
 @needs_packed_product
 def test_float32_keeps_its_precision_for_a_single_token() -> None:
     layer = four_bit(dtype=torch.float32)
-    base, x = base_weight(layer), inputs(1, dtype=torch.float32)
+    base, x = adapted_view(layer), inputs(1, dtype=torch.float32)
     assert (base.product(x).double() - exact(layer, x)).norm() < 1e-6 * exact(layer, x).norm()
     assert bnb_functional.has_avx512bf16() and not base.prefers_product(x)
 
@@ -93,14 +108,14 @@ def test_float32_keeps_its_precision_for_a_single_token() -> None:
 def test_shapes_that_cannot_be_packed_are_computed_all_the_same(features: int, outputs: int) -> None:
     layer = four_bit(inputs=features, outputs=outputs)
     x = inputs(1, features)
-    y, expected = base_weight(layer).product(x), exact(layer, x)
+    y, expected = adapted_view(layer).product(x), exact(layer, x)
     assert (y.double() - expected).norm() < 1.5 * EPS * expected.norm()
 
 
 @needs_packed_product
 def test_the_copy_lives_while_tokens_come_one_by_one() -> None:
     layer = four_bit()
-    base: Any = base_weight(layer)
+    base: Any = adapted_view(layer)
     base.product(inputs(1))
     codes = weakref.ref(base._packed.codes)
     base.product(inputs(2))
@@ -118,7 +133,7 @@ def test_the_copy_lives_while_tokens_come_one_by_one() -> None:
 @needs_packed_product
 def test_a_weight_that_was_changed_in_place_is_packed_again() -> None:
     layer = four_bit()
-    base, x = base_weight(layer), inputs(1)
+    base, x = adapted_view(layer), inputs(1)
     before = base.product(x)
     with torch.no_grad():
         layer.weight.copy_(four_bit("fp4").weight.flip(0))
@@ -244,3 +259,106 @@ def test_a_merged_eight_bit_model_from_a_pickle_unmerges_to_the_bit() -> None:
         assert torch.equal(copy(x), model(x))
         copy.unmerge_adapter()
         assert torch.equal(copy(x), before)
+
+
+# -- layers without adapters -----------------------------------------------------------------------------------------
+
+
+def test_a_view_alone_leaves_the_layer_as_it_is() -> None:
+    layer = four_bit()
+    before = dict(vars(layer))
+    base_weight(layer)
+    assert type(layer) is bnb.nn.Linear4bit and vars(layer) == before
+
+
+@needs_packed_product
+def test_a_frozen_adapter_leaves_the_other_layers_to_bitsandbytes() -> None:
+    model = net_with_adapter_below(trainable=False).eval()
+    other = model.base_model.model[1]
+    with torch.no_grad():
+        model(inputs(1))
+    assert type(other) is bnb.nn.Linear4bit and other.weight.quant_state.packing_format_for_cpu
+
+
+@pytest.mark.parametrize("tokens", [1, MAX_PACKED_TOKENS + 1])
+def test_an_adapter_that_trains_gets_the_same_gradient_after_an_evaluation(tokens: int) -> None:
+    model, x = net_with_adapter_below(), inputs(tokens)
+
+    def gradients() -> list[Tensor]:
+        model.train().zero_grad()
+        model(x).square().sum().backward()
+        return [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+
+    before = gradients()
+    codes = model.base_model.model[1].weight.data.clone()
+    with torch.no_grad():
+        model.eval()(x)
+    after = gradients()
+    assert torch.equal(model.base_model.model[1].weight.data, codes)
+    assert before and all(one.any() and torch.equal(one, two) for one, two in zip(before, after, strict=True))
+
+
+@needs_packed_product
+@pytest.mark.parametrize("tokens", [1, MAX_PACKED_TOKENS, MAX_PACKED_TOKENS + 1])
+def test_a_layer_that_keeps_its_codes_multiplies_few_tokens_by_a_copy(tokens: int) -> None:
+    layer, x = four_bit(), inputs(tokens)
+    codes = layer.weight.data.clone()
+    keep_quantized_weights_trainable(layer)
+    with torch.no_grad():
+        layer(inputs(1))
+        y, expected = layer(x), exact(layer, x)
+    assert torch.equal(layer.weight.data, codes) and y.dtype == torch.bfloat16
+    assert (y.double() - expected).norm() < 1.5 * EPS * expected.norm()
+    assert (layer._view._packed is not None) == (tokens <= MAX_PACKED_TOKENS)
+
+
+@needs_packed_product
+def test_copies_and_files_of_a_layer_that_keeps_its_codes_hold_no_packed_copy() -> None:
+    layer, x = four_bit(), inputs(1)
+    keep_quantized_weights_trainable(layer)
+    with torch.no_grad():
+        y = layer(x)
+        for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+            assert type(other) is type(layer) and "_view" not in vars(other)
+            assert torch.equal(other(x), y)
+
+
+@needs_packed_product
+def test_a_kept_layer_sees_a_new_weight() -> None:
+    layer, x = four_bit(), inputs(1)
+    keep_quantized_weights_trainable(layer)
+    with torch.no_grad():
+        layer(x)
+        layer.weight = four_bit("fp4").weight
+        y, expected = layer(x), exact(layer, x)
+    assert (y.double() - expected).norm() < 1.5 * EPS * expected.norm()
+
+
+@needs_packed_product
+def test_a_merged_model_decodes_through_the_packed_product_and_keeps_its_codes() -> None:
+    model = net_with_adapter_below().merge_and_unload().eval()
+    codes = [layer.weight.data.clone() for layer in model]
+    with torch.no_grad():
+        model(inputs(1))
+    assert all(layer._view._packed is not None for layer in model)
+    assert all(torch.equal(layer.weight.data, one) for layer, one in zip(model, codes, strict=True))
+
+
+@needs_packed_product
+def test_a_kept_layer_in_eval_mode_has_the_gradient_of_its_input() -> None:
+    layer = four_bit()
+    keep_quantized_weights_trainable(layer)
+    x = inputs(1).requires_grad_()
+    layer(x).float().sum().backward()
+    state = copy.copy(layer.weight.quant_state)
+    state.dtype = torch.float32
+    expected = bnb_functional.dequantize_4bit(layer.weight.data, state).sum(0)
+    assert x.grad is not None and (x.grad[0].float() - expected).norm() < 2 * EPS * expected.norm()
+
+
+def test_a_packed_layer_is_refused_for_training_and_no_layer_is_changed() -> None:
+    net = nn.Sequential(four_bit(), four_bit())
+    net[1].weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(TrainingError, match=r"1: .* has packed this 4-bit layer"):
+        keep_quantized_weights_trainable(net)
+    assert type(net[0]) is bnb.nn.Linear4bit
