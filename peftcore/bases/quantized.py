@@ -323,11 +323,12 @@ def keep_codes(model: nn.Module) -> None:
         model: A layer, or a model with such layers; changed in place.
     """
     for module in model.modules():
-        if not hasattr(module, REPACKS):
+        if REPACKS not in vars(module):
             continue
         setattr(module, REPACKS, False)
         kind: Any = import_module("bitsandbytes.nn").Linear4bit
-        if type(module) is kind and _has_packed_product():  # subclasses may have a forward of their own
+        on_cpu = module.weight.device.type == "cpu"
+        if type(module) is kind and on_cpu and _has_packed_product():  # subclasses may have a forward of their own
             module.__class__ = import_module("peftcore.bases.four_bit_layer").UnpackedLinear4bit
 
 
@@ -345,7 +346,7 @@ def keep_quantized_weights_trainable(model: nn.Module) -> None:
         TrainingError: A layer of the model is already packed.
     """
     for path, module in model.named_modules():
-        if hasattr(module, REPACKS) and _is_packed(getattr(getattr(module, "weight", None), "quant_state", None)):
+        if REPACKS in vars(module) and _is_packed(getattr(getattr(module, "weight", None), "quant_state", None)):
             raise TrainingError(
                 f"{path}: a forward pass in eval mode has packed this 4-bit layer for inference, so it has no "
                 "gradients; load the base model again and train before evaluating it"
