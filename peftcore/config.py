@@ -153,8 +153,25 @@ class SharedOptions:
     """Adapt or copy both layers of a tied pair of weights in the same way, so that they stay tied."""
 
 
+class _ConfigType(type):
+    """Class of the configuration classes: leaves out arguments of HF PEFT that have no effect."""
+
+    ignored_on_disk: dict[str, Any]
+
+    if not TYPE_CHECKING:  # a type checker reads the arguments from the fields
+
+        def __call__(cls, *args: Any, **options: Any) -> Any:
+            """Create a configuration, without the keys of `ignored_on_disk` that are at their default or empty.
+
+            So `LoraConfig(**fields)` takes the fields of a file that HF PEFT wrote. Other values stay an error.
+            """
+            without_effect = cls.ignored_on_disk
+            kept = {k: v for k, v in options.items() if k not in without_effect or (v and v != without_effect[k])}
+            return super().__call__(*args, **kept)
+
+
 @dataclass
-class PeftConfig(SharedOptions):
+class PeftConfig(SharedOptions, metaclass=_ConfigType):
     """Base of every adapter configuration. Field names are those of PEFT's `adapter_config.json`.
 
     The core reads a method's properties from the class variables and from the methods under "hooks". So the core has no

@@ -21,6 +21,24 @@ def test_unknown_method_names_those_there_are() -> None:
         PeftConfig.from_dict({"r": 8})
 
 
+@pytest.mark.parametrize("name", ["LoraConfig", "AdaLoraConfig"])
+def test_fields_that_hf_peft_writes_are_arguments(name: str, tmp_path: Path) -> None:
+    steps = {"total_step": 10} if name == "AdaLoraConfig" else {}
+    theirs = getattr(peft, name)(target_modules=["q_proj"], **steps)
+    theirs.save_pretrained(tmp_path)
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    ours = getattr(peftcore, name)(**written)
+    assert set(written) - {f.name for f in fields(ours)}, "HF PEFT writes keys that have no field here"
+    assert ours.target_modules == {"q_proj"}
+
+
+def test_an_unsupported_argument_of_hf_peft_is_an_error() -> None:
+    with pytest.raises(TypeError, match="unknown option 'megatron_config'"):
+        LoraConfig(megatron_config={"a": 1})  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="unknown option 'use_dora'"):
+        peftcore.AdaLoraConfig(total_step=10, use_dora=True)  # type: ignore[call-arg]
+
+
 def test_missing_and_damaged_files(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no adapter_config\.json"):
         PeftConfig.from_pretrained(tmp_path)
