@@ -54,7 +54,8 @@ def load_adapter(
 
     An exchange by `hotswap` leaves the active adapters as they are.
     As in transformers, the model is in evaluation mode then, unless `is_trainable`, and a warning is logged of keys
-    that `adapter_state_dict` lacks, or that the adapter does not have. On an error the model stays as it was.
+    that `adapter_state_dict` lacks, or that the adapter does not have. A directory's adapter may be of the model with
+    another head, or without one: `AutoModel` loads a causal LM's. On an error the model stays as it was.
 
     Args:
         self: the model.
@@ -102,7 +103,7 @@ def load_adapter(
     elif peft_model_id is None:
         raise ConfigError(_NO_SOURCE)
     else:
-        reading = Reading(False, low_cpu_mem_usage, ignore_mismatched_sizes=ignore_mismatched_sizes)
+        reading = Reading(False, low_cpu_mem_usage, ignore_mismatched_sizes=ignore_mismatched_sizes, any_head=True)
         directory = hub.adapter_directory(peft_model_id, needs_config=peft_config is None, **options)
         with hub.naming_download(peft_model_id):
             keys = checkpoint.load_adapter(self, directory, name, is_trainable, peft_config, reading=reading).result

@@ -45,7 +45,7 @@ from peftcore.registry import method_of
 from peftcore.storage.adapter_state import AdapterState, adapter_state_of
 from peftcore.storage.embedding_rows import EmbeddingLoader, SaveEmbeddings, embeddings_to_save
 from peftcore.storage.older_models import for_present_modules, under_new_names, with_fused_experts
-from peftcore.storage.reading import IncompatibleKeys, Reading
+from peftcore.storage.reading import IncompatibleKeys, Reading, under_this_head
 
 _GENERATION = "text-generation"
 """The hub's name of a causal language model's task."""
@@ -426,6 +426,8 @@ def _take_tensors(
     tensors = state.with_our_keys(tensors, expected, name)
     if not expected.keys() <= tensors.keys() and reading.key_mapping is None:
         tensors = with_fused_experts(under_new_names(tensors, expected.keys(), model), state, model)
+        if reading.any_head and (trunk := getattr(model, "base_model_prefix", "")):
+            tensors = under_this_head(tensors, expected.keys(), trunk)
     missing = sorted(expected.keys() - tensors.keys() - state.optional())
     others = tensors.keys() - expected.keys()
     others = others and others - state.repeated()

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +42,8 @@ class Reading:
     """False accepts missing and unexpected keys, with a warning; missing parameters keep their initial values."""
     ignore_mismatched_sizes: bool = False
     """True treats tensors of another shape as missing, with a warning."""
+    any_head: bool = False
+    """True: the adapter's model may have another head than this one, or none, as transformers loads base weights."""
 
     def __post_init__(self) -> None:
         for name in _FLAGS:
@@ -125,6 +127,22 @@ def mapped(tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str] | None)
         twice = next(key for key in new if new.count(key) > 1)
         raise CheckpointError(f"key_mapping gives several tensors the key {twice!r}; make the expressions narrower")
     return {keys[key]: tensor for key, tensor in tensors.items()}
+
+
+def under_this_head(tensors: Mapping[str, Tensor], expected: Collection[str], trunk: str) -> Mapping[str, Tensor]:
+    """Return the tensors under the keys of this model, which has no head where the saved one has, or the reverse.
+
+    Args:
+        tensors: The tensors by key.
+        expected: The adapter's keys. The tensors keep their keys if one of them is expected, or none would be.
+        trunk: Path of the trunk in a model with a head, such as "model".
+    """
+    if not tensors.keys().isdisjoint(expected):
+        return tensors
+    inner = f"{PREFIX}{trunk}."
+    without_head = {key.replace(inner, PREFIX, 1) if key.startswith(inner) else key: t for key, t in tensors.items()}
+    with_head = {f"{inner}{key.removeprefix(PREFIX)}": tensor for key, tensor in tensors.items()}
+    return next((new for new in (without_head, with_head) if not new.keys().isdisjoint(expected)), tensors)
 
 
 def _mapped_key(key: str, rules: list[tuple[re.Pattern[str], str]]) -> str:

@@ -59,6 +59,30 @@ def test_the_model_keeps_its_class_and_computes_with_the_adapter(saved: Path) ->
     assert list(model.peft_config) == ["default"] and model._hf_peft_config_loaded
 
 
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"target_modules": ["embed_tokens", "v_proj"]}])
+def test_an_adapter_fits_the_model_with_and_without_its_head(tmp_path: Path, options: dict[str, Any]) -> None:
+    config = LoraConfig(**{"r": 2, "target_modules": ["q_proj"], "init_lora_weights": False, **options})
+    trained = get_peft_model(llama(), config)
+    trained.save_pretrained(tmp_path / "head")
+    expected = trained.model(IDS).last_hidden_state
+    headless = llama().model
+    info = load_adapter(headless, tmp_path / "head")
+    assert not info.missing_keys and not info.unexpected_keys
+    torch.testing.assert_close(headless(IDS).last_hidden_state, expected, rtol=1e-5, atol=1e-5)
+
+    get_peft_model(llama().model, config).save_pretrained(tmp_path / "none")
+    model = llama()
+    load_adapter(model, tmp_path / "none")
+    other = PeftModel.from_pretrained(llama().model, tmp_path / "none")
+    torch.testing.assert_close(model.model(IDS)[0], other(IDS)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_an_adapter_of_another_model_does_not_fit_with_any_head(saved: Path) -> None:
+    headless = LlamaForCausalLM(LlamaConfig(vocab_size=40, hidden_size=32, num_hidden_layers=1)).model
+    with pytest.raises(CheckpointError, match="does not fit"):
+        load_adapter(headless, saved)
+
+
 def test_a_trainable_adapter_alone_trains(saved: Path) -> None:
     model = llama().train()
     load_adapter(model, str(saved), "first", is_trainable=True)
