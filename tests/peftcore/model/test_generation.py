@@ -59,10 +59,10 @@ def test_an_encoder_decoder_keeps_its_token_ids_if_its_generation_config_names_a
     config: PeftConfig,
 ) -> None:
     torch.manual_seed(0)
-    sizes = {"vocab_size": 9, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
-    tokens = {"decoder_start_token_id": 3, "pad_token_id": 4, "eos_token_id": 1}
+    sizes: dict[str, Any] = {"vocab_size": 9, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    tokens: dict[str, Any] = {"decoder_start_token_id": 3, "pad_token_id": 4, "eos_token_id": 1}
     model: Any = get_peft_model(T5ForConditionalGeneration(T5Config(**sizes, **tokens)), config).eval()
-    text = {"input_ids": torch.tensor([[5, 6]]), "do_sample": False}
+    text: dict[str, Any] = {"input_ids": torch.tensor([[5, 6]]), "do_sample": False}
     expected = model.generate(**text, max_length=6)
     model.generation_config = GenerationConfig(max_length=6)  # as `Seq2SeqTrainer` sets it
     assert torch.equal(model.generate(**text), expected)
