@@ -156,6 +156,25 @@ class TunerModel(metaclass=_OfTunerModels):
     def __setattr__(self, name: str, value: Any) -> None:
         setattr(self.model, name, value)
 
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield (name, parameter) as `nn.Module.named_parameters`, with names such as "model.lin0.weight"."""
+        return self.model.named_parameters(_below(prefix), recurse, remove_duplicate)
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, buffer) as `nn.Module.named_buffers`, with names such as "model.norm.running_mean"."""
+        return self.model.named_buffers(_below(prefix), recurse, remove_duplicate)
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Any]]:
+        """Yield (name, module) as `nn.Module.named_modules`: the view, the model as "model", and its submodules."""
+        yield prefix, self
+        yield from self.model.named_modules(memo, _below(prefix), remove_duplicate)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the model."""
         return self.model(*args, **kwargs)
@@ -294,6 +313,11 @@ class SharedTensors(Mapping[str, Tensor]):
 
     def __repr__(self) -> str:
         return f"{self._name}: {dict(self)!r}"
+
+
+def _below(prefix: str) -> str:
+    """Return the path of the attribute `model` of a module at the path `prefix`."""
+    return f"{prefix}.model" if prefix else "model"
 
 
 def _adapted(model: nn.Module) -> Iterator[tuple[str, AdapterSlot]]:

@@ -41,6 +41,20 @@ def test_base_model_model_is_the_model() -> None:
     assert model.base_model.prefix == model.prefix == "lora_"
 
 
+def test_names_of_parameters_and_modules_begin_with_model_as_in_peft() -> None:
+    plain = nn.Sequential(*base(), nn.BatchNorm1d(3))
+    theirs = peft.get_peft_model(copy.deepcopy(plain), peft.LoraConfig(target_modules=["0"])).base_model
+    ours = get_peft_model(plain, LoraConfig(target_modules=["0"])).base_model
+    assert [name for name, _ in ours.named_parameters()] == [name for name, _ in theirs.named_parameters()]
+    assert [name for name, _ in ours.named_buffers()] == [name for name, _ in theirs.named_buffers()]
+    modules = dict(ours.named_modules())
+    assert modules.keys() <= dict(theirs.named_modules()).keys()
+    assert isinstance(modules[""], LoraModel)
+    assert modules["model"] is ours.model
+    assert modules["model.2"] is ours.model.get_submodule("2")
+    assert [name for name, _ in ours.named_modules(prefix="x")][:3] == ["x", "x.model", "x.model.0"]
+
+
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda view: pickle.loads(pickle.dumps(view))])
 def test_a_copy_holds_a_copy_of_the_model(duplicate: Any) -> None:
     model = get_peft_model(base(), LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))

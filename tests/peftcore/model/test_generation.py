@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import pytest
 import torch
+from transformers import GenerationConfig, T5Config, T5ForConditionalGeneration
 
-from peftcore import LoraConfig, PromptTuningConfig, get_peft_model
+from peftcore import LoraConfig, PeftConfig, PromptTuningConfig, get_peft_model
 
 OPTIONS: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 
@@ -44,3 +46,26 @@ def test_a_models_own_masks_are_used_unless_a_prompt_is_active(model: Any) -> No
     lora.add_adapter("prompt", PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
     lora.set_adapter("prompt")
     assert lora.create_masks_for_generate(attention_mask="1 1") == "1 1"
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(target_modules=["q"], init_lora_weights=False),
+        PromptTuningConfig(task_type="SEQ_2_SEQ_LM", num_virtual_tokens=2),
+    ],
+)
+def test_an_encoder_decoder_keeps_its_token_ids_if_its_generation_config_names_a_length_alone(
+    config: PeftConfig,
+) -> None:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 9, "d_model": 8, "d_kv": 4, "d_ff": 8, "num_layers": 1, "num_heads": 2}
+    tokens: dict[str, Any] = {"decoder_start_token_id": 3, "pad_token_id": 4, "eos_token_id": 1}
+    model: Any = get_peft_model(T5ForConditionalGeneration(T5Config(**sizes, **tokens)), config).eval()
+    text: dict[str, Any] = {"input_ids": torch.tensor([[5, 6]]), "do_sample": False}
+    expected = model.generate(**text, max_length=6)
+    model.generation_config = GenerationConfig(max_length=6)  # as `Seq2SeqTrainer` sets it
+    assert torch.equal(model.generate(**text), expected)
+    assert expected[0, 0] == 3
+    assert model.generate(**text, generation_config=GenerationConfig(decoder_start_token_id=2))[0, 0] == 2
+    assert model.generate(**text, decoder_start_token_id=0)[0, 0] == 0
