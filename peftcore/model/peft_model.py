@@ -18,7 +18,7 @@ from peftcore.files import hub
 from peftcore.files.tensors import PREFIX
 from peftcore.injection import forward_hooks, inject, merge
 from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set, untouched_names
-from peftcore.injection.base_view import hide_model, show_model
+from peftcore.injection.base_view import hide_model, show_model, view_of
 from peftcore.injection.preparation import Creation
 from peftcore.model.activation import ActivationMethods
 from peftcore.model.generation import generate_of, masks_of
@@ -206,8 +206,12 @@ class PeftModel(LoadingMethods, ActivationMethods, MergingMethods, SavingMethods
         return super().load_state_dict(state_dict, strict, assign)  # type: ignore[misc]
 
     def get_base_model(self) -> Any:
-        """Return the model itself, with its adapters; `unload` returns the model without them."""
-        return self
+        """Return the model as an object of its own class, which shares all submodules and attributes with this model.
+
+        The adapters stay in the layers; `unload` returns the model without them. The methods are those of the model's
+        own class, as in HF PEFT: `save_pretrained` saves the model's tensors in place of the adapters.
+        """
+        return view_of(self._module, _plain_class(type(self)))
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:

@@ -43,6 +43,22 @@ def test_a_pickle_stores_the_plain_class(model: Any) -> None:
     assert torch.equal(logits(again), logits(model))
 
 
+def test_the_base_model_saves_its_own_weights(model: Any, tmp_path: Path) -> None:
+    """HF PEFT's LoftQ example takes the adapters out of the base model by hand, and saves the base model."""
+    base = model.get_base_model()
+    assert type(base) is LlamaForCausalLM and not isinstance(base, PeftModel)
+    assert base.lm_head is model.lm_head and base.config is model.config
+    assert torch.equal(base(torch.arange(3)[None]).logits, model(torch.arange(3)[None]).logits)
+    for name, layer in list(base.named_modules()):
+        if hasattr(layer, "base_layer"):
+            base.set_submodule(name, layer.base_layer)
+    base.save_pretrained(tmp_path)
+    assert not (tmp_path / "adapter_config.json").exists()
+    saved = LlamaForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert saved.keys() == base.state_dict().keys()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in base.state_dict().items())
+
+
 def test_a_subclass_of_the_class_is_unloaded_to_the_plain_class(model: Any) -> None:
     model.__class__ = type("Wrapped", (type(model),), {})
     assert type(model.unload()) is LlamaForCausalLM
