@@ -46,6 +46,7 @@ from peftcore.storage.adapter_state import AdapterState, adapter_state_of
 from peftcore.storage.embedding_rows import EmbeddingLoader, SaveEmbeddings, embeddings_to_save
 from peftcore.storage.older_models import for_present_modules, under_new_names, with_fused_experts
 from peftcore.storage.reading import IncompatibleKeys, Reading
+from peftcore.storage.saved_module_names import with_saved_module_names
 
 _GENERATION = "text-generation"
 """The hub's name of a causal language model's task."""
@@ -326,7 +327,8 @@ def _prepared(
 ) -> tuple[Injection, AdapterState, Mapping[str, Tensor]]:
     """Return the prepared adapter, its state, and the directory's tensors.
 
-    If they do not fit together, transformers may have renamed modules since; see `for_present_modules`.
+    If they do not fit together, transformers may have renamed modules since, or HF PEFT's rule for `modules_to_save`
+    matched more modules; see `for_present_modules` and `with_saved_module_names`.
     """
     on_disk: Mapping[str, Tensor] | None = None
     try:
@@ -336,15 +338,22 @@ def _prepared(
         fits = state.tensors().keys() == on_disk.keys()
     except TargetError:
         on_disk = read_tensors()
-        present = config if reading.key_mapping is not None else for_present_modules(config, on_disk, model)
+        present = _for_model(config, on_disk, model, reading)
         if present is config:
             raise
     else:
-        present = config if fits or reading.key_mapping is not None else for_present_modules(config, on_disk, model)
+        present = config if fits else _for_model(config, on_disk, model, reading)
         if present is config:
             return injection, state, on_disk
     injection = prepare_injection(model, present, name, creation)
     return injection, _state_of(injection), on_disk
+
+
+def _for_model(config: PeftConfig, on_disk: Mapping[str, Tensor], model: nn.Module, reading: Reading) -> PeftConfig:
+    """Return the configuration with the names of this model's modules; unchanged if all names fit."""
+    if reading.key_mapping is None:
+        config = for_present_modules(config, on_disk, model)
+    return with_saved_module_names(config, on_disk.keys(), model)
 
 
 def _state_of(injection: Injection) -> AdapterState:
