@@ -561,6 +561,16 @@ class Adapter(_Constants):
             parameter.copy_(saved)
 
     @classmethod
+    def config_of_file(cls, config: Any, read_tensors: Callable[[], Mapping[str, Tensor]]) -> Any:
+        """Return the configuration that fits a file's tensors, where HF PEFT saves another one.
+
+        Args:
+            config: the configuration of the file.
+            read_tensors: returns the file's tensors by key.
+        """
+        return config
+
+    @classmethod
     def config_to_save(cls, config: Any, adapters: Mapping[str, "Adapter"]) -> Any:
         """Return the configuration to save beside the tensors, for example with the ranks after pruning.
 

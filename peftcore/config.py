@@ -156,8 +156,6 @@ class SharedOptions:
 class _ConfigType(type):
     """Class of the configuration classes: leaves out arguments of HF PEFT that have no effect."""
 
-    ignored_on_disk: dict[str, Any]
-
     if not TYPE_CHECKING:  # a type checker reads the arguments from the fields
 
         def __call__(cls, *args: Any, **options: Any) -> Any:

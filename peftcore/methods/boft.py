@@ -5,7 +5,9 @@ part S gives a block (I − S)(I + S)⁻¹; boft_s (o, 1), or (1, o) for convolu
 blocks apart. Unlike PEFT, m > 1 needs no CUDA extension, and a convolution keeps its dilation and padding.
 """
 
+import dataclasses
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -90,6 +92,17 @@ class BOFT(Adapter):
         if not self.starts_at_base:
             normal_(self.boft_R, std=0.1)
             normal_(self.boft_s, mean=1, std=0.1)
+
+    @classmethod
+    def config_of_file(cls, config: BOFTConfig, read_tensors: Callable[[], Mapping[str, Tensor]]) -> BOFTConfig:
+        """Return the configuration with the file's number of factors.
+
+        HF PEFT without its compiled CUDA code makes one factor, whatever the configuration says.
+        """
+        if config.boft_n_butterfly_factor == 1:
+            return config
+        counts = {len(tensor) for key, tensor in read_tensors().items() if key.endswith(".boft_R")}
+        return dataclasses.replace(config, boft_n_butterfly_factor=1) if counts == {1} else config
 
     def repeated_keys(self) -> set[str]:
         return super().repeated_keys() | {"boft_P"}  # the permutations, which HF PEFT saved before 0.13

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from peftcore._util.both_libraries import refuse_hf_peft
+from peftcore.adapter import Adapter
 from peftcore.config import CONFIG_NAME, PeftConfig, TaskType
 from peftcore.errors import CheckpointError, ConfigError, PeftError, SizeMismatchError, TargetError
 from peftcore.files import MANIFEST, damaged_files, files_written_together, manifest_text, sha256, whole_files
@@ -46,6 +47,7 @@ from peftcore.storage.adapter_state import AdapterState, adapter_state_of
 from peftcore.storage.embedding_rows import EmbeddingLoader, SaveEmbeddings, embeddings_to_save
 from peftcore.storage.older_models import for_present_modules, under_new_names, with_fused_experts
 from peftcore.storage.reading import IncompatibleKeys, Reading, under_this_head
+from peftcore.storage.saved_module_names import with_exact_module_names, with_saved_module_names
 
 _GENERATION = "text-generation"
 """The hub's name of a causal language model's task."""
@@ -128,7 +130,7 @@ def save_adapter(
     adapters = adapter_set(model)
     adapters.require(name)
     config = adapters.configs[name]
-    config = adapters.kinds[name].config_to_save(config, adapters.of_method(name))
+    config = adapters.kinds[name].config_to_save(with_exact_module_names(config, model), adapters.of_method(name))
     base = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
     mapping = config.auto_mapping if config.task_type is not None else _auto_mapping(model)
     config = dataclasses.replace(config, inference_mode=True, base_model_name_or_path=base, auto_mapping=mapping)
@@ -326,9 +328,13 @@ def _prepared(
 ) -> tuple[Injection, AdapterState, Mapping[str, Tensor]]:
     """Return the prepared adapter, its state, and the directory's tensors.
 
-    If they do not fit together, transformers may have renamed modules since; see `for_present_modules`.
+    If they do not fit together, transformers may have renamed modules since, or HF PEFT's rule for `modules_to_save`
+    matched more modules; see `for_present_modules` and `with_saved_module_names`.
     """
     on_disk: Mapping[str, Tensor] | None = None
+    kind = method_of(config).adapter
+    if issubclass(kind, Adapter):
+        config = kind.config_of_file(config, read_tensors)
     try:
         injection = prepare_injection(model, config, name, creation)
         state = _state_of(injection)
@@ -336,15 +342,22 @@ def _prepared(
         fits = state.tensors().keys() == on_disk.keys()
     except TargetError:
         on_disk = read_tensors()
-        present = config if reading.key_mapping is not None else for_present_modules(config, on_disk, model)
+        present = _for_model(config, on_disk, model, reading)
         if present is config:
             raise
     else:
-        present = config if fits or reading.key_mapping is not None else for_present_modules(config, on_disk, model)
+        present = config if fits else _for_model(config, on_disk, model, reading)
         if present is config:
             return injection, state, on_disk
     injection = prepare_injection(model, present, name, creation)
     return injection, _state_of(injection), on_disk
+
+
+def _for_model(config: PeftConfig, on_disk: Mapping[str, Tensor], model: nn.Module, reading: Reading) -> PeftConfig:
+    """Return the configuration with the names of this model's modules; unchanged if all names fit."""
+    if reading.key_mapping is None:
+        config = for_present_modules(config, on_disk, model)
+    return with_saved_module_names(config, on_disk.keys(), model)
 
 
 def _state_of(injection: Injection) -> AdapterState:

@@ -34,7 +34,7 @@ class Lora(Adapter):
 
     layer_kinds = frozenset({"linear", "conv", "embedding", "parameter"})
     dropout_option = "lora_dropout"
-    unrounded = frozenset({"magnitude"})  # DoRA would not start at the base's own output
+    unrounded = frozenset({"lora_magnitude_vector_weight"})  # DoRA would not start at the base's own output
     config: LoraConfig
     r: int
     scaling: Any

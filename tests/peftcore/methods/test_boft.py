@@ -1,9 +1,11 @@
 """What the BOFT paper says: butterfly factors of small blocks make a dense orthogonal matrix; m = 1 is OFT, scaled."""
 
 import itertools
+import json
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from layer_parity import agrees_with_peft
@@ -191,3 +193,23 @@ def test_permutations_that_hf_peft_saved_before_0_13_are_not_needed(tmp_path: Pa
     save_file(load_file(file) | {"base_model.model.0.boft_P": torch.eye(12)[None]}, file)
     again = PeftModel.from_pretrained(net.unload(), tmp_path)
     torch.testing.assert_close(again(x), expected)
+
+
+def test_the_single_factor_that_hf_peft_makes_on_a_cpu_is_loaded(tmp_path: Path) -> None:
+    """Without its compiled CUDA code, HF PEFT makes one factor and saves the configuration as it was given."""
+
+    def net() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(8, 8))
+
+    config = peft.BOFTConfig(boft_block_size=4, target_modules=["0"], init_weights=False)
+    theirs: Any = peft.get_peft_model(net(), config).eval()  # type: ignore[arg-type]
+    theirs.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"boft_n_butterfly_factor": 2}))
+    ours = PeftModel.from_pretrained(net(), tmp_path).eval()
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(ours(x), theirs(x))
+    assert ours.peft_config["default"].boft_n_butterfly_factor == 1
+    ours.save_pretrained(tmp_path / "again")
+    torch.testing.assert_close(PeftModel.from_pretrained(net(), tmp_path / "again")(x), theirs(x))

@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+import bitsandbytes as bnb
 import peft
 import pytest
 import torch
@@ -43,6 +44,24 @@ def test_dora_starts_at_the_base_with_its_own_lengths(layer: str) -> None:
     torch.testing.assert_close(
         adapter(net).lora_magnitude_vector_weight, adapter(net).base.read().flatten(1).norm(dim=1)
     )
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", "nf4"])
+def test_dora_starts_at_the_output_of_a_base_that_computes_in_16_bits(storage: str) -> None:
+    torch.manual_seed(0)
+    layer: Any = nn.Linear(64, 32)
+    if storage == "nf4":
+        made: Any = bnb.nn.Linear4bit(64, 32, quant_type="nf4", compute_dtype=torch.bfloat16)
+        made.load_state_dict(layer.state_dict())
+        layer = made.to("cpu")
+    else:
+        layer.to(torch.bfloat16)
+    net, x = nn.Sequential(layer).train(), torch.randn(40, 64, dtype=torch.bfloat16)
+    base = net(x)
+    net = get_peft_model(net, LoraConfig(r=4, target_modules=["0"], use_dora=True))
+    assert torch.equal(net(x), base)
+    lengths = adapter(net).base.read().double().norm(dim=1)
+    torch.testing.assert_close(adapter(net).lora_magnitude_vector_weight.double(), lengths, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("start", [True, "pissa"])
