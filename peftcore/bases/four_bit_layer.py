@@ -7,14 +7,14 @@ repacked layer has no backward pass and rounded scales.
 from typing import Any
 
 import torch
-from bitsandbytes.nn.modules import Linear4bit
+from bitsandbytes.nn import modules
 from torch import Tensor
 
 from peftcore.bases.quantized import FourBitWeight
 
 
-class UnpackedLinear4bit(Linear4bit):
-    """A `bitsandbytes.nn.Linear4bit` that never changes its codes.
+class Linear4bit(modules.Linear4bit):
+    """A `bitsandbytes.nn.Linear4bit` that never changes its codes; of the same name, which programs look for.
 
     For few tokens it multiplies by a packed copy of the codes, which it drops at the next long input. A layer becomes
     one by `keep_codes`; it stays the same object.

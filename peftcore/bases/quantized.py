@@ -9,7 +9,7 @@ bit. The view makes a packed copy of the codes for short inputs and drops the co
 
 import copy
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import import_module
 from typing import Any, NamedTuple
@@ -54,7 +54,7 @@ class FourBitWeight(LinearWeight):
         self._packed = None
 
     def prepare_layer(self) -> None:
-        keep_codes(self.layer)
+        keep_codes([self.layer])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -314,22 +314,23 @@ class EightBitWeight(LinearWeight):
         self.layer.state = state["state"]
 
 
-def keep_codes(model: nn.Module) -> None:
+def keep_codes(modules: Iterable[nn.Module]) -> None:
     """Prevent bitsandbytes from repacking 4-bit layers for inference on the CPU.
 
     Few tokens take as long as with the repacking (`peftcore.bases.four_bit_layer`).
 
     Args:
-        model: A layer, or a model with such layers; changed in place.
+        modules: The layers, among others, which stay as they are; changed in place.
     """
-    for module in model.modules():
-        if REPACKS not in vars(module):
+    for module in modules:
+        if REPACKS not in module.__dict__:
             continue
         setattr(module, REPACKS, False)
-        kind: Any = import_module("bitsandbytes.nn").Linear4bit
+        bitsandbytes: Any = import_module("bitsandbytes.nn")
         on_cpu = module.weight.device.type == "cpu"
-        if type(module) is kind and on_cpu and _has_packed_product():  # subclasses may have a forward of their own
-            module.__class__ = import_module("peftcore.bases.four_bit_layer").UnpackedLinear4bit
+        # subclasses may have a forward of their own
+        if type(module) is bitsandbytes.Linear4bit and on_cpu and _has_packed_product():
+            module.__class__ = import_module("peftcore.bases.four_bit_layer").Linear4bit
 
 
 def keep_quantized_weights_trainable(model: nn.Module) -> None:
@@ -346,9 +347,9 @@ def keep_quantized_weights_trainable(model: nn.Module) -> None:
         TrainingError: A layer of the model is already packed.
     """
     for path, module in model.named_modules():
-        if REPACKS in vars(module) and _is_packed(getattr(getattr(module, "weight", None), "quant_state", None)):
+        if REPACKS in module.__dict__ and _is_packed(getattr(getattr(module, "weight", None), "quant_state", None)):
             raise TrainingError(
-                f"{path}: a forward pass in eval mode has packed this 4-bit layer for inference, so it has no "
-                "gradients; load the base model again and train before evaluating it"
+                f"{path.removesuffix('.base_layer')}: a forward pass in eval mode has packed this 4-bit layer for "
+                "inference, so it has no gradients; load the base model again and train before evaluating it"
             )
-    keep_codes(model)
+    keep_codes(model.modules())

@@ -111,7 +111,7 @@ def commit_injection(
         adapters.restricting.add(name)
     if trainable:
         adapters.trainable.add(name)
-        keep_codes(model)  # of all layers, because gradients flow through those without adapters, too
+        keep_codes(module_index.modules.values())  # gradients flow through layers without adapters, too
     adapters.kinds[name] = method_of(injection.config).adapter
     if injection.adapters:
         note_changed_base(adapters, name)

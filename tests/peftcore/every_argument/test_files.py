@@ -268,6 +268,13 @@ def test_options_of_variants_reach_the_configuration() -> None:
             assert getattr(config, field)[name] == value != kind()[name]
 
 
+@checks("_ConfigType.__call__", "args options")
+def test_a_configuration_is_made_of_positions_and_fields_without_effect() -> None:
+    assert LoraConfig("CAUSAL_LM", megatron_config=None) == LoraConfig(task_type="CAUSAL_LM")  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="unknown option 'megatron_config'"):
+        LoraConfig(megatron_config={"a": 1})  # type: ignore[call-arg]
+
+
 @checks("PeftConfig.check_beside", "other")
 def test_what_stands_beside_is_looked_at() -> None:
     kasa = LoraConfig(kasa_config=peftcore.KasaConfig())

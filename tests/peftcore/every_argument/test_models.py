@@ -157,6 +157,24 @@ def test_the_configuration_of_a_model() -> None:
     assert peftcore.LoraModel.get_model_config(plain) == {"layers": 2}
 
 
+@checks("TunerModel.named_parameters", "prefix recurse remove_duplicate")
+@checks("TunerModel.named_buffers", "prefix recurse remove_duplicate")
+@checks("TunerModel.named_modules", "memo prefix remove_duplicate")
+def test_names_of_the_view_take_the_arguments_of_a_modules() -> None:
+    plain = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    plain.append(plain[1])
+    plain.register_buffer("own", torch.ones(1))
+    view = get_peft_model(plain, lora("0")).base_model
+    for names_of in (view.named_parameters, view.named_buffers, view.named_modules):
+        names = [name for name, _ in names_of()]
+        assert [name for name, _ in names_of(prefix="x")] == [f"x.{name}" if name else "x" for name in names]
+        both = [name for name, _ in names_of(remove_duplicate=False)]
+        assert set(names) < set(both) and any(name.startswith("model.2") for name in set(both) - set(names))
+    assert [name for name, _ in view.named_parameters(recurse=False)] == []
+    assert [name for name, _ in view.named_buffers(recurse=False)] == ["model.own"]
+    assert "model.1" not in dict(view.named_modules(memo={plain[1]}))
+
+
 @checks("PeftModel.load_state_dict", "state_dict strict assign")
 def test_load_state_dict() -> None:
     options: dict[str, Any] = {"r": 2, "target_modules": ["0"], "modules_to_save": ["1"], "init_lora_weights": False}
