@@ -317,7 +317,7 @@ class EightBitWeight(LinearWeight):
 def keep_codes(modules: Iterable[nn.Module]) -> None:
     """Prevent bitsandbytes from repacking 4-bit layers for inference on the CPU.
 
-    Few tokens take as long as with the repacking (`peftcore.bases.four_bit_layer`).
+    Few tokens take as long as with the repacking (`peftcore.bases.bitsandbytes_layers.linear4bit`).
 
     Args:
         modules: The layers, among others, which stay as they are; changed in place.
@@ -330,7 +330,7 @@ def keep_codes(modules: Iterable[nn.Module]) -> None:
         on_cpu = module.weight.device.type == "cpu"
         # subclasses may have a forward of their own
         if type(module) is bitsandbytes.Linear4bit and on_cpu and _has_packed_product():
-            module.__class__ = import_module("peftcore.bases.four_bit_layer").Linear4bit
+            module.__class__ = import_module("peftcore.bases.bitsandbytes_layers.linear4bit").Linear4bit
 
 
 def keep_quantized_weights_trainable(model: nn.Module) -> None:
