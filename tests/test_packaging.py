@@ -28,7 +28,8 @@ import importlib, pkgutil
 import peftcore
 
 needs_extra = set()
-for package in ("peftcore.export", "peftcore.gguf_files", "peftcore.serving", "peftcore.train"):
+of_bitsandbytes = "peftcore.bases.bitsandbytes_layers.linear4bit"
+for package in ("peftcore.export", "peftcore.gguf_files", "peftcore.serving", "peftcore.train", of_bitsandbytes):
     try:
         importlib.import_module(package)
     except peftcore.MissingExtraError as error:
@@ -130,6 +131,7 @@ def test_the_library_runs_with_its_own_dependencies_alone(wheel: Path, tmp_path:
         "peftcore.gguf_files pip install 'peftcore[export]'",
         "peftcore.serving pip install 'peftcore[serve]'",
         "peftcore.train pip install 'peftcore[train]'",
+        "peftcore.bases.bitsandbytes_layers.linear4bit pip install 'peftcore[quant]'",
     ]
 
     command = subprocess.run([python.with_name("peftcore"), "run"], capture_output=True, text=True, check=False)

@@ -1,1 +1,1 @@
-"""Layers of classes of bitsandbytes. They import it, so nothing imports them before such a layer is there."""
+"""Subclasses of bitsandbytes' layers, in a package of their own because bitsandbytes need not be installed."""

@@ -7,10 +7,14 @@ repacked layer has no backward pass and rounded scales.
 from typing import Any
 
 import torch
-from bitsandbytes.nn import modules
 from torch import Tensor
 
 from peftcore.bases.quantized import FourBitWeight
+from peftcore.errors import require_extra
+
+require_extra("quant", __name__, "bitsandbytes")
+
+from bitsandbytes.nn import modules  # noqa: E402
 
 
 class Linear4bit(modules.Linear4bit):
