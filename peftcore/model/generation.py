@@ -13,7 +13,7 @@ from peftcore.injection.adapter_set import adapter_set
 from peftcore.prompts.learner import is_encoder_decoder
 
 _TOKENS = ("decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
-"""Options of a `generation_config` without which an encoder-decoder model cannot begin or does not end."""
+"""Options of a `generation_config` without which an encoder-decoder model cannot begin a text, or never ends it."""
 
 
 def generate_of(plain: Any) -> Any:

@@ -31,7 +31,6 @@ class Linear4bit(modules.Linear4bit):
             or torch._C._is_tracing()
             or torch._C._are_functorch_transforms_active()
             or torch._C._is_any_autocast_enabled()
-            or (torch.is_grad_enabled() and x.requires_grad)
             or x.dtype is not self.compute_dtype
             or getattr(self.weight, "quant_state", None) is None
         ):
@@ -39,7 +38,7 @@ class Linear4bit(modules.Linear4bit):
         view: FourBitWeight | None = self.__dict__.get("_view")
         if view is None:
             view = self.__dict__["_view"] = FourBitWeight(self)
-        if not view.can_use_packed(x):
+        if (torch.is_grad_enabled() and x.requires_grad) or not view.can_use_packed(x):
             view.clear_cache()
             return super().forward(x)
         return view.product(x)
