@@ -26,9 +26,10 @@ import peftcore
 from peftcore.train import token_losses
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-TOLERANCE = {"fp32": 1e-4, "bf16": 1e-2}
+TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 """Largest difference of our loss and PEFT's at equal weights (nats)."""
-METHODS = ("lora", "rslora", "dora", "adalora")
+METHODS = ("lora", "lora-qv", "rslora", "dora", "adalora")
+"""`lora-qv` adapts q_proj and v_proj alone, HF PEFT's default for Llama."""
 FLOOR, OURS, PEFT, PEFT_OUR_LOSS = "floor", "ours", "PEFT", "PEFT, our loss"
 FLOOR_MODEL_LOSS, OURS_MODEL_LOSS = "floor, model's loss", "ours, model's loss"
 OUR_LOSS_ROWS, MODEL_LOSS_ROWS = (FLOOR, OURS, PEFT_OUR_LOSS), (FLOOR_MODEL_LOSS, OURS_MODEL_LOSS, PEFT)
@@ -132,7 +133,7 @@ def adapter_config(tool: ModuleType, setting: Setting) -> Any:
         "task_type": "CAUSAL_LM",
         "lora_alpha": 2 * setting.rank,
         "lora_dropout": setting.dropout,
-        "target_modules": "all-linear" if setting.blocks is None else LLAMA_LINEARS,
+        "target_modules": _targets(setting),
         "layers_to_transform": None if setting.blocks is None else list(range(setting.blocks)),
     }
     if setting.method == "adalora":
@@ -141,6 +142,12 @@ def adapter_config(tool: ModuleType, setting: Setting) -> Any:
         return tool.AdaLoraConfig(init_r=setting.rank, target_r=max(1, setting.rank // 2), total_step=1000, **common)
     variant = {"use_dora": setting.method == "dora", "use_rslora": setting.method == "rslora"}
     return tool.LoraConfig(r=setting.rank, **variant, **common)
+
+
+def _targets(setting: Setting) -> list[str] | str:
+    if setting.method == "lora-qv":
+        return ["q_proj", "v_proj"]
+    return "all-linear" if setting.blocks is None else LLAMA_LINEARS
 
 
 def build(setting: Setting, scratch: Path) -> list[Row]:
