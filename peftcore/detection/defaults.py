@@ -62,6 +62,8 @@ PRACTICE = (
 
 GIVEN_TARGETS: dict[str, dict[str, Any]] = {}
 """{peft_type: {model_type: target_modules}} that a program has set in place of the defaults."""
+GIVEN_FEEDFORWARD: dict[str, Any] = {}
+"""{model_type: feedforward_modules of IA3} that a program has set in place of the defaults."""
 
 RULES: dict[str, tuple[Role, ...]] = {
     "IA3": ("key", "value", "fused_qkv", "fused_kv", "down"),

@@ -28,6 +28,12 @@ def model_config_of(model: nn.Module) -> dict[str, Any]:
     return dataclasses.asdict(cast(Any, config)) if dataclasses.is_dataclass(config) else config
 
 
+def model_type_of(model: nn.Module) -> str:
+    """Return the `model_type` of a model's configuration, "None" if it has none."""
+    config: Any = model_config_of(model)
+    return str(config.get("model_type") if isinstance(config, dict) else getattr(config, "model_type", None))
+
+
 def model_kind(model: nn.Module, tree: ModuleTree, roles: Roles, blocks: tuple[BlockList, ...]) -> str:
     """Return "causal decoder", "encoder", "encoder-decoder", "vision encoder" or "other"."""
     config = getattr(model, "config", None)

@@ -36,6 +36,7 @@ _OTHER_PLACES = {
     "tuners.adalora.gptq": "tuners.adalora",
     "tuners.adamss.asa_callback": "tuners.asa_callback",
     "tuners.mixed.model": "tuners.mixed",
+    "tuners.osf.utils": "tuners.osf_utils",
     "tuners.shira.mask_functions": "tuners.shira_masks",
 }
 """{module of HF PEFT: the module here that has its names}"""

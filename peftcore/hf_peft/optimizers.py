@@ -1,5 +1,6 @@
 """`peft.optimizers`: optimisers that treat LoRA's two factors differently."""
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -43,18 +44,18 @@ def create_lorafa_optimizer(
 ) -> "LoraFa":
     """Freeze A of every active LoRA, and create the LoRA-FA optimiser, arXiv:2308.03303.
 
-    Each layer's own scaling is used, so `r`, `lora_alpha` and `use_rslora` must be those of the active adapters.
+    As in HF PEFT, each layer's own scaling is used.
 
     Args:
         model: a PeftModel with an active LoRA.
-        r: rank of the active adapters.
-        lora_alpha: α of the active adapters.
+        r: rank of the active adapters; another value has no effect, and is a warning.
+        lora_alpha: α of the active adapters; another value has no effect, and is a warning.
         lr: learning rate.
         weight_decay: decoupled weight decay.
         use_rslora: None, or the value of the active adapters' configuration.
 
     Raises:
-        ConfigError: an active adapter has another r, lora_alpha or use_rslora; or none is a LoRA.
+        ConfigError: an active adapter has another use_rslora; or none is a LoRA.
         MissingExtraError: the extra `train` is not installed.
     """
     from peftcore.train.optimizers import create_lorafa_optimizer as create
@@ -62,13 +63,14 @@ def create_lorafa_optimizer(
     adapters = adapter_set(model)
     for name in adapters.selection.active:
         config: Any = adapters.configs[name]
-        stated = {"r": r, "lora_alpha": lora_alpha} | ({} if use_rslora is None else {"use_rslora": use_rslora})
-        for option, value in stated.items():
-            if getattr(config, option, value) != value:
-                raise ConfigError(
-                    f"create_lorafa_optimizer: {option}={value!r}, but adapter {name!r} has "
-                    f"{option}={getattr(config, option)!r}; give the adapter's value"
-                )
+        for option, value in {"r": r, "lora_alpha": lora_alpha, "use_rslora": use_rslora}.items():
+            if value is None or getattr(config, option, value) == value:
+                continue
+            message = f"create_lorafa_optimizer: {option}={value!r}, but adapter {name!r} has "
+            message += f"{option}={getattr(config, option)!r}"
+            if option == "use_rslora":
+                raise ConfigError(f"{message}; leave the argument out")
+            warnings.warn(f"{message}; the scaling of each layer is used", stacklevel=2)
     return create(model, lr, weight_decay)
 
 

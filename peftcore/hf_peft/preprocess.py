@@ -29,7 +29,7 @@ from peftcore.layers.wrapper import unwrapped
 from peftcore.methods.lora import LoraConfig
 from peftcore.methods.lora.variants import corda
 
-__all__ = ["preprocess_corda", "preprocess_loraga"]
+__all__ = ["estimate_gradients", "preprocess_corda", "preprocess_loraga"]
 
 _PICKLE_STARTS = (b"PK", b"\x80")
 """First bytes of a file of `torch.save`: a zip archive, or a pickle of protocol 2 or later."""
@@ -110,12 +110,7 @@ def preprocess_loraga(
             "preprocess_loraga: the configuration has no lora_ga_config; give init_lora_weights='lora_ga' and "
             "lora_ga_config=LoraGAConfig()"
         )
-    bases = _linear_targets(model, lora_config)
-    if quantised := [path for path, base in bases.items() if base.quantized]:
-        raise ConfigError(
-            f"preprocess_loraga: {quantised[0]} is quantised, so its weight has no gradient; load the base in 16 or 32 "
-            "bits, or use initialize_from_data"
-        )
+    bases = _with_gradients(model, lora_config)
     if _exists(cache_file):
         tensors = _read(cache_file)
         shapes = {path: base.layer.weight.shape for path, base in bases.items()}
@@ -124,6 +119,27 @@ def preprocess_loraga(
         gradients = _gradients(model, bases, train_step)
         if cache_file is not None:
             _write(cache_file, {f"{path}._peft_loraga_grad": tensor for path, tensor in gradients.items()})
+    _set_gradients(bases, gradients)
+
+
+@torch.no_grad()
+def estimate_gradients(model: nn.Module, lora_config: LoraConfig, train_step: Callable[[], Any]) -> None:
+    """Set the attribute `_peft_loraga_grad` of each linear target: `preprocess_loraga` without a file.
+
+    Args:
+        model: the model that will get the adapter.
+        lora_config: the adapter's configuration, which names the targets.
+        train_step: function that runs forward and backward passes of the model on the data, without an optimiser.
+
+    Raises:
+        ConfigError: a layer is quantised, or no layer gets a gradient.
+        TargetError: no layer matches.
+    """
+    bases = _with_gradients(model, lora_config)
+    _set_gradients(bases, _gradients(model, bases, train_step))
+
+
+def _set_gradients(bases: Mapping[str, BaseWeight], gradients: Mapping[str, Tensor]) -> None:
     for path, gradient in gradients.items():
         vars(bases[path].layer)["_peft_loraga_grad"] = gradient.to(bases[path].device)
 
@@ -252,6 +268,17 @@ def _only_weights_train(model: nn.Module, weights: list[nn.Parameter]) -> Iterat
             for parameter, requires_grad, gradient in before:
                 parameter.requires_grad_(requires_grad)
                 parameter.grad = gradient
+
+
+def _with_gradients(model: nn.Module, config: LoraConfig) -> dict[str, BaseWeight]:
+    """Return `_linear_targets`; raise ConfigError if one is quantised."""
+    bases = _linear_targets(model, config)
+    if quantised := [path for path, base in bases.items() if base.quantized]:
+        raise ConfigError(
+            f"LoRA-GA: {quantised[0]} is quantised, so its weight has no gradient; load the base in 16 or 32 bits, or "
+            "use initialize_from_data"
+        )
+    return bases
 
 
 def _gradients(model: nn.Module, bases: Mapping[str, BaseWeight], train_step: Callable[[], Any]) -> dict[str, Tensor]:

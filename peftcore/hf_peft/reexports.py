@@ -26,7 +26,7 @@ _SOURCES = (
 """Modules whose names can be imported from all others."""
 _SINGLE_NAMES = {
     "LoraLayer": "tuners.lora",
-    "LycorisLayer": "tuners.lycoris_utils",
+    **dict.fromkeys(("LycorisConfig", "LycorisLayer", "LycorisTuner"), "tuners.lycoris_utils"),
     "MultitaskPromptEmbedding": "classes",
 }
 """{name that can be imported from all modules: its module, whose other names cannot}"""

@@ -141,7 +141,7 @@ def prepare_injection(
     if creation.initialise:
         _warn_of_unused(config)
         _warn_of_unmatched_patterns(config, adapters)
-    _warn_of_orientation(config, adapters)
+    config = _with_orientation(config, adapters)
     biases = _trained_biases(module_index, config, adapters, saved, replaced)
     if not creation.autocast_adapter_dtype:
         _narrow([*adapters.values(), *biases.values()])
@@ -252,15 +252,25 @@ def _warn_of_unmatched_patterns(config: TunerConfig, paths: Iterable[str]) -> No
             )
 
 
-def _warn_of_orientation(config: TunerConfig, adapters: Mapping[str, Adapter]) -> None:
-    """Warn of an option that says that weights are stored as (i, o), if no weight of the adapter is."""
-    stored = {type(adapter.base) for adapter in adapters.values()}
-    if adapters and getattr(config, "fan_in_fan_out", False) and Conv1DWeight not in stored:
+def _with_orientation(config: TunerConfig, adapters: Mapping[str, Adapter]) -> TunerConfig:
+    """Return a copy whose `fan_in_fan_out` says if a layer is a Conv1D, as HF PEFT saves it.
+
+    Warns if the option was True without such a layer.
+    """
+    stated = getattr(config, "fan_in_fan_out", None)
+    if not adapters or stated is None:
+        return config
+    has_conv1d = any(isinstance(adapter.base, Conv1DWeight) for adapter in adapters.values())
+    if stated and not has_conv1d:
         warnings.warn(
             "fan_in_fan_out=True has no effect, because none of the layers is a Conv1D: the orientation of a weight is "
             "found per layer; leave the option out",
             stacklevel=2,
         )
+    if stated != has_conv1d:
+        config = copy.copy(config)
+        vars(config)["fan_in_fan_out"] = has_conv1d
+    return config
 
 
 def _set_parameter_prefixes(adapters: Mapping[str, Adapter]) -> None:

@@ -16,7 +16,7 @@ from peftcore.bases import base_weight, calls_layer, is_adaptable, raw_projectio
 from peftcore.config import ALL_LINEAR, BLOCK, PromptLearningConfig, TaskType, TunerConfig
 from peftcore.detection import detect
 from peftcore.detection.defaults import GIVEN_TARGETS
-from peftcore.detection.model_kind import model_config_of
+from peftcore.detection.model_kind import model_type_of
 from peftcore.errors import NoMatchingPeftModuleError, TargetError, suggestion
 from peftcore.injection.module_index import ModuleIndex
 from peftcore.layers.adapter_layer import AdapterLayer
@@ -286,10 +286,7 @@ def _with_given_targets(model: nn.Module, config: TunerConfig) -> TunerConfig:
     given = GIVEN_TARGETS.get(config.peft_type)
     if not given or config.target_modules is not None or parameter_names(config):
         return config
-    model_config: Any = model_config_of(model)
-    is_table = isinstance(model_config, dict)
-    model_type = model_config.get("model_type") if is_table else getattr(model_config, "model_type", None)
-    targets = given.get(str(model_type))
+    targets = given.get(model_type_of(model))
     if targets is None:
         return config
     return dataclasses.replace(config, target_modules=targets if isinstance(targets, str) else set(targets))

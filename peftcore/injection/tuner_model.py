@@ -115,7 +115,7 @@ class TunerModel(metaclass=_OfTunerModels):
         *,
         peft_config: PeftConfig | dict[str, PeftConfig] | None = None,
     ):
-        if own := [name for name in _NEVER_CALLED if hasattr(type(self), name)]:
+        if own := [name for name in _NEVER_CALLED if getattr(type(self), name, None) is not vars(TunerModel).get(name)]:
             raise PeftError(f"{type(self).__name__} cannot be made, because it defines {own[0]}: {_REASON}")
         if config is not None and peft_config is not None:
             raise ConfigError(f"{type(self).__name__}: config and peft_config are two names of one argument; give one")
@@ -241,6 +241,17 @@ class TunerModel(metaclass=_OfTunerModels):
         """Set `requires_grad` of all parameters of adapters; see `PeftModel.set_requires_grad`."""
         names = adapter_names if isinstance(adapter_names, str) else list(adapter_names)
         activation.set_requires_grad(self.model, names, requires_grad)
+
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        """Freeze the parameters of the base, for scripts that call this after they changed `requires_grad`.
+
+        Args:
+            model: HF PEFT's `base_model.model`, the model itself.
+        """
+        of_adapters = {id(tensor) for tensor in adapter_set(self.model).tensors()}
+        for parameter in model.parameters():
+            if id(parameter) not in of_adapters:
+                parameter.requires_grad_(False)
 
     def update_and_allocate(self, global_step: int) -> None:
         """Run the active adapters' update of a training step.

@@ -6,7 +6,7 @@ Unlike PEFT, `feedforward_modules` match whole path segments, and a vector with 
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -18,6 +18,8 @@ from peftcore.adapter import Adapter, ScaleName
 from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig
 from peftcore.detection import detect
+from peftcore.detection.defaults import GIVEN_FEEDFORWARD
+from peftcore.detection.model_kind import model_type_of
 from peftcore.errors import ConfigError, TargetError
 from peftcore.kernels.maths import scaled
 from peftcore.kernels.start_values import normal_
@@ -43,12 +45,18 @@ class IA3Config(TunerConfig):
             return
         self.feedforward_modules = set(self.feedforward_modules)
         if isinstance(self.target_modules, set):
-            for name in sorted(self.feedforward_modules):
-                if not any(_ends_with(name, target) or _ends_with(target, name) for target in self.target_modules):
-                    raise ConfigError(
-                        f"IA3Config: feedforward_modules {name!r} is not among target_modules "
-                        f"{sorted(self.target_modules)}; add it there too"
-                    )
+            for name in sorted(self.feedforward_modules - self.among_targets(self.feedforward_modules)):
+                raise ConfigError(
+                    f"IA3Config: feedforward_modules {name!r} is not among target_modules "
+                    f"{sorted(self.target_modules)}; add it there too"
+                )
+
+    def among_targets(self, names: Iterable[str]) -> set[str]:
+        """Return the names that are targets; all of them if `target_modules` is a regular expression."""
+        if not isinstance(self.target_modules, set):
+            return set(names)
+        targets = self.target_modules
+        return {name for name in names if any(_ends_with(name, one) or _ends_with(one, name) for one in targets)}
 
     def is_feedforward(self, path: str) -> bool:
         """Return True if the input, not the output, is scaled at the layer at `path`."""
@@ -113,6 +121,9 @@ class IA3(Adapter):
     def completed(cls, config: IA3Config, model: nn.Module, targets: Sequence[str]) -> IA3Config:
         if config.feedforward_modules is not None:
             return config
+        given = GIVEN_FEEDFORWARD.get(model_type_of(model))
+        if given is not None:
+            return dataclasses.replace(config, feedforward_modules=config.among_targets(given))
         try:
             found = detect(model)
         except TargetError:  # embeddings and heads alone have no MLP

@@ -447,6 +447,7 @@ def test_hotswap(saved: Path, tmp_path: Path) -> None:
 
 @checks("preprocess_corda", "model lora_config run_model hooked_model")
 @checks("preprocess_loraga", "model lora_config train_step cache_file")
+@checks("estimate_gradients", "model lora_config train_step")
 def test_starts_from_data_before_the_adapter(tmp_path: Path) -> None:
     options = {"r": 2, "target_modules": ["1"]}
     corda = peftcore.LoraConfig(init_lora_weights="corda", corda_config={"corda_method": "kpm"}, **options)
@@ -460,6 +461,9 @@ def test_starts_from_data_before_the_adapter(tmp_path: Path) -> None:
     preprocess.preprocess_loraga(plain, loraga, lambda: plain(X).square().sum().backward(), file)
     preprocess.preprocess_loraga(other, loraga, lambda: pytest.fail("the file is there"), file)
     assert torch.equal(plain[1]._peft_loraga_grad, other[1]._peft_loraga_grad)
+    config = peftcore.LoraConfig(r=2, target_modules=["0"])
+    preprocess.estimate_gradients(other, config, lambda: (3 * other(X)).square().sum().backward())
+    assert hasattr(other[0], "_peft_loraga_grad") and not hasattr(plain[0], "_peft_loraga_grad")
     with pytest.raises(ConfigError, match="no lora_ga_config"):
         preprocess.preprocess_loraga(plain, lora(), lambda: None)
 

@@ -178,9 +178,11 @@ def test_precision_and_tokens() -> None:
 @checks("create_riemannian_optimizer", "model optimizer_cls lr reg kwargs")
 def test_optimizers() -> None:
     model = net("a")
-    for wrong in ({"r": 4}, {"lora_alpha": 9}, {"use_rslora": True}):
-        with pytest.raises(ConfigError, match=next(iter(wrong))):
-            optimizers.create_lorafa_optimizer(model, **{"r": 2, "lora_alpha": 8, "lr": 0.1, **wrong})
+    for other in ({"r": 4}, {"lora_alpha": 9}):
+        with pytest.warns(UserWarning, match=f"{next(iter(other))}=.*the scaling of each layer is used"):
+            optimizers.create_lorafa_optimizer(model, **{"r": 2, "lora_alpha": 8, "lr": 0.1, **other})
+    with pytest.raises(ConfigError, match="use_rslora"):
+        optimizers.create_lorafa_optimizer(model, r=2, lora_alpha=8, lr=0.1, use_rslora=True)
     fa = optimizers.create_lorafa_optimizer(model, r=2, lora_alpha=8, lr=0.1, weight_decay=0.5)
     assert {(g["lr"], g["weight_decay"]) for g in fa.param_groups} == {(0.1, 0.5)}
     model = net("a")

@@ -3,6 +3,7 @@
 import importlib
 import sys
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes as bnb
 import peft
@@ -13,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peftcore.tuners.adalora.layer import AdaLoraLayer, SVDConv2d, SVDLinear
 from peftcore.tuners.ia3.layer import IA3Layer
 from peftcore.tuners.lora import Embedding, Linear, LoraLayer
-from peftcore.tuners.lycoris_utils import LycorisLayer
+from peftcore.tuners.lycoris_utils import LycorisConfig, LycorisLayer, LycorisTuner
 from torch import nn
 
 import peftcore
@@ -182,6 +183,15 @@ def test_layers_of_loha_and_lokr_are_lycoris_layers_and_adaloras_are_svd_linear(
     adalora = layer(AdaLoraConfig(target_modules=["0"], init_r=2, target_r=1, total_step=9))
     assert isinstance(loha, LycorisLayer) and isinstance(lokr, LycorisLayer) and not isinstance(adalora, LycorisLayer)
     assert isinstance(adalora, SVDLinear) and not isinstance(adalora, SVDConv2d) and not isinstance(loha, SVDLinear)
+
+
+@pytest.mark.parametrize("kind", [LoHaConfig, LoKrConfig, LoraConfig])
+def test_configurations_and_views_of_loha_and_lokr_are_of_lycoris(kind: Any) -> None:
+    config = kind(target_modules=["0"], r=2)
+    view = get_peft_model(nn.Sequential(nn.Linear(4, 4)), config).base_model
+    is_lycoris = kind is not LoraConfig
+    assert isinstance(config, LycorisConfig) == issubclass(kind, LycorisConfig) == is_lycoris
+    assert isinstance(view, LycorisTuner) == is_lycoris
 
 
 @pytest.mark.parametrize("kind", [Linear, LoraLayer, classes.BaseTunerLayer, classes.ModulesToSaveWrapper])

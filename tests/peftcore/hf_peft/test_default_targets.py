@@ -6,11 +6,13 @@ from typing import Any
 import peft.utils
 import pytest
 from torch import nn
+from transformers import BertConfig, BertModel
 
 import peftcore
-from peftcore import LoraConfig, TargetError, get_peft_model
+from peftcore import IA3Config, LoraConfig, TargetError, get_peft_model
 
 NAME = "TRANSFORMERS_MODELS_TO_{}_TARGET_MODULES_MAPPING"
+FEEDFORWARD = "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING"
 
 
 class Net(nn.Module):
@@ -60,3 +62,36 @@ def test_an_entry_takes_the_place_of_the_default(targets: Any, monkeypatch: pyte
     monkeypatch.undo()
     with pytest.raises(TargetError):
         get_peft_model(Net(), LoraConfig())
+
+
+def feedforward(module: str = "peftcore.utils") -> Any:
+    return getattr(importlib.import_module(module), FEEDFORWARD)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "opt", "t5"])
+def test_the_table_of_feedforward_modules_has_the_entries_of_hf_peft(model_type: str) -> None:
+    assert feedforward()[model_type] == getattr(peft.utils, FEEDFORWARD)[model_type]
+    assert feedforward("peftcore.tuners.ia3.model") is feedforward("peftcore.utils.constants") is feedforward()
+
+
+def test_an_entry_of_feedforward_modules_takes_the_place_of_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    def scaled_inputs(**options: Any) -> list[bool]:
+        model = get_peft_model(Net(), IA3Config(**options))
+        return [model.get_submodule(path).is_feedforward for path in model.targeted_module_names]
+
+    assert scaled_inputs(target_modules=["first", "second"]) == [False, False]
+    monkeypatch.setitem(feedforward(), "of-my-own", ["second"])
+    assert scaled_inputs(target_modules=["first", "second"]) == [False, True]
+    assert scaled_inputs(target_modules=["first", "second"], feedforward_modules=["first"]) == [True, False]
+    assert scaled_inputs(target_modules=["first"]) == [False]
+    assert scaled_inputs(target_modules=".*nd") == [True]
+
+
+def test_an_entry_for_one_of_two_layers_of_a_name_matches_that_layer_alone() -> None:
+    """BERT has an `output.dense` in the block and in the attention; IA3 adapts the first."""
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32}
+    sizes |= {"num_attention_heads": 2, "num_hidden_layers": 1}
+    targets, names = table("IA3")["bert"], feedforward()["bert"]
+    model = get_peft_model(BertModel(BertConfig(**sizes)), IA3Config(target_modules=targets, feedforward_modules=names))
+    scaled = [path for path in model.targeted_module_names if model.get_submodule(path).is_feedforward]
+    assert scaled == ["encoder.layer.0.output.dense"] and len(model.targeted_module_names) == 3

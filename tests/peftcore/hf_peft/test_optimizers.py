@@ -17,7 +17,7 @@ def test_lora_plus_gives_b_a_higher_rate(model: nn.Module) -> None:
 
 
 def test_lora_fa_freezes_a_and_checks_the_stated_options(model: nn.Module) -> None:
-    with pytest.raises(ConfigError, match=r"r=4, but adapter 'default' has r=2"):
+    with pytest.warns(UserWarning, match=r"r=4, but adapter 'default' has r=2; the scaling of each layer is used"):
         create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-3)
     with pytest.raises(ConfigError, match="use_rslora=True"):
         create_lorafa_optimizer(model, r=2, lora_alpha=8, lr=1e-3, use_rslora=True)

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peftcore import CheckpointError, ConfigError, LoraConfig, LoraGAConfig, get_peft_model, initialize_from_data
 from peftcore.hf_peft.options import CordaConfig
-from peftcore.hf_peft.preprocess import preprocess_corda, preprocess_loraga
+from peftcore.hf_peft.preprocess import estimate_gradients, preprocess_corda, preprocess_loraga
 
 X = torch.randn(40, 12, generator=torch.Generator().manual_seed(3))
 TARGETS = ["first", "second"]
@@ -228,6 +228,17 @@ def test_loraga_restores_the_model_and_keeps_a_file(tmp_path: Path) -> None:
     other = Net()
     preprocess_loraga(other, loraga(), lambda: pytest.fail("the file is there"), file)
     assert torch.equal(other.first._peft_loraga_grad, model.first._peft_loraga_grad)  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # in HF PEFT
+def test_estimated_gradients_are_those_of_hf_peft() -> None:
+    gradients = []
+    for library, estimate in ((None, estimate_gradients), (peft, loraga_of_peft.estimate_gradients)):
+        model = Net().eval()
+        estimate(model, loraga(library), steps_of(model))
+        assert not model.training and model.first.weight.grad is None
+        gradients.append(model.first._peft_loraga_grad)
+    torch.testing.assert_close(*gradients)
 
 
 def test_loraga_says_which_layers_get_no_gradient() -> None:

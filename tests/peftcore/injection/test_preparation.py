@@ -1,13 +1,20 @@
 """An adapter is made and checked before the model is touched."""
 
+import contextlib
+import copy
+import json
 import types
+from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from net import Net
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
+import peftcore
 from peftcore import (
     AdapterNameError,
     ConfigError,
@@ -134,3 +141,22 @@ def test_keys_of_patterns_that_match_no_layer_are_named(config: Any) -> None:
     with pytest.warns(RuntimeWarning, match="rank_pattern: tarquet match no adapted layer and have no effect"):
         injection = prepare_injection(Net(nn.Linear(6, 4)), config(**options), "a")
     assert sum(p.numel() for p in injection.adapters["target"].parameters()) % 3 == 0
+
+
+@pytest.mark.parametrize("stated", [False, True])
+@pytest.mark.parametrize("method", ["LoraConfig", "IA3Config", "VeraConfig"])
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set:UserWarning")  # HF PEFT
+def test_the_orientation_is_saved_as_in_hf_peft(method: str, stated: bool, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"target_modules": ["0"], "fan_in_fan_out": stated}
+    options |= {"feedforward_modules": []} if method == "IA3Config" else {}
+    for layer in (Conv1D(6, 4), nn.Linear(4, 6)):
+        is_conv1d, saved = isinstance(layer, Conv1D), []
+        for library in (peftcore, peft):
+            warns = library is peftcore and stated and not is_conv1d
+            config = getattr(library, method)(**options)
+            with pytest.warns(UserWarning, match="no effect, because none") if warns else contextlib.nullcontext():
+                model = library.get_peft_model(nn.Sequential(copy.deepcopy(layer)), config)
+            model.save_pretrained(str(tmp_path))
+            saved.append(json.loads((tmp_path / "adapter_config.json").read_text())["fan_in_fan_out"])
+            assert library is peft or config.fan_in_fan_out is stated, "the user's configuration stays as it is"
+        assert saved == [is_conv1d, is_conv1d] and model.peft_config["default"].fan_in_fan_out is is_conv1d

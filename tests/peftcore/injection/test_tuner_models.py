@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import peft
 import pytest
@@ -130,6 +131,19 @@ def test_methods_by_which_hf_peft_makes_layers_are_refused() -> None:
     with pytest.raises(PeftError, match=r"LoraModel\._create_and_replace cannot be set: peftcore never calls it"):
         peftcore.LoraModel._create_and_replace = None  # type: ignore[attr-defined]
     assert type(plain[0]) is nn.Linear
+
+
+@pytest.mark.parametrize("library", [peftcore, peft])
+def test_only_adapters_train_after_the_base_was_unfrozen(library: Any) -> None:
+    options: dict[str, Any] = {"r": 2, "target_modules": ["0"], "bias": "lora_only", "modules_to_save": ["1"]}
+    model = library.get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), library.LoraConfig(**options))
+    model.add_adapter("frozen", library.LoraConfig(r=2, target_modules=["0"], inference_mode=True))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("frozen" not in name)
+    model.base_model._mark_only_adapters_as_trainable(model.base_model.model)
+    names = {name.removeprefix("base_model.model.") for name, p in model.named_parameters() if p.requires_grad}
+    assert {"0.lora_A.default.weight", "0.lora_B.default.weight", "1.modules_to_save.default.weight"} < names
+    assert not any("frozen" in name or name.endswith("0.base_layer.weight") for name in names)
 
 
 def test_other_methods_of_a_subclass_are_its_own() -> None:

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from peftcore.hf_peft.preprocess import preprocess_loraga
+from peftcore.hf_peft.preprocess import estimate_gradients, preprocess_loraga
 from peftcore.hf_peft.reexports import reexported
 
-__all__ = ["preprocess_loraga"]
+__all__ = ["estimate_gradients", "preprocess_loraga"]
 
 
 def __getattr__(name: str) -> Any:
