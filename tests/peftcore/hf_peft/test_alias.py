@@ -3,6 +3,7 @@
 import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import peft
 import pytest
@@ -142,3 +143,14 @@ def test_the_alias_after_peft_says_to_move_the_line_up() -> None:
     assert peft  # this process has imported HF PEFT
     with pytest.raises(peftcore.PeftError, match=r"move `import peftcore\.as_peft` to the top of the script"):
         importlib.import_module("peftcore.as_peft")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", [["accelerate.commands.launch", "--cpu"], ["torch.distributed.run"]])
+def test_a_launcher_runs_a_script_or_a_module_with_the_alias(launcher: list[str], tmp_path: Path) -> None:
+    pytest.importorskip(launcher[0])
+    (tmp_path / "script.py").write_text("import sys, peft\nprint(peft.__name__, *sys.argv[1:])\n")
+    for started in (["script.py"], ["-m", "script"]):
+        command = [sys.executable, "-m", *launcher, "-m", "peftcore.as_peft", *started, "--epochs", "3"]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert "peftcore.hf_peft --epochs 3\n" in done.stdout, done.stderr
