@@ -7,7 +7,7 @@ names, so it is replaced by the function here, which reads a directory by the ru
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,14 +26,17 @@ from peftcore.storage.hotswap import (
     hotswaps,
     prepare_model_for_compiled_hotswap,
 )
-from peftcore.storage.reading import IncompatibleKeys, Reading
+from peftcore.storage.reading import IncompatibleKeys, Reading, renamed
 from peftcore.storage.state_dict import set_peft_model_state_dict
 from peftcore.storage.trainer_checkpoints import teach_trainer
 
 _NO_SOURCE = "load_adapter needs a directory or a hub id, or peft_config with adapter_state_dict"
 _ACCESS = ("cache_dir", "force_download", "local_files_only", "token")
 """Options of the base model's download that the adapter's download gets, too."""
-_UNUSED = frozenset({"pretrained_model_name_or_path", "download_kwargs", "use_safetensors", "ignore_mismatched_sizes"})
+_FIELDS = frozenset(
+    {"pretrained_model_name_or_path", "download_kwargs", "use_safetensors", "ignore_mismatched_sizes"}
+    | {"weight_mapping", "hf_quantizer"}
+)
 
 
 def load_adapter(
@@ -69,8 +72,8 @@ def load_adapter(
             `enable_peft_hotswap`, if the adapter is loaded.
         local_files_only: True: nothing is downloaded.
         adapter_kwargs: options of the adapter's download, such as `revision`.
-        load_config: transformers' options of `from_pretrained`, of which `download_kwargs` and
-            `ignore_mismatched_sizes` have a meaning for an adapter.
+        load_config: transformers' options of `from_pretrained`, of which `download_kwargs`, `ignore_mismatched_sizes`
+            and `weight_mapping` (with the `key_mapping` of `from_pretrained`) have a meaning for an adapter.
         kwargs: these fields of `load_config`, one by one.
 
     Returns:
@@ -92,8 +95,11 @@ def load_adapter(
         raise AdapterNameError(
             f"load_adapter: {name!r} is loaded already; give another adapter_name, or hotswap=True to exchange it"
         )
-    options, ignore_mismatched_sizes = _options(load_config, kwargs, adapter_kwargs or {}, local_files_only)
+    values, options = _options(load_config, kwargs, adapter_kwargs or {}, local_files_only)
+    ignore_mismatched_sizes, rename = bool(values["ignore_mismatched_sizes"]), _renaming(self, values)
     peft_model_id = peft_model_id or getattr(load_config, "pretrained_model_name_or_path", None)
+    if adapter_state_dict is not None and rename is not None:
+        adapter_state_dict = renamed(adapter_state_dict, rename)
     if swaps:
         if low_cpu_mem_usage or ignore_mismatched_sizes:
             raise ConfigError("load_adapter: low_cpu_mem_usage and ignore_mismatched_sizes must be False with hotswap")
@@ -103,7 +109,9 @@ def load_adapter(
     elif peft_model_id is None:
         raise ConfigError(_NO_SOURCE)
     else:
-        reading = Reading(False, low_cpu_mem_usage, ignore_mismatched_sizes=ignore_mismatched_sizes, any_head=True)
+        reading = Reading(
+            False, low_cpu_mem_usage, ignore_mismatched_sizes=ignore_mismatched_sizes, any_head=True, rename=rename
+        )
         directory = hub.adapter_directory(peft_model_id, needs_config=peft_config is None, **options)
         with hub.naming_download(peft_model_id):
             keys = checkpoint.load_adapter(self, directory, name, is_trainable, peft_config, reading=reading).result
@@ -154,14 +162,14 @@ def _prepare_for_hotswap(model: Any, name: str) -> None:
 
 def _options(
     load_config: Any, fields: Mapping[str, Any], adapter_kwargs: Mapping[str, Any], local_files_only: bool
-) -> tuple[dict[str, Any], bool]:
-    """Return (options of the adapter's download, `ignore_mismatched_sizes`)."""
-    if unknown := sorted(fields.keys() - _UNUSED):
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return (fields of `load_config`, options of the adapter's download)."""
+    if unknown := sorted(fields.keys() - _FIELDS):
         raise TypeError(
             f"load_adapter() has no option {unknown[0]!r}; "
             "give those of the download, such as revision, in adapter_kwargs"
         )
-    values = {name: getattr(load_config, name, None) for name in _UNUSED} | dict(fields)
+    values = {name: getattr(load_config, name, None) for name in _FIELDS} | dict(fields)
     if values["use_safetensors"] is False:
         raise ConfigError("load_adapter: use_safetensors must not be False, because pickles are never read")
     download = values["download_kwargs"] or {}
@@ -171,7 +179,22 @@ def _options(
     options |= {name: value for name, value in adapter_kwargs.items() if name != "_adapter_model_path"}
     if local_files_only:
         options["local_files_only"] = True
-    return hub.checked_options("load_adapter", options), bool(values["ignore_mismatched_sizes"])
+    return values, hub.checked_options("load_adapter", options)
+
+
+def _renaming(model: Any, values: Mapping[str, Any]) -> Callable[[str], str] | None:
+    """Return a function that renames a saved key by the caller's entries of `weight_mapping`; None if there are none.
+
+    The model's own entries, which follow there, are left out: reading an adapter applies them where they are needed.
+    """
+    if not values["weight_mapping"]:
+        return None
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    own = {str(step) for step in get_model_conversion_mapping(model, hf_quantizer=values["hf_quantizer"])}
+    steps = [step for step in values["weight_mapping"] if isinstance(step, WeightRenaming) and str(step) not in own]
+    return (lambda key: rename_source_key(key, steps, [])[0]) if steps else None
 
 
 def _load_tensors(

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import re
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -44,6 +44,8 @@ class Reading:
     """True treats tensors of another shape as missing, with a warning."""
     any_head: bool = False
     """True: the adapter's model may have another head than this one, or none, as transformers loads base weights."""
+    rename: Callable[[str], str] | None = None
+    """Gives a saved key, without `base_model.model.`, another name before all other changes of keys."""
 
     def __post_init__(self) -> None:
         for name in _FLAGS:
@@ -69,6 +71,7 @@ class Reading:
             tensors: The tensors by key.
             other_mapping: The mapping to use if the caller gave none.
         """
+        tensors = tensors if self.rename is None else renamed(tensors, self.rename)
         tensors = mapped(tensors, other_mapping if self.key_mapping is None else self.key_mapping)
         if self.torch_device is None:
             return tensors
@@ -127,6 +130,17 @@ def mapped(tensors: Mapping[str, Tensor], key_mapping: Mapping[str, str] | None)
         twice = next(key for key in new if new.count(key) > 1)
         raise CheckpointError(f"key_mapping gives several tensors the key {twice!r}; make the expressions narrower")
     return {keys[key]: tensor for key, tensor in tensors.items()}
+
+
+def renamed(tensors: Mapping[str, Tensor], rename: Callable[[str], str]) -> Mapping[str, Tensor]:
+    """Return tensors under new keys; `base_model.model.` stays where it is.
+
+    Args:
+        tensors: The tensors by key.
+        rename: Gives a key without `base_model.model.` its new name.
+    """
+    prefixes = {key: PREFIX if key.startswith(PREFIX) else "" for key in tensors}
+    return {f"{prefixes[key]}{rename(key.removeprefix(PREFIX))}": tensor for key, tensor in tensors.items()}
 
 
 def under_this_head(tensors: Mapping[str, Tensor], expected: Collection[str], trunk: str) -> Mapping[str, Tensor]:

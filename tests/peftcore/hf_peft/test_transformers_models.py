@@ -5,7 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.modeling_utils import LoadStateDictConfig
 
 from peftcore import (
     AdapterNameError,
@@ -13,10 +16,12 @@ from peftcore import (
     ConfigError,
     HotswapError,
     LoraConfig,
+    PeftConfig,
     PeftModel,
     get_peft_model,
     get_peft_model_state_dict,
 )
+from peftcore.files.tensors import WEIGHTS_NAME
 from peftcore.hf_peft.transformers_models import load_adapter
 from peftcore.injection.adapter_set import adapter_set
 
@@ -239,6 +244,23 @@ def test_from_pretrained_replaces_what_transformers_has_loaded(saved: Path, othe
         adapted: Any = PeftModel.from_pretrained(model, other)
     assert list(adapted.peft_config) == ["default"] == list(adapted.active_adapters)
     torch.testing.assert_close(logits(adapted), logits(loaded(other)))
+
+
+@pytest.mark.parametrize("from_tensors", [False, True])
+def test_the_key_mapping_of_from_pretrained_renames_saved_keys(saved: Path, from_tensors: bool) -> None:
+    expected = logits(loaded(saved))
+    tensors = {key.replace("model.layers", "trunk.blocks"): t for key, t in load_file(saved / WEIGHTS_NAME).items()}
+    if not from_tensors:
+        save_file(tensors, saved / WEIGHTS_NAME)
+        (saved / "SHA256SUMS").unlink(missing_ok=True)
+    source: dict[str, Any] = {"peft_model_id": saved}
+    if from_tensors:
+        source = {"adapter_state_dict": tensors, "peft_config": PeftConfig.from_pretrained(saved)}
+    model = llama()
+    mapping: Any = get_model_conversion_mapping(model, {r"^trunk\.": "model.", r"\.blocks\.(\d+)": r".layers.\1"})
+    info = load_adapter(model, **source, load_config=LoadStateDictConfig(weight_mapping=mapping))
+    assert not info.missing_keys and not info.unexpected_keys
+    assert torch.equal(logits(model), expected)
 
 
 def test_missing_sizes_and_low_memory(saved: Path) -> None:
