@@ -6,6 +6,7 @@ warning. A key on disk that asks for unsupported mathematics is refused, because
 
 import dataclasses
 import importlib.metadata
+import inspect
 import json
 import os
 import sys
@@ -166,6 +167,12 @@ class _ConfigType(type):
             without_effect = cls.ignored_on_disk
             kept = {k: v for k, v in options.items() if k not in without_effect or (v and v != without_effect[k])}
             return super().__call__(*args, **kept)
+
+        @property
+        def __signature__(cls) -> inspect.Signature:
+            """Return the arguments by name, because libraries ask `inspect.signature` which options a method has."""
+            init = inspect.signature(cls.__init__)
+            return init.replace(parameters=list(init.parameters.values())[1:], return_annotation=cls)
 
 
 @dataclass

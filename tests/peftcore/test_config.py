@@ -1,5 +1,6 @@
 """Configurations on disk: what is damaged, unknown or foreign."""
 
+import inspect
 import json
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -37,6 +38,14 @@ def test_an_unsupported_argument_of_hf_peft_is_an_error() -> None:
         LoraConfig(megatron_config={"a": 1})  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="unknown option 'use_dora'"):
         peftcore.AdaLoraConfig(total_step=10, use_dora=True)  # type: ignore[call-arg]
+
+
+def test_the_signature_of_a_class_names_its_options() -> None:
+    """Libraries look there whether an option exists, as in `"loftq_config" in str(inspect.signature(LoraConfig))`."""
+    for config_class in hf_peft.PEFT_TYPE_TO_CONFIG_MAPPING.values():
+        options = inspect.signature(config_class).parameters
+        assert list(options) == [option.name for option in fields(config_class) if option.init]
+    assert "loftq_config" in str(inspect.signature(LoraConfig))
 
 
 def test_missing_and_damaged_files(tmp_path: Path) -> None:
