@@ -7,6 +7,7 @@ names, so it is replaced by the function here, which reads a directory by the ru
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -37,6 +38,12 @@ _FIELDS = frozenset(
     {"pretrained_model_name_or_path", "download_kwargs", "use_safetensors", "ignore_mismatched_sizes"}
     | {"weight_mapping", "hf_quantizer"}
 )
+"""Fields of transformers' `LoadStateDictConfig` that are used here."""
+_WITHOUT_EFFECT = frozenset(
+    {"device_map", "device_mesh", "disable_mmap", "disk_offload_folder", "dtype", "dtype_plan", "offload_buffers"}
+    | {"sharded_metadata", "weights_only"}
+)
+"""Its other fields: an adapter has the devices and the dtypes of its layers, and one file of safetensors."""
 
 
 def load_adapter(
@@ -74,7 +81,8 @@ def load_adapter(
         adapter_kwargs: options of the adapter's download, such as `revision`.
         load_config: transformers' options of `from_pretrained`, of which `download_kwargs`, `ignore_mismatched_sizes`
             and `weight_mapping` (with the `key_mapping` of `from_pretrained`) have a meaning for an adapter.
-        kwargs: these fields of `load_config`, one by one.
+        kwargs: fields of `load_config`, one by one. As in transformers, `device_map` and `dtype` have no effect; here,
+            they warn.
 
     Returns:
         transformers' `LoadStateDictInfo`.
@@ -164,7 +172,13 @@ def _options(
     load_config: Any, fields: Mapping[str, Any], adapter_kwargs: Mapping[str, Any], local_files_only: bool
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return (fields of `load_config`, options of the adapter's download)."""
-    if unknown := sorted(fields.keys() - _FIELDS):
+    if unused := sorted(fields.keys() & _WITHOUT_EFFECT):
+        warnings.warn(
+            f"load_adapter: {', '.join(unused)} has no effect on an adapter, which has the devices and the dtypes of its "
+            "layers; leave it out",
+            stacklevel=3,
+        )
+    if unknown := sorted(fields.keys() - _FIELDS - _WITHOUT_EFFECT):
         raise TypeError(
             f"load_adapter() has no option {unknown[0]!r}; "
             "give those of the download, such as revision, in adapter_kwargs"

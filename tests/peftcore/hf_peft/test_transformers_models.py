@@ -263,6 +263,14 @@ def test_the_key_mapping_of_from_pretrained_renames_saved_keys(saved: Path, from
     assert torch.equal(logits(model), expected)
 
 
+def test_options_of_weights_without_effect_warn(saved: Path) -> None:
+    model = llama()
+    with pytest.warns(UserWarning, match="device_map, dtype has no effect on an adapter"):
+        load_adapter(model, saved, device_map="auto", dtype=torch.float16)
+    assert torch.equal(logits(model), logits(loaded(saved)))
+    assert {tensor.dtype for tensor in adapter_set(model).tensors()} == {torch.float32}
+
+
 def test_missing_sizes_and_low_memory(saved: Path) -> None:
     model = llama()
     load_adapter(model, saved, low_cpu_mem_usage=True)
