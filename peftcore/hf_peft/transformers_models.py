@@ -174,8 +174,7 @@ def _options(
     """Return (fields of `load_config`, options of the adapter's download)."""
     if unused := sorted(fields.keys() & _WITHOUT_EFFECT):
         warnings.warn(
-            f"load_adapter: {', '.join(unused)} has no effect on an adapter, which has the devices and the dtypes of its "
-            "layers; leave it out",
+            f"load_adapter: {', '.join(unused)} has no effect on an adapter, because its layers decide; leave it out",
             stacklevel=3,
         )
     if unknown := sorted(fields.keys() - _FIELDS - _WITHOUT_EFFECT):
