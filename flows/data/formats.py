@@ -67,6 +67,9 @@ def chat(row: dict[str, Any], ignored: Collection[str] = ()) -> list[Message]:
     if "text" in row:
         raise FaultyRow("it has a text; set data.kind to text")
     known = ["messages", "conversations", *ONE_TURN, *ONE_TURN.values()]
+    if null := [column for column in known if column in row and row[column] is None]:
+        verb = "is" if len(null) == 1 else "are"
+        raise FaultyRow(f"its {', '.join(null)} {verb} null; give the row a question and an answer, or remove it")
     raise FaultyRow(
         f"it has neither messages nor prompt and completion, but {', '.join(row) or 'nothing'}"
         + spelled_otherwise(row, known)

@@ -67,8 +67,9 @@ def assign_groups(sizes: dict[str, int], shares: dict[Split, float], seed: int) 
     """
     if len(sizes) < 3:
         raise DataError(
-            f"the data has {len(sizes)} groups, and train, validation and test need one each; give more data, or "
-            "another data.group_column (null: each row is a group)"
+            f"{len(sizes)} group(s) of rows remain, and train, validation and test need one each; give rows with other "
+            "prompts or texts, or another data.group_column (null: rows with the same prompt, and the rows of one "
+            "text, are a group)"
         )
     assigned: dict[str, Split] = {}
     for split in ("test", "validation"):

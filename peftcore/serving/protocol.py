@@ -409,6 +409,8 @@ def refusal(errors: Sequence[Mapping[str, Any]]) -> BadRequestError:
         reason, position = first["ctx"]["error"], first["loc"][-1]
         return BadRequestError(f"the body is not valid JSON: {reason} at character {position}")
     place = [str(part) for part in first["loc"] if part != "body"]
+    if not place and isinstance(first["input"], bytes):  # FastAPI parses a body as JSON only by its media type
+        return BadRequestError("the body is not declared as JSON; send the header Content-Type: application/json")
     param = place[0] if place else None
     named = ".".join(place if param in NESTED else place[:1]) or "request"
     problem = "unknown field" if first["type"] == "extra_forbidden" else f"{first['msg']}, got {first['input']!r:.100}"

@@ -134,6 +134,8 @@ def test_columns_that_are_spelled_otherwise_are_named(
         ({"prompt": "a"}, "it has no completion"),
         ({"question": "a"}, "it has no answer"),
         ({"title": "a"}, "neither messages nor prompt and completion, but title"),
+        ({"prompt": None, "completion": "b"}, "its prompt is null; give the row a question and an answer"),
+        ({"messages": None, "prompt": None, "completion": None}, "its messages, prompt, completion are null"),
         ({"prompt": "a", "completion": ""}, "its completion is empty"),
         ({"prompt": "a", "completion": None}, "its completion is empty"),
         ({"prompt": "a", "completion": "  "}, "its completion is empty"),

@@ -196,6 +196,7 @@ def test_what_cannot_be_answered_says_why(served: Any) -> None:
         client.completions.create(model="sql", prompt=[999])
     reply = httpx.post(f"{served.url}/v1/completions", content=b"{no json")
     assert (reply.status_code, reply.json()["error"]["type"]) == (400, "invalid_request_error")
+    assert "send the header Content-Type: application/json" in reply.json()["error"]["message"]
     assert httpx.get(f"{served.url}/v1/nothing").json()["error"]["message"] == "Not Found"
     assert httpx.get(f"{served.url}/v1/completions").headers["allow"] == "POST"
 
