@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from typing import Annotated
 
 import typer
 
@@ -24,6 +25,7 @@ from flows.commands import (
     webhooks,
 )
 from flows.runtime.stage import exit_on_signal, set_quiet_environment
+from flows.runtime.stage_code import installed_version
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -37,8 +39,30 @@ app = typer.Typer(
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(installed_version() or "source")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool,
+    typer.Option(
+        "--version",
+        callback=_print_version,
+        is_eager=True,
+        help="Print the installed version and exit; `source` for a clone, whose code may change.",
+    ),
+]
+
+
 @app.callback()
-def _prepare(log_format: output.Form = None, quiet: output.Quiet = False, verbose: output.Verbose = False) -> None:
+def _prepare(
+    log_format: output.Form = None,
+    quiet: output.Quiet = False,
+    verbose: output.Verbose = False,
+    version: Version = False,
+) -> None:
     set_quiet_environment()
     output.choose(log_format, quiet, verbose)
     signal.signal(signal.SIGTERM, exit_on_signal)

@@ -121,9 +121,7 @@ def _prepared(paths: Paths, split: Split) -> list[RowSize]:
 
 def _assumed(params: Params, count: int | None, key: str) -> list[RowSize]:
     if count is None:
-        raise EstimateError(
-            f"data.{key} is null and no rows are prepared; run `dvc repro prepare`, or give a number"
-        )
+        raise EstimateError(f"data.{key} is null and no rows are prepared; run `dvc repro prepare`, or give a number")
     return [RowSize(params.data.max_length, params.data.max_length - 1)] * count
 
 

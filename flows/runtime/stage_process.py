@@ -29,6 +29,9 @@ By default every forward pass gives its memory back to the system, and the next 
 SECONDS_TO_STOP = 60.0
 """Seconds that an interrupted stage gets to finish writing."""
 
+SECONDS_TO_NOTICE = 5.0
+"""Seconds after which a stage that still runs is taken for one that the interrupt did not reach."""
+
 SECONDS_BETWEEN_LOOKS = 1.0
 """Seconds between two calls of `should_stop`."""
 
@@ -92,7 +95,10 @@ def _run_stage(
             "Allow more with `peftcore run --stage-timeout SECONDS`"
         ) from None
     except KeyboardInterrupt:
-        # the terminal has interrupted the stage too; give it time to end by itself
+        # a terminal has interrupted the stage too, which then ends by itself; `kill -INT` reaches this process alone
+        _wait(process, SECONDS_TO_NOTICE)
+        if process.poll() is None:
+            _terminate_stage(process)
         _wait(process, SECONDS_TO_STOP)
         raise
     except BaseException:

@@ -145,7 +145,7 @@ def _run(params: Params, paths: Paths, processes: PartialState) -> Callable[[], 
         model = attach_adapter(params, model, config, paths.base)
     check_mergeable(model, ["default"])  # the pipeline merges the model: fail before training
     if not warm:
-        _start_from_data(params, model, rows["train"], pad, paths.base)
+        _start_from_data(params, model, rows["train"], pad, paths.base, this.checkpoint is not None)
     recompute_activations(model, params.train.gradient_checkpointing)
     tracking = params.tracking
     tracker = Tracker(
@@ -267,18 +267,20 @@ def _trainer(
     return trainer
 
 
-def _start_from_data(params: Params, model: Any, rows: Dataset, pad: int, original: Path) -> None:
+def _start_from_data(params: Params, model: Any, rows: Dataset, pad: int, original: Path, resumes: bool) -> None:
     """Initialise a LoRA from the first training rows if its initialisation needs data, such as EVA or QERA.
 
     original: folder of the weights before quantisation, which QERA and CLoQ compare with the quantised ones.
+    resumes: whether the adapter's tensors are read from a checkpoint next. QERA and CLoQ set nothing else; the others
+        also change ranks or base weights.
     """
-    if not model.peft_config["default"].needs_data:
+    config = model.peft_config["default"]
+    if not config.needs_data or (resumes and config.needs_original):
         return
     size = params.train.batch_size
     firsts = start_rows(params, rows, ROWS_FOR_START)
     batches = [start_batch(params, firsts[first : first + size], pad) for first in range(0, len(firsts), size)]
-    needs_original = model.peft_config["default"].needs_original
-    initialize_from_data(model, batches, model_path=original if needs_original else None)
+    initialize_from_data(model, batches, model_path=original if config.needs_original else None)
 
 
 def _training_set(params: Params, rows: Dataset) -> Dataset | Packs:

@@ -43,6 +43,13 @@ def test_each_command_says_what_it_does_and_speaks_json(command: str) -> None:
         assert option in result.stdout
 
 
+@pytest.mark.parametrize(("installed", "printed"), [("0.2.0", "0.2.0"), (None, "source")])
+def test_the_version_is_printed(installed: str | None, printed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flows.cli.installed_version", lambda: installed)
+    result = peftcore("--version")
+    assert (result.exit_code, result.stdout) == (0, f"{printed}\n")
+
+
 def test_every_exemption_is_a_command() -> None:
     assert set(commands()) >= set(WITHOUT_JSON)
 

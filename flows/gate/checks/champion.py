@@ -315,10 +315,9 @@ def _rows(candidate: Candidate, champion: Champion) -> "tuple[pyarrow.Table, pya
     if measured is None:
         return candidate.rows, champion.rows, ""
     count = measured.rows.num_rows + measured.left_out
-    note = (
-        f"; {champion.version} was re-evaluated on these {count} test rows, without "
-        f"{measured.left_out} that it had been trained or validated on"
-    )
+    note = f"; {champion.version} was re-evaluated on these {count} test rows"
+    if measured.left_out:
+        note += f", without {measured.left_out} that it had been trained or validated on"
     return candidate.rows, measured.rows, note
 
 

@@ -16,7 +16,7 @@ import pytest
 from flows.errors import BusyError, StageError, StageStopped
 from flows.runtime.processes import this_host
 from flows.runtime.project import dvc
-from flows.runtime.stage_process import SECONDS_TO_STOP, forget_dead_locks, run_stage
+from flows.runtime.stage_process import SECONDS_TO_NOTICE, SECONDS_TO_STOP, forget_dead_locks, run_stage
 
 STAGE = """\
 import os, pathlib, time
@@ -157,6 +157,17 @@ def test_ctrl_c_stops_the_stage_and_a_rerun_is_clean(root: Path, driver: subproc
     (root / "go").touch()
     run_stage(root, "wait", 60)
     assert (root / "out.txt").read_text() == "whole"
+
+
+@pytest.mark.faults("kill -INT of the run alone")
+def test_an_interrupt_of_the_run_alone_stops_the_stage_too(root: Path, driver: subprocess.Popen[bytes]) -> None:
+    pid = stage_pid(root)
+    began = time.monotonic()
+    os.kill(driver.pid, signal.SIGINT)
+    assert eventually(lambda: is_gone(pid), SECONDS_TO_STOP)
+    assert time.monotonic() - began > SECONDS_TO_NOTICE
+    assert driver.wait(SECONDS_TO_STOP + 30) != 0
+    assert not (root / "out.txt").exists()
 
 
 def test_files_in_use_by_the_living_stay_so_and_those_of_a_zombie_do_not(

@@ -207,6 +207,20 @@ def test_a_run_with_other_parameters_never_resumes_a_foreign_checkpoint(prepared
     assert records[0]["step"] == 1 and max(record["learning_rate"] or 0 for record in records) == 0.02
 
 
+def test_a_run_from_qeras_start_resumes_without_computing_it_again(
+    prepared: Paths, tiny_params, die_at, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = tiny_params(quantization={"storage": "nf4"}, method={"r": 4, "init": "qera"})
+    train.run(params, prepared)
+    whole, records = adapter_bytes(prepared), timeless(log_of(prepared))
+    die_at(5)
+    with pytest.raises(_Killed):
+        train.run(params, prepared)
+    monkeypatch.setattr(train, "initialize_from_data", lambda *_, **__: pytest.fail("the start was computed again"))
+    train.run(params, prepared)
+    assert adapter_bytes(prepared) == whole and timeless(log_of(prepared)) == records
+
+
 @pytest.mark.slow
 def test_a_run_on_a_calibrated_base_resumes_on_that_base_alone(prepared: Paths, tiny_params, die_at) -> None:
     def params(rows: int) -> Params:

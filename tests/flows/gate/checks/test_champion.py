@@ -108,6 +108,8 @@ def test_a_champion_of_other_test_rows_is_measured_once_and_the_slices_are_of_th
     assert reason(report).startswith("slices: worse than v0.1.0 in rare") and measured == ["v0.1.0"]
     detail = check(report, "against the champion")
     assert "v0.1.0 was re-evaluated on these 43 test rows, without 3" in detail and "on 40 rows" in detail
+    champion, _ = measured_again(champion_of(before), make("v0.1.9", loss=2.7).rows, left_out=0)
+    assert "on these 40 test rows;" in check(judge(candidate, champion), "against the champion") + ";"
 
 
 def test_nothing_is_measured_for_a_candidate_that_fails_before_or_shares_the_rows(
