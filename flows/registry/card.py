@@ -36,9 +36,10 @@ _LOADERS = {
 }
 """{objective: class that loads the base}; others are causal language models."""
 _BASELINES = {
-    "classification": "The base's figures are those of a baseline that predicts the class frequencies of the training rows.",
-    "token_classification": "The base's figures are those of a baseline that predicts the tag frequencies of the training "
+    "classification": "The base's figures are those of a baseline that predicts the class frequencies of the training "
     "rows.",
+    "token_classification": "The base's figures are those of a baseline that predicts the tag frequencies of the "
+    "training rows.",
     "reward": "The base has no head for rewards, so its figures are those of equal rewards.",
 }
 """{objective: what stands for a base without the trained head}"""
@@ -273,7 +274,7 @@ def _pooling(train: Mapping[str, Any]) -> list[str]:
 
 
 def _limits(record: Mapping[str, Any]) -> list[str]:
-    rows = sum(one["rows"] for one in (record.get("slices") or {}).values())  # evaluate.rows may be fewer than the split
+    rows = sum(one["rows"] for one in (record.get("slices") or {}).values())  # evaluate.rows limits them
     held_out = f"{rows} held-out rows" if rows else "held-out rows"
     quantised = record["params"].get("quantization", {}).get("storage", "none") != "none"
     return [
