@@ -102,7 +102,9 @@ def upgrade(
         shown = difference(paths.root, files)
         print(json.dumps({"files": list(files), "written": write, "difference": shown}) if as_json else shown, end="")
         if files and not write:
-            fail(f"{', '.join(files)} differ from the installed version; `peftcore upgrade --write` writes them")
+            fail(
+                f"not up to date with the installed version: {', '.join(files)}; `peftcore upgrade --write` writes them"
+            )
         for name, text in files.items():
             (paths.root / name).parent.mkdir(parents=True, exist_ok=True)
             write_atomically(paths.root / name, text)

@@ -277,7 +277,7 @@ def _print_reproduction(reproduction: "Reproduction") -> None:
     from flows.registry.reproduction import PARTS
 
     table = Table("", title=reproduction.version, title_justify="left")
-    table.add_column("name", overflow="fold", min_width=24)
+    table.add_column("name", overflow="fold")
     for name in ("registered", "rebuilt", "same", ""):
         table.add_column(name)
     for part in PARTS:

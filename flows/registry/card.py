@@ -35,6 +35,14 @@ _LOADERS = {
     "reranker": "AutoModelForSequenceClassification",
 }
 """{objective: class that loads the base}; others are causal language models."""
+_BASELINES = {
+    "classification": "The base's figures are those of a baseline that predicts the class frequencies of the training "
+    "rows.",
+    "token_classification": "The base's figures are those of a baseline that predicts the tag frequencies of the "
+    "training rows.",
+    "reward": "The base has no head for rewards, so its figures are those of equal rewards.",
+}
+"""{objective: what stands for a base without the trained head}"""
 _FIGURES = {
     "loss": "test loss, nats",
     "perplexity": "perplexity",
@@ -135,7 +143,8 @@ def _figures(record: Mapping[str, Any]) -> list[str]:
     base, adapter = record["metrics"]["base"], record["metrics"]["adapter"]
     keys = [key for key in {**base, **adapter} if _is_figure(key, adapter.get(key)) or _is_figure(key, base.get(key))]
     rows = [(escaped(_FIGURES.get(key, key)), _number(base.get(key)), _number(adapter.get(key))) for key in keys]
-    return _table(("held-out rows", "base", "adapter"), rows)
+    note = _BASELINES.get(record["params"]["train"].get("objective", "sft"))
+    return [*_table(("held-out rows", "base", "adapter"), rows), *(["", note] if note else [])]
 
 
 def _slices(slices: Mapping[str, Any]) -> list[str]:
@@ -158,8 +167,8 @@ def _merge(merge: Mapping[str, Any]) -> list[str]:
             f"{_number(merge['cosine'])}, nearest passages agree for {_number(merge.get('top1_agreement'))}."
         ]
     return [
-        f"Merged model against base and adapter apart: KL divergence {_number(merge.get('kl'))} nats per token, top-1 "
-        f"agreement {_number(merge.get('top1_agreement'))}."
+        f"Merged model against base and adapter apart: KL divergence {_number(merge.get('kl'))} nats per prediction, "
+        f"top-1 agreement {_number(merge.get('top1_agreement'))}."
     ]
 
 
@@ -265,7 +274,7 @@ def _pooling(train: Mapping[str, Any]) -> list[str]:
 
 
 def _limits(record: Mapping[str, Any]) -> list[str]:
-    rows = (record.get("data") or {}).get("rows", {}).get("test")
+    rows = sum(one["rows"] for one in (record.get("slices") or {}).values())  # evaluate.rows limits them
     held_out = f"{rows} held-out rows" if rows else "held-out rows"
     quantised = record["params"].get("quantization", {}).get("storage", "none") != "none"
     return [

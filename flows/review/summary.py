@@ -48,7 +48,7 @@ def print_summary(
     merge = metrics["merge"]
     cosine = f"cosine {merge['cosine']:.4f}, " if "cosine" in merge else ""
     lines = {
-        "merged": f"{cosine}KL {merge['kl']:.4f} nats, top-1 tokens agree on {merge['top1_agreement']:.1%}",
+        "merged": f"{cosine}KL {merge['kl']:.4f} nats, top-1 predictions agree on {merge['top1_agreement']:.1%}",
         "verdict": f"[{'green' if promotion.accepted else 'red'}]{escape(promotion.sentence)}[/]",
         "seconds": " · ".join(f"{name} {value:.1f}" for name, value in seconds.items()),
     }

@@ -104,7 +104,7 @@ def latency(candidate: Candidate, gate: Gate) -> CheckResult:
 
 
 def merge_fidelity(candidate: Candidate, merge: Merge) -> CheckResult:
-    """Check the merged model against base and adapter apart: KL divergence and agreement of the top-1 tokens."""
+    """Check the merged model against base and adapter apart: KL divergence and agreement of the top-1 predictions."""
     divergence, agreement = candidate.merge["kl"], candidate.merge["top1_agreement"]
     if (cosine := candidate.merge.get("cosine")) is not None:
         return (
@@ -115,5 +115,5 @@ def merge_fidelity(candidate: Candidate, merge: Merge) -> CheckResult:
         )
     return divergence <= merge.max_kl and agreement >= merge.min_top1_agreement, (
         f"KL {divergence:.4f} nats, at most {merge.max_kl:g}; "
-        f"top-1 tokens agree on {agreement:.1%}, at least {merge.min_top1_agreement:.0%}"
+        f"top-1 predictions agree on {agreement:.1%}, at least {merge.min_top1_agreement:.0%}"
     )

@@ -110,6 +110,7 @@ def test_upgrade_shows_a_difference_and_writes_it(rows: Path, tmp_path: Path, mo
     Path("dvc.yaml").write_text(pipeline.replace("artifacts/merged", "artifacts/whole"))
     shown = peftcore("upgrade")
     assert shown.exit_code == 1 and "+      - artifacts/merged" in shown.stdout and "--write" in shown.stderr
+    assert "not up to date with the installed version: dvc.yaml;" in shown.stderr
     assert peftcore("upgrade", "--write").exit_code == 0
     assert Path("dvc.yaml").read_text() == pipeline
 

@@ -30,7 +30,7 @@ def record(**changes: Any) -> dict[str, Any]:
             "merge": {"kl": 0.0019, "top1_agreement": 0.977},
             "training": {"trainable_parameters": 4_884_480},
         },
-        "slices": {"json": {"rows": 30, "base_loss": 3.9, "adapter_loss": 2.7}},
+        "slices": {"json": {"rows": 6, "base_loss": 3.9, "adapter_loss": 2.7}},
         "data": {"source": "s", "examples": 60, "dropped": {"too long": 3}, "rows": {"train": 40, "test": 8}},
         "ranks": {"layers": 210, "usual": 16, "others": {"model.layers.0.q": 8}},
         "software": {"python": "3.11.7", "torch": "2.13"},
@@ -44,6 +44,20 @@ def test_a_classifier_is_loaded_with_its_classes() -> None:
     assert 'AutoModelForSequenceClassification.from_pretrained("BASE", num_labels=2)' in text
     assert "Outputs: 0 spam, 1 a" in text and "1 a|b" not in text
     assert "num_labels" not in model_card(record(params=params)), "an older record names no classes"
+
+
+@pytest.mark.parametrize(
+    ("objective", "words"),
+    [
+        ("classification", "a baseline that predicts the class frequencies"),
+        ("token_classification", "a baseline that predicts the tag frequencies"),
+        ("reward", "those of equal rewards"),
+    ],
+)
+def test_the_figures_of_a_base_without_the_head_are_called_a_baseline(objective: str, words: str) -> None:
+    params = Params().model_dump() | {"train": {"objective": objective}}
+    assert words in model_card(record(params=params))
+    assert "The base's figures" not in model_card(record()) and "no head" not in model_card(record())
 
 
 def test_an_adapter_that_corrects_a_storage_is_loaded_on_it() -> None:
@@ -71,8 +85,8 @@ def test_it_says_what_a_reader_asks() -> None:
     text = model_card(record())
     for part in (
         "| test loss, nats | 4.1 | 2.8 |",
-        "| json | 30 | 3.9 | 2.7 |",
-        "KL divergence 0.0019 nats per token, top-1 agreement 0.977",
+        "| json | 6 | 3.9 | 2.7 |",
+        "KL divergence 0.0019 nats per prediction, top-1 agreement 0.977",
         "- rows: 40 train, 8 test, of 60 examples",
         "- dropped: 3 too long",
         "`d1.dir` (DVC, MD5)",
@@ -83,7 +97,7 @@ def test_it_says_what_a_reader_asks() -> None:
         "python 3.11.7, torch 2.13",
         "dvc artifacts get . docstrings --rev v0.3.0",
         "from peftcore import PeftModel  # or: from peft import PeftModel",
-        "8 held-out rows",
+        "Evaluated only on 6 held-out rows",  # not the 8 of the split: evaluate.rows may be fewer
         "Trained on a quantised base",
     ):
         assert part in text, part

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -11,9 +12,10 @@ from safetensors.numpy import save_file
 from typer.testing import CliRunner
 
 from flows.cli import app
+from flows.commands.registry import _print_reproduction  # pyright: ignore[reportPrivateUsage]
 from flows.errors import DataError, RegistryError
 from flows.registry import reproduction
-from flows.registry.reproduction import largest_difference, reproduce, without_times
+from flows.registry.reproduction import PARTS, largest_difference, reproduce, without_times
 from flows.runtime.project import dvc
 
 pytestmark = pytest.mark.usefixtures("forked_stages")
@@ -170,6 +172,18 @@ def test_as_a_command_with_a_stage_that_fails_in_the_end(project: Any, monkeypat
     failed = peftcore("reproduce")
     assert (failed.exit_code, "stage make failed" in failed.stderr) == (1, True)
     assert project.git("worktree", "list").count("\n") == 1
+
+
+def test_the_note_of_a_row_is_in_a_table_of_80_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    row = SimpleNamespace(
+        name="a" * 34, registered="1" * 64, rebuilt="2" * 64, same=True, detail="equal except for times"
+    )
+    shown = SimpleNamespace(version="v0.1.0", same=True, sentence="same", **{part: [row] for part in PARTS})
+    _print_reproduction(shown)  # pyright: ignore[reportArgumentType]
+    assert "equal except" in capsys.readouterr().out
 
 
 def test_times_are_no_results(tmp_path: Path) -> None:

@@ -80,6 +80,12 @@ def test_the_figures_of_a_token_classifier_are_of_words(project: Any) -> None:
     assert "nats per row" not in words
 
 
+def test_a_loss_that_grew_rises(project: Any) -> None:
+    """A loss that "falls by -0.219" would be read as a gain."""
+    project.register(base={"loss": 0.787, "macro_f1": 0.3}, adapter={"loss": 1.006, "macro_f1": 0.3})
+    assert "rises by 0.219 nats per row" in " ".join(page_of(project).text.split())
+
+
 def test_it_shows_the_run(registered: Any) -> None:
     record = json.loads(registered.paths.version.read_text())
     promote(registered.params, registered.paths)

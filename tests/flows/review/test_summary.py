@@ -61,7 +61,7 @@ def test_figures_of_both_models_are_side_by_side(printed: Callable[..., str]) ->
     words = " ".join(text.split())
     for fact in (
         "docstrings v0.1.0",
-        "merged KL 0.0022 nats, top-1 tokens agree on 99.1%",
+        "merged KL 0.0022 nats, top-1 predictions agree on 99.1%",
         "verdict docstrings v0.1.0 is champion",
         "make 61.2 · register 0.5",
         "page /p.html",
