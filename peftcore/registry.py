@@ -132,13 +132,16 @@ def method_named(name: str) -> Method:
     """Return the method of this name.
 
     Raises:
-        ConfigError: For an unknown name; the message suggests a similar one.
+        ConfigError: For an unknown name. The message suggests a similar one, or a package of its own.
     """
     _discover()
     if name not in _methods and name in RENAMED:
         raise ConfigError(f"HF PEFT has renamed {name}: {RENAMED[name]}")
     if name not in _methods:
-        raise ConfigError(f"unknown adapter method {name!r}{suggestion(str(name), _methods)}")
+        raise ConfigError(
+            f"unknown adapter method {name!r}{suggestion(str(name), _methods)}. "
+            "If another package defines the method, install that package"
+        )
     return _methods[name]
 
 
@@ -159,13 +162,11 @@ def method_of(config: "PeftConfig") -> Method:
 
 
 def line_count(method: Method) -> int:
-    """Return the number of lines of the method's file, or of all files of its folder."""
+    """Return the number of lines of the method's file, or of all files of its folder in `methods` (LoRA, X-LoRA)."""
     file = Path(inspect.getfile(method.adapter))
-    is_single_file = file.parent.name in ("methods", "prompts")
-    return sum(
-        len(s.read_text(encoding="utf-8").splitlines())
-        for s in ([file] if is_single_file else file.parent.rglob("*.py"))
-    )
+    has_folder = file.parent.parent == Path(__file__).parent / "methods"
+    files = file.parent.rglob("*.py") if has_folder else [file]
+    return sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
 
 
 def method_table() -> str:

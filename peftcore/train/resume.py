@@ -141,6 +141,7 @@ class Resume:
         device = "cpu" if trainer.args.device.type == "cpu" else trainer.args.device
         state = torch.load(checkpoint / RUN_STATE, map_location=device, weights_only=True)
         trainer._tr_loss += state["loss"]
+        trainer._total_loss_scalar -= state["loss"].item()  # `train_loss` is the mean of the steps of this call alone
         trainer._globalstep_last_logged = state["logged_step"]
         trainer.regularizer.values.extend(state["regularizers"])
         trainer.guard.good_losses.extend(state["good_losses"])

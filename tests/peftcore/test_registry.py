@@ -21,6 +21,7 @@ import sys, torch
 from torch import nn
 import peftcore
 from peftcore import PeftModel, get_peft_model
+from peftcore.registry import line_count, method_named
 
 torch.manual_seed(0)
 plain = nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)).double()
@@ -49,7 +50,7 @@ model.save_pretrained(sys.argv[1])
 plain = model.unload()
 assert all(torch.equal(v, weights[k]) for k, v in plain.state_dict().items())
 torch.testing.assert_close(PeftModel.from_pretrained(plain, sys.argv[1])(x), adapted)
-print("method by entry point:", peftcore.SsfConfig.peft_type)
+print("method by entry point:", peftcore.SsfConfig.peft_type, line_count(method_named("SSF")), "lines")
 """
 
 
@@ -63,6 +64,7 @@ def guides_method() -> str:
 @pytest.mark.slow
 def test_the_guides_method_works_from_a_package_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "acme_ssf.py").write_text(guides_method())
+    (tmp_path / "another_package.py").write_text("another = 1\n")
     installed = tmp_path / "acme_ssf-1.0.dist-info"
     installed.mkdir()
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: acme-ssf\nVersion: 1.0\n")
@@ -73,7 +75,8 @@ def test_the_guides_method_works_from_a_package_of_its_own(tmp_path: Path) -> No
         text=True,
         check=False,
     )
-    assert done.stdout == "method by entry point: SSF\n", done.stderr
+    lines = len(guides_method().splitlines())
+    assert done.stdout == f"method by entry point: SSF {lines} lines\n", done.stderr
 
 
 def test_the_guides_method_is_as_short_as_it_says() -> None:
@@ -96,6 +99,8 @@ def test_names_without_importing_are_those_of_the_methods() -> None:
 def test_an_unknown_method_is_named_with_a_suggestion() -> None:
     with pytest.raises(ConfigError, match="did you mean 'LORA'"):
         method_named("LORAA")
+    with pytest.raises(ConfigError, match="If another package defines the method, install that package"):
+        method_named("SSF")
     with pytest.raises(AttributeError, match="LoraaConfig"):
         _ = peftcore.LoraaConfig
     assert method_named("LORA").config is LoraConfig

@@ -219,6 +219,19 @@ def test_a_finished_run_that_is_resumed_takes_no_step_more(tmp_path: Path) -> No
     assert longer.state.global_step == 10
 
 
+def test_the_train_loss_of_a_resumed_run_is_the_mean_of_its_own_steps(tmp_path: Path) -> None:
+    """The losses before the checkpoint count in the next training record, and not in `train_loss`."""
+    each_step = trainer(adapted(), tmp_path / "each", logging_steps=1)
+    each_step.train()
+    losses = [record["loss"] for record in each_step.state.log_history if "loss" in record]
+    options = {"logging_steps": 100, "save_strategy": "steps", "save_steps": 4}
+    trainer(adapted(), tmp_path / "rare", **options).train()
+    resumed = trainer(adapted(), tmp_path / "rare", **options).train(str(tmp_path / "rare" / "checkpoint-4"))
+    assert resumed.training_loss == pytest.approx(sum(losses[4:]) / 4, rel=1e-4)
+    finished = trainer(adapted(), tmp_path / "rare", **options).train(str(tmp_path / "rare" / "checkpoint-8"))
+    assert finished.training_loss == pytest.approx(0, abs=1e-2)
+
+
 @pytest.mark.faults("flipped bit, truncated file, NaN")
 def test_a_damaged_checkpoint_that_is_named_is_an_error(tmp_path: Path) -> None:
     trainer(adapted(), tmp_path, **SAVING, max_steps=2).train()

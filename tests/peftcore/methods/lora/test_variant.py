@@ -52,6 +52,14 @@ saved = json.loads((Path(sys.argv[1]) / "adapter_config.json").read_text())
 assert saved["peft_type"] == "LORA" and saved["use_gain"] is True
 assert type(PeftConfig.from_pretrained(sys.argv[1])) is GainLoraConfig
 torch.testing.assert_close(PeftModel.from_pretrained(model.unload(), sys.argv[1])(x), adapted)
+pissa = nn.Sequential(nn.Linear(6, 5)).double()
+pissa = get_peft_model(pissa, GainLoraConfig(r=2, target_modules=["0"], init_lora_weights="pissa")).eval()
+with torch.no_grad():
+    for parameter in pissa[0].adapters.parameters():
+        parameter.add_(torch.randn_like(parameter))
+adapted = pissa(x)
+pissa.merge_adapter()
+torch.testing.assert_close(pissa(x), adapted)
 print("variant by entry point:", type(LoraConfig.from_pretrained(sys.argv[1])).__name__)
 """
 
