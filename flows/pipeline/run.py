@@ -8,13 +8,14 @@ torch, and Prefect is imported only where it runs stages.
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flows.errors import GateError, RepositoryError
+from flows.errors import BusyError, GateError, RepositoryError
 from flows.evaluation.benchmarks import check_benchmarks
 from flows.evaluation.scorers.load import check_scorers
 from flows.gate.promote import Promotion, promote
@@ -25,7 +26,8 @@ from flows.registry.lineage import check_artifact_name
 from flows.review.page import write_review
 from flows.review.summary import print_summary
 from flows.runtime.git import Git
-from flows.runtime.last_run import RunRecord, recorded
+from flows.runtime.last_run import RunRecord, recorded, running
+from flows.runtime.locks import exclusive_if_free
 from flows.runtime.project import changed_stages, stage_order
 from flows.runtime.stage_code import refresh
 from flows.runtime.stage_process import run_stage
@@ -64,18 +66,32 @@ def run_pipeline(
     Raises:
         RepositoryError: The version could not be registered; raised before the first stage.
         RegistryError: Likewise, or the registry cannot be used.
+        BusyError: Another run is at work in this folder.
         StageError: A stage failed.
         GateError: The gate refuses; raised after page and summary.
     """
+    with _alone(root):  # ask before the server starts, too
+        pass
     check_registrable(root)  # before Prefect's server starts, which takes about 15 seconds
     refresh(root)
     began = time.monotonic()
     if _is_unchanged(changes or partial(changed_stages, root)):
         print("no stage has changed", file=sys.stderr)
-        with recorded(Paths(root)) as record:
+        with _alone(root), recorded(Paths(root)) as record:
             record.seconds[CHECK] = time.monotonic() - began
             return _judged(root, push_to, _directly, record)
     return _by_prefect(root, stage_timeout, push_to)
+
+
+@contextmanager
+def _alone(root: Path) -> Iterator[None]:
+    """Be the only run in a folder while the context is open; raise BusyError if there is another one."""
+    with exclusive_if_free(root / ".dvc" / "tmp" / "run.lock") as free:
+        if not free:
+            other = running(Paths(root)) or {}
+            who = f"process {other['pid']}, at {other['task']}" if other.get("alive") else "of another process"
+            raise BusyError(f"a run ({who}) is at work in {root}; wait for it, or stop it")
+        yield
 
 
 def _is_unchanged(changes: Changes) -> bool:
@@ -133,10 +149,11 @@ def run_stages(
         in_task: Gives a task's work by its name and its function.
 
     Raises:
+        BusyError: Another run is at work in this folder.
         StageError: A stage failed.
         GateError: The gate refuses; raised after page and summary.
     """
-    with recorded(Paths(root)) as record:
+    with _alone(root), recorded(Paths(root)) as record:
         check_registrable(root)
         stages = stage_order(root)
         for done, stage in enumerate(stages):

@@ -13,6 +13,7 @@ from flows.cli import app
 from flows.errors import GateError, RegistryError
 from flows.pipeline import flow, run
 from flows.runtime import prefect_server
+from flows.runtime.last_run import last_run, running
 from flows.runtime.stage_process import run_stage
 
 HEAVY = ("torch", "transformers", "datasets", "wandb", "prefect", "httpx", "dvc", "networkx", "pandas")
@@ -39,6 +40,24 @@ def test_what_could_not_be_registered_is_said_before_prefects_server_starts(
         RegistryError, match=r"project\.name is 'tickets', but `artifacts:` in dvc\.yaml has no 'tickets'"
     ):
         run.run_pipeline(project.root)
+
+
+def test_a_second_run_in_the_folder_is_told_of_the_first_one(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project.root)
+    code = (
+        "from flows.pipeline import run; from flows.runtime.last_run import recorded; from flows.paths import Paths\n"
+    )
+    code += "from pathlib import Path; root = Path.cwd()\n"
+    code += "with run._alone(root), recorded(Paths(root)) as record, record.at('train'): print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
+        assert first.stdout is not None and first.stdout.readline()
+        done = CliRunner().invoke(app, ["run"])
+        assert done.exit_code == 4
+        assert f"error: a run (process {first.pid}, at train) is at work in {project.root}; wait for it" in done.stderr
+        assert running(project.paths) is not None and last_run(project.paths) is None
+        first.communicate(b"\n")
+    with run._alone(project.root):
+        pass
 
 
 @pytest.mark.slow
