@@ -16,10 +16,13 @@ from torch import Tensor, nn
 from peftcore.config import PeftConfig
 from peftcore.errors import AdapterNameError, ConfigError
 from peftcore.files import hub
+from peftcore.files.tensors import refuse_pickles
 from peftcore.injection import activation
 from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set
 from peftcore.injection.inject import forget_removed_adapters, inject_adapter_in_model, show_configs
 from peftcore.methods.lora import Lora
+from peftcore.prompts.learner import PromptLearner
+from peftcore.registry import method_of
 from peftcore.storage import checkpoint
 from peftcore.storage.hotswap import (
     hotswap_adapter,
@@ -92,7 +95,7 @@ def load_adapter(
         AdapterNameError: the name is not valid, or taken, or with `hotswap` not loaded.
         HotswapError: the new LoRA cannot take the place of the loaded one, or exceeds the rank of
             `enable_peft_hotswap`.
-        ConfigError: an option has a value that does not fit.
+        ConfigError: an option has a value that does not fit, or the adapter is a prompt.
         TypeError: an option is unknown.
     """
     name = "default" if adapter_name is None else adapter_name
@@ -122,6 +125,10 @@ def load_adapter(
         )
         directory = hub.adapter_directory(peft_model_id, needs_config=peft_config is None, **options)
         with hub.naming_download(peft_model_id):
+            if peft_config is None:
+                refuse_pickles(directory)
+                peft_config = PeftConfig.from_pretrained(directory)
+            _refuse_prompts(peft_config)
             keys = checkpoint.load_adapter(self, directory, name, is_trainable, peft_config, reading=reading).result
     if not swaps and vars(self).get("_hotswap_enabled"):
         _prepare_for_hotswap(self, name)
@@ -219,6 +226,7 @@ def _load_tensors(
     ignore_mismatched_sizes: bool,
 ) -> IncompatibleKeys:
     own = dataclasses.replace(_checked_config(config), inference_mode=not is_trainable)
+    _refuse_prompts(own)
     inject_adapter_in_model(own, model, name)
     try:
         return set_peft_model_state_dict(model, tensors, name, ignore_mismatched_sizes)
@@ -232,6 +240,18 @@ def _checked_config(config: PeftConfig | None) -> Any:
     if not isinstance(config, PeftConfig):
         raise ConfigError(f"load_adapter: adapter_state_dict needs peft_config, a configuration; got {config!r:.200}")
     return config
+
+
+def _refuse_prompts(config: Any) -> None:
+    """Raise ConfigError for a prompt, as HF PEFT does.
+
+    A prompt works by hooks on the whole model, so a direct call of a plain model's `forward` would leave it out.
+    """
+    if isinstance(config, PeftConfig) and issubclass(method_of(config).adapter, PromptLearner):
+        raise ConfigError(
+            f"load_adapter: a plain model cannot have a prompt, got {config.peft_type}; load the adapter with "
+            "PeftModel.from_pretrained(model, directory)"
+        )
 
 
 def _reported(model: nn.Module, keys: IncompatibleKeys, source: Any) -> Any:

@@ -18,6 +18,7 @@ from peftcore import (
     LoraConfig,
     PeftConfig,
     PeftModel,
+    PromptTuningConfig,
     get_peft_model,
     get_peft_model_state_dict,
 )
@@ -143,6 +144,18 @@ def test_errors_leave_the_model_as_it_was(
     with pytest.raises(error, match=message):
         load_adapter(model, **{"peft_model_id": saved, **arguments})
     assert list(model.peft_config) == ["default"] and torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("from_tensors", [False, True])
+def test_a_prompt_is_refused_because_a_direct_forward_would_leave_it_out(tmp_path: Path, from_tensors: bool) -> None:
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    get_peft_model(llama(), config).save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS_NAME)
+    source: dict[str, Any] = {"adapter_state_dict": tensors, "peft_config": config} if from_tensors else {}
+    model = llama()
+    with pytest.raises(ConfigError, match="PROMPT_TUNING; load the adapter with PeftModel"):
+        load_adapter(model, None if from_tensors else tmp_path, **source)
+    assert torch.equal(logits(model), logits(llama())) and all(p.requires_grad for p in model.parameters())
 
 
 @pytest.fixture
