@@ -159,7 +159,7 @@ def test_ctrl_c_stops_the_stage_and_a_rerun_is_clean(root: Path, driver: subproc
     assert (root / "out.txt").read_text() == "whole"
 
 
-@pytest.mark.faults("kill -INT of the run alone")
+@pytest.mark.faults("Ctrl-C")
 def test_an_interrupt_of_the_run_alone_stops_the_stage_too(root: Path, driver: subprocess.Popen[bytes]) -> None:
     pid = stage_pid(root)
     began = time.monotonic()
