@@ -13,6 +13,7 @@ subtract their start from the base weight, as in HF PEFT; `peftcore.set_start_su
 """
 
 import email.message
+import functools
 import importlib.metadata
 import runpy
 import sys
@@ -27,6 +28,8 @@ from peftcore.hf_peft.alias import PACKAGE, AliasFinder, MethodFinder, install
 from peftcore.kernels.dropout_masks import set_dropout_masks
 from peftcore.kernels.start_subtraction import set_start_subtraction
 
+_NAME = "peftcore.as_peft"
+"""Name of this module, which is "__main__" if it runs."""
 _REPORTED_VERSION = "0.22.0"
 """Version of the distribution `peft` in this process: the lowest that transformers 5.24 accepts.
 
@@ -75,7 +78,7 @@ def activate() -> None:
     install(_DistributionFinder(), MethodFinder(), AliasFinder("peft", PACKAGE))
     set_dropout_masks("pytorch")
     set_start_subtraction("base")
-    after_import("transformers.integrations.peft", "PeftAdapterMixin", _replace_load_adapter)
+    after_import("transformers.integrations.peft", "PeftAdapterMixin", _replace_methods)
     after_import("transformers.trainer", "Trainer", _teach_trainer)
 
 
@@ -85,18 +88,62 @@ def _teach_trainer(_module: Any) -> None:
     teach_trainer()
 
 
-def _replace_load_adapter(module: Any) -> None:
+def _replace_methods(module: Any) -> None:
+    add = module.PeftAdapterMixin.add_adapter
+
+    @functools.wraps(add)
+    def add_adapter(self: Any, adapter_config: Any, *args: Any, **kwargs: Any) -> Any:
+        from peftcore.hf_peft import transformers_models  # here, because its imports may import `module`
+
+        transformers_models.refuse_prompts("add_adapter", adapter_config)
+        return add(self, adapter_config, *args, **kwargs)
+
     def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
         """Load an adapter into a plain model; see `peftcore.hf_peft.transformers_models.load_adapter`."""
-        from peftcore.hf_peft import transformers_models  # here, because its imports may import `module`
+        from peftcore.hf_peft import transformers_models  # here, for the same reason
 
         return transformers_models.load_adapter(self, *args, **kwargs)
 
+    module.PeftAdapterMixin.add_adapter = add_adapter
     module.PeftAdapterMixin.load_adapter = load_adapter
+
+
+_LAUNCHERS = {
+    "accelerate": "accelerate launch",
+    "accelerate-launch": "accelerate launch",
+    "accelerate.commands.accelerate_cli": "accelerate launch",
+    "accelerate.commands.launch": "accelerate launch",
+    "torchrun": "torchrun",
+    "torch.distributed.run": "torchrun",
+    "torch.distributed.launch": "python -m torch.distributed.launch",
+}
+"""{script or module that runs another script in processes of their own: its command}"""
+_TRL = ("trl", "trl.cli", "trl.cli.main")
+"""Scripts and modules of TRL's command, which runs `trl.scripts` by `accelerate launch`."""
+
+
+def _refuse_launchers(program: str, arguments: Sequence[str]) -> None:
+    """Exit with the right command if a program would run the script in another process, without the alias."""
+    if _NAME in arguments:
+        return
+    if program in _TRL:
+        name = next((argument for argument in arguments if not argument.startswith("-")), "sft")
+        command = f"python -m {_NAME} -m trl.scripts.{name.replace('-', '_')} ARGS..."
+        command += f"\nor, with several processes: accelerate launch -m {_NAME} {command.partition(f'{_NAME} ')[2]}"
+    elif program in _LAUNCHERS:
+        command = f"{_LAUNCHERS[program]} OPTIONS... -m {_NAME} SCRIPT ARGS..."
+    else:
+        return
+    sys.exit(
+        f"python -m {_NAME}: {program} runs the script in another process, where `import peft` would not find "
+        f"peftcore; run this command in place of it:\n{command}"
+    )
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run a script or a module with the alias in place.
+
+    A launcher, which would run the script in a process without the alias, is refused with the right command.
 
     Args:
         arguments: the script's path, or "-m" and a module's name; then the script's own arguments.
@@ -105,7 +152,10 @@ def main(arguments: Sequence[str]) -> None:
         sys.exit(
             "usage: python -m peftcore.as_peft SCRIPT ARGS...\n       python -m peftcore.as_peft -m MODULE ARGS..."
         )
-    if arguments[0] == "-m":
+    is_module = arguments[0] == "-m"
+    program = arguments[1] if is_module else Path(arguments[0]).name
+    _refuse_launchers(program, arguments[2 if is_module else 1 :])
+    if is_module:
         sys.argv = list(arguments[1:])
         sys.path.insert(0, "")
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)

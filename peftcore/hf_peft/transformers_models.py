@@ -35,6 +35,11 @@ from peftcore.storage.state_dict import set_peft_model_state_dict
 from peftcore.storage.trainer_checkpoints import teach_trainer
 
 _NO_SOURCE = "load_adapter needs a directory or a hub id, or peft_config with adapter_state_dict"
+_FOR_PROMPTS = {
+    "add_adapter": "call get_peft_model(model, config)",
+    "load_adapter": "load the adapter with PeftModel.from_pretrained(model, directory)",
+}
+"""{method of a plain model: what gives the model a prompt}"""
 _ACCESS = ("cache_dir", "force_download", "local_files_only", "token")
 """Options of the base model's download that the adapter's download gets, too."""
 _FIELDS = frozenset(
@@ -128,7 +133,7 @@ def load_adapter(
             if peft_config is None:
                 refuse_pickles(directory)
                 peft_config = PeftConfig.from_pretrained(directory)
-            _refuse_prompts(peft_config)
+            refuse_prompts("load_adapter", peft_config)
             keys = checkpoint.load_adapter(self, directory, name, is_trainable, peft_config, reading=reading).result
     if not swaps and vars(self).get("_hotswap_enabled"):
         _prepare_for_hotswap(self, name)
@@ -226,7 +231,7 @@ def _load_tensors(
     ignore_mismatched_sizes: bool,
 ) -> IncompatibleKeys:
     own = dataclasses.replace(_checked_config(config), inference_mode=not is_trainable)
-    _refuse_prompts(own)
+    refuse_prompts("load_adapter", own)
     inject_adapter_in_model(own, model, name)
     try:
         return set_peft_model_state_dict(model, tensors, name, ignore_mismatched_sizes)
@@ -242,15 +247,18 @@ def _checked_config(config: PeftConfig | None) -> Any:
     return config
 
 
-def _refuse_prompts(config: Any) -> None:
+def refuse_prompts(method: str, config: Any) -> None:
     """Raise ConfigError for a prompt, as HF PEFT does.
 
     A prompt works by hooks on the whole model, so a direct call of a plain model's `forward` would leave it out.
+
+    Args:
+        method: the model's method that was called, "add_adapter" or "load_adapter".
+        config: what the caller gave as the configuration.
     """
     if isinstance(config, PeftConfig) and issubclass(method_of(config).adapter, PromptLearner):
         raise ConfigError(
-            f"load_adapter: a plain model cannot have a prompt, got {config.peft_type}; load the adapter with "
-            "PeftModel.from_pretrained(model, directory)"
+            f"{method}: a plain model cannot have a prompt, got {config.peft_type}; {_FOR_PROMPTS[method]} in place"
         )
 
 

@@ -42,3 +42,41 @@ def test_without_a_script_there_is_a_usage_line() -> None:
     done = run()
     assert done.returncode
     assert "python -m peftcore.as_peft SCRIPT" in done.stderr
+
+
+LAUNCHERS = {
+    "/usr/bin/trl sft --use_peft": "python -m peftcore.as_peft -m trl.scripts.sft ARGS...",
+    "-m trl.cli dpo": "accelerate launch -m peftcore.as_peft -m trl.scripts.dpo ARGS...",
+    "accelerate launch train.py": "accelerate launch OPTIONS... -m peftcore.as_peft SCRIPT ARGS...",
+    "-m accelerate.commands.launch train.py": "accelerate launch OPTIONS... -m peftcore.as_peft SCRIPT ARGS...",
+    "/usr/bin/torchrun --nproc-per-node 2 train.py": "torchrun OPTIONS... -m peftcore.as_peft SCRIPT ARGS...",
+    "-m torch.distributed.run train.py": "torchrun OPTIONS... -m peftcore.as_peft SCRIPT ARGS...",
+    "-m torch.distributed.launch a.py": "torch.distributed.launch OPTIONS... -m peftcore.as_peft SCRIPT ARGS...",
+}
+"""{arguments of the alias: command that the error gives}"""
+ERRORS = """\
+import sys
+from peftcore.as_peft import main
+for arguments in sys.argv[1:]:
+    try:
+        main(arguments.split())
+    except SystemExit as error:
+        print(str(error.code).replace("\\n", " "))
+"""
+
+
+def test_a_launcher_is_refused_with_the_right_command() -> None:
+    command = [sys.executable, "-c", ERRORS, *LAUNCHERS]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    messages = done.stdout.splitlines()
+    assert len(messages) == len(LAUNCHERS), done.stderr
+    for message, right in zip(messages, LAUNCHERS.values(), strict=True):
+        assert "in another process" in message and right in message
+
+
+@pytest.mark.slow
+def test_a_launcher_that_runs_the_alias_is_not_refused(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("import peft; print(peft.get_peft_model.__module__)")
+    done = run("-m", "torch.distributed.run", "--nproc-per-node", "1", "-m", "peftcore.as_peft", script)
+    assert done.stdout.startswith("peftcore."), done.stderr

@@ -8,7 +8,7 @@ from alias_scripts import OLDER_PEFT, assert_equal, results, run
 SCRIPT = (
     OLDER_PEFT
     + """
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, PromptTuningConfig
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 torch.manual_seed(0)
@@ -62,6 +62,8 @@ for name in ("second", "default"):
     written = {"adapter_config.json", "adapter_model.safetensors"}
     results[f"files {name}"] = sorted(written & set(os.listdir(f"{folder}/{name}")))
 results["taken"] = error(model.add_adapter, LoraConfig(r=2, target_modules=["q_proj"]), "second")
+prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+results["prompt"] = [error(model.add_adapter, prompt, "third"), model.active_adapters(), output(model)]
 results["unknown"] = error(model.set_adapter, "third")
 model.delete_adapter("second")
 results["left"] = [sorted(model.peft_config), model.active_adapters()]
