@@ -56,6 +56,22 @@ class PromptLearner(nn.Module):
     embedding: Any
     """The module whose `weight` is trained, as in HF PEFT; `vectors` reads it."""
 
+    def __init_subclass__(cls, **kwargs: Any):
+        """Check that a saved prompt will be read back as what it was.
+
+        Raises:
+            TypeError: the class defines `encoded`, and no method that reads its result.
+        """
+        super().__init_subclass__(**kwargs)
+        base = PromptLearner
+        if cls.encoded is base.encoded or cls.load_checkpoint_tensors is not base.load_checkpoint_tensors:
+            return
+        if cls.has_encoder is base.has_encoder or cls.drop_encoder is base.drop_encoder:
+            raise TypeError(
+                f"{cls.__name__} defines encoded, so its saved prompt would be read into vectors and encoded again; "
+                "define has_encoder and drop_encoder as well, or load_checkpoint_tensors"
+            )
+
     def __init__(self, config: Any, model: nn.Module):
         super().__init__()
         self.config = config

@@ -26,7 +26,7 @@ from peftcore.prompts.cpt import CPTConfig
 from peftcore.prompts.multitask_prompt_tuning import MultitaskPromptTuningConfig
 from peftcore.prompts.p_tuning import PromptEncoderConfig
 from peftcore.prompts.prefix_tuning import PrefixTuningConfig
-from peftcore.prompts.prompt_tuning import PromptTuningConfig
+from peftcore.prompts.prompt_tuning import PromptTuning, PromptTuningConfig
 from peftcore.registry import methods
 from peftcore.train import AdapterTrainer
 
@@ -54,6 +54,23 @@ GREEDY: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False}
 def test_every_registered_prompt_is_tested_here() -> None:
     prompts = {name for name, method in methods().items() if "model" in method.adapter.layer_kinds}
     assert prompts == set(METHODS) | {"LOREFT", "SHADOW"}, "they have no prompt: test_loreft.py, test_shadow.py"
+
+
+def test_a_computed_prompt_needs_a_method_that_reads_it() -> None:
+    with pytest.raises(TypeError, match=r"Doubled defines encoded, .*define has_encoder and drop_encoder as well"):
+
+        class Doubled(PromptTuning):
+            def encoded(self) -> Tensor:
+                return 2 * self.vectors
+
+    class Halved(PromptTuning):
+        def encoded(self) -> Tensor:
+            return 2 * self.vectors
+
+        def load_checkpoint_tensors(self, tensors: Any) -> None:
+            self.embedding.weight.data.copy_(tensors["prompt_embeddings"] / 2)
+
+    assert Halved.encoded is not PromptTuning.encoded
 
 
 def prompted(method: str, family: str, spread: float = 1.0) -> Any:
