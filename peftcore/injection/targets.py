@@ -174,12 +174,17 @@ def find_parameters(module_index: ModuleIndex, config: TunerConfig) -> dict[str,
         {path: (module, name of the parameter)}
 
     Raises:
-        TargetError: a name matches no parameter, or one of a layer that has adapters or is quantised. If no name
-            matches and `target_modules` are given, too, a RuntimeWarning says so in place.
+        TargetError: a name matches no parameter, one of the model itself, or one of a layer that has adapters or is
+            quantised. If no name matches and `target_modules` are given, too, a RuntimeWarning says so in place.
     """
     names = parameter_names(config)
     if not names:
         return {}
+    if own := [name for name in module_index.model._parameters if named(name, names)]:
+        raise TargetError(
+            f"target_parameters: {own[0]!r} is a parameter of the model itself, and only those of modules inside of it "
+            f"can be adapted; move it into a submodule of {type(module_index.model).__name__}, or leave the name out"
+        )
     owners = {path: unwrapped(module) for path, module in module_index.modules.items()}
     every = {f"{p}.{name}": (m, name) for p, m in owners.items() for name, q in m._parameters.items() if q is not None}
     matches = {path: match for path, match in every.items() if named(path, names)}

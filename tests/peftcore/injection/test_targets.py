@@ -67,6 +67,23 @@ def test_of_modules_and_parameters_one_may_match_nothing() -> None:
         get_peft_model(Heads(), LoraConfig(target_modules=["foot"], target_parameters=["block.norm.weights"]))
 
 
+def test_a_parameter_of_the_model_itself_is_refused_as_in_peft() -> None:
+    def heads() -> Heads:
+        model = Heads()
+        model.scale = nn.Parameter(torch.ones(4, 4))
+        model.block.scale = nn.Parameter(torch.ones(4, 4))
+        return model
+
+    own: dict[str, Any] = {"target_parameters": ["scale"], "r": 2}
+    for target_modules in ([], ["overhead"]):
+        with pytest.raises(ValueError, match="top-level module is not supported"):
+            peft.get_peft_model(heads(), peft.LoraConfig(target_modules=target_modules, **own))
+        with pytest.raises(TargetError, match="'scale' is a parameter of the model itself"):
+            get_peft_model(heads(), LoraConfig(target_modules=target_modules, **own))
+    config = LoraConfig(target_modules=[], target_parameters=["block.scale"], r=2)
+    assert sorted(adapter_set(get_peft_model(heads(), config)).layers) == ["block.scale"]
+
+
 def test_modules_to_save_match_whole_segments() -> None:
     model = get_peft_model(Heads(), LoraConfig(target_modules=["overhead"], modules_to_save=["head"]))
     trained = {
