@@ -50,9 +50,7 @@ def set_adapter(
     activation.set_adapter(model, adapter_name, inference_mode)
 
 
-def delete_adapter(
-    model: nn.Module, adapter_name: str, prefix: str = "", layer_cls: Any = BaseTunerLayer
-) -> list[str] | None:
+def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", layer_cls: Any = BaseTunerLayer) -> list[str]:
     """Delete an adapter.
 
     Args:
@@ -62,7 +60,7 @@ def delete_adapter(
         layer_cls: only BaseTunerLayer.
 
     Returns:
-        The adapters that are active then; None if none is.
+        The adapters that are active then; [] if none is.
 
     Raises:
         AdapterNameError: the model has no adapters.
@@ -72,14 +70,14 @@ def delete_adapter(
     adapters = adapter_set(model)
     if adapter_name not in adapters.configs:
         warnings.warn(f"delete_adapter: {adapter_name!r} is not loaded, so nothing is deleted", stacklevel=2)
-        return list(adapters.selection.active) or None
+        return list(adapters.selection.active)
     names = {key for part in adapters.of_method(adapter_name).values() for key in part.checkpoint_keys().values()}
     if prefix and names and not any(name.startswith(prefix) for name in names):
         raise ConfigError(
             f"delete_adapter: {adapter_name!r} has parameters {sorted(names)}, none with prefix {prefix!r}"
         )
     activation.delete_adapter(model, adapter_name)
-    return list(adapters.selection.active) or None
+    return list(adapters.selection.active)
 
 
 def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:

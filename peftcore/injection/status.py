@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from peftcore._util.both_libraries import refuse_layers_of_hf_peft
 from peftcore.config import PeftConfig
@@ -53,9 +54,10 @@ class TunerModelStatus:
     """The adapters of a model; a field is "irregular" if it differs between layers.
 
     Attributes:
-        base_model_type: the class of the base model.
-        adapter_model_type: the class of HF PEFT's model for the method, such as "LoraModel".
-        peft_types: {adapter: method}.
+        base_model_type: the class of the base model; "other" if it is neither a `PeftModel` nor transformers' model.
+        adapter_model_type: the class of HF PEFT's model for the method, such as "LoraModel"; "None" if the model is no
+            `PeftModel`.
+        peft_types: {adapter: method}; {} if the model is no `PeftModel`.
         trainable_params: number of parameters that train.
         total_params: number of all parameters.
         num_adapter_layers: number of layers with adapters.
@@ -101,10 +103,14 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
         raise TargetError("No adapter layers found in the model; add an adapter of layers by get_peft_model first")
     found = []
     for path, part, of_part in statuses:
-        start = "base_model.model." if isinstance(getattr(part, "base_model", None), TunerModel) else ""
+        start = "base_model.model." if _is_peft_model(part) else ""
         start = start.removeprefix("base_model.") if part is model else f"{path}.{start}"
         found += [dataclasses.replace(status, name=f"{start}{status.name}") for status in of_part]
     return found
+
+
+def _is_peft_model(model: nn.Module) -> bool:
+    return isinstance(getattr(model, "base_model", None), TunerModel)
 
 
 def _parts_with_adapters(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -193,7 +199,8 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     """
     layers = get_layer_status(model)
     owners = [adapter_set(part) for _, part in _parts_with_adapters(model)]
-    configs = {name: config for adapters in owners for name, config in adapters.configs.items()}
+    has_tuner = _is_peft_model(model)
+    configs = adapter_set(model).configs if has_tuner else {}
     wrappers = [one for adapters in owners for one in (*adapters.layers.values(), *adapters.saved.values())]
     active = _same({wrapper.selection.active for wrapper in wrappers}, default=())
     merged = sorted({name for layer in layers for name in layer.merged_adapters})
@@ -203,8 +210,8 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     trainable, total = _parameter_counts(model)
     names = sorted({name for layer in layers for name in layer.available_adapters})
     return TunerModelStatus(
-        base_model_type=type(model).__name__,
-        adapter_model_type=_tuner_name(list(configs.values())),
+        base_model_type=type(model).__name__ if has_tuner or isinstance(model, PreTrainedModel) else "other",
+        adapter_model_type=_tuner_name(list(configs.values())) if has_tuner else "None",
         peft_types={name: str(config.peft_type) for name, config in configs.items()},
         trainable_params=trainable,
         total_params=total,

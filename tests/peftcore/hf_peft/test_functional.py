@@ -1,7 +1,11 @@
 """Functions on models whose class stays as it is."""
 
+import warnings
+
+import peft
 import pytest
 import torch
+from peft import functional as peft_functional
 from peftcore.functional import (
     cast_adapter_dtype,
     delete_adapter,
@@ -11,7 +15,9 @@ from peftcore.functional import (
 )
 from torch import nn
 
+import peftcore
 from peftcore import ConfigError, LoraConfig
+from peftcore import functional as peftcore_functional
 
 
 @pytest.fixture
@@ -46,8 +52,19 @@ def test_deleting(model: nn.Module) -> None:
     assert delete_adapter(model, "a", "lora_") == ["b"]
     with pytest.warns(UserWarning, match="'a' is not loaded, so nothing is deleted"):  # transformers takes a name twice
         assert delete_adapter(model, "a", "lora_") == ["b"]
-    assert delete_adapter(model, "b") is None
+    assert delete_adapter(model, "b", "lora_") == []
     assert type(model[0]) is nn.Linear
+
+
+def test_deleting_returns_what_peft_returns() -> None:
+    returned = []
+    for library, functions in ((peftcore, peftcore_functional), (peft, peft_functional)):
+        plain = nn.Sequential(nn.Linear(4, 5))
+        with warnings.catch_warnings(action="ignore"):
+            for name in "abc":
+                library.inject_adapter_in_model(library.LoraConfig(r=2, target_modules=["0"]), plain, name)
+            returned.append([functions.delete_adapter(plain, name, "lora_") for name in "acb"])
+    assert returned == [[["c"], ["b"], []]] * 2
 
 
 def test_casting(model: nn.Module) -> None:

@@ -48,6 +48,21 @@ def test_a_model_has_the_status_that_peft_gives_it(pair: tuple[Any, Any]) -> Non
     assert ours.requires_grad == theirs.requires_grad == {"default": False, "other": True}
 
 
+def test_a_model_that_keeps_its_class_has_no_adapter_model_as_in_peft() -> None:
+    sizes: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 8}
+    config = LlamaConfig(num_attention_heads=2, num_key_value_heads=2, **sizes)
+    for make, target in ((base, "0"), (lambda: LlamaForCausalLM(config), "q_proj")):
+        of_both = [
+            library.get_model_status(
+                library.inject_adapter_in_model(library.LoraConfig(r=2, target_modules=[target]), make())
+            )
+            for library in (peftcore, peft)
+        ]
+        ours, theirs = (dataclasses.asdict(status) for status in of_both)
+        assert ours["adapter_model_type"] == "None"
+        assert ours == theirs
+
+
 class Several(nn.Module):
     """A model with one layer of each kind."""
 
