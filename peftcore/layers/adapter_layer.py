@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight, base_weight
+from peftcore.composition.route import Route
 from peftcore.errors import RoutingError
 from peftcore.layers.active import Selection
 from peftcore.layers.adapter_slot import AdapterSlot
@@ -137,12 +138,36 @@ class AdapterLayer(PeftLayerAttributes, TensorHolder, LayerWrapper, AdapterSlot)
         return chain.adapters
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the output of the base layer with the adapters in effect, of the base layer's shape."""
+        """Return the output of the base layer with the adapters in effect, of the base layer's shape.
+
+        Args:
+            x: the layer's input.
+            args: further positional arguments of the base layer.
+            kwargs: further keyword arguments of the base layer. As in HF PEFT, `adapter_names` gives each row of x
+                its adapter, "__base__" for none; while the adapters are disabled, it has no effect.
+
+        Raises:
+            AdapterNameError: one of `adapter_names` is not loaded.
+            RoutingError: there are more or fewer `adapter_names` than rows, or adapters are merged.
+        """
+        if "adapter_names" in kwargs:
+            return self._output_by_row(x, args, **kwargs)
         if not (args or kwargs or self.training or torch.is_grad_enabled()):
             y = decoded(self, x)
             if y is not None:
                 return y
         return layer_output(self, x, args, kwargs)
+
+    def _output_by_row(self, x: Tensor, args: tuple[Any, ...], adapter_names: Any, **kwargs: Any) -> Tensor:
+        if adapter_names is None or self.disable_adapters:
+            return self(x, *args, **kwargs)
+        route = Route(adapter_names)
+        self.selection.owner.require(*route.names)
+        if self.merged_names:
+            raise RoutingError(f"{list(self.merged_names)} are merged into {self.path}; call unmerge_adapter first")
+        route.begin(len(x), None)
+        with self.selection.routed(route):
+            return layer_output(self, x, args, kwargs)
 
     # -- the general path: what `layer_output` does if no fast path applies ----------------------------------------
 

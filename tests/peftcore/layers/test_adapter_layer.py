@@ -3,13 +3,15 @@
 import copy
 from typing import Any
 
+import peft
 import pytest
 import torch
 from method_example import randomise
 from net import Net
 from torch import Tensor, nn
 
-from peftcore import LoraConfig, get_peft_model
+import peftcore
+from peftcore import AdapterNameError, LoraConfig, RoutingError, get_peft_model
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.layers.adapter_layer import AdapterLayer
 from peftcore.methods.hra import HRAConfig
@@ -110,3 +112,39 @@ def test_models_read_the_base_layers_attributes_through_the_wrapper() -> None:
     assert layer.in_features == 12 and layer.weight is layer.base_layer.weight and layer.bias is layer.base_layer.bias
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = layer.no_such_name
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("layer", [nn.Linear(4, 3), nn.Embedding(6, 4), nn.Conv2d(2, 3, 2)], ids=type)
+def test_a_layer_takes_one_adapter_name_for_each_row_as_in_peft(layer: nn.Module, gradients: bool) -> None:
+    inputs = {"Linear": torch.randn(4, 5, 4), "Embedding": torch.arange(8).reshape(4, 2) % 6}
+    x = inputs.get(type(layer).__name__, torch.randn(4, 2, 3, 3))
+    outputs, models = [], []
+    for library in (peft, peftcore):
+        model = library.get_peft_model(Net(copy.deepcopy(layer)), library.LoraConfig(r=2, target_modules=["target"]))
+        model.add_adapter("other", library.LoraConfig(r=3, target_modules=["target"]))
+        models.append(model)
+    theirs, ours = models
+    with torch.no_grad():
+        for name in ("default", "other"):
+            state = peft.get_peft_model_state_dict(theirs, adapter_name=name)
+            values = {key: torch.randn_like(value) for key, value in state.items()}
+            peft.set_peft_model_state_dict(theirs, values, name)
+            peftcore.set_peft_model_state_dict(ours, values, name)
+    names = ["default", "__base__", "other", "default"]
+    with torch.set_grad_enabled(gradients):
+        for model in models:
+            target = model.base_model.model.target
+            outputs.append(target(x, adapter_names=names))
+            outputs.append(target(x, adapter_names=None))
+            with model.disable_adapter():
+                outputs.append(target(x, adapter_names=names))
+    for theirs_y, ours_y in zip(outputs[:3], outputs[3:], strict=True):
+        torch.testing.assert_close(ours_y, theirs_y)
+    with pytest.raises(RoutingError, match="1 adapter names for a batch of 4 rows"):
+        ours.target(x, adapter_names=["default"])
+    with pytest.raises(AdapterNameError, match="third"):
+        ours.target(x, adapter_names=["third"] * 4)
+    ours.merge_adapter()
+    with pytest.raises(RoutingError, match="are merged into target; call unmerge_adapter first"):
+        ours.target(x, adapter_names=names)
