@@ -63,6 +63,8 @@ class SavingMethods(AdaptedModule):
     ) -> None:
         """Save each adapter in PEFT's format: "default" in the directory itself, others in `<name>/`.
 
+        The directory itself gets a model card, unless it has one.
+
         Args:
             save_directory: the directory; created if it does not exist. An adapter's files are replaced together.
             safe_serialization: only True; other formats can run code when they are loaded.
@@ -87,13 +89,15 @@ class SavingMethods(AdaptedModule):
         initial = path_initial_model_for_weight_conversion
         names = list(self.peft_config) if selected_adapters is None else selected_adapters
         adapter_set(self._module).require(*names)
+        root = Path(save_directory)
         for name in names:
-            root = Path(save_directory)
             directory = root if name == "default" else root / name
             with contextlib.nullcontext() if initial is None else start_subtracted(self._module, name, initial):
                 checkpoint.save_adapter(
                     self._module, name, directory, save_embedding_layers, state_dict, writes=is_main_process
                 )
+        if is_main_process and names and not (root / checkpoint.MODEL_CARD).exists():  # no adapter named "default"
+            checkpoint.update_model_card(self._module, root)
 
     def push_to_hub(
         self,
@@ -145,7 +149,7 @@ class SavingMethods(AdaptedModule):
         """Write library, base model and tags of the adapters into a directory's model card; used by Trainer's push.
 
         Args:
-            output_dir: the directory with the model card.
+            output_dir: the directory; without a model card, it gets a new one.
         """
         checkpoint.update_model_card(self._module, Path(output_dir))
 

@@ -63,7 +63,7 @@ _CARD = """\
 
 # {method} adapter
 
-{trained}Load it onto that model with `PeftModel.from_pretrained(model, directory)`.
+{trained}Load it onto that model with `PeftModel.from_pretrained(model, {directory})`.
 """
 
 
@@ -169,7 +169,7 @@ def _base_name(model: nn.Module, config: PeftConfig) -> str | None:
     )
 
 
-def _card(model: nn.Module, config: PeftConfig) -> str:
+def _card(model: nn.Module, config: PeftConfig, directory: str = "directory") -> str:
     from huggingface_hub import ModelCardData
 
     base = _base_name(model, config)
@@ -177,7 +177,7 @@ def _card(model: nn.Module, config: PeftConfig) -> str:
     tags = _tags(model, [config], base)
     fields = ModelCardData(library_name="peft", base_model=base, pipeline_tag=task, tags=tags).to_yaml()
     trained = f"Trained on `{base}`. " if base else ""
-    return _CARD.format(fields=fields, trained=trained, method=config.peft_type.lower())
+    return _CARD.format(fields=fields, trained=trained, method=config.peft_type.lower(), directory=directory)
 
 
 def _tags(model: nn.Module, configs: Iterable[PeftConfig], base: str | None) -> list[str]:
@@ -221,12 +221,16 @@ class _Reader(nn.Module):
 
 
 def update_model_card(model: nn.Module, directory: Path) -> None:
-    """Add an adapter's fields to an existing model card."""
+    """Add an adapter's fields to the model card of a directory; a new card if there is none."""
     from huggingface_hub import ModelCard
 
     adapters = adapter_set(model)
-    config = next(iter(adapters.configs.values()))
-    card = ModelCard.load(directory / MODEL_CARD)
+    name, config = next(iter(adapters.configs.items()))
+    path = directory / MODEL_CARD
+    if path.exists():
+        card = ModelCard.load(path)
+    else:
+        card = ModelCard(_card(model, config, "directory" if "default" in adapters.configs else f"'directory/{name}'"))
     data: Any = card.data
     data.library_name = "peft"
     if (base := _base_name(model, config)) is not None:
@@ -234,7 +238,7 @@ def update_model_card(model: nn.Module, directory: Path) -> None:
     if config.task_type == TaskType.CAUSAL_LM and not data.pipeline_tag:
         data.pipeline_tag = _GENERATION
     data.tags = sorted({*(data.tags or []), *_tags(model, adapters.configs.values(), base)})
-    card.save(directory / MODEL_CARD)
+    card.save(path)
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------

@@ -3,11 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from quiet_training import tiny_llama
+from torch import nn
 
+import peftcore
 from peftcore import AdapterNameError, ConfigError, LoraConfig, get_peft_model
 from peftcore.files.tensors import PREFIX
 
@@ -49,6 +52,19 @@ def test_the_model_card_names_the_library(model: Any, tmp_path: Path) -> None:
     card.write_text("---\nlicense: mit\n---\nmy words")
     model.create_or_update_model_card(tmp_path)
     assert all(words in card.read_text() for words in ("library_name: peft", "license: mit", "my words"))
+
+
+def test_a_directory_of_named_adapters_has_a_card_as_in_peft(tmp_path: Path) -> None:
+    config = {"r": 2, "target_modules": ["0"]}
+    for library, folder in ((peft, tmp_path / "theirs"), (peftcore, tmp_path / "ours")):
+        model = library.get_peft_model(nn.Sequential(nn.Linear(4, 4)), library.LoraConfig(**config), "first")
+        model.save_pretrained(folder)
+        (folder / "card").mkdir()
+        model.create_or_update_model_card(folder / "card")
+        for card in (folder / "README.md", folder / "card" / "README.md"):
+            data = ModelCard.load(card).data
+            assert (data.library_name, data.base_model, data.tags[-1]) == ("peft", None, "lora")
+    assert "PeftModel.from_pretrained(model, 'directory/first')" in (tmp_path / "ours" / "README.md").read_text()
 
 
 @pytest.mark.filterwarnings("ignore:the base model's config.json is not found:UserWarning")
