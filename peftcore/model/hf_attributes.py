@@ -122,8 +122,12 @@ def _base_model_of(plain: Any) -> Any:
     def base_model(self: Any) -> Any:
         own = getattr(plain, "base_model", None)
         adapters = self.__dict__.get(ATTRIBUTE)
-        # code inside of a forward pass, such as TRL's, means the model without its head
-        if own is not None and (adapters is None or adapters.selection.cache.calls or _OWN_BASE_MODEL.get()):
+        # code inside of a forward pass, such as TRL's, means the model without its head, or the model's own module
+        is_own = adapters is None or adapters.selection.cache.calls or _OWN_BASE_MODEL.get()
+        for attributes in (self._modules, self.__dict__) if is_own or is_compiling() else ():
+            if "base_model" in attributes:
+                return attributes["base_model"]
+        if own is not None and is_own:
             return own.__get__(self)
         return tuner_model(self)
 

@@ -118,6 +118,7 @@ class PeftModel(LoadingMethods, ActivationMethods, MergingMethods, SavingMethods
             raise TypeError(
                 f"PeftModel.from_pretrained needs the base model first, then the adapter; got {model!r:.200}"
             )
+        _check_attributes(model)
         experts = kwargs.pop("adapters", None)
         options, further = split_reading("from_pretrained", kwargs)
         config = with_experts("from_pretrained", config, model_id, experts, options)
@@ -331,6 +332,17 @@ def _unpickled(plain: type, shows_base: bool = False) -> Any:
     return object.__new__(_adapted_class(plain, shows_base))
 
 
+def _check_attributes(model: nn.Module) -> None:
+    """Raise ConfigError if an attribute of `PeftModel` would hide a module or a tensor of the model's own."""
+    own = (*model._modules, *model._parameters, *model._buffers)
+    hidden = [name for name in own if hasattr(PeftModel, name) and name != "prompt_encoder"]
+    if hidden and not isinstance(model, PeftModel):
+        raise ConfigError(
+            f"{type(model).__name__} has a module or a tensor named {hidden[0]!r}, as an attribute of PeftModel is "
+            "named; rename it, or call inject_adapter_in_model, which does not change the model's class"
+        )
+
+
 def _as_peft_model(model: nn.Module) -> Any:
     if not isinstance(model, PeftModel):
         has_own = hasattr(model, "model")
@@ -384,7 +396,8 @@ def get_peft_model(
         The model, as a `PeftModel`.
 
     Raises:
-        ConfigError: an option does not fit the model.
+        ConfigError: an option does not fit the model, or a module or tensor of the model has the name of an attribute
+            of `PeftModel`.
         TargetError: no layer matches, or a matching layer cannot be adapted.
         AdapterNameError: the name is not valid.
     """
@@ -398,6 +411,7 @@ def get_peft_model(
                 stacklevel=2,
             )
         peft_config = dataclasses.replace(peft_config, revision=revision)
+    _check_attributes(model)
     name = model.__dict__.get("name_or_path")
     if name and isinstance(peft_config, PeftConfig) and peft_config.base_model_name_or_path is None:
         peft_config = dataclasses.replace(peft_config, base_model_name_or_path=name)

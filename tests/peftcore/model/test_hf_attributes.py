@@ -1,5 +1,6 @@
 """Attributes of HF PEFT's models on ours: `base_model`, `prefix`, shared tensors; see also test_base_view.py."""
 
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -65,3 +66,36 @@ def test_a_model_with_a_prompt_shows_its_word_embeddings_as_in_peft() -> None:
     assert not hasattr(plain, "word_embeddings")
     plain.word_embeddings = own = nn.Embedding(2, 2)
     assert plain.word_embeddings is own
+
+
+class Classifier(nn.Module):
+    """A user's model that holds another one as `base_model`."""
+
+    def __init__(self, name: str = "base_model") -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.name, self.head = name, nn.Linear(4, 2)
+        self.add_module(name, nn.Sequential(nn.Linear(4, 4)))
+
+    def forward(self, x: Any) -> Any:
+        return self.head(getattr(self, self.name)(x))
+
+
+def test_a_module_that_the_model_itself_calls_base_model_computes_as_in_peft(tmp_path: Path) -> None:
+    x, outputs = torch.ones(1, 4), []
+    theirs = peft.get_peft_model(Classifier(), peft.LoraConfig(r=2, target_modules=["0"], init_lora_weights=False))
+    theirs.save_pretrained(tmp_path)
+    for library in (peft, peftcore):
+        model = library.PeftModel.from_pretrained(Classifier(), tmp_path)
+        assert type(model.base_model).__name__ == "LoraModel"
+        outputs += [model(x), model.merge_and_unload()(x)]
+    torch.testing.assert_close(outputs[2:], outputs[:2])
+    assert not torch.equal(outputs[0], Classifier()(x))
+
+
+@pytest.mark.parametrize("name", ["merged", "active_adapter"])
+def test_a_module_that_an_attribute_would_hide_is_refused(name: str) -> None:
+    model, config = Classifier(name), peftcore.LoraConfig(r=2, target_modules=["0"])
+    with pytest.raises(peftcore.ConfigError, match=f"Classifier has a module or a tensor named '{name}'"):
+        peftcore.get_peft_model(model, config)
+    assert isinstance(peftcore.inject_adapter_in_model(config, model)(torch.ones(1, 4)), torch.Tensor)
