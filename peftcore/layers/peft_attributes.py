@@ -353,6 +353,11 @@ class PeftLayerAttributes(MergingMethods):
         """Return the layer without adapters."""
         return self._slot.base.layer
 
+    def get_base_weight(self) -> Tensor:
+        """Return the weight of the layer without adapters, detached; a quantised weight is dequantised."""
+        base = self._slot.base
+        return base.oriented(base.read()).detach() if base.quantized else base.layer.get_parameter("weight").data
+
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return W' − W of one adapter, in the orientation of the layer's weight.
 

@@ -79,6 +79,20 @@ class SwitchingMethods:
                 module.requires_grad_(True)
         self.selection.owner.trainable.update(self.active_adapters)
 
+    def set_requires_grad(self, adapter_names: str | Iterable[str], requires_grad: bool = True) -> None:
+        """Set `requires_grad` of this layer's parameters of adapters; a layer without one of them stays as it is.
+
+        Args:
+            adapter_names: one name or several.
+            requires_grad: False freezes the adapters in this layer.
+        """
+        names = {adapter_names} if isinstance(adapter_names, str) else {*adapter_names}
+        present = [(name, holder[name]) for holder in self._holders() for name in holder if name in names]
+        for name, module in present:
+            module.requires_grad_(requires_grad)
+            if requires_grad:
+                self.selection.owner.trainable.add(name)
+
     def enable_adapters(self, enabled: bool) -> None:
         """Enable or disable the active adapters of this layer.
 

@@ -45,6 +45,20 @@ def test_parameters_and_numbers_are_where_peft_has_them(pair: tuple[Any, Any]) -
     torch.testing.assert_close(ours.lora_A["default"](x), theirs.lora_A["default"](x))
 
 
+def test_the_base_weight_and_what_trains_of_one_layer(pair: tuple[Any, Any]) -> None:
+    models = pair[0], pair[1]
+    for model in models:
+        for layer in (model[0], model[1]):
+            layer.set_requires_grad("default", False)
+            layer.set_requires_grad(["default", "other"], requires_grad=layer is model[1])
+    for number in (0, 1):
+        ours, theirs = (model[number] for model in models)
+        assert torch.equal(ours.get_base_weight(), theirs.get_base_weight())
+        assert ours.get_base_weight().data_ptr() == ours.base_layer.weight.data_ptr()
+    trained = [[n.split("lora_")[1] for n, p in model.named_parameters() if p.requires_grad] for model in models]
+    assert trained == [["A.default.weight", "B.default.weight"]] * 2
+
+
 def test_an_embeddings_factors_are_parameters_themselves(pair: tuple[Any, Any]) -> None:
     ours, theirs = pair[0][0], pair[1][0]
     for name in ("lora_embedding_A", "lora_embedding_B"):
