@@ -339,6 +339,7 @@ def test_methods_of_layers() -> None:
 
 
 @checks("SwitchingMethods.set_adapter", "adapter_names inference_mode")
+@checks("SwitchingMethods.set_requires_grad", "adapter_names requires_grad")
 @checks("SwitchingMethods.enable_adapters", "enabled")
 @checks("MergingMethods.merge", "safe_merge adapter_names")
 @checks("MergingMethods.delete_adapter", "adapter_name")
@@ -350,6 +351,10 @@ def test_switching_by_a_layer() -> None:
     assert model.active_adapters == ["b", "a"] and not trained(model)
     layer.set_adapter("b")
     assert model.active_adapters == ["b"] and trained(model) == {f"0.lora_{f}.b.weight" for f in "AB"}
+    layer.set_requires_grad(["a", "b"], requires_grad=False)
+    assert not trained(model)
+    layer.set_requires_grad("b")
+    assert trained(model) == {f"0.lora_{f}.b.weight" for f in "AB"}
     adapted = model(X)
     layer.enable_adapters(enabled=False)
     assert torch.equal(model(X), Plain()(X)) and not torch.equal(model(X), adapted)
