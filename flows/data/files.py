@@ -7,7 +7,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import IO, Any
 
 import pyarrow
@@ -23,7 +23,10 @@ LEAST_UNPACKED, MOST_EXPANSION = 1 << 30, 1000
 """Limit of a Parquet file's unpacked size: LEAST_UNPACKED bytes or MOST_EXPANSION times its size, the larger."""
 SHOWN = 5
 """Maximum number of unread files that an error lists."""
+HIDDEN = "it is hidden (a name with a dot first); rename it if it holds rows"
+"""Why a file of rows is not read."""
 _UNPACK, _CONVERT = "unpack it", "write it as .csv, .jsonl or .parquet"
+_QUOTE = 'correct the row; a quotation mark in a quoted value is written twice ("")'
 _ONE_A_LINE = "write one object a line (`jq -c . FILE`; of a list `jq -c '.[]' FILE`)"
 _OFTEN_ROWS = {
     ".json": "write one row a line as .jsonl (`jq -c '.[]' FILE.json > FILE.jsonl`)",
@@ -45,7 +48,7 @@ Row = tuple[str, dict[str, Any]]
 
 
 def read_rows(place: Path, source: str, kind: str = "chat") -> Iterator[Row]:
-    """Yield the rows of a file, or of all readable files below a folder, ordered by name.
+    """Yield the rows of a file, or of all readable files below a folder that are not hidden, ordered by name.
 
     Args:
         place: The file or folder.
@@ -59,31 +62,46 @@ def read_rows(place: Path, source: str, kind: str = "chat") -> Iterator[Row]:
     if not place.exists():
         raise DataError(f"data.source {source}: there is no {place}; give stdlib:docstrings, hub:NAME or a path")
     files = _files(place)
-    paths = [path for path in files if is_of_rows(path, kind) and path.is_file()]
-    unread = [f"{path.name}: {hint}" for path in files if (hint := why_unread(path)) is not None]
-    if not paths:
+    read = row_files(place, kind)
+    shown = (path for name, path in files.items() if not is_hidden(name))
+    unread = [f"{path.name}: {hint}" for path in shown if (hint := why_unread(path)) is not None]
+    if hidden := [name for name, path in files.items() if is_of_rows(path, kind) and name not in read]:
+        more = f" and {len(hidden) - SHOWN} more" if len(hidden) > SHOWN else ""
+        unread.append(f"{', '.join(hidden[:SHOWN])}{more}: {HIDDEN}")
+    if not read:
         raise DataError(
             f"data.source {source}: {place} is or holds no {', '.join(_suffixes(kind))}; "
-            + ("; ".join(unread[:SHOWN]) or "convert it to one")
+            + ("; ".join(unread[-SHOWN:]) or "convert it to one")
         )
     for hint in unread:
         logger.warning("data.source %s: not read: %s", source, hint)
-    for path in paths:
+    for name, path in read.items():
         if path.stat().st_size:
-            yield from _READERS[path.suffix.lower()](path, _name(path, place))
+            yield from _READERS[path.suffix.lower()](path, name)
 
 
-def names_of_row_files(place: Path, kind: str = "chat") -> list[str]:
-    """Return the names of the files that `read_rows` reads, as the locations of its rows begin, sorted by path."""
-    return [_name(path, place) for path in _files(place) if is_of_rows(path, kind)]
+def row_files(place: Path, kind: str = "chat") -> dict[str, Path]:
+    """Return {name: path} of the files that `read_rows` reads, sorted by path; its locations begin with the name.
+
+    Hidden files of a folder are not read: file managers and editors write them, such as `._rows.jsonl` on macOS. A
+    hidden file that is itself the place is read.
+    """
+    return {
+        name: path
+        for name, path in _files(place).items()
+        if is_of_rows(path, kind) and (path == place or not is_hidden(name))
+    }
 
 
-def _files(place: Path) -> list[Path]:
-    return sorted(path for path in place.rglob("*") if path.is_file()) if place.is_dir() else [place]
+def _files(place: Path) -> dict[str, Path]:
+    if not place.is_dir():
+        return {place.name: place} if place.is_file() else {}
+    return {path.relative_to(place).as_posix(): path for path in sorted(place.rglob("*")) if path.is_file()}
 
 
-def _name(path: Path, place: Path) -> str:
-    return path.relative_to(place).as_posix() if place.is_dir() else path.name
+def is_hidden(name: str) -> bool:
+    """Return True if the file or one of its folders begins with a dot. name: the path below the source's folder."""
+    return any(part.startswith(".") for part in PurePath(name).parts)
 
 
 def is_of_rows(path: Path, kind: str = "chat") -> bool:
@@ -115,9 +133,9 @@ def _json_lines(path: Path, name: str) -> Iterator[Row]:
     """Yield (file and line, row) of a JSON-lines file; not read by `datasets`, whose errors name no line."""
     with path.open("rb") as file:
         for number, line in enumerate(_lines(file, name), start=1):
-            if not line.strip():
+            if not (content := line.strip(b"\xef\xbb\xbf \t\r\n")):
                 continue
-            if line.strip(b"\xef\xbb\xbf \t\r\n") in (b"{", b"["):
+            if content in (b"{", b"["):
                 raise DataError(f"{name}:{number}: it begins a JSON value of several lines; {_ONE_A_LINE}")
             try:
                 row = json.loads(line, object_pairs_hook=_object)
@@ -168,13 +186,14 @@ def _csv(path: Path, name: str) -> Iterator[Row]:
             rows = csv.DictReader(_lines(file, name), strict=True, delimiter=_delimiter(header))
             if repeated := _repeated(one for one in rows.fieldnames or () if one):
                 raise DataError(f"{name}:1: several columns are called {', '.join(repeated)}; rename all but one")
+            line = rows.line_num
             for row in rows:
                 line = rows.line_num
                 if None in row or None in row.values():
                     raise DataError(f"{name}:{line}: its columns differ from the header's; correct the line")
                 yield f"{name}:{line}", row
     except csv.Error as error:
-        raise DataError(f"{name}:{line + 1}: not CSV in UTF-8 ({error}); correct the line") from error
+        raise DataError(f"{name}:{line + 1}: not CSV in UTF-8 ({error}); {_QUOTE}") from error
     except UnicodeDecodeError:
         _refuse_other_encoding(path, name)
         raise
@@ -206,7 +225,7 @@ def _parquet(path: Path, name: str) -> Iterator[Row]:
                 unpacked += batch.nbytes
                 if unpacked > limit:
                     raise DataError(f"{name}: its {path.stat().st_size:,} bytes unpack to over {limit:,}; split it")
-                for row in batch.to_pylist():
+                for row in _values(batch, name):
                     number += 1
                     turns = {column: _without_nulls(row[column]) for column in _TURNS if column in row}
                     yield f"{name} row {number}", row | turns
@@ -216,6 +235,20 @@ def _parquet(path: Path, name: str) -> Iterator[Row]:
         if is_disk_full(error):
             raise
         raise DataError(f"{name}: not Parquet ({error}); write it again") from error
+
+
+def _values(batch: pyarrow.RecordBatch, name: str) -> list[dict[str, Any]]:
+    """Return the rows of a batch; raises DataError for values that Python lacks, such as a date in the year 12000."""
+    columns = {}
+    for column, values in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            columns[column] = values.to_pylist()
+        except (pyarrow.ArrowException, ValueError, OverflowError, LookupError) as error:
+            raise DataError(
+                f"{name}: values of the column {column} cannot be read ({error}); leave the column out, or write it as "
+                "text"
+            ) from error
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def _without_nulls(value: Any) -> Any:

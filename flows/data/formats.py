@@ -12,7 +12,18 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 from flows.data.examples import Message
-from flows.data.turns import REASONING, FaultyRow, check_characters, check_data, check_order, listed, read_turns
+from flows.data.turns import (
+    FUNCTION,
+    PAIR,
+    REASONING,
+    TOOL,
+    FaultyRow,
+    check_characters,
+    check_data,
+    check_order,
+    listed,
+    read_turns,
+)
 
 __all__ = [
     "FaultyRow",
@@ -264,7 +275,7 @@ def _texts(value: Any) -> list[Any]:
 
 def document(row: dict[str, Any]) -> str:
     """Return the row's text."""
-    if row.get("text") is None:
+    if "text" not in row:
         raise FaultyRow(f"it has no text, but {', '.join(row) or 'nothing'}{spelled_otherwise(row, ['text'])}")
     return _text(row, "text")
 
@@ -318,9 +329,11 @@ def tools(row: dict[str, Any]) -> list[dict[str, Any]] | None:
     if not _is_absent(row.get("functions")):
         if not _is_absent(row.get("tools")):
             raise FaultyRow("it has tools and functions; write all of them as tools")
-        functions = [{"type": "function", "function": one} for one in listed(row["functions"], "its functions are")]
+        functions = [
+            {"type": "function", "function": one} for one in listed(row["functions"], "its functions are", FUNCTION)
+        ]
     elif not _is_absent(row.get("tools")):
-        functions = listed(row["tools"], "its tools are")
+        functions = listed(row["tools"], "its tools are", TOOL)
     else:
         return None
     check_data(functions, "its tools")
@@ -375,7 +388,7 @@ def _history(row: dict[str, Any]) -> list[Message]:
     """Return the earlier turns of an Alpaca row: `history` is a list of [question, answer]."""
     pairs = row.get("history") or []
     if isinstance(pairs, str):
-        pairs = listed(pairs, "its history is", of=list)
+        pairs = listed(pairs, "its history is", PAIR, of=list)
     turns = [{"role": role, "content": text} for pair in pairs for role, text in _pair(pair)]
     return list(read_turns(turns, ()))
 

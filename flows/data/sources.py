@@ -120,7 +120,7 @@ def _read(data: Data, root: Path) -> tuple[list[AnyExample], list[str]]:
     refuse_faulty(faults, f"data.source {data.source}")
     if not examples:
         raise DataError(f"data.source {data.source}: it has no rows; give a file that has some")
-    return examples, files.names_of_row_files(path, data.kind)
+    return examples, list(files.row_files(path, data.kind))
 
 
 def comes_from(where: str, names: list[str]) -> bool:

@@ -26,6 +26,11 @@ REASONING = (REASONING_FIELD, "thinking", "reasoning", "thoughts")
 """Names of the field with an assistant turn's reasoning; the first is that of this package."""
 KNOWN = ("role", "from", "content", "value", "tool_calls", "tool_call_id", "name", "train", "weight", *REASONING)
 """Fields that have a meaning of their own."""
+TURN = '{"role": ..., "content": ...}'
+TOOL = '{"type": "function", "function": {"name": ..., ...}}'
+FUNCTION = '{"name": ..., "parameters": ...}'
+PAIR = "[question, answer]"
+"""Items of lists, as errors name them."""
 _MEDIA = ("audio", "images", "image", "video", "videos")
 _DEEPEST = 32
 """Maximum nesting of tools and tool calls (levels)."""
@@ -71,15 +76,15 @@ def read_turns(value: list[dict[str, Any]], ignored: Collection[str], first: int
         yield turn
 
 
-def listed(value: Any, subject: str, of: type = dict) -> list[Any]:
-    """Return a list of objects, which CSV holds as JSON. Raises FaultyRow for anything else."""
+def listed(value: Any, subject: str, like: str = TURN, of: type = dict) -> list[Any]:
+    """Return a list of objects, which CSV holds as JSON. Raises FaultyRow, which names `like`, for anything else."""
     if isinstance(value, str):  # CSV has no lists
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise FaultyRow(f"{subject} no JSON: {error}") from error
+            raise FaultyRow(f"{subject} no JSON: {error}; write a list of {like}") from error
     if not isinstance(value, list) or not all(isinstance(item, of) for item in value):
-        raise FaultyRow(f'{subject} no list of {{"role": ..., "content": ...}}')
+        raise FaultyRow(f"{subject} no list of {like}")
     return value
 
 

@@ -34,6 +34,14 @@ SECRETS = {
     "a password in an address": r"\w://[^/\s:@]*:[^/\s@]+@",
 }
 """{kind of secret: its pattern}; 40 hex digits after @ are a commit, as in hub:NAME@REVISION, and no key."""
+_CONFLICT = re.compile(r"^<{7} ", re.MULTILINE)
+"""First line of a merge conflict of git."""
+_ADVICE = {
+    "constructor for the tag": "write a text, a number or a list without a tag (`yaml.safe_dump` writes no such tags)",
+    r"character '\t'": "indent by spaces, not by a tab",
+    "another document": "write one document, without lines of `---` or `...`",
+}
+"""{part of a parser's message: what to do}"""
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -120,6 +128,11 @@ def _parsed(text: str, name: str) -> tuple[Any, dict[Place, int], list[tuple[int
         problems = _repeated_keys(root, (), lines)
         return YAML(typ="safe", pure=True).constructor.construct_document(root), lines, problems
     except YAMLError as error:
+        if conflict := _CONFLICT.search(text):
+            line = text.count("\n", 0, conflict.start()) + 1
+            raise ParamsError(
+                f"{name}:{line}: a merge conflict of git begins here; keep one of its sides, and remove the marks"
+            ) from error
         raise ParamsError(f"{name}:{_line_of(error)}: not valid YAML: {_reason(error)}") from error
     except ParamsError:
         raise
@@ -153,7 +166,8 @@ def _line_of(error: YAMLError) -> int:
 
 
 def _reason(error: YAMLError) -> str:
-    return str(error.problem) if isinstance(error, MarkedYAMLError) else str(error).splitlines()[0]
+    problem = str(error.problem) if isinstance(error, MarkedYAMLError) else str(error).splitlines()[0]
+    return problem + next((f"; {advice}" for part, advice in _ADVICE.items() if part in problem), "")
 
 
 def _repeated_keys(node: Node, place: Place, lines: dict[Place, int]) -> list[tuple[int, str]]:
@@ -184,6 +198,8 @@ def _repeated_keys(node: Node, place: Place, lines: dict[Place, int]) -> list[tu
 
 def _problem(error: ErrorDetails, model: type[BaseModel], lines: dict[Place, int]) -> tuple[int, str]:
     place, value, context = error["loc"], error["input"], error.get("ctx", {})
+    if error["type"] == "invalid_key":
+        place = (*place[:-1], _shown(value))  # pydantic calls the key `true` 1
     if context.get("key"):
         parts = context["key"].split(".")
         place, value = (*place, *(int(part) if part.isdecimal() else part for part in parts)), context["value"]
@@ -194,6 +210,10 @@ def _problem(error: ErrorDetails, model: type[BaseModel], lines: dict[Place, int
             return line, f"{_dotted(place)}: renamed; write {new}"
         known = list(section.model_fields) if section else []
         return line, f"{_dotted(place)}: unknown key; {suggest(str(place[-1]), known, 'give one of ')}"
+    if error["type"] == "invalid_key":
+        if value is True and "on" in getattr(section, "model_fields", {}):
+            return line, f"{_dotted(place)}: unknown key; write on (PyYAML reads on as true, ruamel.yaml does not)"
+        return line, f"{_dotted(place)}: the key is no text; write a name"
     expected = _expected(error, value, section.model_json_schema() if section else {})
     return line, f"{_dotted(place)}: {_shown(value)} does not fit; {expected}"
 

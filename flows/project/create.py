@@ -22,7 +22,7 @@ from typing import Any
 
 from ruamel.yaml import YAML
 
-from flows.data.files import SHOWN, why_unread
+from flows.data.files import HIDDEN, SHOWN, is_hidden, why_unread
 from flows.errors import ParamsError, RepositoryError
 from flows.params import Params, load_params, read_some
 from flows.params.data import DEMONSTRATION, MIXTURE, source_names
@@ -45,6 +45,8 @@ SCHEMA = ".peftcore/params.schema.json"
 WORKFLOW = ".github/workflows/gate.yml"
 OWNED = ("dvc.yaml", STAGES, SCHEMA, WORKFLOW)
 """Files that `peftcore upgrade` writes again."""
+_OF_EDITORS = (".DS_Store", "._*", ".ipynb_checkpoints/")
+"""Hidden files of macOS and Jupyter, which would make the folder of the data a changed one."""
 IGNORED = {
     ".gitignore": (
         "/artifacts",
@@ -58,8 +60,9 @@ IGNORED = {
         "/.dvc-remote/",
         ".venv/",
         "__pycache__/",
+        *_OF_EDITORS,
     ),
-    ".dvcignore": (".venv/", "__pycache__"),
+    ".dvcignore": (".venv/", "__pycache__", *_OF_EDITORS),
 }
 """{file: lines that it must have}; an existing file gets the lines that it lacks."""
 DVC_CONFIG = """\
@@ -462,6 +465,9 @@ def _data_source(root: Path, data: str, task: Task) -> tuple[str, dict[str, Path
     suffixes = (*SUFFIXES, *_MORE_SUFFIXES.get(task, ()))
     unread = [f"{file.name}: {advice}" for file in files if (advice := why_unread(file)) is not None]
     files = [file for file in files if file.suffix.lower() in suffixes]
+    if hidden := [file for file in files if is_hidden(file.relative_to(path).as_posix())]:
+        unread.append(f"{', '.join(file.name for file in hidden[:SHOWN])}: {HIDDEN}")
+        files = [file for file in files if file not in hidden]
     if not files:
         raise ParamsError(
             f"training data {data}: there is no {', '.join(suffixes)} file at {path}; "

@@ -16,7 +16,7 @@ from pathlib import Path
 from platform import python_version
 
 from flows.base.hub import DownloadError, download
-from flows.data.files import is_of_rows, why_unread
+from flows.data.files import HIDDEN, is_hidden, is_of_rows, row_files, why_unread
 from flows.errors import DataError
 from flows.params import Params
 from flows.paths import Paths
@@ -252,9 +252,8 @@ class Source:
         folder = self.place if incoming is None else self.root / Path(incoming).expanduser()
         if not self.is_path or not folder.is_dir():
             return {}
-        names = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-        is_row_file = (name for name, path in names.items() if is_of_rows(path, self.params.data.kind))
-        return {name: sha256(names[name]) for name in is_row_file if self.params.retrain.is_untrusted(name)}
+        files = row_files(folder, self.params.data.kind)
+        return {name: sha256(path) for name, path in files.items() if self.params.retrain.is_untrusted(name)}
 
     def _take_in(self, incoming: str, before: list[Version]) -> dict[str, str]:
         """Copy files of rows from the incoming folder; returns {skipped entry: reason}."""
@@ -334,12 +333,7 @@ class Source:
 
     def _files_below(self, place: Path) -> Files:
         """Return the files of rows at a copy of the source, a file or a folder."""
-        if place.is_file():
-            files = {place.name: place}
-        else:
-            kind = self.params.data.kind
-            paths = sorted(path for path in place.rglob("*") if path.is_file() and is_of_rows(path, kind))
-            files = {path.relative_to(place).as_posix(): path for path in paths}
+        files = {place.name: place} if place.is_file() else row_files(place, self.params.data.kind)
         for name in files:
             if not name.isprintable():
                 raise DataError(f"data.source {self.name}: the name of {name!a} {UNPRINTABLE}")
@@ -367,7 +361,7 @@ def _why_not_taken(path: Path, name: str, kind: str) -> str | None:
         return "it is not a regular file"
     if not is_of_rows(path, kind):
         return why_unread(path) or "it is not .jsonl, .csv or .parquet; convert it"
-    return None
+    return HIDDEN if is_hidden(name) else None
 
 
 def _extends(new: Path, old: Path) -> bool:

@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -111,6 +112,8 @@ def _run_stage(
             process.kill()  # its stage ends with it
             process.wait()
         streams.close()
+    if status < 0:
+        raise StageError(f"stage {stage}: DVC was killed ({signal.strsignal(-status)}); run it again to continue")
     if status:
         missing = "".join(
             f"; {name} is missing, which stage {earlier} writes: run `peftcore stage {earlier}`, or `peftcore run`"

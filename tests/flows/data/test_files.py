@@ -6,7 +6,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from flows.data.files import read_rows
+from flows.data.files import read_rows, row_files
 from flows.errors import DataError
 
 
@@ -44,6 +44,12 @@ def test_bytes_that_are_no_text_are_told_by_their_line(content: bytes, line: int
     path.write_bytes(content)
     with pytest.raises(DataError, match=rf"^rows\.jsonl:{line}: not JSON in UTF-8 .*; write the file in UTF-8"):
         rows(path)
+
+
+def test_a_byte_order_mark_alone_is_no_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf\r\n")
+    assert rows(path) == []
 
 
 def test_two_values_of_one_name_are_told(tmp_path: Path) -> None:
@@ -94,7 +100,8 @@ def test_damaged_parquet_is_refused(tmp_path: Path, content: bytes) -> None:
     [
         ("prompt,completion\na,b\na,b,c,d\n", "3: its columns differ from the header's"),
         ("prompt,completion\na\n", "2: its columns differ from the header's"),
-        ('prompt,completion\na,"b\n', r"\d: not CSV in UTF-8"),
+        ('prompt,completion\na,"b\n', "2: not CSV in UTF-8"),
+        ('prompt,completion\n"a \\" b",c\n', r'2: not CSV in UTF-8 .*is written twice \(""\)'),
         ("prompt,prompt,completion\na,b,c\n", "1: several columns are called prompt; rename all but one"),
     ],
 )
@@ -178,6 +185,40 @@ def test_files_that_are_not_read_are_named_with_what_to_do(
     assert len(rows(tmp_path)) == 1
     assert [record.message for record in caplog.records if "not read" in record.message] == [caplog.records[-1].message]
     assert f"{name}: " in caplog.text and hint in caplog.text and "README" not in caplog.text
+
+
+def test_hidden_files_of_a_folder_are_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in (".DS_Store", "._rows.jsonl", ".ipynb_checkpoints/rows-checkpoint.jsonl", "more/.rows.csv.swp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"\x00\x05\x16\x07")
+    with pytest.raises(DataError, match=r"\._rows\.jsonl, \.ipynb_checkpoints/rows-checkpoint\.jsonl: it is hidden"):
+        rows(tmp_path)
+    (tmp_path / "rows.jsonl").write_text('{"a": 1}\n')
+    assert rows(tmp_path) == [("rows.jsonl:1", {"a": 1})]
+    assert list(row_files(tmp_path)) == ["rows.jsonl"]
+    (record,) = caplog.records
+    assert record.message.endswith("rename it if it holds rows") and "DS_Store" not in record.message
+    hidden = tmp_path / ".cache" / "rows.jsonl"  # below a hidden folder that was named itself
+    hidden.parent.mkdir()
+    (tmp_path / "rows.jsonl").rename(hidden)
+    assert rows(hidden) == rows(hidden.parent) == [("rows.jsonl:1", {"a": 1})]
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        pyarrow.array([2**62], pyarrow.timestamp("us")),
+        pyarrow.array([2**62], pyarrow.duration("s")),
+        pyarrow.array([1], pyarrow.timestamp("us", "Mars/Base")),
+    ],
+)
+def test_values_that_python_lacks_are_told_by_their_column(tmp_path: Path, values: pyarrow.Array) -> None:
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pyarrow.table({"prompt": ["a"], "time": values}), path)
+    with pytest.raises(
+        DataError, match=r"^rows\.parquet: values of the column time cannot be read .*; leave the column"
+    ):
+        rows(path)
 
 
 def test_text_files_are_read_for_texts_alone(tmp_path: Path) -> None:

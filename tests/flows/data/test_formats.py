@@ -178,6 +178,27 @@ def test_two_system_prompts_that_differ_are_refused() -> None:
         formats.chat({"messages": [SYSTEM, USER, ANSWER], "system": "Be long."})
 
 
+@pytest.mark.parametrize(
+    ("row", "items"),
+    [
+        ({"tools": [1]}, r'no list of {"type": "function"'),
+        ({"tools": "search"}, r'no JSON: .*; write a list of {"type": "function"'),
+        ({"functions": {"a": 1}}, r'no list of {"name": '),
+        ({"history": '["One?"]'}, r"no list of \[question, answer\]"),
+    ],
+)
+def test_a_list_of_other_items_names_those_that_fit(row: dict[str, Any], items: str) -> None:
+    row = {"prompt": "Two?", "completion": "2.", "instruction": "Two?", "output": "2."} | row
+    with pytest.raises(FaultyRow, match=items):
+        formats.tools(row)
+        formats.chat({name: value for name, value in row.items() if name not in ("prompt", "completion")})
+
+
+def test_a_text_that_is_null_is_called_empty() -> None:
+    with pytest.raises(FaultyRow, match="its text is empty"):
+        formats.document({"text": None})
+
+
 def test_alpacas_history_comes_first() -> None:
     row = {"instruction": "Two?", "input": "", "output": "2.", "history": [["One?", "1."]]}
     assert formats.chat(row) == [USER, ANSWER, {"role": "user", "content": "Two?"}, WORSE]

@@ -26,6 +26,15 @@ from flows.params import load_params
         ("gate: null", "1: gate: nothing (null) does not fit; give a section: keys, indented below it"),
         ("method:\n  r: 8\n  r: 9\n", "3: method.r: given before, in line 2; remove one"),
         ("register: {remote: ''}", "1: register.remote: '' does not fit; give text that is not empty"),
+        (
+            "retrain:\n  true: data\n",
+            "2: retrain.true: unknown key; write on (PyYAML reads on as true, ruamel.yaml does not)",
+        ),
+        ("data:\n  5: x\n", "2: data.5: the key is no text; write a name"),
+        (
+            "data:\n<<<<<<< HEAD\n  max_length: 5\n=======\n  max_length: 6\n>>>>>>> other\n",
+            "2: a merge conflict of git begins here; keep one of its sides, and remove the marks",
+        ),
     ],
 )
 def test_one_problem_is_one_line(tmp_path: Path, text: str, message: str) -> None:
@@ -50,6 +59,18 @@ def test_an_unknown_key_like_no_other_lists_what_there_is(tmp_path: Path) -> Non
 )
 def test_invalid_yaml_is_refused_with_its_line(tmp_path: Path, text: str, line: int) -> None:
     assert refusal(tmp_path, text).startswith(f"params.yaml:{line}: not valid YAML: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        ("data:\n  ignored_fields: !!python/tuple [a]\n", "without a tag"),
+        ("data:\n\tmax_length: 5\n", "indent by spaces"),
+        ("data: {max_length: 5}\n---\ndata: {max_length: 5}\n", "write one document"),
+    ],
+)
+def test_invalid_yaml_of_other_programs_is_told_with_what_to_do(tmp_path: Path, text: str, advice: str) -> None:
+    assert advice in refusal(tmp_path, text)
 
 
 @pytest.mark.parametrize("text", ["", "# nothing\n", "- 1", "seven"])

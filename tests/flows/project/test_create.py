@@ -85,6 +85,17 @@ def test_the_data_is_copied_and_git_ignores_what_the_pipeline_makes(made: Path) 
     assert "data/rows.jsonl" in git(made, "status", "--porcelain", "--untracked-files=all")
 
 
+def test_hidden_files_are_not_copied(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = rows(tmp_path / "outside").parent
+    (folder / "._rows.jsonl").write_bytes(b"\x00\x05\x16\x07")
+    (tmp_path / "made").mkdir()
+    create_project(tmp_path / "made", new(folder))
+    assert [path.name for path in (tmp_path / "made" / "data").rglob("*.jsonl")] == ["rows.jsonl"]
+    assert "not copied: ._rows.jsonl: it is hidden" in caplog.text
+    (tmp_path / "made" / "data" / ".DS_Store").touch()
+    assert ".DS_Store" not in git(tmp_path / "made", "status", "--porcelain", "--untracked-files=all")
+
+
 def test_editors_can_check_the_parameters(made: Path) -> None:
     first, *_ = (made / "params.yaml").read_text().splitlines()
     assert first == f"# yaml-language-server: $schema={SCHEMA}"

@@ -86,7 +86,7 @@ def test_capitals_of_a_suffix_do_not_count(source: Registered) -> None:
 
 def test_what_is_not_taken_is_named_with_the_reason(source: Registered) -> None:
     incoming = source.root / "incoming"
-    for name in ("week1.jsonl", "week2.json", "week3.jsonl.gz", "notes.md", ".hidden", "export"):
+    for name in ("week1.jsonl", "week2.json", "week3.jsonl.gz", "notes.md", ".hidden", "._week1.jsonl", "export"):
         drop(source, name)
     (incoming / "link.jsonl").symlink_to(incoming / "week1.jsonl")
     drop(source, "week\u2028.jsonl")
@@ -97,6 +97,7 @@ def test_what_is_not_taken_is_named_with_the_reason(source: Registered) -> None:
     reasons = {name: why.partition(";")[0] for name, why in found.skipped.items()}
     unprintable = "its name has a character that is not printable, or not in UTF-8"
     assert reasons == {
+        "._week1.jsonl": "it is hidden (a name with a dot first)",
         "export": "it is not .jsonl, .csv or .parquet",
         "link.jsonl": "it is a link",
         "pipe.jsonl": "it is not a regular file",

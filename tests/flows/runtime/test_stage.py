@@ -227,6 +227,25 @@ def test_a_stage_dies_with_its_parent(tmp_path: Path) -> None:
     wait_until(lambda: not is_alive(pid))
 
 
+@pytest.mark.faults("kill -9 of dvc, flow or stage")
+@pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
+def test_a_stage_that_still_imports_dies_with_its_parent(tmp_path: Path) -> None:
+    marker = tmp_path / "pid"
+    (tmp_path / "transformers.py").write_text(
+        f"import os, pathlib, time; pathlib.Path({str(marker)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    )
+    parent = "import subprocess, sys; subprocess.run([sys.executable, '-m', 'flows.stages.evaluate'])"
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+    process = subprocess.Popen([sys.executable, "-c", parent], cwd=tmp_path, env=os.environ | {"PYTHONPATH": paths})
+    try:
+        wait_until(lambda: marker.exists() and marker.read_text() != "")
+    finally:
+        process.kill()
+        process.wait()
+    pid = int(marker.read_text())
+    wait_until(lambda: not is_alive(pid))
+
+
 def wait_until(condition, seconds: float = 30) -> None:
     end = time.monotonic() + seconds
     while not condition():

@@ -106,6 +106,12 @@ def test_a_stage_keeps_the_memory_that_it_frees_unless_the_user_says_otherwise(
     assert "MALLOC_TRIM_THRESHOLD_=99" in lines
 
 
+def test_a_dvc_that_is_killed_is_named(root: Path) -> None:
+    (root / "wait.py").write_text("import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\n")
+    with pytest.raises(StageError, match=r"^stage wait: DVC was killed \(Killed\); run it again to continue$"):
+        run_stage(root, "wait", 60)
+
+
 def test_a_failing_stage_is_named(root: Path) -> None:
     (root / "wait.py").write_text("raise SystemExit(3)")
     with pytest.raises(StageError, match="stage wait failed"):
