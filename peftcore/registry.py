@@ -132,15 +132,14 @@ def method_named(name: str) -> Method:
     """Return the method of this name.
 
     Raises:
-        ConfigError: For an unknown name. The message suggests a similar one, or a package of its own.
+        ConfigError: For an unknown name. The message suggests a similar one.
     """
     _discover()
     if name not in _methods and name in RENAMED:
         raise ConfigError(f"HF PEFT has renamed {name}: {RENAMED[name]}")
     if name not in _methods:
         raise ConfigError(
-            f"unknown adapter method {name!r}{suggestion(str(name), _methods)}. "
-            "If another package defines the method, install that package"
+            f"unknown adapter method {name!r}, which no installed package defines{suggestion(str(name), _methods)}"
         )
     return _methods[name]
 
@@ -153,9 +152,10 @@ def method_of(config: "PeftConfig") -> Method:
     """
     refuse_hf_peft(config)
     name = getattr(type(config), "peft_type", None)
-    if not isinstance(name, str):
+    if isinstance(config, type) or not isinstance(name, str):
+        kind = f"the class {config.__name__}" if isinstance(config, type) else type(config).__name__
         raise ConfigError(
-            f"an adapter is described by a configuration such as LoraConfig; got {type(config).__name__}; "
+            f"an adapter is described by a configuration such as LoraConfig(r=8); got {kind}; "
             "PeftConfig.from_dict creates one from a dictionary"
         )
     return method_named(name)

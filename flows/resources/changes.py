@@ -84,7 +84,8 @@ def _choices(params: Params) -> list[dict[str, Any]]:
         }
     stored = {"quantization.storage": "nf4"} if params.quantization.storage in ("none", "int8", "torchao_int8") else {}
     chosen += [one for one in (smaller, stored) if one]
-    least = {"train.gradient_checkpointing": "blocks"} if train.gradient_checkpointing != "offload" else {}
+    recomputes = train.gradient_checkpointing in ("blocks", "offload")
+    least = {} if recomputes else {"train.gradient_checkpointing": "blocks"}
     if train.batching != "packed" and train.batch_size > 1:
         smaller = {"train.batch_size": 1, "train.gradient_accumulation": train.batch_size * train.gradient_accumulation}
     everything = {**least, **smaller, **stored}

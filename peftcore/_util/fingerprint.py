@@ -8,8 +8,7 @@ detects:
   `load_state_dict(assign=True)`, `functional_call`, `swap_tensors`, `parameter.data = ...`, `to`;
 - a step of any `torch.optim.Optimizer` in this process: fused and 8-bit kernels write weights without changing their
   version, and sharded optimisers write other tensors than the ones they step;
-- an attribute set on an adapter, such as `scaling`; `train()` and `eval()` of a module around it set one too.
-
+- an attribute set on an adapter, such as `scaling`; `train()` and `eval()` of a module around it set one too;
 - an edit in place through `.data` of a trainable tensor on the CPU, which training loops written by hand make: some
   elements of the tensor, spread over its rows and columns, are compared.
 

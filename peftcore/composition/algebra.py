@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import EllipsisType
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple, SupportsFloat, Union
 
 from torch import Tensor
 
@@ -144,15 +144,15 @@ class Weighted(Composition):
         weights: {name or composition: weight}, or pairs of these; weights of any sign.
 
     Raises:
-        RoutingError: a weight is not finite.
+        RoutingError: a weight is no finite number.
     """
 
     def __init__(self, weights: Mapping[Any, float] | Sequence[tuple[Any, float]]):
         pairs = weights.items() if isinstance(weights, Mapping) else weights
+        for child, weight in pairs:
+            if not isinstance(weight, SupportsFloat) or not math.isfinite(weight):
+                raise RoutingError(f"the weight of {child!r} is {weight!r}; give a finite number")
         self.summands = tuple((composition(child), float(weight)) for child, weight in pairs)
-        for child, weight in self.summands:
-            if not math.isfinite(weight):
-                raise RoutingError(f"the weight of {child!r} is {weight}; give a finite number")
 
     def children(self) -> Sequence[Composition]:
         return [child for child, _ in self.summands]
@@ -202,14 +202,20 @@ class Split(Composition):
         named: the same by adapter name.
 
     Raises:
-        RoutingError: a number below 1, or a segment after `...`.
+        RoutingError: no number, a number below 1, or a segment after `...`.
     """
 
     def __init__(self, *parts: tuple[Spec, int | EllipsisType], **named: int | EllipsisType):
         self.segments: tuple[tuple[Composition, float, float], ...] = ()
         """(composition, first position, position after the last)"""
         start = 0.0
-        for child, length in [*parts, *named.items()]:
+        for part in [*parts, *named.items()]:
+            if not isinstance(part, tuple) or len(part) != 2:
+                raise RoutingError(
+                    f"Split: {part!r} has no number of tokens; give pairs, such as ('sql', 64), and ('chat', ...) for "
+                    "the rest"
+                )
+            child, length = part
             if not isinstance(length, EllipsisType) and (isinstance(length, bool) or length < 1):
                 raise RoutingError(f"Split: {child!r} has {length!r} tokens; give at least 1, or ... for the rest")
             stop = math.inf if isinstance(length, EllipsisType) else start + length

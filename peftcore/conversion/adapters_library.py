@@ -63,6 +63,8 @@ def convert_adapters_directory(source: str | Path, directory: str | Path, model:
         ConfigError: The adapter computes another function than BOTTLENECK.
     """
     source = Path(source)
+    if not (source / CONFIG_NAME).is_file():
+        raise CheckpointError(f"no {CONFIG_NAME} in {source}; give a directory that `save_adapter` of adapters wrote")
     try:
         described = parsed_json(read_limited(source / CONFIG_NAME, LARGEST_CONFIG))
     except (OSError, ValueError) as error:

@@ -56,7 +56,7 @@ def load_gguf_base(
         device: Where the model is put.
 
     Returns:
-        The model, in evaluation mode. It cannot be saved before it is dequantised.
+        The model, in evaluation mode. `save_gguf_base` saves it. `save_pretrained` needs a dequantised model.
 
     Raises:
         GgufError: The file is no GGUF file, damaged, or of an architecture or a type that is not supported.

@@ -15,7 +15,7 @@ _SUFFIXES = (".gate_up_proj", ".down_proj", ".gate_proj", ".up_proj")
 
 
 class KappaTuneSelector:
-    """Condition numbers of a model's linear layers and of its experts, computed at the first question.
+    """Condition numbers of a model's linear layers and of its experts, computed at the first call.
 
     Args:
         model: the model; weights of 4 and 8 bits are expanded one at a time.

@@ -197,6 +197,8 @@ class AdapterSet:
 
     def check_active(self, names: Sequence[str]) -> None:
         """Check that adapters can be active together; see `activate`."""
+        if not isinstance(names, Iterable):
+            raise AdapterNameError(f"set_adapter takes an adapter's name or a list of names; got {names!r}")
         self.require(*names)
         if len(set(names)) < len(names):
             raise AdapterNameError(f"set_adapter: each adapter at most once; got {list(names)}")

@@ -87,7 +87,7 @@ def merge_slots(
         raise MergeError("the adapters are disabled, and merged ones would be in effect; call enable_adapters first")
     route = adapters.selection.route
     if adapters.unmerged_by or (route is not None and route.is_final):
-        raise MergeError("merge_adapter inside of disable_adapter(), where the model is its base; leave it first")
+        raise MergeError("merge_adapter inside of disable_adapter(), where only the base is in effect; leave it first")
     chosen = adapters.selection.active if adapter_names is None else adapter_names
     names = [chosen] if isinstance(chosen, str) else list(chosen)
     adapters.require(*names)
@@ -372,8 +372,8 @@ def merge_and_unload(
     merge_slots(adapters, adapters.layers.values(), adapter_names, safe_merge, progressbar)
     if adapter_names is not None:
         names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)
-        adapter_set(model).selection.active = names
-    for slot in adapter_set(model).layers.values():
+        adapters.selection.active = names
+    for slot in adapters.layers.values():
         slot.unmerged_state = None
     remove_wrappers(model, keep_trained=True)
     _note_untied_embeddings(model)

@@ -36,7 +36,7 @@ def observe(
         progress: Show a progress bar.
 
     Raises:
-        ConfigError: There is no batch, or no loss although the observer needs one.
+        ConfigError: There is no batch, a batch is no mapping, or there is no loss although the observer needs one.
     """
     keep_quantized_weights_trainable(model)
     handles = [layer.register_forward_hook(observer.hook(path)) for path, layer in layers.items()]
@@ -46,6 +46,11 @@ def observe(
         with training_flags_restored(model), base, torch.set_grad_enabled(observer.needs_loss):
             model.eval()
             for batch in tqdm(batches, desc=observer.title, unit="batch", disable=not progress):
+                if forward is None and not isinstance(batch, Mapping):
+                    raise ConfigError(
+                        f"{observer.title}: a batch is a dictionary of the model's arguments, such as "
+                        f"{{'input_ids': ids}}; got {type(batch).__name__}; give such dictionaries, or `forward`"
+                    )
                 observer.begin(batch)
                 output = model(**batch) if forward is None else forward(model, batch)
                 if observer.needs_loss:

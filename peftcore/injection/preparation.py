@@ -488,7 +488,9 @@ def warn_of_separated_ties(injection: Injection) -> None:
 
 def _check_name(model: nn.Module, name: str, replaced: str | None) -> None:
     if not name or not isinstance(name, str) or "." in name or "/" in name:
-        raise AdapterNameError(f"an adapter's name must not be empty or contain '.' or '/'; got {name!r}")
+        raise AdapterNameError(
+            f"an adapter's name is a string, which must not be empty or contain '.' or '/'; got {name!r}"
+        )
     if name != replaced and ATTRIBUTE in model.__dict__ and name in adapter_set(model).configs:
         raise AdapterNameError(f"there is already an adapter named {name!r}; delete it first or take another name")
 

@@ -366,7 +366,8 @@ def _nothing_matched(modules: Mapping[str, nn.Module], paths: list[str], config:
             "layers_to_transform exclude all of them; remove one of these options"
         )
     word = names if isinstance(names, str) else (names[0] if names else "")
-    return f"target_modules {names!r} match no layer of this model{suggestion(word, _linear_names(modules))}"
+    known = [*_linear_names(modules), *([ALL_LINEAR] if isinstance(names, str) else [])]
+    return f"target_modules {names!r} match no layer of this model{suggestion(word, known)}"
 
 
 def find_saved_modules(module_index: ModuleIndex, config: TunerConfig | PromptLearningConfig) -> dict[str, nn.Module]:

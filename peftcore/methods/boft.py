@@ -60,7 +60,8 @@ class BOFTConfig(TunerConfig):
             number, size = size, number
         if features % asked:
             fits = math.gcd(features, asked)
-            raise ConfigError(f"BOFT: {asked} must divide the {features} features of {path}; try {fits}")
+            option = "boft_block_size" if self.boft_block_size else "boft_block_num"
+            raise ConfigError(f"BOFT: {option}={asked} must divide the {features} features of {path}; try {fits}")
         if m > 1 and (size % 2 or number % 2 ** (m - 1)):
             raise ConfigError(
                 f"BOFT: {m} butterfly factors need blocks of even size and a multiple of {2 ** (m - 1)} of them; "

@@ -200,10 +200,10 @@ class PeftModel(LoadingMethods, ActivationMethods, MergingMethods, SavingMethods
             RuntimeError: a tensor has another shape; or, with `strict`, names are missing or unexpected.
         """
         if state_dict and all(name.startswith(PREFIX) for name in state_dict):
-            names = {
-                name: name.removeprefix(PREFIX).replace(".original_module.", ".base_layer.") for name in state_dict
+            state_dict = {
+                name.removeprefix(PREFIX).replace(".original_module.", ".base_layer."): tensor
+                for name, tensor in state_dict.items()
             }
-            state_dict = {names[name]: tensor for name, tensor in state_dict.items()}
         return super().load_state_dict(state_dict, strict, assign)  # type: ignore[misc]
 
     def get_base_model(self) -> Any:
@@ -396,11 +396,17 @@ def get_peft_model(
         The model, as a `PeftModel`.
 
     Raises:
+        TypeError: the first argument is not a model.
         ConfigError: an option does not fit the model, or a module or tensor of the model has the name of an attribute
             of `PeftModel`.
         TargetError: no layer matches, or a matching layer cannot be adapted.
         AdapterNameError: the name is not valid.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"get_peft_model needs the base model first, then the configuration; got {model!r:.200}; load a model by "
+            "the from_pretrained of its class"
+        )
     if not isinstance(mixed, bool):
         raise ConfigError(f"get_peft_model: mixed must be True or False; got {mixed!r:.200}")
     if revision is not None and isinstance(peft_config, PeftConfig):

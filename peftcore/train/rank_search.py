@@ -123,7 +123,7 @@ def find_ranks(
         TrainingError: The loss is not finite.
     """
     multiple = max(1, min(8, config.r // 4)) if multiple is None else multiple
-    _check(model, config, batches, held_out, budget, tolerance, multiple)
+    _check(model, config, batches, held_out, budget, tolerance, least, multiple)
     started, frozen = time.perf_counter(), [(p, p.requires_grad) for p in model.parameters()]
     check = ModelLossCheck()
     layers = {path: base_weight(layer, path) for path, layer in find_targets(model, config).items()}
@@ -184,6 +184,7 @@ def _check(
     held_out: Sequence[Batch],
     budget: int | None,
     tolerance: float | None,
+    least: int,
     multiple: int,
 ) -> None:
     if ATTRIBUTE in model.__dict__:
@@ -196,8 +197,9 @@ def _check(
         raise ConfigError(f"find_ranks needs batches and held-out batches; got {len(batches)} and {len(held_out)}")
     if budget is not None and tolerance is not None:
         raise ConfigError("find_ranks takes a budget or a tolerance, not both")
-    if multiple < 1:
-        raise ConfigError(f"find_ranks: multiple must be 1 or more, such as 4; got {multiple}")
+    for option, ranks, smallest in (("least", least, 0), ("multiple", multiple, 1)):
+        if not isinstance(ranks, int) or ranks < smallest:
+            raise ConfigError(f"find_ranks: {option} must be an integer, at least {smallest}; got {ranks!r}; try 1")
     if tolerance is not None and not tolerance > 0:
         raise ConfigError(f"find_ranks: tolerance must be above 0, relative to the loss; got {tolerance}; try 0.01")
 

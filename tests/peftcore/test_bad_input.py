@@ -125,7 +125,11 @@ def test_an_unknown_key_on_disk_is_kept_and_warned_of(method: str, tmp_path: Pat
         ('"LORA"', CheckpointError, "holds a str, not the fields"),
         ("{}", ConfigError, "without peft_type"),
         ('{"peft_type": ["LORA"]}', ConfigError, "not a name: ['LORA']; try 'LORA'"),
-        ('{"peft_type": "LORRA"}', ConfigError, "unknown adapter method 'LORRA'; did you mean 'LORA'"),
+        (
+            '{"peft_type": "LORRA"}',
+            ConfigError,
+            "unknown adapter method 'LORRA', which no installed package defines; did you mean 'LORA'",
+        ),
         ('{"peft_type": "LORA", "r": "8"}', ConfigError, "r must be an integer; got '8'"),
         ('{"peft_type": "LORA", "r": 0}', ConfigError, "r must be a positive integer; got 0"),
         ('{"peft_type": "LORA", "arrow_config": {"top_k": 0}}', ConfigError, "top_k must be at least 1; got 0"),
@@ -368,6 +372,17 @@ def test_targets_that_are_not_there(method: str) -> None:
         get_peft_model(model, EXAMPLES[method].make(target_modules=["q_proj"]))
 
 
+def test_a_misspelt_all_linear() -> None:
+    model = net()
+    with refused(model, TargetError, "'all_linear' match no layer of this model; did you mean 'all-linear'?"):
+        get_peft_model(model, LoraConfig(target_modules="all_linear"))
+
+
+def test_an_adapter_goes_into_a_model() -> None:
+    with pytest.raises(TypeError, match="needs the base model first, then the configuration; got 'gpt2'"):
+        get_peft_model("gpt2", LoraConfig())  # type: ignore[arg-type]
+
+
 # -- adapters that exclude each other ------------------------------------------------------------------------------
 
 
@@ -376,8 +391,10 @@ def test_a_taken_or_impossible_name() -> None:
     with refused(model, AdapterNameError, "already an adapter named 'default'; delete it first"):
         model.add_adapter("default", lora("2"))
     for name in ("a.b", "a/b", "", 3, None):
-        with refused(model, AdapterNameError, "must not be empty or contain '.' or '/'", repr(name)):
+        with refused(model, AdapterNameError, "a string, which must not be empty or contain '.' or '/'", repr(name)):
             model.add_adapter(name, lora("2"))
+    with refused(model, AdapterNameError, "set_adapter takes an adapter's name or a list of names; got 1"):
+        model.set_adapter(1)
 
 
 def test_two_that_make_the_model_deeper() -> None:

@@ -12,7 +12,7 @@ import pytest
 import peftcore
 from peftcore import ConfigError, LoraConfig, PeftType
 from peftcore.config import TunerConfig
-from peftcore.registry import method_named, method_table, methods, tuner_names
+from peftcore.registry import method_named, method_of, method_table, methods, tuner_names
 
 GUIDE = Path(peftcore.__file__).parent / "methods" / "README.md"
 
@@ -99,8 +99,10 @@ def test_names_without_importing_are_those_of_the_methods() -> None:
 def test_an_unknown_method_is_named_with_a_suggestion() -> None:
     with pytest.raises(ConfigError, match="did you mean 'LORA'"):
         method_named("LORAA")
-    with pytest.raises(ConfigError, match="If another package defines the method, install that package"):
+    with pytest.raises(ConfigError, match="unknown adapter method 'SSF', which no installed package defines"):
         method_named("SSF")
+    with pytest.raises(ConfigError, match="got the class LoraConfig"):
+        method_of(LoraConfig)  # type: ignore[arg-type]
     with pytest.raises(AttributeError, match="LoraaConfig"):
         _ = peftcore.LoraaConfig
     assert method_named("LORA").config is LoraConfig

@@ -93,5 +93,6 @@ def test_a_pack_is_halved_unless_a_row_would_not_fit(found: Any) -> None:
     assert short and not any("train.pack_tokens" in change.params for change in short)
 
 
-def test_a_run_that_needs_least_already_has_no_alternative() -> None:
-    assert _choices(params(train={"batch_size": 1, "gradient_checkpointing": "offload"})) == []
+@pytest.mark.parametrize("recomputed", ["blocks", "offload"])
+def test_a_run_that_needs_least_already_has_no_alternative(recomputed: str) -> None:
+    assert _choices(params(train={"batch_size": 1, "gradient_checkpointing": recomputed})) == []

@@ -1,6 +1,7 @@
 """What compositions say of themselves, before any layer: names, chains, terms, equality, and what they refuse."""
 
 import math
+from typing import Any, cast
 
 import pytest
 import torch
@@ -52,8 +53,10 @@ def test_splits_meet_inside_of_splits() -> None:
     ("make", "said"),
     [
         (lambda: composition(3), "3 is no composition of adapters; give a name"),  # type: ignore[arg-type]
-        (lambda: Weighted({"a": math.nan}), r"the weight of Only\(name='a'\) is nan"),
+        (lambda: Weighted({"a": math.nan}), "the weight of 'a' is nan"),
+        (lambda: Weighted(cast(Any, {"a": "b"})), "the weight of 'a' is 'b'; give a finite number"),
         (lambda: Average(), "give at least one adapter"),
+        (lambda: Split(*cast(Any, ("a", "b"))), r"'a' has no number of tokens; give pairs, such as \('sql', 64\)"),
         (lambda: Split(a=0), "has 0 tokens; give at least 1, or ... for the rest"),
         (lambda: Split(a=..., b=3), "comes after `...`, which took the rest"),
         (lambda: Gate((), lambda path, adapters, x: x), "give at least one adapter"),

@@ -69,7 +69,7 @@ def test_other_adapters_are_refused(options: dict[str, Any], message: str, tmp_p
 
 def test_directories_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     folder, out, model = tmp_path / "a", tmp_path / "b", build("llama")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="give a directory that `save_adapter` of adapters wrote"):
         convert_adapters_directory(tmp_path / "none", out, model)
     houlsby_folder(folder, model)
     with pytest.raises(ConfigError, match="has an encoder and a decoder"):

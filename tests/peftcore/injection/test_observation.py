@@ -22,6 +22,8 @@ def test_the_base_runs_in_eval_mode_and_no_hook_stays() -> None:
     with pytest.raises(ConfigError, match="test got no batch"):
         observe(model, InputMoments("test"), {"2": layer}, [], None, progress=False)
     broken = [{"input": torch.full((1, 4), torch.nan)}]
+    with pytest.raises(ConfigError, match="a batch is a dictionary of the model's arguments"):
+        observe(model, InputMoments("test"), {"2": layer}, x, None, progress=False)
     with pytest.raises(ConfigError, match="the input of 2 has values in batch 1"):
         observe(model, InputMoments("test"), {"2": layer}, broken, None, progress=False)
     assert not layer._forward_hooks

@@ -167,8 +167,10 @@ def test_what_leaves_no_choice_of_rank_is_refused() -> None:
         search(llama(), budget=100, tolerance=0.1)
     with pytest.raises(ConfigError, match="tolerance must be above 0"):
         search(llama(), tolerance=0.0)
-    with pytest.raises(ConfigError, match="multiple must be 1 or more, such as 4; got 0"):
+    with pytest.raises(ConfigError, match="multiple must be an integer, at least 1; got 0; try 1"):
         search(llama(), multiple=0)
+    with pytest.raises(ConfigError, match="least must be an integer, at least 0; got -3; try 1"):
+        search(llama(), least=-3)
     with pytest.raises(ConfigError, match="got 0 and 2"):
         find_ranks(llama(), CONFIG, [], batches(2), progress=False)
     with pytest.raises(ConfigError, match=r"linear layers only; exclude model\.embed_tokens"):

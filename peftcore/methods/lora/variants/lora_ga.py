@@ -43,7 +43,7 @@ def all_options(chosen: Mapping[str, Any] | None) -> dict[str, Any]:
 def check_rank(lora: "Lora", place: str) -> None:
     """Raise ConfigError if the gradient has fewer than 2r singular vectors."""
     if 2 * lora.r > (most := min(lora.base.in_features, lora.base.out_features)):
-        raise ConfigError(f"lora_ga needs 2r singular vectors: r at {place} must be at most {most // 2}")
+        raise ConfigError(f"lora_ga needs 2r singular vectors: r at {place} must be at most {most // 2}; got {lora.r}")
 
 
 def start_factors(gradient: Tensor, lora: "Lora", options: Mapping[str, Any]) -> Factors:
