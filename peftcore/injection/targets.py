@@ -1,11 +1,12 @@
 """Target resolution: from `target_modules` (names, a regular expression, or "all-linear") to layers.
 
-Names match whole path segments: "head" matches `head` and `decoder.head`, never `overhead`.
+Names match whole path segments: "head" matches `head` and `decoder.head`, never `overhead`. Those in `modules_to_save`
+match the ends of paths, as in HF PEFT, so there "head" matches `overhead`, too.
 """
 
 import dataclasses
 import warnings
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Set
 from typing import Any, TypeVar
 
 from torch import nn
@@ -60,6 +61,20 @@ def named(path: str, names: Collection[str] | None) -> bool:
     return False
 
 
+def trains_in_full(path: str, names: Collection[str] | None) -> bool:
+    """Return True if `modules_to_save` matches a module: its path ends with a name, as in HF PEFT.
+
+    So "classifier" also matches DistilBERT's `pre_classifier`, which starts untrained as well.
+
+    Args:
+        path: the path of a module.
+        names: a regular expression for the whole path, or ends of paths.
+    """
+    if isinstance(names, str) or not names:
+        return named(path, names)
+    return path.endswith(tuple(name for name in names if name))
+
+
 def find_targets(model: nn.Module, config: TunerConfig) -> dict[str, nn.Module]:
     """Return the layers of a model that a configuration adapts.
 
@@ -108,7 +123,7 @@ def checked_targets(
     Raises:
         TargetError: no layer is left, and `target_modules` is not NO_TARGETS, or a layer cannot be adapted.
     """
-    saved = {path for path in module_index.modules if named(path, config.modules_to_save)}
+    saved = {path for path in module_index.modules if trains_in_full(path, config.modules_to_save)}
     targets = {
         path: module_index.modules[path]
         for path in without_excluded(paths, config)
@@ -306,7 +321,7 @@ def _all_linear(module_index: ModuleIndex, config: TunerConfig) -> list[str]:
         for path, module in module_index.modules.items()
         if _is_linear(module)
         and module is not output
-        and not named(path, heads)
+        and not trains_in_full(path, heads)
         and calls_layer(module_index.parent(path), path.rpartition(".")[2])
     ]
 
@@ -361,9 +376,16 @@ def _check_called(module_index: ModuleIndex, targets: Iterable[str], is_saved: b
 def _nothing_matched(modules: Mapping[str, nn.Module], paths: list[str], config: TunerConfig) -> str:
     names = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules or [])
     if paths:
+        excluded = config.exclude_modules
+        options = {
+            "exclude_modules": sorted(excluded) if isinstance(excluded, Set) else excluded,
+            "modules_to_save": config.modules_to_save,
+            "layers_to_transform": config.layers_to_transform,
+        }
+        given = [f"{option}={value!r}" for option, value in options.items() if value not in (None, [])]
         return (
-            f"target_modules {names!r} matched {len(paths)} layers, but exclude_modules, modules_to_save or "
-            "layers_to_transform exclude all of them; remove one of these options"
+            f"target_modules {names!r} matched {len(paths)} layers, but {' and '.join(given)} "
+            f"exclude{'' if len(given) > 1 else 's'} all of them; remove {'one' if len(given) > 1 else 'it'}"
         )
     word = names if isinstance(names, str) else (names[0] if names else "")
     known = [*_linear_names(modules), *([ALL_LINEAR] if isinstance(names, str) else [])]
@@ -378,12 +400,14 @@ def find_saved_modules(module_index: ModuleIndex, config: TunerConfig | PromptLe
         config: a configuration with the heads of its task filled in; see `with_heads`.
 
     Returns:
-        {path: module}
+        {path: module}, without modules inside of another match.
 
     Raises:
         TargetError: nothing matches, or a match has adapters inside.
     """
-    matches = {path: module for path, module in module_index.modules.items() if named(path, config.modules_to_save)}
+    names = config.modules_to_save
+    every = {path: module for path, module in module_index.modules.items() if trains_in_full(path, names)}
+    matches = {path: module for path, module in every.items() if not is_within(path.rpartition(".")[0], every)}
     if config.modules_to_save and not matches:
         raise TargetError(
             f"modules_to_save {config.modules_to_save!r} match no module"
@@ -446,7 +470,7 @@ def with_heads(module_index: ModuleIndex, config: C) -> C:
         config: the configuration; returned itself if the model has no such head.
     """
     heads = TASK_HEADS.get(config.task_type, []) if isinstance(config.task_type, TaskType) else []
-    if not any(named(path, heads) for path in module_index.modules):
+    if not any(trains_in_full(path, heads) for path in module_index.modules):
         return config
     names = config.modules_to_save or []
     return dataclasses.replace(config, modules_to_save=[*names, *(head for head in heads if head not in names)])
