@@ -69,19 +69,20 @@ def next_step(facts: Mapping[str, Any]) -> str:
         facts: What `status` returned, with or without the key `stages`.
     """
     candidate, stage_changes = facts["candidate"], facts.get("stages", {})
-    # the rows of retrain.incoming are in the working tree of a retraining alone
-    retrains = facts["retraining"]["incoming"] is not None
-    first, again = ("peftcore retrain", "peftcore retrain --force") if retrains else ("peftcore run", "peftcore run")
+    first, again, page = "peftcore run", "peftcore run", "reports/review.html"
+    if facts["retraining"]["incoming"] is not None:  # only a retraining's working tree has these rows
+        first, again, page = "peftcore retrain", "peftcore retrain --force", "reports/retraining/index.html"
+        stage_changes = {}
     if any(one["what"] == "run" for one in facts["running"]):
         return "wait for the run that is at work; `peftcore status` shows its task"
     if candidate is None:
         return f"`{first}` makes the first version"
     if changed := [name for name, changes in stage_changes.items() if changes]:
-        return f"`{again}` runs {', '.join(changed)} again"
+        return f"`peftcore run` runs {', '.join(changed)} again"
     if candidate["verdict"] == "promoted":
         return "`peftcore serve --watch` serves it, `peftcore chat` talks to it, `peftcore retrain` takes in new data"
     if candidate["verdict"] == "refused":
-        return f"reports/review.html shows why; change params.yaml or the data, and `{again}`"
+        return f"{page} shows why; change params.yaml or the data, and `{again}`"
     if candidate["verdict"] == "rolled back":
         return f"change params.yaml or the data, and `{again}` makes a new version"
     return f"`peftcore promote --version {candidate['version']}` judges it"

@@ -50,8 +50,13 @@ def test_what_comes_next_follows_from_the_facts() -> None:
     assert "serve --watch" in next_step(facts | {"candidate": version | {"verdict": "promoted"}})
     assert "wait" in next_step(facts | {"running": [{"what": "run"}]})
     incoming = facts | {"retraining": {"incoming": "~/incoming"}}
-    assert next_step(incoming) == "`peftcore retrain` makes the first version", "`peftcore run` does not read that folder"
-    assert "`peftcore retrain --force`" in next_step(incoming | {"candidate": version | {"verdict": "refused"}})
+    assert next_step(incoming) == "`peftcore retrain` makes the first version", (
+        "`peftcore run` does not read that folder"
+    )
+    refused = next_step(incoming | {"candidate": version | {"verdict": "refused"}})
+    assert "`peftcore retrain --force`" in refused and "reports/retraining/index.html shows why" in refused
+    promoted = {"candidate": version | {"verdict": "promoted"}, "stages": changed}
+    assert "serve --watch" in next_step(incoming | promoted), "its stages ran in another working tree"
 
 
 def test_champion_and_newest_version_with_its_verdict(registered: Any) -> None:
