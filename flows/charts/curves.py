@@ -35,8 +35,14 @@ STYLE: dict[Any, Any] = {
 
 
 @matplotlib.rc_context(STYLE)
-def headline_bars(base: Mapping[str, Any], adapter: Mapping[str, Any]) -> Markup:
-    """Draw base against adapter, one small panel per figure, each with its own scale from zero."""
+def headline_bars(base: Mapping[str, Any], adapter: Mapping[str, Any], base_side: str = "base") -> Markup:
+    """Draw base against adapter, one small panel per figure, each with its own scale from zero.
+
+    Args:
+        base: Figures of the base.
+        adapter: Figures of the adapter.
+        base_side: Label of the base's figures.
+    """
     every = (
         ("loss", "Test loss", "nats, lower is better", "{:.2f}"),
         ("perplexity", "Perplexity", "lower is better", "{:.1f}"),
@@ -55,14 +61,14 @@ def headline_bars(base: Mapping[str, Any], adapter: Mapping[str, Any]) -> Markup
     for axes, (key, title, note, form) in zip(every_axes, panels, strict=True):
         heights = [_height(side.get(key)) for side in (base, adapter)]
         labels = [_text(side.get(key), form) for side in (base, adapter)]
-        bars = axes.bar(["base", "adapter"], heights, color=[BASE, ADAPTER], width=0.58)
+        bars = axes.bar([base_side, "adapter"], heights, color=[BASE, ADAPTER], width=0.58)
         axes.bar_label(bars, labels, padding=3, fontweight="bold")
         axes.set_ylim(0, max([*heights, 1e-9]) * 1.22)
         axes.set_title(title, loc="left", fontweight="bold", fontsize=11, pad=20)
         axes.text(0, 1.06, note, transform=axes.transAxes, color=SOFT, fontsize=8.5)
         axes.set_yticks([])
         bare(axes, keep="bottom")
-    return svg(figure, "Base against adapter: " + ", ".join(panel[1] for panel in panels))
+    return svg(figure, f"{base_side.capitalize()} against adapter: " + ", ".join(panel[1] for panel in panels))
 
 
 @matplotlib.rc_context(STYLE)
@@ -136,8 +142,13 @@ def reward_curve(records: Sequence[Mapping[str, Any]]) -> Markup | None:
 
 
 @matplotlib.rc_context(STYLE)
-def slice_dumbbells(slices: Mapping[str, Mapping[str, Any]]) -> Markup:
-    """Draw the test loss of base and adapter for each of the largest slices, joined by a line."""
+def slice_dumbbells(slices: Mapping[str, Mapping[str, Any]], base_side: str = "base") -> Markup:
+    """Draw the test loss of base and adapter for each of the largest slices, joined by a line.
+
+    Args:
+        slices: Figures of each slice: `rows`, `base_loss` and `adapter_loss`.
+        base_side: Label of the base's figures.
+    """
     names = largest(slices)[::-1]
     figure = Figure(figsize=(11, 0.9 + 0.27 * len(names)), layout="constrained")
     axes = figure.subplots()
@@ -147,8 +158,8 @@ def slice_dumbbells(slices: Mapping[str, Mapping[str, Any]]) -> Markup:
             [base, adapter], [row, row], color=ADAPTER if adapter <= base else VALIDATION, alpha=0.35, linewidth=3
         )
     rows = range(len(names))
-    for key, color in (("base_loss", BASE), ("adapter_loss", ADAPTER)):
-        axes.scatter([slices[name][key] for name in names], rows, color=color, s=44, zorder=3, label=key.split("_")[0])
+    for key, label, color in (("base_loss", base_side, BASE), ("adapter_loss", "adapter", ADAPTER)):
+        axes.scatter([slices[name][key] for name in names], rows, color=color, s=44, zorder=3, label=label)
     axes.set_yticks(rows, [f"{_shortened(name)} ({slices[name]['rows']})" for name in names], fontsize=9.5)
     axes.set_ylim(-0.7, len(names) - 0.3)
     axes.set_xlabel("test loss, nats")
@@ -156,21 +167,22 @@ def slice_dumbbells(slices: Mapping[str, Mapping[str, Any]]) -> Markup:
     axes.set_axisbelow(True)
     figure.legend(*axes.get_legend_handles_labels(), frameon=False, loc="outside upper left", ncols=2)
     bare(axes, keep="bottom")
-    return svg(figure, "Test loss by slice, base against adapter")
+    return svg(figure, f"Test loss by slice, {base_side} against adapter")
 
 
 @matplotlib.rc_context(STYLE)
-def reliability(base: Mapping[str, Any], adapter: Mapping[str, Any]) -> Markup:
+def reliability(base: Mapping[str, Any], adapter: Mapping[str, Any], base_side: str = "base") -> Markup:
     """Draw accuracy by confidence of base and adapter; perfect calibration is the diagonal.
 
     Args:
         base: Figures of a calibration: `ece`, and `bins` with `share`, `accuracy` and `confidence`.
         adapter: Those of the adapter.
+        base_side: Label of the base's figures.
     """
     figure = Figure(figsize=(6.4, 4.8), layout="constrained")
     lines, shares = figure.subplots(2, 1, sharex=True, height_ratios=[4, 1])
     lines.plot([0, 1], [0, 1], color=SOFT, linewidth=1, linestyle=(0, (3, 3)))
-    for name, side, color, shift in (("base", base, BASE, -0.011), ("adapter", adapter, ADAPTER, 0.011)):
+    for name, side, color, shift in ((base_side, base, BASE, -0.011), ("adapter", adapter, ADAPTER, 0.011)):
         columns = {key: [one[key] for one in side["bins"]] for key in ("confidence", "accuracy", "share")}
         label = f"{name} (ECE {side['ece']:.3f})"
         lines.plot(
@@ -187,7 +199,7 @@ def reliability(base: Mapping[str, Any], adapter: Mapping[str, Any]) -> Markup:
         axes.grid(axis="y", color=LINE, linewidth=0.8)
         axes.set_axisbelow(True)
         bare(axes, keep="bottom")
-    return svg(figure, "Accuracy by confidence, base against adapter")
+    return svg(figure, f"Accuracy by confidence, {base_side} against adapter")
 
 
 def largest(slices: Mapping[str, Mapping[str, Any]]) -> list[str]:

@@ -87,7 +87,7 @@ def rollback(
         str | None,
         typer.Option(
             metavar="vX.Y.Z",
-            help="An earlier holder of the stage; default: the last one before the present holder.",
+            help="An earlier holder of the stage; default: the last one that was not rolled back.",
             autocompletion=completion.versions,
         ),
     ] = None,

@@ -63,6 +63,7 @@ def evaluate_classes(
             "macro_f1": macro_f1(labels, predictions[name]),
         }
     metrics = common_metrics(rows, losses, sides["base"], sides["adapter"], ["accuracy", "macro_f1"])
+    metrics["baseline"] = "a prediction of the class frequencies of the training rows"
     metrics["calibration"] = {name: class_calibration(of_classes, labels) for name, of_classes in log_probs.items()}
     table = common_columns(rows, losses["base"], losses["adapter"])
     confidences = adapter.amax(1).exp().tolist()

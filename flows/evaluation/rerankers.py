@@ -5,6 +5,7 @@ its loss that of equal scores.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -95,7 +96,8 @@ def evaluate_rerankers(
         else:
             values["base"] = random_order(params, [len(row[PAIRS_COLUMN]) for row in rows])
     values = {side: values[side] for side in ("base", "adapter")}
-    return ranking_result(params, rows, values, pair_tokens(rows), [row["positive"] for row in rows])
+    result = ranking_result(params, rows, values, pair_tokens(rows), [row["positive"] for row in rows])
+    return result if base_ranks else replace(result, metrics=result.metrics | {"baseline": "passages in random order"})
 
 
 def pair_tokens(rows: Sequence[Row]) -> list[int]:

@@ -29,7 +29,7 @@ class EvaluationResult:
     """The results of an evaluation.
 
     Attributes:
-        metrics: Content of metrics.json.
+        metrics: Content of metrics.json. "baseline" names what stands for a base without a trained head.
         table: Content of rows.parquet, one row per test row.
         samples: Content of samples.json: some prompts with the reference answer and both models' answers.
     """

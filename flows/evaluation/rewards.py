@@ -63,6 +63,7 @@ def evaluate_rewards(
     }
     sides["adapter"] |= {"chosen_reward": chosen.mean().item(), "rejected_reward": rejected.mean().item()}
     metrics = common_metrics(rows, losses, sides["base"], sides["adapter"], ["accuracy", "margin"])
+    metrics["baseline"] = "equal rewards for all answers"
     table = common_columns(rows, losses["base"], losses["adapter"])
     for i, row in enumerate(table):
         row |= {"chosen_reward": chosen[i].item(), "rejected_reward": rejected[i].item()}

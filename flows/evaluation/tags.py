@@ -79,6 +79,7 @@ def evaluate_tags(
         }
     gains = ["entity_f1", "precision", "recall", "tag_accuracy"]
     metrics = common_metrics(rows, losses, sides["base"], sides["adapter"], gains)
+    metrics["baseline"] = "a prediction of the tag frequencies of the training rows"
     metrics["calibration"] = {
         name: class_calibration(torch.cat(of_rows), torch.cat(labels)) for name, of_rows in log_probs.items()
     }

@@ -150,7 +150,8 @@ def roll_back(
         params: the parameters; `gate.stage` is the stage.
         paths: the repository.
         reason: the reason, which the tag keeps.
-        version: the version's number; None is the holder before the present one.
+        version: the version's number; None is the last earlier holder that did not lose the stage by a rollback or a
+            withdrawal.
         push_to: a git remote that has to accept the rollback.
 
     Raises:
@@ -167,9 +168,17 @@ def roll_back(
     if _is_interrupted_rollback(registry, paths, holder, reason, version):
         return _completed_rollback(params, paths, registry, state, holder, push_to)
     earlier = [one for one in state.holders(stage) if one.version not in (None, holder.version)]
-    target = next((one for one in reversed(earlier) if version in (None, one.version)), None)
+    # two rollbacks in a row go back twice, and not back to the version that was rolled back first
+    passed_over = state.withdrawn(stage).keys() if version is None else ()
+    fitting = [one for one in earlier if version in (None, one.version) and one.version not in passed_over]
+    target = fitting[-1] if fitting else None
     if target is None or target.version is None:
         earlier_holders = ", ".join(dict.fromkeys(one.version for one in earlier if one.version)) or "none"
+        if version is None and earlier:
+            raise RegistryError(
+                f"each version that was {stage} before {holder.version} lost the stage by a rollback or a withdrawal: "
+                f"{earlier_holders}; `peftcore rollback --to VERSION` gives it to one of them again"
+            )
         never = f"no version was {stage} before" if version is None else f"{version} was never {stage} before"
         raise RegistryError(
             f"{never} {holder.version}, so it cannot be rolled back to; these were: {earlier_holders}. "

@@ -36,7 +36,7 @@ def status(params: Params, paths: Paths) -> dict[str, Any]:
         running: [{what, pid, task, since}] of running processes.
         last_run, champion, candidate: None if there is none.
         looks: place of the newest version in the sequence of looks; None if `gate.sequence.alpha` is null.
-        retraining: {last: the last entry of the history, schedule: the schedule or None}.
+        retraining: {last: the last entry of the history, schedule: the schedule or None, incoming: its folder or None}.
         disk: free space and sizes.
         uncommitted: files that a retraining and CI do not see, in words; empty if there are none.
         hints: commands for leftovers of killed processes.
@@ -51,7 +51,11 @@ def status(params: Params, paths: Paths) -> dict[str, Any]:
         "champion": _champion(registry, params.gate.stage),
         "candidate": _candidate(registry, paths, params.gate.stage),
         "looks": _looks(registry, params),
-        "retraining": {"last": _last_retraining(paths), "schedule": _schedule(paths)},
+        "retraining": {
+            "last": _last_retraining(paths),
+            "schedule": _schedule(paths),
+            "incoming": params.retrain.incoming,
+        },
         "disk": _disk(registry.git, paths),
         "uncommitted": unused_changes(registry.git),
         "hints": list(_hints(paths)),
@@ -65,18 +69,22 @@ def next_step(facts: Mapping[str, Any]) -> str:
         facts: What `status` returned, with or without the key `stages`.
     """
     candidate, stage_changes = facts["candidate"], facts.get("stages", {})
+    first, again, page = "peftcore run", "peftcore run", "reports/review.html"
+    if facts["retraining"]["incoming"] is not None:  # only a retraining's working tree has these rows
+        first, again, page = "peftcore retrain", "peftcore retrain --force", "reports/retraining/index.html"
+        stage_changes = {}
     if any(one["what"] == "run" for one in facts["running"]):
         return "wait for the run that is at work; `peftcore status` shows its task"
     if candidate is None:
-        return "`peftcore run` makes the first version"
+        return f"`{first}` makes the first version"
     if changed := [name for name, changes in stage_changes.items() if changes]:
         return f"`peftcore run` runs {', '.join(changed)} again"
     if candidate["verdict"] == "promoted":
         return "`peftcore serve --watch` serves it, `peftcore chat` talks to it, `peftcore retrain` takes in new data"
     if candidate["verdict"] == "refused":
-        return "reports/review.html shows why; change params.yaml or the data, and `peftcore run`"
+        return f"{page} shows why; change params.yaml or the data, and `{again}`"
     if candidate["verdict"] == "rolled back":
-        return "change params.yaml or the data, and `peftcore run` makes a new version"
+        return f"change params.yaml or the data, and `{again}` makes a new version"
     return f"`peftcore promote --version {candidate['version']}` judges it"
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from flows.paths import CORRECTED_STORAGE
+from flows.registry.loss_names import loss_in_words
 
 CARD = "registry/README.md"
 """Path of the card in a version's own commit."""
@@ -35,14 +36,6 @@ _LOADERS = {
     "reranker": "AutoModelForSequenceClassification",
 }
 """{objective: class that loads the base}; others are causal language models."""
-_BASELINES = {
-    "classification": "The base's figures are those of a baseline that predicts the class frequencies of the training "
-    "rows.",
-    "token_classification": "The base's figures are those of a baseline that predicts the tag frequencies of the "
-    "training rows.",
-    "reward": "The base has no head for rewards, so its figures are those of equal rewards.",
-}
-"""{objective: what stands for a base without the trained head}"""
 _FIGURES = {
     "loss": "test loss, nats",
     "perplexity": "perplexity",
@@ -60,6 +53,11 @@ _FIGURES = {
     "mrr_at_10": "MRR@10",
     "ndcg_at_10": "nDCG@10",
     "divergence": "divergence from the teacher, nats per token",
+    "margin": "mean margin of preferred answers, nats",
+    "chosen_reward": "mean reward of chosen answers",
+    "rejected_reward": "mean reward of rejected answers",
+    "reward_margin": "reward margin: mean reward of good or chosen answers less that of the others",
+    "kl": "KL divergence from the base, nats (the reference point of KTO)",
     "reward_desirable": "mean reward of good answers",
     "reward_undesirable": "mean reward of bad answers",
     "reward_accuracy": "reward accuracy: share of pairs whose chosen answer gets the higher reward",
@@ -143,8 +141,14 @@ def _figures(record: Mapping[str, Any]) -> list[str]:
     base, adapter = record["metrics"]["base"], record["metrics"]["adapter"]
     keys = [key for key in {**base, **adapter} if _is_figure(key, adapter.get(key)) or _is_figure(key, base.get(key))]
     rows = [(escaped(_FIGURES.get(key, key)), _number(base.get(key)), _number(adapter.get(key))) for key in keys]
-    note = _BASELINES.get(record["params"]["train"].get("objective", "sft"))
-    return [*_table(("held-out rows", "base", "adapter"), rows), *(["", note] if note else [])]
+    loss, baseline = (record["metrics"].get(part) for part in ("loss_function", "baseline"))
+    notes = [f"Test loss: {escaped(loss_in_words(loss))}."] if loss else []
+    if baseline:
+        notes.append(f"The base has no trained head for this task. The baseline is {escaped(baseline)}.")
+    return [
+        *_table(("held-out rows", "baseline" if baseline else "base", "adapter"), rows),
+        *(["", " ".join(notes)] if notes else []),
+    ]
 
 
 def _slices(slices: Mapping[str, Any]) -> list[str]:

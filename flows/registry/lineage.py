@@ -28,7 +28,7 @@ from peftcore.files import MANIFEST, damaged_files, read_manifest, sha256
 LOCK = "dvc.lock"
 PARTS = (
     *("objective", "loss_function", "control", "latency", "scorers", "suites", "benchmarks", "calibration"),
-    "best_of_n",
+    *("best_of_n", "baseline"),
 )
 """Optional parts of an evaluation; records of older releases lack them."""
 MERGE = ("kl", "top1_agreement", "cosine")

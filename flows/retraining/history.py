@@ -31,7 +31,7 @@ class Entry:
     files: int = 0
     new_files: list[str] = field(default_factory=list)
     quarantined: list[str] = field(default_factory=list)
-    """New files that drifted too far or are too small, so they were trained on but kept out of evaluation."""
+    """Files that drifted too far, are too small or have untrusted names: trained on, but kept out of evaluation."""
     excluded: list[str] = field(default_factory=list)
     """Files that this retraining excluded from later ones."""
     skipped: dict[str, str] = field(default_factory=dict)

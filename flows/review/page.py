@@ -17,6 +17,7 @@ from flows.gate.proposal import as_yaml, first_limits
 from flows.params import Params
 from flows.paths import Paths
 from flows.registry.lineage import read_json
+from flows.registry.loss_names import loss_in_words
 from flows.training.log import TrainingLog
 from flows.verdicts import prompt_passes, prompt_rate
 from peftcore.files import sha256, write_atomically
@@ -48,6 +49,7 @@ def environment() -> Environment:
         fixed=_fixed,
         signed="{:+.3f}".format,
         bytes=_bytes,
+        loss_in_words=loss_in_words,
         span=_span,
         moment=lambda text: datetime.fromisoformat(text).strftime("%d %B %Y, %H:%M UTC"),
     )
@@ -63,6 +65,7 @@ def _content(params: Params, paths: Paths) -> dict[str, Any]:
     promotion = read_promotion(paths, record["version"])
     proposals = first_limits(params, paths, promotion)
     base = evaluation["base"]
+    base_side = "baseline" if "baseline" in evaluation else "base"
     unit = "token" if "perplexity" in base else "word" if "entity_f1" in base else "row"
     return {
         "record": record,
@@ -71,6 +74,7 @@ def _content(params: Params, paths: Paths) -> dict[str, Any]:
         "judge": _judge(paths, promotion),
         "evaluation": evaluation,
         "unit": unit,
+        "base_side": base_side,
         "scorers": evaluation.get("scorers") or {},
         "calibration": calibration,
         "best_of_n": evaluation.get("best_of_n"),
@@ -86,13 +90,13 @@ def _content(params: Params, paths: Paths) -> dict[str, Any]:
         "architecture": read_json(paths.architecture),
         "params": params,
         "charts": {
-            "headline": headline_bars(evaluation["base"], evaluation["adapter"]),
+            "headline": headline_bars(evaluation["base"], evaluation["adapter"], base_side),
             "loss": loss_curves(
                 paths.loss_curve, training["best_step"], f"nats per {unit.replace('token', 'supervised token')}"
             ),
             "reward": reward_curve(TrainingLog(paths.training_log).records()),
-            "slices": slice_dumbbells(slices),
-            "reliability": reliability(calibration["base"], calibration["adapter"]) if calibration else None,
+            "slices": slice_dumbbells(slices, base_side),
+            "reliability": reliability(calibration["base"], calibration["adapter"], base_side) if calibration else None,
             "ranks": Markup(ranks.read_text(encoding="utf-8")) if ranks.exists() else None,
         },
     }

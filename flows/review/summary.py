@@ -47,7 +47,12 @@ def print_summary(
     console.print(_figures(metrics, promotion))
     merge = metrics["merge"]
     cosine = f"cosine {merge['cosine']:.4f}, " if "cosine" in merge else ""
-    lines = {
+    lines = (
+        {"baseline": f"{baseline}, because the base has no trained head"}
+        if (baseline := metrics.get("baseline"))
+        else {}
+    )
+    lines |= {
         "merged": f"{cosine}KL {merge['kl']:.4f} nats, top-1 predictions agree on {merge['top1_agreement']:.1%}",
         "verdict": f"[{'green' if promotion.accepted else 'red'}]{escape(promotion.sentence)}[/]",
         "seconds": " · ".join(f"{name} {value:.1f}" for name, value in seconds.items()),
@@ -65,7 +70,8 @@ def print_summary(
 def _figures(metrics: Mapping[str, Any], promotion: Promotion) -> Table:
     table = Table(title=f"{promotion.name} {promotion.version}", title_justify="left")
     table.add_column("on held-out rows")
-    for column in ("base", "adapter"):
+    baseline = metrics.get("baseline")
+    for column in ("baseline" if baseline else "base", "adapter"):
         table.add_column(column, justify="right")
     for label, key, form in FIGURES:
         if not any(key in metrics[side] for side in ("base", "adapter")):

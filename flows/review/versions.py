@@ -4,6 +4,7 @@ Figures and parameters come from the commit, the training log and the samples fr
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -37,6 +38,12 @@ class Versions:
     def version(self, name: str) -> Run:
         """Return a version by its number or by a stage that it holds. Raises RegistryError if there is none."""
         holder = self.stages.get(name)
+        if holder is None and not re.fullmatch(r"v[\d.]+", name):
+            stages = ", ".join(f"{stage} ({one.version})" for stage, one in self.stages.items()) or "none"
+            raise RegistryError(
+                f"{name} is no folder, no version, and no stage that a version has; stages: {stages}. "
+                "`peftcore registry list` lists the versions, `peftcore promote` gives a stage"
+            )
         version = self.registry.version((holder and holder.version) or name)
         record = self.registry.record(version)
         history, samples, warnings = self._from_dvc(version.commit)

@@ -82,6 +82,11 @@ def project_roots(start: Path | None = None) -> list[Path]:
     return roots
 
 
+def is_experiment(root: Path) -> bool:
+    """Return True in the copy of a repository that DVC makes for an experiment; its tags vanish with the copy."""
+    return "/.dvc/tmp/exps/" in f"{root.resolve().as_posix()}/"
+
+
 def stage_environment() -> dict[str, str]:
     """Return the environment of stages and of DVC: without LOCATIONS of git, and this Python's folder first in PATH.
 

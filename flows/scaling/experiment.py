@@ -44,10 +44,16 @@ def run_experiment(root: Path, overrides: Sequence[str], name: str | None = None
     name = name or f"trial-{os.environ.get('WANDB_RUN_ID') or secrets.token_hex(4)}"
     git = Git(root)
     start = git.head()
+    reference = f"refs/exps/{start[:2]}/{start[2:]}/{name}"
+    if git.run("for-each-ref", reference).strip():  # DVC would find out after the run
+        raise StageError(
+            f"the experiment {name} of this commit exists already; give another --name, or remove it first: "
+            f"dvc exp remove {name}"
+        )
     command = [*DVC, "exp", "run", "--temp", "--name", name]
     command += [f"--set-param={forced(override)}" for override in overrides]
     done = subprocess.run(command, cwd=root, env=stage_environment(), check=False)
-    commit = git.run("for-each-ref", "--format=%(objectname)", f"refs/exps/{start[:2]}/{start[2:]}/{name}").strip()
+    commit = git.run("for-each-ref", "--format=%(objectname)", reference).strip()
     if done.returncode or not commit:
         raise StageError(
             f"the trial with {', '.join(overrides) or 'no other parameters'} failed, see its error above; "

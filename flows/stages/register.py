@@ -32,7 +32,7 @@ from flows.registry.project_registry import registry_of
 from flows.registry.registry import Registry, Version
 from flows.registry.synchronise import synchronise
 from flows.runtime.git import Git
-from flows.runtime.project import dvc
+from flows.runtime.project import dvc, is_experiment
 from flows.runtime.stage import start
 from flows.runtime.tracking import mirror_version
 from flows.webhooks import Event, TagProof, announced
@@ -47,11 +47,16 @@ ATTEMPTS = 20
 def run(params: Params, paths: Paths) -> None:
     """Write metrics.json and artifacts/version.json, and create the version's tag.
 
+    In a DVC experiment, such as a trial, the tag is in DVC's copy of the repository alone, and nobody is told of it.
+
     Raises:
         RepositoryError: There is no git commit, no current dvc.lock, or no DVC remote.
         RegistryConflict: Another registration took the number at the same time.
     """
     git = Git(paths.root)
+    is_trial = is_experiment(paths.root)
+    if is_trial:
+        params = _without_listeners(params)
     check_artifact_name(paths.root, params.project.name)
     lock = read_lock(paths.root, without=NAME)
     check_no_secrets(git, paths.root)
@@ -72,8 +77,19 @@ def run(params: Params, paths: Paths) -> None:
         return
 
     version, record = _register(registry, params, paths, git, lock, content, metrics, data)
-    logger.info("registered %s", version.tag)
-    mirror_version(params, paths, record, version.commit, registry.stages())
+    if is_trial:
+        logger.info("a trial is no version, so nothing is registered")
+    else:
+        logger.info("registered %s", version.tag)
+    mirror_version(params, paths, record, None if is_trial else version.commit, registry.stages())
+
+
+def _without_listeners(params: Params) -> Params:
+    """Return parameters with which a version's tag reaches neither a git remote nor a webhook's receiver."""
+    register = params.register.model_copy(update={"git_remote": None})
+    return params.model_copy(
+        update={"register": register, "webhooks": params.webhooks.model_copy(update={"endpoints": []})}
+    )
 
 
 def _register(

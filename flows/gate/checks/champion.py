@@ -16,6 +16,7 @@ from flows.gate.candidate import Candidate, Champion, CheckResult
 from flows.gate.rows import row_values
 from flows.gate.sequence import percent
 from flows.params import Gate, Rule
+from flows.registry.loss_names import loss_in_words
 
 if TYPE_CHECKING:
     import pyarrow
@@ -253,7 +254,8 @@ def _not_comparable(candidate: Candidate, champion: Champion, gate: Gate) -> str
         what = "base model"
     elif losses[0] != losses[1]:
         return (
-            f"its test loss is {losses[0]}, and that of {champion.version} is {losses[1]}, so the two cannot be "
+            f"its test loss is {loss_in_words(losses[0])}, and that of {champion.version} is "
+            f"{loss_in_words(losses[1])}, so the two cannot be "
             f"compared; {_free(candidate, champion, gate)}"
         )
     elif (

@@ -33,7 +33,7 @@ def tracked_runs(record: Mapping[str, Any]) -> dict[Backend, str]:
 
 
 def mirror_version(
-    params: Params, paths: Paths, record: Mapping[str, Any], commit: str, stages: Mapping[str, Holder]
+    params: Params, paths: Paths, record: Mapping[str, Any], commit: str | None, stages: Mapping[str, Holder]
 ) -> None:
     """Mirror evaluation and registration to the backends that have the training run.
 
@@ -41,7 +41,7 @@ def mirror_version(
         params: The parameters of the run.
         paths: The project's files.
         record: The version's record.
-        commit: Commit of the version's tag.
+        commit: Commit of the version's tag; None for a trial, which is no version: only its evaluation is mirrored.
         stages: Holders of the registry's stages before the version's promotion.
     """
     tracking, version, trained = params.tracking, record["version"], tracked_runs(record)
@@ -54,7 +54,7 @@ def mirror_version(
         record["params"],
         paths.root,
         trained.get("wandb"),
-        f"{record['name']} {version}",
+        f"{record['name']} {'trial' if commit is None else version}",
         backends,
         tracking.mlflow_uri,
         trained,
@@ -73,8 +73,11 @@ def mirror_version(
         if paths.evaluation_suites.exists():
             tracker.table("suites", _suite_rows(json.loads(paths.evaluation_suites.read_text(encoding="utf-8"))))
         tracker.table("slices", ({"slice": name, **figures} for name, figures in slices.items()))
-        tracker.register(record, commit, paths.adapter)
-        tracker.finish({**record["metrics"], "registry": link}, paths.adapter)
+        if commit is None:
+            tracker.finish(dict(record["metrics"]))
+        else:
+            tracker.register(record, commit, paths.adapter)
+            tracker.finish({**record["metrics"], "registry": link}, paths.adapter)
     except (OSError, ValueError, KeyError) as error:
         log.warning("the evaluation is not mirrored: %s", error)
     finally:

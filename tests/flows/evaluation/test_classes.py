@@ -80,6 +80,7 @@ def test_a_rows_weight_counts_in_the_loss_and_not_in_the_accuracy(tokenizer: Pre
     metrics = evaluate_classes(Params(), ByFirstToken(), tokenizer, rows, NAMES, TRAIN).metrics
     expected = -(3 * math.log(0.8) + math.log(0.1)) / 4
     assert metrics["adapter"]["loss"] == pytest.approx(expected, rel=1e-6)
+    assert metrics["baseline"] == "a prediction of the class frequencies of the training rows"
     assert metrics["adapter"]["accuracy"] == 0.5
 
 

@@ -74,6 +74,7 @@ def test_figures_follow_from_the_rewards_of_each_answer(
     assert adapter["margin"] == pytest.approx(sum(chosen) / 3 - sum(rejected) / 3)
     assert adapter["chosen_reward"] == pytest.approx(sum(chosen) / 3)
     assert (base["accuracy"], base["margin"]) == (0.5, 0.0)
+    assert result.metrics["baseline"] == "equal rewards for all answers"
     assert result.metrics["gain"]["loss"] == pytest.approx(base["loss"] - adapter["loss"])
     assert {name: one["rows"] for name, one in result.metrics["slices"].items()} == {"s0": 2, "s1": 1}
     assert [sample["reference"] for sample in result.samples] == ["1."]

@@ -115,6 +115,7 @@ def test_plain_tags_are_entities_of_a_word(tokenizer: PreTrainedTokenizerBase, r
     metrics = evaluate_tags(params, ByToken(), tokenizer, rows, NAMES, TRAIN).metrics
     # of six true and five predicted words that are not O, five less one are right
     assert metrics["adapter"]["entity_f1"] == pytest.approx(2 * 4 / (6 + 5))
+    assert metrics["baseline"] == "a prediction of the tag frequencies of the training rows"
 
 
 def test_fidelity_is_over_words(rows: list[Row]) -> None:

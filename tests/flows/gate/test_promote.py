@@ -281,8 +281,16 @@ def test_the_last_champion_comes_back_with_its_report_and_the_reason(champions: 
 
 def test_an_earlier_one_by_number_and_back_again(champions: Any) -> None:
     assert roll_back(champions.params, champions.paths, "why", "v0.1.0").version == "v0.1.0"
-    assert roll_back(champions.params, champions.paths, "why").version == "v0.1.2"  # who had it before that
+    assert roll_back(champions.params, champions.paths, "why", "v0.1.2").version == "v0.1.2"
     assert champion(champions) == "v0.1.2"
+
+
+def test_two_rollbacks_go_back_twice(champions: Any) -> None:
+    assert roll_back(champions.params, champions.paths, "v0.1.2 is wrong").version == "v0.1.1"
+    assert roll_back(champions.params, champions.paths, "v0.1.1 too").version == "v0.1.0"
+    with pytest.raises(RegistryError, match=r"lost the stage by a rollback.*v0\.1\.1, v0\.1\.2; .*--to VERSION"):
+        roll_back(champions.params, champions.paths, "v0.1.0 too")
+    assert roll_back(champions.params, champions.paths, "the best of them", "v0.1.2").version == "v0.1.2"
 
 
 @pytest.mark.parametrize("to", [None, "v0.1.1"])
@@ -305,7 +313,7 @@ def test_a_rollback_that_was_killed_before_its_push_is_completed_and_not_undone(
     assert (again.version, again.tag, champion(champions)) == ("v0.1.1", "docstrings#champion#4", "v0.1.1")
     assert champions.git("tag", root=remote) == champions.git("tag")
     assert read_promotion(champions.paths, "v0.1.1") == again
-    assert roll_back(champions.params, champions.paths, "it swears", push_to=str(remote)).version == "v0.1.2"
+    assert roll_back(champions.params, champions.paths, "it swears", push_to=str(remote)).version == "v0.1.0"
 
 
 def test_what_cannot_be_rolled_back_to_is_named(registered: Any) -> None:

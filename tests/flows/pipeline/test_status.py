@@ -39,7 +39,7 @@ def test_it_names_what_is_not_committed(project: Any) -> None:
 
 
 def test_what_comes_next_follows_from_the_facts() -> None:
-    facts: dict[str, Any] = {"running": [], "candidate": None}
+    facts: dict[str, Any] = {"running": [], "candidate": None, "retraining": {"incoming": None}}
     assert "`peftcore run` makes the first version" in next_step(facts)
     version = {"version": "v0.1.0", "verdict": "not judged here"}
     assert next_step(facts | {"candidate": version}) == "`peftcore promote --version v0.1.0` judges it"
@@ -49,6 +49,14 @@ def test_what_comes_next_follows_from_the_facts() -> None:
     assert "makes a new version" in next_step(facts | {"candidate": version | {"verdict": "rolled back"}})
     assert "serve --watch" in next_step(facts | {"candidate": version | {"verdict": "promoted"}})
     assert "wait" in next_step(facts | {"running": [{"what": "run"}]})
+    incoming = facts | {"retraining": {"incoming": "~/incoming"}}
+    assert next_step(incoming) == "`peftcore retrain` makes the first version", (
+        "`peftcore run` does not read that folder"
+    )
+    refused = next_step(incoming | {"candidate": version | {"verdict": "refused"}})
+    assert "`peftcore retrain --force`" in refused and "reports/retraining/index.html shows why" in refused
+    promoted = {"candidate": version | {"verdict": "promoted"}, "stages": changed}
+    assert "serve --watch" in next_step(incoming | promoted), "its stages ran in another working tree"
 
 
 def test_champion_and_newest_version_with_its_verdict(registered: Any) -> None:

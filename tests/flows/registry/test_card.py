@@ -46,18 +46,24 @@ def test_a_classifier_is_loaded_with_its_classes() -> None:
     assert "num_labels" not in model_card(record(params=params)), "an older record names no classes"
 
 
-@pytest.mark.parametrize(
-    ("objective", "words"),
-    [
-        ("classification", "a baseline that predicts the class frequencies"),
-        ("token_classification", "a baseline that predicts the tag frequencies"),
-        ("reward", "those of equal rewards"),
-    ],
-)
-def test_the_figures_of_a_base_without_the_head_are_called_a_baseline(objective: str, words: str) -> None:
-    params = Params().model_dump() | {"train": {"objective": objective}}
-    assert words in model_card(record(params=params))
-    assert "The base's figures" not in model_card(record()) and "no head" not in model_card(record())
+def test_the_figures_of_a_base_without_the_head_are_called_a_baseline() -> None:
+    metrics = record()["metrics"]
+    text = model_card(record(metrics={**metrics, "baseline": "passages in random order"}))
+    assert "| held-out rows | baseline | adapter |" in text
+    assert "The base has no trained head for this task. The baseline is passages in random order." in text
+    assert "| held-out rows | base | adapter |" in model_card(record()) and "baseline" not in model_card(record())
+
+
+def test_the_loss_and_the_figures_of_preferences_are_named_in_words() -> None:
+    metrics = record()["metrics"]
+    keys = ("kl", "margin", "reward_margin", "chosen_reward", "rejected_reward")
+    adapter = metrics["adapter"] | dict.fromkeys(keys, 0.25)
+    text = model_card(record(metrics={**metrics, "adapter": adapter, "loss_function": "Kto(beta=0.1, loss='kto')"}))
+    assert "Test loss: KTO, beta 0.1, kto loss." in text
+    figures = text.partition("## Evaluation")[2].partition("## Evaluation by slice")[0]
+    for key in keys:
+        assert f"| {escaped(key)} |" not in figures, key
+    assert figures.count("0.25 |") == len(keys)
 
 
 def test_an_adapter_that_corrects_a_storage_is_loaded_on_it() -> None:

@@ -78,6 +78,12 @@ def test_without_a_retraining_it_says_so(page_of: Any) -> None:
     assert (page.entries, page.tags.count("svg")) == (0, 0)
 
 
+def test_a_quarantined_file_of_users_is_not_said_to_have_drifted_only(page_of: Any) -> None:
+    words = page_of(trained(1, "kept", 2.75, quarantined=["feedback/week1.jsonl"], drift=drift_of(week1=2.6))).words
+    assert "Quarantined (drifted too far, too small, or rows of users): trained on, but kept out" in words
+    assert "file that is new to the champion" in words, "a refused candidate's files are measured again"
+
+
 def test_the_newest_comes_first_and_the_last_promoted_version_is_the_champion(page_of: Any) -> None:
     page = page_of(
         trained(1, "promoted", 2.75),

@@ -73,11 +73,24 @@ def test_the_figures_of_a_token_classifier_are_of_words(project: Any) -> None:
     bins = [{"share": 1.0, "accuracy": 0.8, "confidence": 0.9}]
     calibration = {side: {"ece": 0.1, "brier": 0.3, "predictions": 1234, "bins": bins} for side in ("base", "adapter")}
     sides = {side: {"loss": loss, "entity_f1": 0.5} for side, loss in (("base", 1.1), ("adapter", 0.4))}
-    project.register(**sides, calibration=calibration)
+    project.register(**sides, calibration=calibration, baseline="a prediction of the tag frequencies")
     words = " ".join(page_of(project).text.split())
-    for fact in ("nats per word", "predicts the tag frequencies of the training rows", "for 1,234 words"):
+    for fact in ("nats per word", "The baseline is a prediction of the tag frequencies.", "for 1,234 words"):
         assert fact in words, fact
     assert "nats per row" not in words
+
+
+def test_a_baseline_is_named_and_labels_its_figures(project: Any) -> None:
+    project.register(baseline="passages in random order", loss_function="Dpo(beta=0.1, loss='sigmoid')")
+    page = page_of(project)
+    words = " ".join(page.text.split())
+    for fact in (
+        "Baseline and adapter",
+        "The base has no trained head for this task. The baseline is passages in random order.",
+        "The loss (DPO, beta 0.1, sigmoid loss) falls",
+    ):
+        assert fact in words, fact
+    assert "Dpo(" not in words
 
 
 def test_a_loss_that_grew_rises(project: Any) -> None:

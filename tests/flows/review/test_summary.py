@@ -74,6 +74,13 @@ def test_a_figure_that_only_one_model_has_is_shown(printed: Callable[..., str]) 
     assert rows(printed(sides))["accuracy"] == ["–", "50.0%"]
 
 
+def test_a_column_of_a_baseline_says_so(printed: Callable[..., str]) -> None:
+    text = printed(SIDES | {"baseline": "passages in random order"})
+    assert "on held-out rows ┃ baseline ┃ adapter" in text
+    assert "baseline passages in random order, because the base has no trained head" in " ".join(text.split())
+    assert "baseline" not in printed()
+
+
 def test_a_scorer_is_a_row(printed: Callable[..., str]) -> None:
     sides: dict[str, Any] = {"base": {"loss": 3.8, "token_f1": None}, "adapter": {"loss": 2.7, "token_f1": 0.5}}
     assert rows(printed(sides | {"scorers": {"token_f1": {}}}))["token_f1 (scorer)"] == ["–", "0.500"]

@@ -16,6 +16,8 @@ from flows.scaling.experiment import EXPERIMENTS, run_experiment
 
 
 def test_versions_and_stages(registered: Any, tmp_path: Path) -> None:
+    with pytest.raises(RegistryError, match=r"champion is no folder, no version, and no stage.*; stages: none\."):
+        read_runs(["champion"], registered.root)
     promote(registered.params, registered.paths)
     registered.register(loss=2.6, weight=2.0)
     champion, other = read_runs(["champion", "v0.1.1", "v0.1.0"], registered.root)

@@ -62,6 +62,9 @@ def test_a_trial_that_ends_meanwhile_is_not_taken_for_this_one(
     assert project.git("rev-parse", f"refs/exps/{head[:2]}/{head[2:]}/{chosen}").strip() == own
     assert chosen == name or (name is None and chosen.startswith("trial-"))
     assert len(noted) == 1
+    with pytest.raises(StageError, match=rf"experiment {chosen} of this commit exists already; .*dvc exp remove"):
+        run_experiment(project.root, [], chosen)
+    assert len(noted) == 1, "nothing ran"
 
 
 @pytest.mark.slow

@@ -12,8 +12,9 @@ from gto_command import run_gto
 from flows.errors import PipelineError, RegistryError, RepositoryError, StageError
 from flows.registry.registry import Registry, RegistryConflict
 from flows.runtime.git import Git
-from flows.runtime.project import dvc, stage_environment
+from flows.runtime.project import dvc, is_experiment, stage_environment
 from flows.stages import register
+from flows.webhooks.outbox import outbox_path
 
 
 def versions(project: Any) -> list[str]:
@@ -193,3 +194,21 @@ def test_a_version_names_the_runs_of_its_training_at_each_backend(project: Any) 
     record = project.register()
     assert (record["wandb_run_id"], record["tracking_runs"]) == ("w1", {"mlflow": "m1"})
     assert "tracking_runs" not in project.register(weight=2.0), "W&B's run has a key of its own"
+
+
+def test_a_trial_tells_nobody_of_a_version(
+    project: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A trial runs this stage in DVC's copy of the repository; a tag at the remote would be a version for all."""
+    remote = tmp_path / "origin.git"
+    project.git("clone", "--quiet", "--bare", str(project.root), str(remote))
+    copy = project.root / ".dvc" / "tmp" / "exps" / "standalone" / "tmp1"
+    monkeypatch.setattr(register, "is_experiment", lambda root: is_experiment(copy))
+    text = project.paths.params.read_text().replace("remote: local", f"remote: local, git_remote: '{remote}'")
+    project.paths.params.write_text(text + "webhooks: {endpoints: [{url: 'http://127.0.0.1:9/'}]}\n")
+    with caplog.at_level("INFO"):
+        project.register()
+    assert project.git("tag", root=remote) == ""
+    assert not outbox_path(project.root).exists()
+    assert "nothing is registered" in caplog.text
+    assert is_experiment(copy) and not is_experiment(project.root)

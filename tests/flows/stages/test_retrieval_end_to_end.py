@@ -122,6 +122,7 @@ def test_passages_are_reranked_and_merged(made: Callable[..., tuple[Params, Path
     texts = parquet.read_table(paths.split("test")).to_pylist()[: len(rows)]
     counts = [1 + (len(one["negatives"]) or 3) for one in texts]
     assert [one["base_recall_at_1"] for one in rows] == pytest.approx([1 / count for count in counts])  # no head
+    assert metrics["baseline"] == "passages in random order"
     model: Any = PeftModel.from_pretrained(
         load_dequantized(paths.base, params.quantization, ["relevance"]), paths.adapter
     ).eval()

@@ -171,6 +171,16 @@ def test_a_version_is_mirrored_with_its_samples_slices_and_registry_link(opened,
     assert opened.run.finished == [0] and opened.given[0]["config"]["evaluates"] == "t1"
 
 
+def test_a_trial_is_mirrored_without_a_version(opened, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = Paths(tmp_path)
+    paths.evaluation.mkdir(parents=True)
+    paths.samples.write_text("[]")
+    paths.evaluation_metrics.write_text(json.dumps({"slices": {}}))
+    monkeypatch.setattr(Tracker, "register", lambda *_: pytest.fail("a trial is no version"))
+    mirror_version(Params(), paths, RECORD, None, {})
+    assert opened.run.summary == {"adapter": {"loss": 2.5}} and opened.given[0]["name"] == "docs trial"
+
+
 def test_suites_are_mirrored_as_a_table_of_answers(opened, tmp_path: Path) -> None:
     paths = Paths(tmp_path)
     write_results(paths.artifacts, suites={"support": suite_result({"b": "it lacks 'x'"})})
