@@ -220,7 +220,8 @@ class PeftConfig(SharedOptions, metaclass=_ConfigType):
         field_names = [f.name for f in dataclasses.fields(cls)]
         for key in options:
             if key not in field_names:
-                raise UnknownOptionError(f"{cls.__name__}: unknown option {key!r}{suggestion(key, field_names)}")
+                options_of_users = [name for name in field_names if name != "extra"]
+                raise UnknownOptionError(f"{cls.__name__}: unknown option {key!r}{suggestion(key, options_of_users)}")
         return object.__new__(cls)
 
     def __post_init__(self) -> None:

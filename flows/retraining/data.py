@@ -202,7 +202,7 @@ class Source:
             dvc(self.tree, "add", self.name)
             dvc(self.tree, "push", "--remote", self.params.register.remote, f"{self.name}.dvc")
             tracked += [f"{self.name}.dvc", str(Path(self.name).with_name(".gitignore"))]
-        Git(self.tree).commit(tracked, f"Data of a retraining: {len(files)} files\n")
+        Git(self.tree).commit(tracked, f"Data of a retraining: {len(files)} file{'' if len(files) == 1 else 's'}\n")
 
     def files_of(self, version: Version) -> Files:
         """Return the files that a version was trained on: its list, or those in its commit if a run registered it.

@@ -291,7 +291,7 @@ class Retraining:
             reasons.append("the last retraining came to no verdict")
         is_known = not collected.new_files and self._is_known(collected.files, before)
         if not is_known and not has_been_tried(self.paths, collected.files):
-            new = f"{len(collected.new_files)} of {len(collected.files)} files are new"
+            new = f"new files: {len(collected.new_files)} of {len(collected.files)}"
             reasons.append(new if collected.new_files else "files were removed")
         if self.params.retrain.on == "any" and before and not reasons:
             reasons += self._other_changes(before[0])

@@ -237,10 +237,13 @@ def inject_adapter_in_model(
         The model.
 
     Raises:
+        TypeError: the second argument is not a model.
         ConfigError: an option does not fit the model.
         TargetError: no layer matches, or a matching layer cannot be adapted.
         AdapterNameError: the name is not valid.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"inject_adapter_in_model needs the configuration first, then the model; got {model!r:.200}")
     if state_dict is not None:
         peft_config = _with_targets_of(peft_config, state_dict, model)
     forget_removed_adapters(model)

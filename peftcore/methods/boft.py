@@ -59,7 +59,7 @@ class BOFTConfig(TunerConfig):
         if self.boft_block_num:
             number, size = size, number
         if features % asked:
-            fits = math.gcd(features, asked)
+            fits = min((n for n in range(1, features + 1) if features % n == 0), key=lambda n: abs(n - asked))
             option = "boft_block_size" if self.boft_block_size else "boft_block_num"
             raise ConfigError(f"BOFT: {option}={asked} must divide the {features} features of {path}; try {fits}")
         if m > 1 and (size % 2 or number % 2 ** (m - 1)):

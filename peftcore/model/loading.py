@@ -211,6 +211,8 @@ def make_room(model: nn.Module, name: str, directory: Path, config: PeftConfig |
 
 _UNUSED = ("device_map", "max_memory", "offload_folder", "offload_dir", "offload_index", "torch_dtype", "dtype")
 """Options that scripts give to PEFT's `from_pretrained`, and that concern the base model."""
+_PARAMETERS = ("adapter_name", "is_trainable", "config", "autocast_adapter_dtype", "low_cpu_mem_usage", "key_mapping")
+"""Parameters of the functions that load adapters, which a misspelt option may mean."""
 _READING_OPTIONS = ("torch_device", "strict", "ignore_mismatched_sizes")
 
 
@@ -227,8 +229,8 @@ def split_reading(function: str, kwargs: Mapping[str, Any]) -> tuple[dict[str, A
             stacklevel=3,
         )
     if others:
-        name = next(iter(others))
-        raise TypeError(f"{function}() has no option {name!r}{suggestion(name, [*hub.OPTIONS, *_READING_OPTIONS])}")
+        name, known = next(iter(others)), [*hub.OPTIONS, *_READING_OPTIONS, *_PARAMETERS]
+        raise TypeError(f"{function}() has no option {name!r}{suggestion(name, known)}")
     return options, further
 
 

@@ -74,6 +74,7 @@ class AdapterStore:
             dtype, which halves the memory of adapters, and the time that a CPU takes to read them.
 
     Raises:
+        TypeError: the first argument is not a model.
         AdapterStoreError: a limit is below 1.
         ConfigError: autocast_adapter_dtype is neither True nor False.
     """
@@ -86,6 +87,8 @@ class AdapterStore:
         base: str | None = None,
         autocast_adapter_dtype: bool = True,
     ):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"AdapterStore needs the base model first; got {model!r:.200}")
         if max_loaded < 1 or (max_bytes is not None and max_bytes < 1):
             raise AdapterStoreError(f"max_loaded and max_bytes must be at least 1; got {max_loaded} and {max_bytes}")
         self._model, self._max_loaded, self._max_bytes, self._base = model, max_loaded, max_bytes, base

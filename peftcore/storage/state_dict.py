@@ -107,10 +107,16 @@ def set_peft_model_state_dict(
         The keys that the state dict lacks, with the adapter's name in them, and those that the adapter does not have.
 
     Raises:
+        TypeError: the second argument is no mapping.
         AdapterNameError: the adapter is not loaded.
         SizeMismatchError: a tensor has another shape, and `ignore_mismatched_sizes` is False.
         MergeError: a tensor of the base changes, and adapters are merged into it.
     """
+    if not isinstance(peft_model_state_dict, Mapping):
+        raise TypeError(
+            "set_peft_model_state_dict takes {key: tensor}, such as get_peft_model_state_dict(model) returns; got "
+            f"{peft_model_state_dict!r:.200}"
+        )
     with _gathered(model, writes=True) as plain:
         return _write(plain, peft_model_state_dict, adapter_name, ignore_mismatched_sizes, low_cpu_mem_usage)
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from peftcore import (
     AdapterNameError,
+    AdapterStore,
     CheckpointError,
     ConfigError,
     LoraConfig,
@@ -26,6 +27,8 @@ from peftcore import (
     TrainingError,
     errors,
     get_peft_model,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
 )
 from peftcore.methods.ia3 import IA3Config
 from peftcore.prompts.prefix_tuning import PrefixTuningConfig
@@ -189,7 +192,7 @@ IMPOSSIBLE: dict[str, list[tuple[dict[str, Any], str]]] = {
     ],
     "BOFT": [
         ({"boft_block_size": 0, "boft_block_num": 0}, "either boft_block_size or boft_block_num"),
-        ({"boft_block_size": 5}, "5 must divide the 12 features of 0; try 1"),
+        ({"boft_block_size": 5}, "5 must divide the 12 features of 0; try 4"),
         ({"boft_block_size": 0, "boft_block_num": 7}, "7 must divide the 12 features of 0"),
         ({"boft_block_size": 2, "boft_n_butterfly_factor": 3}, "a multiple of 4 of them; 0 has 6 blocks of 2"),
     ],
@@ -381,6 +384,24 @@ def test_a_misspelt_all_linear() -> None:
 def test_an_adapter_goes_into_a_model() -> None:
     with pytest.raises(TypeError, match="needs the base model first, then the configuration; got 'gpt2'"):
         get_peft_model("gpt2", LoraConfig())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="needs the configuration first, then the model; got LoraConfig"):
+        inject_adapter_in_model(net(), lora())  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="AdapterStore needs the base model first; got 'gpt2'"):
+        AdapterStore("gpt2")  # type: ignore[arg-type]
+
+
+def test_tensors_are_a_mapping() -> None:
+    with pytest.raises(TypeError, match=r"such as get_peft_model_state_dict\(model\) returns; got None"):
+        set_peft_model_state_dict(get_peft_model(net(), lora()), None)  # type: ignore[arg-type]
+
+
+def test_a_misspelt_option_gets_a_suggestion(tmp_path: Path) -> None:
+    get_peft_model(net(), lora()).save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="no option 'trainable'; did you mean 'is_trainable'"):
+        PeftModel.from_pretrained(net(), tmp_path, trainable=True)
+    with pytest.raises(TypeError) as error:
+        LoraConfig(nonsense=1)
+    assert "'extra'" not in str(error.value)
 
 
 # -- adapters that exclude each other ------------------------------------------------------------------------------

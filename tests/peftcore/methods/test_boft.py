@@ -174,7 +174,7 @@ def test_impossible_options(options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"boft_block_size": 8}, "boft_block_size=8 must divide the 12 features of 0; try 4"),
+        ({"boft_block_size": 8}, "boft_block_size=8 must divide the 12 features of 0; try 6"),
         ({"boft_block_size": 3, "boft_n_butterfly_factor": 2}, "blocks of even size and a multiple of 2 of them"),
         ({"boft_block_size": 2, "boft_n_butterfly_factor": 3}, "a multiple of 4 of them; 0 has 6 blocks of 2"),
     ],
