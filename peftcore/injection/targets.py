@@ -1,7 +1,6 @@
 """Target resolution: from `target_modules` (names, a regular expression, or "all-linear") to layers.
 
-Names match whole path segments: "head" matches `head` and `decoder.head`, never `overhead`. Those in `modules_to_save`
-match the ends of paths, as in HF PEFT, so there "head" matches `overhead`, too.
+Names match whole path segments: "head" matches `head` and `decoder.head`, never `overhead`.
 """
 
 import dataclasses
@@ -40,6 +39,8 @@ TASK_HEADS = {
     TaskType.QUESTION_ANS: ["qa_outputs"],
 }
 """{task: names of its heads}: PEFT trains and saves these with the adapter, because they start untrained."""
+_PRE_CLASSIFIER = "pre_classifier"
+"""A layer of DistilBERT's head, which PEFT matches as "classifier"."""
 
 
 def named(path: str, names: Collection[str] | None) -> bool:
@@ -59,20 +60,6 @@ def named(path: str, names: Collection[str] | None) -> bool:
             return True
         _, dot, path = path.partition(".")
     return False
-
-
-def trains_in_full(path: str, names: Collection[str] | None) -> bool:
-    """Return True if `modules_to_save` matches a module: its path ends with a name, as in HF PEFT.
-
-    So "classifier" also matches DistilBERT's `pre_classifier`, which starts untrained as well.
-
-    Args:
-        path: the path of a module.
-        names: a regular expression for the whole path, or ends of paths.
-    """
-    if isinstance(names, str) or not names:
-        return named(path, names)
-    return path.endswith(tuple(name for name in names if name))
 
 
 def find_targets(model: nn.Module, config: TunerConfig) -> dict[str, nn.Module]:
@@ -123,7 +110,7 @@ def checked_targets(
     Raises:
         TargetError: no layer is left, and `target_modules` is not NO_TARGETS, or a layer cannot be adapted.
     """
-    saved = {path for path in module_index.modules if trains_in_full(path, config.modules_to_save)}
+    saved = {path for path in module_index.modules if named(path, config.modules_to_save)}
     targets = {
         path: module_index.modules[path]
         for path in without_excluded(paths, config)
@@ -314,14 +301,14 @@ def _with_given_targets(model: nn.Module, config: TunerConfig) -> TunerConfig:
 
 def _all_linear(module_index: ModuleIndex, config: TunerConfig) -> list[str]:
     """Return the paths of all linear layers, except the model's head and the heads of the configuration's task."""
-    heads = TASK_HEADS.get(config.task_type, []) if isinstance(config.task_type, TaskType) else []
+    heads = _heads(module_index, config)
     output = getattr(module_index.model, "get_output_embeddings", lambda: None)()
     return [
         path
         for path, module in module_index.modules.items()
         if _is_linear(module)
         and module is not output
-        and not trains_in_full(path, heads)
+        and not named(path, heads)
         and calls_layer(module_index.parent(path), path.rpartition(".")[2])
     ]
 
@@ -400,14 +387,12 @@ def find_saved_modules(module_index: ModuleIndex, config: TunerConfig | PromptLe
         config: a configuration with the heads of its task filled in; see `with_heads`.
 
     Returns:
-        {path: module}, without modules inside of another match.
+        {path: module}
 
     Raises:
         TargetError: nothing matches, or a match has adapters inside.
     """
-    names = config.modules_to_save
-    every = {path: module for path, module in module_index.modules.items() if trains_in_full(path, names)}
-    matches = {path: module for path, module in every.items() if not is_within(path.rpartition(".")[0], every)}
+    matches = {path: module for path, module in module_index.modules.items() if named(path, config.modules_to_save)}
     if config.modules_to_save and not matches:
         raise TargetError(
             f"modules_to_save {config.modules_to_save!r} match no module"
@@ -469,11 +454,18 @@ def with_heads(module_index: ModuleIndex, config: C) -> C:
         module_index: the model's modules.
         config: the configuration; returned itself if the model has no such head.
     """
-    heads = TASK_HEADS.get(config.task_type, []) if isinstance(config.task_type, TaskType) else []
-    if not any(trains_in_full(path, heads) for path in module_index.modules):
+    heads = _heads(module_index, config)
+    if not any(named(path, heads) for path in module_index.modules):
         return config
     names = config.modules_to_save or []
     return dataclasses.replace(config, modules_to_save=[*names, *(head for head in heads if head not in names)])
+
+
+def _heads(module_index: ModuleIndex, config: TunerConfig | PromptLearningConfig) -> list[str]:
+    """Return the names of the heads of the configuration's task."""
+    heads = TASK_HEADS.get(config.task_type, []) if isinstance(config.task_type, TaskType) else []
+    has_two = "classifier" in heads and any(named(path, [_PRE_CLASSIFIER]) for path in module_index.modules)
+    return [*heads, _PRE_CLASSIFIER] if has_two else heads
 
 
 def shortest_names(wanted: Collection[str], others: Iterable[str]) -> set[str]:

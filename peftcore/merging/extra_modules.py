@@ -16,7 +16,7 @@ from torch import nn
 from peftcore.errors import MergeError
 from peftcore.injection.adapter_set import AdapterSet
 from peftcore.injection.preparation import Injection
-from peftcore.injection.targets import trains_in_full
+from peftcore.injection.targets import named
 from peftcore.methods.trainable_tokens import TrainableTokens
 
 
@@ -31,7 +31,7 @@ class ExtraModules:
 
     def options(self) -> dict[str, Any]:
         """Return `modules_to_save` and `trainable_token_indices` of an adapter with these modules."""
-        unnamed = [path for path in self.copies if not trains_in_full(path, self.names)]
+        unnamed = [path for path in self.copies if not named(path, self.names)]
         rows = {path: own.tokens.tolist() for path, own in self.tokens.items() if not own.follows}
         return {"modules_to_save": [*self.names, *unnamed] or None, "trainable_token_indices": rows or None}
 

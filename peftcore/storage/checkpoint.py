@@ -48,6 +48,7 @@ from peftcore.storage.adapter_state import AdapterState, adapter_state_of
 from peftcore.storage.embedding_rows import EmbeddingLoader, SaveEmbeddings, embeddings_to_save
 from peftcore.storage.older_models import for_present_modules, under_new_names, with_fused_experts
 from peftcore.storage.reading import IncompatibleKeys, Reading, under_this_head
+from peftcore.storage.saved_module_names import with_exact_module_names, with_saved_module_names
 
 _GENERATION = "text-generation"
 """The hub's name of a causal language model's task."""
@@ -130,7 +131,7 @@ def save_adapter(
     adapters = adapter_set(model)
     adapters.require(name)
     config = adapters.configs[name]
-    config = adapters.kinds[name].config_to_save(config, adapters.of_method(name))
+    config = adapters.kinds[name].config_to_save(with_exact_module_names(config, model), adapters.of_method(name))
     base = config.base_model_name_or_path or getattr(model, "name_or_path", None) or None
     mapping = config.auto_mapping if config.task_type is not None else _auto_mapping(model)
     config = dataclasses.replace(config, inference_mode=True, base_model_name_or_path=base, auto_mapping=mapping)
@@ -332,7 +333,8 @@ def _prepared(
 ) -> tuple[Injection, AdapterState, Mapping[str, Tensor]]:
     """Return the prepared adapter, its state, and the directory's tensors.
 
-    If they do not fit together, transformers may have renamed modules since; see `for_present_modules`.
+    If they do not fit together, transformers may have renamed modules since, or HF PEFT's rule for `modules_to_save`
+    matched more modules; see `for_present_modules` and `with_saved_module_names`.
     """
     on_disk: Mapping[str, Tensor] | None = None
     kind = method_of(config).adapter
@@ -341,7 +343,8 @@ def _prepared(
     try:
         injection = prepare_injection(model, config, name, creation)
         on_disk = read_tensors()
-        state = _state_of(injection, on_disk)
+        injection = _without_later_heads(injection, config, on_disk)
+        state = _state_of(injection)
         fits = state.tensors().keys() == on_disk.keys()
     except TargetError:
         on_disk = read_tensors()
@@ -352,24 +355,36 @@ def _prepared(
         present = config if fits else _for_model(config, on_disk, model, reading)
         if present is config:
             return injection, state, on_disk
-    injection = prepare_injection(model, present, name, creation)
-    return injection, _state_of(injection, on_disk), on_disk
+    injection = _without_later_heads(prepare_injection(model, present, name, creation), present, on_disk)
+    return injection, _state_of(injection), on_disk
 
 
 def _for_model(config: PeftConfig, on_disk: Mapping[str, Tensor], model: nn.Module, reading: Reading) -> PeftConfig:
     """Return the configuration with the names of this model's modules; unchanged if all names fit."""
-    return for_present_modules(config, on_disk, model) if reading.key_mapping is None else config
+    if reading.key_mapping is None:
+        config = for_present_modules(config, on_disk, model)
+    return with_saved_module_names(config, on_disk.keys(), model)
 
 
-def _state_of(injection: Injection, on_disk: Mapping[str, Tensor]) -> AdapterState:
-    """Return the adapter's state, without copies of modules that earlier versions of peftcore did not train.
+def _without_later_heads(injection: Injection, config: PeftConfig, on_disk: Mapping[str, Tensor]) -> Injection:
+    """Return an adapter without copies of heads that neither the saved configuration nor the tensors have.
 
-    Names of `modules_to_save` matched whole path segments there: "classifier" did not match `pre_classifier`.
+    Earlier versions did not train DistilBERT's `pre_classifier`.
     """
-    names = getattr(injection.config, "modules_to_save", None)
-    for path in [path for path in injection.copies if not named(path, names)]:
-        if not any(f".{path.rpartition('.')[2]}." in key for key in on_disk):
-            del injection.copies[path]
+    names = getattr(config, "modules_to_save", None) or ()
+    saved = {part for key in on_disk for part in key.split(".")}
+    later = {path for path in injection.copies if not named(path, names) and path.rpartition(".")[2] not in saved}
+    if not later:
+        return injection
+    completed: Any = injection.config
+    kept = [head for head in completed.modules_to_save if not any(named(path, [head]) for path in later)]
+    copies = {path: copy for path, copy in injection.copies.items() if path not in later}
+    return dataclasses.replace(
+        injection, config=dataclasses.replace(completed, modules_to_save=kept or None), copies=copies
+    )
+
+
+def _state_of(injection: Injection) -> AdapterState:
     return AdapterState(injection.adapters, injection.biases, injection.copies, injection.prompt)
 
 

@@ -26,7 +26,7 @@ def test_a_new_project_has_nothing_yet(project: Any) -> None:
     found = look(project)
     assert found["running"] == [] and found["hints"] == [] and found["registry"] == {}
     assert [found[part] for part in ("last_run", "champion", "candidate")] == [None] * 3
-    assert found["retraining"] == {"last": None, "schedule": None}
+    assert found["retraining"] == {"last": None, "schedule": None, "incoming": None}
     cached = sum(file.stat().st_size for file in (project.root / ".dvc/cache").rglob("*") if file.is_file())
     assert found["disk"]["cache"] == cached > 1000
     assert found["disk"]["free"] > 0 and found["disk"]["checkpoints"] == 0

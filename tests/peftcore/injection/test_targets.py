@@ -84,9 +84,14 @@ def test_a_parameter_of_the_model_itself_is_refused_as_in_peft() -> None:
     assert sorted(adapter_set(get_peft_model(heads(), config)).layers) == ["block.scale"]
 
 
-def test_modules_to_save_match_the_ends_of_paths() -> None:
-    with pytest.raises(TargetError, match=r"matched 1 layers, but modules_to_save=\['head'\] excludes all of them"):
-        get_peft_model(Heads(), LoraConfig(target_modules=["overhead"], modules_to_save=["head"]))
+def test_modules_to_save_match_whole_segments() -> None:
+    model = get_peft_model(Heads(), LoraConfig(target_modules=["overhead"], modules_to_save=["head"]))
+    trained = {
+        n.split(".modules_to_save.")[0]
+        for n, p in model.named_parameters()
+        if p.requires_grad and ".modules_to_save." in n
+    }
+    assert trained == {"head", "block.head"}
     model = get_peft_model(Heads(), LoraConfig(target_modules=["overhead"], modules_to_save=["block.head"]))
     assert isinstance(model.head, nn.Linear) and type(model.head) is nn.Linear
 
