@@ -132,7 +132,6 @@ REASONS = (
         r"test_prefix_tuning_offsets_position_ids_in_forward|prepare_inputs_for_generation_4d",
         "`base_model` is a view of the model, and `generate` needs no functions in between, so none can be replaced",
     ),
-    (r"unexpected keyword argument 'adapter_names'", "`adapter_names` is an argument of the model, not of its layers"),
     (r"no attribute 'tinylora_v'", "the vectors that TinyLoRA's layers share are no attribute of the model"),
     (r"test_lora_mica_freezes_B", NAMES),
     (
