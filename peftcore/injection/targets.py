@@ -39,7 +39,7 @@ TASK_HEADS = {
     TaskType.QUESTION_ANS: ["qa_outputs"],
 }
 """{task: names of its heads}: PEFT trains and saves these with the adapter, because they start untrained."""
-_PRE_CLASSIFIER = "pre_classifier"
+PRE_CLASSIFIER = "pre_classifier"
 """A layer of DistilBERT's head, which PEFT matches as "classifier"."""
 
 
@@ -462,10 +462,14 @@ def with_heads(module_index: ModuleIndex, config: C) -> C:
 
 
 def _heads(module_index: ModuleIndex, config: TunerConfig | PromptLearningConfig) -> list[str]:
-    """Return the names of the heads of the configuration's task."""
+    """Return the names of the heads of the configuration's task, without a PRE_CLASSIFIER that it targets."""
     heads = TASK_HEADS.get(config.task_type, []) if isinstance(config.task_type, TaskType) else []
-    has_two = "classifier" in heads and any(named(path, [_PRE_CLASSIFIER]) for path in module_index.modules)
-    return [*heads, _PRE_CLASSIFIER] if has_two else heads
+    if "classifier" not in heads:
+        return heads
+    targets = config.target_modules if isinstance(config, TunerConfig) else None
+    targets = None if targets == ALL_LINEAR else targets
+    further = (path for path in module_index.modules if named(path, [PRE_CLASSIFIER]))
+    return [*heads, PRE_CLASSIFIER] if any(not named(path, targets) for path in further) else heads
 
 
 def shortest_names(wanted: Collection[str], others: Iterable[str]) -> set[str]:

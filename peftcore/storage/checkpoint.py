@@ -41,7 +41,7 @@ from peftcore.injection.adapter_set import ATTRIBUTE, AdapterSet, adapter_set
 from peftcore.injection.inject import commit_injection, deepened
 from peftcore.injection.module_index import ModuleIndex
 from peftcore.injection.preparation import Creation, Injection, prepare_injection
-from peftcore.injection.targets import named
+from peftcore.injection.targets import PRE_CLASSIFIER, named
 from peftcore.prompts.learner import PromptLearner
 from peftcore.registry import method_of
 from peftcore.storage.adapter_state import AdapterState, adapter_state_of
@@ -343,7 +343,7 @@ def _prepared(
     try:
         injection = prepare_injection(model, config, name, creation)
         on_disk = read_tensors()
-        injection = _without_later_heads(injection, config, on_disk)
+        injection = _without_later_head(injection, config, on_disk)
         state = _state_of(injection)
         fits = state.tensors().keys() == on_disk.keys()
     except TargetError:
@@ -355,7 +355,7 @@ def _prepared(
         present = config if fits else _for_model(config, on_disk, model, reading)
         if present is config:
             return injection, state, on_disk
-    injection = _without_later_heads(prepare_injection(model, present, name, creation), present, on_disk)
+    injection = _without_later_head(prepare_injection(model, present, name, creation), present, on_disk)
     return injection, _state_of(injection), on_disk
 
 
@@ -366,22 +366,20 @@ def _for_model(config: PeftConfig, on_disk: Mapping[str, Tensor], model: nn.Modu
     return with_saved_module_names(config, on_disk.keys(), model)
 
 
-def _without_later_heads(injection: Injection, config: PeftConfig, on_disk: Mapping[str, Tensor]) -> Injection:
-    """Return an adapter without copies of heads that neither the saved configuration nor the tensors have.
+def _without_later_head(injection: Injection, config: PeftConfig, on_disk: Mapping[str, Tensor]) -> Injection:
+    """Return an adapter without PRE_CLASSIFIER if neither the saved configuration nor the tensors have it.
 
-    Earlier versions did not train DistilBERT's `pre_classifier`.
+    Earlier versions did not train that layer.
     """
-    names = getattr(config, "modules_to_save", None) or ()
-    saved = {part for key in on_disk for part in key.split(".")}
-    later = {path for path in injection.copies if not named(path, names) and path.rpartition(".")[2] not in saved}
-    if not later:
+    is_saved = named(PRE_CLASSIFIER, getattr(config, "modules_to_save", None))
+    if is_saved or any(f".{PRE_CLASSIFIER}." in key for key in on_disk):
+        return injection
+    copies = {path: copy for path, copy in injection.copies.items() if not named(path, [PRE_CLASSIFIER])}
+    if len(copies) == len(injection.copies):
         return injection
     completed: Any = injection.config
-    kept = [head for head in completed.modules_to_save if not any(named(path, [head]) for path in later)]
-    copies = {path: copy for path, copy in injection.copies.items() if path not in later}
-    return dataclasses.replace(
-        injection, config=dataclasses.replace(completed, modules_to_save=kept or None), copies=copies
-    )
+    names = [name for name in completed.modules_to_save if name != PRE_CLASSIFIER]
+    return dataclasses.replace(injection, config=dataclasses.replace(completed, modules_to_save=names), copies=copies)
 
 
 def _state_of(injection: Injection) -> AdapterState:

@@ -127,3 +127,13 @@ def test_an_adapter_of_an_earlier_version_loads_without_the_layer_that_it_lacks(
         assert saved_heads(loaded) == {"classifier"}
         torch.testing.assert_close(loaded(ids).logits, model(ids).logits)
         loaded.save_pretrained(tmp_path / "again")
+
+
+def test_a_target_named_pre_classifier_is_adapted(tmp_path: Path) -> None:
+    """Earlier versions wrote this list for "all-linear"."""
+    config = LoraConfig(target_modules=["q_lin", "pre_classifier"], task_type="SEQ_CLS", r=2, init_lora_weights=False)
+    model = get_peft_model(distilbert(), config).eval()
+    assert saved_heads(model) == {"classifier"} and "pre_classifier" in adapter_set(model).layers
+    model.save_pretrained(tmp_path)
+    ids = torch.arange(12)[None]
+    torch.testing.assert_close(PeftModel.from_pretrained(distilbert(), tmp_path)(ids).logits, model(ids).logits)
