@@ -335,6 +335,7 @@ def _unpickled(plain: type, shows_base: bool = False) -> Any:
 def _check_attributes(model: nn.Module) -> None:
     """Raise ConfigError if an attribute of `PeftModel` would hide a module or a tensor of the model's own."""
     own = (*model._modules, *model._parameters, *model._buffers)
+    # `prompt_encoder`, as SAM calls a module, hides none: without prompts, PeftModel's property gives way to it
     hidden = [name for name in own if hasattr(PeftModel, name) and name != "prompt_encoder"]
     if hidden and not isinstance(model, PeftModel):
         raise ConfigError(
