@@ -30,7 +30,7 @@ from flows.runtime.last_run import RunRecord, recorded, running
 from flows.runtime.locks import exclusive_if_free
 from flows.runtime.project import changed_stages, stage_order
 from flows.runtime.stage_code import refresh
-from flows.runtime.stage_process import run_stage
+from flows.runtime.stage_process import forked_stages, run_stage
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,8 @@ def run_pipeline(
         with _alone(root), recorded(Paths(root)) as record:
             record.seconds[CHECK] = time.monotonic() - began
             return _judged(root, push_to, _directly, record)
-    return _by_prefect(root, stage_timeout, push_to)
+    with forked_stages(root):  # it imports while Prefect's server starts
+        return _by_prefect(root, stage_timeout, push_to)
 
 
 @contextmanager

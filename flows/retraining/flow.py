@@ -53,7 +53,7 @@ from flows.runtime.git import Git
 from flows.runtime.inputs import unused_changes
 from flows.runtime.prefect_server import tie_temporary_server
 from flows.runtime.project import changed_stages, files_at, find_root, stage_order
-from flows.runtime.stage_process import run_stage
+from flows.runtime.stage_process import forked_stages, run_stage
 from flows.webhooks import Event, try_to_announce, try_to_deliver
 from peftcore.files import write_atomically
 
@@ -196,7 +196,8 @@ class Retraining:
         logger.info("training: %s", "; ".join(reasons))
         note_unfinished(self.paths.root, entry.started)
         self._set_up(collected, champion)
-        self._stages(collected, champion)
+        with forked_stages(self.tree.root):
+            self._stages(collected, champion)
         if self.push_to is not None:
             self._run("take a number", self._take_number, self.push_to)
         promotion: Promotion = self._run("promote", self._promote)

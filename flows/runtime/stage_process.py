@@ -5,7 +5,9 @@ import fcntl
 import json
 import os
 import signal
+import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,10 +17,12 @@ import psutil
 
 from flows.errors import BusyError, RepositoryError, StageError, StageStopped
 from flows.runtime import logs
+from flows.runtime.fork_server import ADDRESS
 from flows.runtime.processes import die_with_parent, is_alive, this_host
 from flows.runtime.progress import RUN
 from flows.runtime.project import DVC, missing_inputs, stage_environment
 from flows.runtime.stage_code import refresh
+from flows.runtime.temporary import temporary_folder
 
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40)}
 """Variables of glibc's malloc with which a process keeps the memory that it frees, unless they are set already.
@@ -38,6 +42,10 @@ SECONDS_BETWEEN_LOOKS = 1.0
 
 SECONDS_TO_WRITE = 0.5
 """Seconds after which an invalid lock file of DVC is no longer being written."""
+
+
+LONGEST_ADDRESS = 107
+"""Bytes of the path of a socket, of which Linux allows 108 with the zero at the end."""
 
 
 def run_stage(
@@ -82,9 +90,7 @@ def _run_stage(
     should_stop: Callable[[], bool] | None,
 ) -> None:
     command = [*DVC, "repro", "--single-item", *(["--force"] if force else []), *options, stage]
-    environment = KEEP_MEMORY | stage_environment() | ({RUN: place} if place else {})
-    # before an installed copy of the code, or one in PYTHONPATH
-    environment["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [environment.get("PYTHONPATH")])])
+    environment = environment_with_code(root) | ({RUN: place} if place else {})
     streams = contextlib.ExitStack()
     out, err = streams.enter_context(logs.streams(stage))
     process = subprocess.Popen(command, cwd=root, env=environment, stdout=out, stderr=err, preexec_fn=die_with_parent)
@@ -120,6 +126,54 @@ def _run_stage(
             for name, earlier in missing_inputs(root, stage).items()
         )
         raise StageError(f"stage {stage} failed; its own message is above{missing}")
+
+
+def environment_with_code(root: Path) -> dict[str, str]:
+    """Return the environment of DVC and its stages, in which Python finds the code of `root` before any other."""
+    environment = KEEP_MEMORY | stage_environment()
+    environment["PYTHONPATH"] = os.pathsep.join([str(root), *filter(None, [environment.get("PYTHONPATH")])])
+    return environment
+
+
+@contextmanager
+def forked_stages(root: Path) -> Iterator[None]:
+    """Let the stages that `run_stage` starts meanwhile be forks of one process, which has imported their libraries.
+
+    A stage that cannot be a fork imports for itself; `flows.runtime.fork_server` says which. The process ends with the
+    context, and with the thread that opened it.
+
+    Args:
+        root: The repository.
+    """
+    has_stages = "-m flows.stages." in (root / "dvc.yaml").read_text(encoding="utf-8")
+    if sys.platform != "linux" or not has_stages:
+        yield
+        return
+    with temporary_folder("peftcore-forks-") as folder, logs.streams("imports") as (out, err):
+        address = str(folder / "socket")
+        if len(os.fsencode(address)) > LONGEST_ADDRESS:
+            yield
+            return
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(address)
+            listener.listen()  # a stage that asks early waits until the imports are done
+            process = subprocess.Popen(
+                [sys.executable, "-m", "flows.runtime.fork_server", str(listener.fileno())],
+                cwd=root,
+                env=environment_with_code(root),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                pass_fds=[listener.fileno()],
+                preexec_fn=die_with_parent,
+            )
+        os.environ[ADDRESS] = address
+        try:
+            yield
+        finally:
+            os.environ.pop(ADDRESS, None)
+            process.kill()
+            process.wait()
 
 
 def _watched(process: subprocess.Popen[bytes], stage: str, timeout: float, should_stop: Callable[[], bool]) -> int:
