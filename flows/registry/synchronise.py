@@ -21,6 +21,16 @@ FETCHED = "refs/peftcore/fetched"
 """Namespace of a remote's tags while they are compared with the local tags."""
 
 
+def unpushed_tags(registry: Registry, remote: str) -> list[str]:
+    """Return this clone's tags of the registry's versions and stages that a git remote lacks, oldest first.
+
+    Raises GitError if the remote cannot be reached.
+    """
+    names = [tag.name for tag in registry.git.tags(f"{registry.name}@*", f"{registry.name}#*")]
+    theirs = registry.git.remote_objects(remote, names) if names else {}
+    return [name for name in names if name not in theirs]
+
+
 def synchronise(registry: Registry, remote: str) -> dict[str, str]:
     """Fetch a remote's tags without losing a version that is registered in this clone only.
 
