@@ -1,6 +1,7 @@
 """Commands of the pipeline: run, stage, status, plan, doctor."""
 
 import json
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -110,6 +111,9 @@ def status(
 
         facts = read_status(params, paths)
         facts["hints"] += differences(paths.root)
+        if states and not os.access(paths.root / ".dvc", os.W_OK):
+            states = False
+            facts["hints"].append("the states of the stages are left out, because DVC cannot write its lock in .dvc")
         result = ({"stages": stage_states(paths.root)} if states else {}) | facts
         result["next_step"] = next_step(result)
         if as_json:

@@ -1,6 +1,7 @@
 """Commands of the registry: list, show, diff, card, fetch, gc; and reproduce."""
 
 import json
+import shlex
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
@@ -132,20 +133,26 @@ def fetch(
     """Fetch a git remote's versions and stages.
 
     If the remote and this clone gave one number to different versions, this clone's version gets the next free number.
-    A stage that was given here and never pushed is replaced by the remote's.
+    A stage that was given here and never pushed is replaced by the remote's. Tags of this clone that the remote lacks
+    are named.
     """
     with errors(), project() as (params, paths):
         from flows.registry.project_registry import registry_of
-        from flows.registry.synchronise import synchronise
+        from flows.registry.synchronise import synchronise, unpushed_tags
 
-        renumbered = synchronise(registry_of(params, paths.root, sign=True), remote)
+        registry = registry_of(params, paths.root, sign=True)
+        renumbered = synchronise(registry, remote)
+        unpushed = unpushed_tags(registry, remote)
         if as_json:
-            print(json.dumps({"renumbered": renumbered}, indent=2))
+            print(json.dumps({"renumbered": renumbered, "unpushed": unpushed}, indent=2))
             return
         for old, new in renumbered.items():
             print(f"{params.project.name} {old} of this clone is {new} now")
         if not renumbered:
             print(f"the tags of {remote} are here")
+        if unpushed:
+            command = shlex.join(["git", "push", remote, *unpushed])
+            print(f"{remote} lacks {', '.join(unpushed)} of this clone; push them with: {command}")
 
 
 def gc(

@@ -6,9 +6,6 @@ from datetime import UTC, datetime
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Column, Table
 
 from flows.commands.common import AsJson, errors, project
 from flows.errors import RepositoryError
@@ -27,16 +24,16 @@ def list_waiting(as_json: AsJson = False) -> None:
             print(json.dumps([asdict(delivery) for delivery in waiting], indent=2))
             return
         known = {endpoint.url for endpoint in params.webhooks.endpoints}
-        # `discard` takes the whole id
-        event = Column("event", no_wrap=True, min_width=max((len(one.event) for one in waiting), default=0))
-        table = Table(event, "type", "receiver", "failed attempts", "next attempt (UTC)", "last failure")
-        for one in waiting:
-            due = "now" if not one.due else datetime.fromtimestamp(one.due, UTC).strftime("%Y-%m-%d %H:%M:%S")
+        for one in waiting:  # no table: an id alone has half the width of a terminal
+            due = "now" if not one.due else f"{datetime.fromtimestamp(one.due, UTC):%Y-%m-%d %H:%M:%S} UTC"
             due = due if one.url in known else "never: not in params.yaml"
-            table.add_row(one.event, one.type, escape(shown(one.url)), str(one.attempts), due, escape(one.error or ""))
-        if waiting:
-            Console(highlight=False).print(table)
-        else:
+            print(f"{one.event} ({one.type})")
+            print(f"  receiver         {shown(one.url)}")
+            print(f"  failed attempts  {one.attempts}")
+            print(f"  next attempt     {due}")
+            if one.error:
+                print(f"  last failure     {one.error}")
+        if not waiting:
             print("no event waits")
 
 

@@ -35,6 +35,16 @@ _OFTEN_ROWS = {
     **dict.fromkeys((".tsv", ".xls", ".xlsx", ".ods", ".arrow", ".feather", ".orc", ".avro", ".pkl"), _CONVERT),
 }
 """{suffix of files that often hold rows: how to make them readable}"""
+_COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\xfd7zXZ\0": "xz",
+    b"BZh91AY&SY": "bzip2",
+    b"7z\xbc\xaf\x27\x1c": "7z",
+}
+"""{first bytes: kind of compression}"""
+_LONGEST_START = max(map(len, _COMPRESSED))
 _TURNS = (
     *("messages", "conversations", "tools", "functions", "prompt", "completion", "chosen", "rejected"),
     *("input", "preferred_output", "non_preferred_output"),
@@ -77,7 +87,16 @@ def read_rows(place: Path, source: str, kind: str = "chat") -> Iterator[Row]:
         logger.warning("data.source %s: not read: %s", source, hint)
     for name, path in read.items():
         if path.stat().st_size:
+            _refuse_compressed(path, name)
             yield from _READERS[path.suffix.lower()](path, name)
+
+
+def _refuse_compressed(path: Path, name: str) -> None:
+    """Raise DataError for a compressed file whose name does not say so."""
+    with path.open("rb") as file:
+        start = file.read(_LONGEST_START)
+    if kind := next((kind for sign, kind in _COMPRESSED.items() if start.startswith(sign)), None):
+        raise DataError(f"{name}: the file is compressed ({kind}); {_UNPACK}, and keep the name {path.name}")
 
 
 def row_files(place: Path, kind: str = "chat") -> dict[str, Path]:

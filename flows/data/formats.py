@@ -37,6 +37,7 @@ __all__ = [
     "spelled_otherwise",
     "tagged",
     "tools",
+    "unused_answer",
     "weight",
 ]
 ONE_TURN = {"prompt": "completion", "question": "answer", "instruction": "output"}
@@ -85,6 +86,14 @@ def chat(row: dict[str, Any], ignored: Collection[str] = ()) -> list[Message]:
         f"it has neither messages nor prompt and completion, but {', '.join(row) or 'nothing'}"
         + spelled_otherwise(row, known)
     )
+
+
+def unused_answer(row: dict[str, Any]) -> str | None:
+    """Return the columns of a question and an answer that `chat` leaves out, because the row also has turns."""
+    if all(row.get(column) is None for column in ("messages", "conversations")):
+        return None
+    pairs = (pair for pair in ONE_TURN.items() if all(not _is_absent(row.get(column)) for column in pair))
+    return next((f"{question} and {answer}" for question, answer in pairs), None)
 
 
 def preference(

@@ -6,6 +6,7 @@
 import hashlib
 import json
 import logging
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,13 +112,23 @@ def _read(data: Data, root: Path) -> tuple[list[AnyExample], list[str]]:
                 data.source,
                 WATCHED,
             )
-    examples, faults = [], []
+    examples, faults, unused = [], [], Counter[str]()
     for where, row in files.read_rows(path, data.source, data.kind):
+        if data.kind == "chat" and (columns := formats.unused_answer(row)) is not None:
+            unused[columns] += 1
         try:
             examples.append(as_example(data, where, row))
         except FaultyRow as fault:
             faults.append(f"{where}: {fault}")
     refuse_faulty(faults, f"data.source {data.source}")
+    for columns, count in unused.items():
+        log.warning(
+            "data.source %s: %d rows have turns (messages or conversations) and also %s, which are left out; remove "
+            "the columns that you do not mean",
+            data.source,
+            count,
+            columns,
+        )
     if not examples:
         raise DataError(f"data.source {data.source}: it has no rows; give a file that has some")
     return examples, list(files.row_files(path, data.kind))
@@ -202,4 +213,5 @@ def _column(row: dict[str, Any], column: str, parameter: str) -> str:
     if value is None or value != value or not str(value).strip():
         hint = spelled_otherwise(row, [column])
         raise FaultyRow(f"it has no {column} (data.{parameter}); its columns are {', '.join(row)}{hint}")
-    return str(value)
+    # a column of whole numbers becomes one of floats as soon as a number is missing
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)

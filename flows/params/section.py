@@ -1,9 +1,10 @@
 """Base class and value types of the sections of params.yaml."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from types import NoneType
+from typing import Annotated, Any, ClassVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -35,6 +36,14 @@ class Section(BaseModel):
 
     renamed: ClassVar[Mapping[str, str]] = {}
     """{key of an earlier release: full path of the key that replaces it}."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _check_none(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse Python's word for null, which is a text in YAML, where null fits."""
+        if value == "None" and NoneType in get_args(cls.model_fields[str(info.field_name)].annotation):
+            raise invalid_value("None is a text in YAML; write null")
+        return value
 
 
 def invalid_value(expected: str, key: str | None = None, value: Any = None) -> PydanticCustomError:

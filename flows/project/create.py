@@ -6,6 +6,7 @@ versions of its own, and the git repository of all.
 Everything is checked before the first file is written, and no file that exists is overwritten without `force`.
 """
 
+import copy
 import difflib
 import io
 import json
@@ -21,6 +22,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap
 
 from flows.data.files import HIDDEN, SHOWN, is_hidden, why_unread
 from flows.errors import ParamsError, RepositoryError
@@ -239,15 +241,39 @@ def _with_tracked_keys(text: str, params: Params, stages: Mapping[str, Any]) -> 
         stages: The stages of dvc.yaml.
     """
     yaml, defaults, added = _yaml(), params.model_dump(), False
-    values = yaml.load(text)
+    values, template = yaml.load(text), yaml.load(_template("params.yaml"))
     for key in [key for stage in stages.values() for key in stage.get("params", []) if isinstance(key, str)]:
         *sections, last = key.split(".")
-        section, default = values, defaults
+        section, default, model = values, defaults, template
         for name in sections:
-            section, default = section.setdefault(name, {}), default[name]
+            if name not in section:
+                _insert(section, name, CommentedMap(), model)
+            section, default, model = section[name], default[name], model[name]
         if last not in section:
-            section[last], added = default[last], True
+            _insert(section, last, default[last], model)
+            added = True
     return _dumped(yaml, values) if added else text
+
+
+def _insert(section: CommentedMap, key: str, value: Any, model: CommentedMap) -> None:
+    """Insert a key at its place among the keys of `model`, with its comments there."""
+    names = list(model)
+    before = [name for name in names[: names.index(key)] if name in section]
+    if isinstance(value, Mapping):
+        keys, value = value, CommentedMap()
+        for name in model[key]:
+            if name in keys:
+                _insert(value, name, keys[name], model[key])
+    place = list(section).index(before[-1]) + 1 if before else 0
+    end = section.ca.items.get(before[-1], [None] * 3)[2] if place == len(section) and before else None
+    section.insert(place, key, value)
+    if (comment := model.ca.items.get(key)) is None or section.fa.flow_style():
+        return
+    section.ca.items[key] = copy.deepcopy(comment)
+    if end is not None and end.value.endswith("\n\n") and (token := section.ca.items[key][2]) is not None:
+        # the empty line after a section belongs to the comment of its last key
+        text = end.value.rstrip()
+        token.value, end.value = token.value.rstrip() + end.value[len(text) :], f"{text}\n"
 
 
 def difference(root: Path, files: dict[str, str]) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 
 from flows.errors import RegistryError
 from flows.registry.card import CARD, model_card
-from flows.registry.reader import RECORD, Version
+from flows.registry.reader import APPROVED, RECORD, Version
 from flows.registry.registry import Registry
 from flows.runtime.locks import exclusive
 
@@ -19,6 +19,17 @@ logger = logging.getLogger(__name__)
 
 FETCHED = "refs/peftcore/fetched"
 """Namespace of a remote's tags while they are compared with the local tags."""
+
+
+def unpushed_tags(registry: Registry, remote: str) -> list[str]:
+    """Return this clone's tags of versions, stages and approvals that a git remote lacks, oldest first.
+
+    Raises GitError if the remote cannot be reached.
+    """
+    approved = APPROVED.format(name=registry.name, version="*", who="*")
+    names = [tag.name for tag in registry.git.tags(f"{registry.name}@*", f"{registry.name}#*", approved)]
+    theirs = registry.git.remote_objects(remote, names) if names else {}
+    return [name for name in names if name not in theirs]
 
 
 def synchronise(registry: Registry, remote: str) -> dict[str, str]:

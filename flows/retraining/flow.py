@@ -12,12 +12,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import httpx
 from prefect import Task, flow
 from prefect.cache_policies import NO_CACHE
+from prefect.runtime import deployment
 from ruamel.yaml import YAML
 
 from flows.base.identity import is_base
@@ -49,6 +51,7 @@ from flows.retraining.tree import (
 )
 from flows.retraining.trust import exclude, read_excluded, read_trusted
 from flows.review.page import write_review
+from flows.runtime import logs
 from flows.runtime.git import Git
 from flows.runtime.inputs import unused_changes
 from flows.runtime.prefect_server import tie_temporary_server
@@ -102,7 +105,20 @@ def retrain(root: str = ".", push_to: str | None = None, force: bool = False) ->
         PipelineError: the retraining failed; the history has the reason.
     """
     # a deployment gives an empty text if its variable is not set
-    return _retrain(find_root(Path(root)), push_to or None, force, _task)
+    work = partial(_retrain, find_root(Path(root)), push_to or None, force, _task)
+    return _logged(work) if deployment.id else work()
+
+
+def _logged(work: Callable[[], Entry]) -> Entry:
+    """Log the outcome of a retraining that a schedule started: Prefect's own log is silent."""
+    logs.set_up()
+    try:
+        entry = work()
+    except Exception as error:
+        logger.error("retraining failed: %s", error)
+        raise
+    logger.info("retraining %s: %s", entry.outcome, entry.reason)
+    return entry
 
 
 def _task(name: str, work: Work, retries: int, delay: float) -> Work:

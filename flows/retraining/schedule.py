@@ -82,11 +82,19 @@ def serve(paths: Paths, cron: str, timezone: str, push_to: str | None) -> None:
 
         note = {"cron": cron, "timezone": timezone, "pid": os.getpid(), "host": this_host(), "server": url}
         write_atomically(paths.schedule, json.dumps(note) + "\n")
+        following = next_time(cron, timezone, datetime.now(UTC)).isoformat(timespec="minutes")
+        logger.info(
+            "retraining of %s at the times %r (%s), next %s; Ctrl-C or SIGTERM ends the schedule",
+            paths.root,
+            cron,
+            timezone,
+            following,
+        )
         try:
             options: dict[str, Any] = {"root": str(paths.root), "push_to": push_to}
             retrain.serve(
                 name="scheduled", schedules=[when], parameters=options, limit=1, pause_on_shutdown=False,
-                print_starting_message=sys.stderr.isatty(),
+                print_starting_message=False,
             )  # fmt: skip
         finally:
             paths.schedule.unlink(missing_ok=True)

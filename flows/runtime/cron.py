@@ -23,8 +23,13 @@ def next_time(cron: str, timezone: str, now: datetime) -> datetime:
     if not timezone:
         raise ValueError("the time zone is empty")
     zone = ZoneInfo(timezone)
+    fields = cron.split()
+    if len(fields) != 5:  # of six, Prefect takes the last one for the seconds, and cronsim the first one
+        raise ValueError(f"it has {len(fields)} fields")
+    # of a day of the month and one of the week, either one is enough; cronsim asks for both if one begins with *
+    fields[2], fields[4] = fields[2].replace("*/", "1-31/"), fields[4].replace("*/", "0-6/")
     try:
-        times = CronSim(cron, now.astimezone(zone).replace(tzinfo=None))
+        times = CronSim(" ".join(fields), now.astimezone(zone).replace(tzinfo=None))
     except CronSimError as error:
         raise ValueError(str(error)) from error
     return next(due for time in times if (due := time.replace(tzinfo=zone).astimezone(UTC)) > now)

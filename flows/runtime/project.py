@@ -4,6 +4,7 @@ DVC runs as a subprocess of the same Python, so the pipeline and a manual `dvc r
 torch.
 """
 
+import errno
 import json
 import os
 import subprocess
@@ -30,6 +31,11 @@ DVC = (sys.executable, "-m", "dvc")
 """DVC of the running environment, independent of PATH."""
 _SUPPORT = "Having any troubles? Hit us up at https://dvc.org/support, we are always happy to help!"
 """Last line of some of DVC's messages."""
+_ADVICE = {
+    errno.EROFS: "DVC writes locks also for reading; work in a clone on a disk that can be written",
+    errno.ENOSPC: "free some space, such as by `peftcore registry gc`, and run it again; existing files are intact",
+}
+"""{system's error in a message of DVC: what to do}"""
 
 _PREFECT_ENVIRONMENT = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -133,6 +139,7 @@ def _dvc(root: Path, arguments: Sequence[str], databases: Path | None = None) ->
         [*DVC, *arguments], cwd=root, env=environment, capture_output=True, encoding="utf-8", check=False
     )
     message = (done.stderr.strip() or done.stdout.strip()).removesuffix(_SUPPORT).rstrip()
+    message += "".join(f"; {advice}" for number, advice in _ADVICE.items() if os.strerror(number) in message)
     return done.stdout, message if done.returncode else None
 
 

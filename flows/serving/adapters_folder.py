@@ -31,19 +31,25 @@ def register_adapters(store: "AdapterStore", folder: Path, calibrated: str | Non
         ConfigError: The folder has no adapters.
         BaseModelError: An adapter was trained on another calibrated base.
     """
-    tracked = {pointer.stem: pointer for pointer in sorted(folder.glob("*.dvc")) if pointer.is_file()}
-    directories = {file.parent.name: file.parent for file in sorted(folder.glob(f"*/{CONFIG_NAME}"))}
+    directories, tracked = check_folder(folder)
     sources = {**directories, **{name: partial(_pulled, pointer, calibrated) for name, pointer in tracked.items()}}
-    if not sources:
-        raise ConfigError(
-            f"{folder} holds no adapters; an adapter is a directory with an {CONFIG_NAME}, or a NAME.dvc file that "
-            "`dvc add` made of one"
-        )
     for directory in directories.values():
         check_adapter(directory, calibrated)
     for name, source in sources.items():
         store.register(name, source)
     return list(sources)
+
+
+def check_folder(folder: Path) -> tuple[dict[str, Path], dict[str, Path]]:
+    """Return {name: adapter directory} and {name: .dvc file} of a folder. Raise ConfigError if there are none."""
+    tracked = {pointer.stem: pointer for pointer in sorted(folder.glob("*.dvc")) if pointer.is_file()}
+    directories = {file.parent.name: file.parent for file in sorted(folder.glob(f"*/{CONFIG_NAME}"))}
+    if not directories and not tracked:
+        raise ConfigError(
+            f"{folder} holds no adapters; an adapter is a directory with an {CONFIG_NAME}, or a NAME.dvc file that "
+            "`dvc add` made of one"
+        )
+    return directories, tracked
 
 
 def _pulled(pointer: Path, calibrated: str | None) -> Path:

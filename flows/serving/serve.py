@@ -12,7 +12,7 @@ from flows.base.calibrated import calibrated_identity
 from flows.errors import RegistryError
 from flows.registry.project_registry import registry_of
 from flows.runtime.temporary import temporary_folder
-from flows.serving.adapters_folder import register_adapters
+from flows.serving.adapters_folder import check_folder, register_adapters
 from flows.serving.champion_watcher import ChampionWatcher, fetch_tags
 from flows.serving.options import KEYS, ServeOptions, parse_compositions
 from flows.serving.redaction import read_redaction
@@ -45,6 +45,8 @@ def serve(options: ServeOptions) -> None:
     keys = checked_keys([*options.keys, *(os.environ[KEYS].split(",") if KEYS in os.environ else ())])
     template = None if options.chat_template is None else _chat_template(options.chat_template)
     redaction = None if options.redact is None else read_redaction(options.redact)
+    if options.adapters is not None:
+        check_folder(options.adapters)  # before the base, whose loading takes minutes
     model, tokenizer, base = in_own_thread(_load_base, options).result()
     tokenizer.chat_template = template or tokenizer.chat_template
     has_float32_adapters = options.adapter_dtype == "float32"

@@ -47,7 +47,8 @@ ATTEMPTS = 20
 def run(params: Params, paths: Paths) -> None:
     """Write metrics.json and artifacts/version.json, and create the version's tag.
 
-    In a DVC experiment, such as a trial, the tag is in DVC's copy of the repository alone, and nobody is told of it.
+    In a DVC experiment, such as a trial, the tag is in DVC's copy of the repository alone, nobody is told of it, and no
+    file is pushed.
 
     Raises:
         RepositoryError: There is no git commit, no current dvc.lock, or no DVC remote.
@@ -61,8 +62,9 @@ def run(params: Params, paths: Paths) -> None:
     lock = read_lock(paths.root, without=NAME)
     check_no_secrets(git, paths.root)
     data, pointers = data_files(paths, git)
-    # dvc.yaml stands for all of its stages, and naming each takes DVC 3 seconds longer
-    dvc(paths.root, "push", "--remote", params.register.remote, "dvc.yaml", *pointers)
+    if not is_trial:
+        # dvc.yaml stands for all of its stages, and naming each takes DVC 3 seconds longer
+        dvc(paths.root, "push", "--remote", params.register.remote, "dvc.yaml", *pointers)
     metrics = as_text(headline_metrics(paths))
     write_atomically(paths.metrics, metrics)
 

@@ -69,6 +69,16 @@ def test_a_stage_that_did_not_change_runs_only_by_force(project: Any, monkeypatc
     assert made.read_text().count("made") == 2
 
 
+def test_status_of_a_disk_that_cannot_be_written_leaves_the_stages_out(
+    here: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flows.commands.pipeline.os.access", lambda *_: False)
+    shown = peftcore("status")
+    assert shown.exit_code == 0, shown.stderr
+    assert "DVC cannot write its lock in .dvc" in " ".join(shown.stdout.split())
+    assert "stages" not in json.loads(peftcore("status", "--json").stdout)
+
+
 def test_status_without_stages_asks_dvc_nothing(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(project.root)
     monkeypatch.setattr("flows.commands.pipeline.stage_states", lambda _: pytest.fail("DVC was asked"))

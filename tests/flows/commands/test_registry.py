@@ -98,7 +98,12 @@ def test_a_version_whose_number_another_clone_took_is_named_with_its_new_number(
     ((old, new),) = json.loads(told.stdout)["renumbered"].items()
     numbers = [row["version"] for row in json.loads(peftcore("registry", "list", "--json").stdout)]
     assert old == "v0.1.1" and sorted(numbers) == sorted(["v0.1.0", "v0.1.1", new])
-    assert json.loads(peftcore("registry", "fetch", "--json").stdout) == {"renumbered": {}}
+    tag = f"docstrings@{new}"
+    assert json.loads(peftcore("registry", "fetch", "--json").stdout) == {"renumbered": {}, "unpushed": [tag]}
+    lacking = f"origin lacks {tag} of this clone; push them with: git push origin {tag}\n"
+    assert peftcore("registry", "fetch").stdout == f"the tags of origin are here\n{lacking}"
+    here.git("push", "--quiet", "origin", tag)
+    assert peftcore("registry", "fetch").stdout == "the tags of origin are here\n"
 
 
 def test_a_remote_that_is_none_is_one_message(here: Any) -> None:

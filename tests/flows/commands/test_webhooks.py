@@ -27,7 +27,12 @@ def test_what_waits_is_listed_and_sent_at_once(receiver: Receiver) -> None:
     listed = peftcore("webhooks", "list").stdout
     assert "promotion" in listed and "answers 500" in listed
     (waiting,) = json.loads(peftcore("webhooks", "list", "--json").stdout)
-    assert waiting["event"] in peftcore("webhooks", "list", COLUMNS="80").stdout, "`discard` takes the whole id"
+    lines = peftcore("webhooks", "list", COLUMNS="80").stdout.splitlines()
+    assert lines[:3] == [
+        f"{waiting['event']} (promotion)",
+        f"  receiver         {receiver.url}",
+        "  failed attempts  1",
+    ], "`discard` takes the whole id, and an address can be copied"
     assert (waiting["type"], waiting["url"], waiting["attempts"]) == ("promotion", receiver.url, 1)
     refused = peftcore("webhooks", "send")
     assert refused.exit_code == 1 and "nothing is lost, 1 event waits in the outbox" in refused.stderr

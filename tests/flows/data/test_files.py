@@ -1,5 +1,10 @@
 """Files that are absent, of another kind or damaged are refused with their name, and their line if there is one."""
 
+import bz2
+import gzip
+import lzma
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow
@@ -43,6 +48,20 @@ def test_bytes_that_are_no_text_are_told_by_their_line(content: bytes, line: int
     path = tmp_path / "rows.jsonl"
     path.write_bytes(content)
     with pytest.raises(DataError, match=rf"^rows\.jsonl:{line}: not JSON in UTF-8 .*; write the file in UTF-8"):
+        rows(path)
+
+
+@pytest.mark.parametrize(
+    ("compress", "kind"), [(gzip.compress, "gzip"), (bz2.compress, "bzip2"), (lzma.compress, "xz")]
+)
+def test_a_compressed_file_is_told_as_one(tmp_path: Path, compress: Callable[[bytes], bytes], kind: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(compress(b'{"a": 1}\n'))
+    with pytest.raises(DataError, match=rf"rows\.jsonl: the file is compressed \({kind}\); unpack it"):
+        rows(path)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("rows.jsonl", '{"a": 1}\n')
+    with pytest.raises(DataError, match=r"compressed \(zip\)"):
         rows(path)
 
 

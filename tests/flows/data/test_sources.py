@@ -82,6 +82,18 @@ def test_groups_and_slices_are_columns(tmp_path: Path) -> None:
     assert [(example.group, example.slice) for example in examples] == [("3", "sum"), ("4", "sum")]
 
 
+def test_a_whole_number_is_one_group_also_as_a_float(tmp_path: Path) -> None:
+    write_lines(tmp_path, ROWS[0] | {"book": 3}, ROWS[1] | {"book": 3.0}, ROWS[1] | {"book": 3.5})
+    assert [example.group for example in read(tmp_path, group_column="book")] == ["3", "3", "3.5"]
+
+
+def test_an_answer_beside_turns_is_named_as_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_lines(tmp_path, ROWS[0] | {"messages": CHAT}, {"messages": CHAT, "prompt": "One?"}, ROWS[1])
+    read(tmp_path)
+    warning = caplog.messages[-1]
+    assert "1 rows have turns (messages or conversations) and also prompt and completion" in warning
+
+
 @pytest.mark.parametrize(
     ("kind", "rows"),
     [

@@ -31,6 +31,18 @@ def test_text_is_no_number_and_a_number_no_truth_value(values: dict[str, Any]) -
         Kitchen.model_validate(values)
 
 
+def test_python_s_none_is_refused_where_null_fits() -> None:
+    class Oven(Section):
+        trays: section.Count | None = None
+        note: str | None = None
+        name: str = "oven"
+
+    for key in ("trays", "note"):
+        with pytest.raises(ValidationError, match="None is a text in YAML; write null"):
+            Oven.model_validate({key: "None"})
+    assert Oven.model_validate({"name": "None", "note": None, "trays": None}).name == "None"
+
+
 def test_an_integer_does_for_a_float() -> None:
     assert Kitchen.model_validate({"degrees": 200}).degrees == 200.0
 

@@ -288,8 +288,21 @@ def test_an_upgrade_adds_keys_that_stages_track_to_params_yaml(made: Path) -> No
         files = upgraded_files(made)
         assert files.keys() == {"params.yaml"}
         old, new = path.read_text().splitlines(), files["params.yaml"].splitlines()
-        assert [line for line in new if line not in old] == ["  special_tokens: []"]
-        assert [line for line in old if line not in new] == []
+        assert len(new) > len(old) and [line for line in old if line not in new] == []
+        assert files["params.yaml"] == text, "keys are added at their places, with their comments"
+    finally:
+        path.write_text(text)
+
+
+def test_an_upgrade_adds_whole_sections_and_last_keys_with_their_comments(made: Path) -> None:
+    path, text = made / "params.yaml", (made / "params.yaml").read_text()
+    try:
+        lines = re.sub(r"^merge:\n( .*\n)*\n", "", text, flags=re.MULTILINE)
+        path.write_text(re.sub(r"  start_from:.*\n( {20,}.*\n)*", "", lines))
+        new = upgraded_files(made)["params.yaml"]
+        assert new.splitlines() == text.splitlines()
+        path.write_text("project: {name: tickets}\ndata: {source: stdlib:docstrings}\n")
+        assert "project: {name: tickets, seed: 42}\n" in upgraded_files(made)["params.yaml"]
     finally:
         path.write_text(text)
 

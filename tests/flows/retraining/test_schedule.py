@@ -103,7 +103,10 @@ def test_a_scheduled_retraining_runs_is_told_of_and_ends_in_order(
     finally:
         process.send_signal(signal.SIGTERM)
         status = process.wait(60)
-    assert status == 0, log.read_text()
+    text = log.read_text()
+    assert status == 0, text
+    assert "at the times '0 3 * * 1' (Europe/Berlin), next 20" in text, "also without a terminal"
+    assert "retraining promoted: docstrings v0.1.0 is champion" in text
     assert not weekly.paths.schedule.exists()
     with pytest.raises(httpx.TransportError):
         httpx.get(f"{note['server']}/health", timeout=5)

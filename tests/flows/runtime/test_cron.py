@@ -12,7 +12,13 @@ CHANGES = ["2026-03-28T23:00+00:00", "2026-10-24T22:00+00:00", "2026-10-25T00:59
 """The evenings before the changes in Berlin; the last minute of summer time; 02:15 for the second time."""
 
 
-@pytest.mark.parametrize("cron", ["30 2 * * *", "0 3 * * *", "0 2 * * 0", "20 2 * * *", "0 * * * *", "*/20 1-3 * * *"])
+@pytest.mark.parametrize(
+    "cron",
+    [
+        *("30 2 * * *", "0 3 * * *", "0 2 * * 0", "20 2 * * *", "0 * * * *", "*/20 1-3 * * *"),
+        *("0 3 */2 * 1", "0 3 13 * */3", "0 3 1-7 * 1"),
+    ],
+)
 @pytest.mark.parametrize("timezone", ["Europe/Berlin", "Australia/Lord_Howe"])
 @pytest.mark.parametrize("start", CHANGES)
 def test_times_are_prefects(cron: str, timezone: str, start: str) -> None:
@@ -37,7 +43,9 @@ def test_a_skipped_time_is_moved_and_a_repeated_one_counts_once() -> None:
     assert second.astimezone(berlin).isoformat() == "2026-10-26T02:30:00+01:00"
 
 
-@pytest.mark.parametrize(("cron", "timezone"), [("@daily", "UTC"), ("0 3 31 2 *", "UTC"), ("0 3 * * 1", "")])
+@pytest.mark.parametrize(
+    ("cron", "timezone"), [("@daily", "UTC"), ("0 3 31 2 *", "UTC"), ("0 3 * * 1", ""), ("0 0 3 * * 1", "UTC")]
+)
 def test_what_is_no_schedule_is_an_error(cron: str, timezone: str) -> None:
     with pytest.raises(ValueError):
         next_time(cron, timezone, datetime(2026, 1, 1, tzinfo=UTC))

@@ -3,6 +3,7 @@
 import os
 import shutil
 import sqlite3
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from sql_urls import make_url
 
 from flows.errors import RepositoryError
+from flows.runtime import project as project_module
 from flows.runtime.project import changed_stages, dvc, files_at, find_root, set_prefect_environment, stage_order
 
 DIAMOND = """\
@@ -60,6 +62,13 @@ def test_changes_are_told_in_words(project: Any) -> None:
 def test_a_failing_command_gives_dvcs_reason(project: Any) -> None:
     with pytest.raises(RepositoryError, match=r"`dvc get .*nothing.* failed"):
         dvc(project.root, "get", ".", "nothing")
+
+
+def test_a_full_disk_in_dvcs_message_gets_advice(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = subprocess.CompletedProcess([], 1, "", "ERROR: unexpected error - [Errno 28] No space left on device")
+    monkeypatch.setattr(project_module.subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(RepositoryError, match="No space left on device; free some space, such as by"):
+        dvc(project.root, "push")
 
 
 def test_files_that_are_nowhere_are_named_alike_each_time(project: Any) -> None:

@@ -155,6 +155,7 @@ def test_folders_without_a_model_or_adapters_are_named(base: Path, tmp_path: Pat
     for options, said in (
         (["--base", empty], "contains no base model that can be served"),
         (["--base", str(base), "--adapters", empty], "holds no adapters"),
+        (["--base", empty, "--adapters", empty], "holds no adapters"),  # before the base is loaded
     ):
         result = CliRunner().invoke(app, ["serve", *options])
         assert (result.exit_code, said in result.stderr) == (1, True), result.stderr

@@ -211,4 +211,5 @@ def test_a_trial_tells_nobody_of_a_version(
     assert project.git("tag", root=remote) == ""
     assert not outbox_path(project.root).exists()
     assert "nothing is registered" in caplog.text
+    assert not any((project.root / ".dvc-remote").rglob("*")), "a trial pushes no files"
     assert is_experiment(copy) and not is_experiment(project.root)
