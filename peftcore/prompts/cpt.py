@@ -181,7 +181,8 @@ class Cpt(VirtualTokens):
     def _loss(self, logits: Tensor, labels: Tensor, types: Tensor, items: Any, text: Tensor) -> Tensor:
         """Return the weighted mean loss; with gradient accumulation, this call's share of `items` text labels."""
         labels, types = labels[:, 1:].to(logits.device), types[:, 1:].to(logits.device)
-        losses = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+        rows = logits[:, :-1].float().flatten(0, 1)  # each token's logits are contiguous; (B, V, T) is slow on the CPU
+        losses = F.cross_entropy(rows, labels.flatten(), ignore_index=IGNORED, reduction="none").view_as(labels)
         supervised = labels != IGNORED
         loss = (losses * self.weights(types) * supervised).sum() / supervised.sum()
         return loss if items is None else loss * (text[:, 1:] != IGNORED).sum() / items
