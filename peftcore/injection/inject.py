@@ -27,6 +27,7 @@ from peftcore.injection.preparation import (
     Creation,
     Injection,
     prepare_injection,
+    warn_of_longer_names,
     warn_of_separated_ties,
 )
 from peftcore.injection.replication import Replication, replicate
@@ -342,7 +343,6 @@ def inject_untrained(
         )
     adapters = add_adapter(model, config, name, creation)
     adapters.selection.active = (name,)
-    adapters.set_requires_grad(adapters.trainable - {name}, False)
     return model
 
 
@@ -415,6 +415,7 @@ def add_adapter(model: nn.Module, config: PeftConfig, name: str, creation: Creat
     with deepened(model, config) as replication:
         injection = prepare_injection(model, config, name, creation)
         warn_of_separated_ties(injection)
+        warn_of_longer_names(injection)
         return commit_injection(model, injection, not config.inference_mode, replication)
 
 

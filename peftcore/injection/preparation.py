@@ -37,6 +37,7 @@ from peftcore.injection.targets import (
     find_parameters,
     find_saved_modules,
     is_within,
+    named,
     says_untied,
     target_paths,
     tied_paths,
@@ -484,6 +485,37 @@ def warn_of_separated_ties(injection: Injection) -> None:
             stacklevel=5,
         )
         return
+
+
+def warn_of_longer_names(injection: Injection) -> None:
+    """Warn of modules whose names end with a name in `modules_to_save`, because HF PEFT would train them, too.
+
+    Args:
+        injection: the prepared adapter.
+    """
+    names = getattr(injection.config, "modules_to_save", None)
+    if not names or isinstance(names, str):
+        return
+    taken = {*injection.copies, *injection.adapters}
+    longer = {
+        path: name
+        for path, module in injection.module_index.modules.items()
+        if (name := next((name for name in names if path.endswith(name) and not named(path, [name])), None))
+        if not is_within(path, taken) and any(True for _ in unwrapped(module).parameters())
+    }
+    if not longer:
+        return
+    name = next(iter(longer.values()))
+    paths = [path for path, other in longer.items() if other == name]
+    matches = [path for path in injection.copies if named(path, [name])]
+    listed = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+    further = ", ".join(dict.fromkeys(repr(path.rpartition(".")[2]) for path in paths))
+    alone = f"; to leave them, write {matches[0]!r}" if matches and name not in matches else ""
+    warnings.warn(
+        f"modules_to_save: {name!r} names {', '.join(matches[:3]) or 'no module'} here. HF PEFT also trains modules "
+        f"whose names end with it: {listed}. To train them, too, add {further}{alone}",
+        stacklevel=5,
+    )
 
 
 def _check_name(model: nn.Module, name: str, replaced: str | None) -> None:

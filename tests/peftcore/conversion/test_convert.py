@@ -81,7 +81,9 @@ def test_low_rank_methods_convert_exactly_and_hf_peft_reads_them(config: PeftCon
 
 
 def test_saved_modules_come_along_in_the_model() -> None:
-    model = random_adapter(LoHaConfig(target_modules=["q_proj"], r=2, modules_to_save=["norm"], init_weights=False))
+    model = random_adapter(
+        LoHaConfig(target_modules=["q_proj"], r=2, modules_to_save=["model.norm"], init_weights=False)
+    )
     expected = model(TOKENS).logits
     add_as_lora(model, "default", "plain", tolerance=1e-6)
     model.set_adapter("plain")
@@ -89,7 +91,7 @@ def test_saved_modules_come_along_in_the_model() -> None:
 
 
 def test_saved_modules_come_along_beside_layers_that_never_changed() -> None:
-    model = get_peft_model(llama(), LoHaConfig(target_modules=["q_proj"], r=2, modules_to_save=["norm"])).eval()
+    model = get_peft_model(llama(), LoHaConfig(target_modules=["q_proj"], r=2, modules_to_save=["model.norm"])).eval()
     torch.nn.init.ones_(model.get_submodule("model.norm").modules_to_save["default"].weight)
     config, tensors = convert_to_lora(model, rank=2)
     new = get_peft_model(llama(), config).eval()

@@ -116,7 +116,7 @@ def test_what_llama_cpp_cannot_take_is_refused_and_nothing_is_written(tmp_path: 
     refused("the base a llama", adapted("qwen2"), merged=True)
     alora = LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[3])
     refused("aLoRA", adapted("llama", alora), merged=True, error=MergeError)
-    saved = LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"])
+    saved = LoraConfig(target_modules=["q_proj"], modules_to_save=["model.norm"])
     refused("holds trained modules", adapted("llama", saved), merged=True)
     replicated = LoraConfig(target_modules=["q_proj"], layer_replication=[(0, 2), (0, 2)], layers_to_transform=[0])
     refused("adds layers that the base does not have", adapted("llama", replicated), merged=True)

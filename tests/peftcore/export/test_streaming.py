@@ -46,7 +46,7 @@ METHODS: dict[str, PeftConfig] = {
     "norms": LNTuningConfig(target_modules=["input_layernorm"]),
     "embedding": LoraConfig(target_modules=["embed_tokens"]),
     "head": LoraConfig(target_modules=["lm_head", "q_proj"]),
-    "saved modules": LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"]),
+    "saved modules": LoraConfig(target_modules=["q_proj"], modules_to_save=["model.norm"]),
     "tokens": LoraConfig(target_modules=["q_proj"], trainable_token_indices=[3, 5]),
 }
 

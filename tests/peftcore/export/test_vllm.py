@@ -48,7 +48,7 @@ def test_it_keeps_the_rules_and_the_function(options: dict[str, Any], tmp_path: 
     ("config", "match"),
     [
         (LoraConfig(target_modules=["q_proj"], use_dora=True), "DoRA is not low-rank"),
-        (LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"]), "merge it into the base"),
+        (LoraConfig(target_modules=["q_proj"], modules_to_save=["model.norm"]), "merge it into the base"),
         (LoraConfig(target_modules=["q_proj"], bias="all"), "trains biases"),
         (LoraConfig(target_modules=["q_proj"], alora_invocation_tokens=[3]), "aLoRA acts at some positions"),
         (LoraConfig(target_modules=["embed_tokens"]), "embed_tokens: these runtimes adapt linear layers only"),

@@ -11,7 +11,7 @@ from peftcore.export import check_vllm, export_vllm
 
 @pytest.mark.filterwarnings("ignore:(rank|alpha)_pattern.* match no adapted layer:RuntimeWarning")
 def test_each_broken_rule_is_listed(tmp_path: Path) -> None:
-    adapted(bias="all", modules_to_save=["norm"], alpha_pattern={"q_proj": 2}).save_pretrained(tmp_path)
+    adapted(bias="all", modules_to_save=["model.norm"], alpha_pattern={"q_proj": 2}).save_pretrained(tmp_path)
     found = "\n".join(check_vllm(tmp_path, max_lora_rank=4))
     for problem in (
         "r=6 is above max_lora_rank=4",

@@ -1,3 +1,5 @@
+from typing import Any
+
 import peft
 import pytest
 from peftcore.mapping import (
@@ -8,6 +10,7 @@ from peftcore.mapping import (
     PEFT_TYPE_TO_TUNER_MAPPING,
     get_peft_config,
 )
+from torch import nn
 
 import peftcore
 from peftcore import ConfigError, PeftType
@@ -46,3 +49,17 @@ def test_a_dictionary_becomes_a_configuration() -> None:
     assert get_peft_config({"peft_type": "LORA", "r": 3}).r == 3  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match="unknown option 'rank'"):
         get_peft_config({"peft_type": "LORA", "rank": 3})
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")  # PEFT's own
+def test_a_further_adapter_freezes_no_earlier_one_as_in_hf_peft() -> None:
+    trainable = []
+    for library in (peft, peftcore):
+        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        for name, targets, frozen in (("a", ["0"], False), ("b", ["0", "1"], True), ("c", ["0"], False)):
+            config = library.LoraConfig(target_modules=targets, r=2, inference_mode=frozen)
+            library.inject_adapter_in_model(config, model, name)
+        layers: list[Any] = [model[0], model[1]]
+        assert [layer.active_adapters for layer in layers] == [["c"], ["c"]]
+        trainable.append({name for name, parameter in model.named_parameters() if parameter.requires_grad})
+    assert trainable[0] == trainable[1] == {f"0.lora_{factor}.{name}.weight" for factor in "AB" for name in "ac"}

@@ -118,7 +118,7 @@ def test_each_row_uses_its_own_adapters_copy_of_a_module() -> None:
         llama(),
         a=lora(modules_to_save=["lm_head"]),
         b=lora(),
-        c=lora(target_modules=["q_proj"], modules_to_save=["lm_head", "norm"]),
+        c=lora(target_modules=["q_proj"], modules_to_save=["lm_head", "model.norm"]),
     )
     assert_rows_as_alone(model, ["a", "b", "c", None, Stack("b", "c"), {"a": 0.5, "b": 0.5}])
     with pytest.raises(RoutingError, match=r"trained in full by \['a', 'c'\], and whole modules cannot be mixed"):

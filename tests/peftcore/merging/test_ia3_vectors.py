@@ -68,7 +68,7 @@ def test_input_and_output_of_one_layer_are_refused(llama: Any, with_adapters: An
 
 def test_a_module_that_one_of_them_saved_is_copied(llama: Any) -> None:
     options: dict[str, Any] = {"target_modules": ["k_proj"], "feedforward_modules": []}
-    model = get_peft_model(copy.deepcopy(llama()), IA3Config(**options, modules_to_save=["norm"]), "a")
+    model = get_peft_model(copy.deepcopy(llama()), IA3Config(**options, modules_to_save=["model.norm"]), "a")
     model.add_adapter("b", IA3Config(**options))
     model.add_weighted_adapter(["a", "b"], [0.5, 0.5], "sum")
-    assert model.peft_config["sum"].modules_to_save == ["norm"]
+    assert model.peft_config["sum"].modules_to_save == ["model.norm"]

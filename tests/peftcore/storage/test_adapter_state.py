@@ -80,7 +80,7 @@ def test_keys_of_biases_beside_raw_parameters_are_those_of_hf_peft(bias: str, pa
 
 
 def test_the_name_of_an_adapter_is_in_none_of_its_keys() -> None:
-    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"], bias="lora_only")
+    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["model.norm"], bias="lora_only")
     assert state_of(config, name="named").tensors().keys() == state_of(config).tensors().keys()
 
 

@@ -1,6 +1,7 @@
 """Modules that train in full where HF PEFT's rule, ends of module names, matches more than whole path segments."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,8 @@ def test_a_saved_name_matches_the_same_modules_in_hf_peft(tmp_path: Path) -> Non
         init_lora_weights=False,
         task_type="CAUSAL_LM",
     )
-    ours = get_peft_model(llama(), config)
+    with pytest.warns(UserWarning, match="modules_to_save: 'norm' names model.norm here"):
+        ours = get_peft_model(llama(), config)
     torch.nn.init.normal_(ours.get_submodule("model.norm").copies["default"].weight)
     ours.eval().save_pretrained(tmp_path)
     theirs: Any = peft.PeftModel.from_pretrained(llama(), tmp_path)
@@ -77,6 +79,39 @@ def test_a_saved_name_matches_the_same_modules_in_hf_peft(tmp_path: Path) -> Non
     torch.testing.assert_close(theirs(ids).logits, ours(ids).logits)
     torch.testing.assert_close(PeftModel.from_pretrained(llama(), tmp_path)(ids).logits, ours(ids).logits)
     assert ours.peft_config["default"].modules_to_save == ["norm", "embed_tokens"]
+
+
+def with_warnings(model: nn.Module, **options: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        get_peft_model(model, LoraConfig(**options))
+    return [str(warning.message) for warning in caught]
+
+
+def test_modules_that_only_hf_peft_trains_are_named_with_what_to_add() -> None:
+    messages = with_warnings(llama(), target_modules=["q_proj"], modules_to_save=["norm"])
+    assert len(messages) == 1
+    assert "model.layers.0.input_layernorm" in messages[0] and "and 1 more" in messages[0]
+    longer = ["norm", "input_layernorm", "post_attention_layernorm"]  # what the message advises
+    config: dict[str, Any] = {"target_modules": ["q_proj"]}
+    theirs = peft.get_peft_model(llama(), peft.LoraConfig(**config, modules_to_save=["norm"]))
+    with warnings.catch_warnings(action="error"):
+        ours = get_peft_model(llama(), LoraConfig(**config, modules_to_save=longer))
+    assert saved_modules(ours) == saved_modules(theirs)
+    for names in (["model.norm"], ["lm_head"], ["embed_tokens", "lm_head"]):
+        assert with_warnings(llama(), **config, modules_to_save=names) == []
+
+
+def saved_modules(model: nn.Module) -> set[str]:
+    paths = (path.partition(".modules_to_save")[0] for path, _ in model.named_parameters() if "modules_to_save" in path)
+    return {path.removeprefix("base_model.model.") for path in paths}
+
+
+def test_a_head_of_two_layers_of_which_one_is_named_warns_of_the_other() -> None:
+    [message] = with_warnings(distilbert(), target_modules=["q_lin"], modules_to_save=["classifier"])
+    assert "pre_classifier" in message
+    assert with_warnings(distilbert(), target_modules=["q_lin"], task_type="SEQ_CLS") == []
+    assert with_warnings(distilbert(), target_modules=["q_lin", "pre_classifier"], task_type="SEQ_CLS") == []
 
 
 def distilbert() -> DistilBertForSequenceClassification:
