@@ -33,8 +33,19 @@ from flows.runtime.stage import set_quiet_environment
 ADDRESS = "PEFTCORE_FORK_SERVER"
 """Environment variable with the path of the server's socket."""
 
-LIBRARIES = ("bitsandbytes", "transformers.modeling_utils", "transformers.generation.utils", "datasets", "gguf")
-"""What most of a stage's imports are, beside PyTorch. bitsandbytes also imports PyTorch's compiler."""
+LIBRARIES = (
+    "bitsandbytes",  # it imports PyTorch's compiler, too
+    "transformers.modeling_utils",
+    "transformers.generation.utils",
+    "transformers.trainer",
+    "datasets",
+    "datasketch",
+    "gguf",
+    "rouge_score.rouge_scorer",
+    "wandb",
+    "dvc.repo",
+)
+"""What takes most of the time of a stage's imports, beside PyTorch."""
 
 OWN_VARIABLES = ("_", "DVC_ROOT", "OLDPWD", "PWD", "SHLVL", logs.STAGE, RUN)
 """Environment variables that differ between stages. Libraries may have read any other one when they were imported."""
