@@ -177,8 +177,8 @@ def _number(adapter: Adapter, attribute: str) -> Any:
     value = getattr(adapter, attribute, getattr(adapter, _NUMBERS.get(attribute, attribute), None))
     config, path = adapter.printed
     is_shown_tensor = attribute in _COMPUTED or attribute.startswith(_prefix(adapter))  # unilora_indices_A
-    is_shown_tensor = is_shown_tensor and isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
-    if isinstance(value, int | float) or is_shown_tensor:
+    is_shown_tensor = is_shown_tensor and not isinstance(value, nn.Parameter)
+    if isinstance(value, int | float) or (isinstance(value, Tensor) and is_shown_tensor):
         return value if attribute != "scaling" or adapter.scaling_unit == 1 else value * adapter.scaling_unit
     if not hasattr(config, attribute):
         attribute = attribute.removeprefix(_prefix(adapter))  # waveft_n_frequency
