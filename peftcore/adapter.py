@@ -140,6 +140,9 @@ class Adapter(_Constants):
     single adapter may set it.
     """
 
+    scaling_unit: float = 1
+    """HF PEFT's `layer.scaling` for `scaling` = 1, where the two differ. A class or a single adapter may set it."""
+
     # -- set by the layer, to be read by a method --------------------------------------------------------------------
 
     base: BaseWeight

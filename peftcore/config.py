@@ -19,7 +19,14 @@ from types import UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, Self, Union, get_args, get_origin
 
 from peftcore._util.patterns import SEGMENTS, branches, compiled, is_suffix
-from peftcore.errors import CheckpointError, ConfigError, OptionTypeError, UnknownOptionError, suggestion
+from peftcore.errors import (
+    CheckpointError,
+    ConfigError,
+    OptionTypeError,
+    UnknownMethodError,
+    UnknownOptionError,
+    suggestion,
+)
 from peftcore.files import CONFIG_NAME, hub, read_limited, whole_files, write_atomically
 from peftcore.registry import PeftType, method_named, methods
 
@@ -414,7 +421,7 @@ class PeftConfig(SharedOptions, metaclass=_ConfigType):
         named = values.pop("peft_type", None)
         method = named or cls.peft_type
         if not method or not isinstance(method, str):
-            raise ConfigError(
+            raise UnknownMethodError(
                 f"configuration without peft_type, or with one that is not a name: {method!r}; try 'LORA'"
             )
         target = method_named(method if method in methods() else method.upper()).config.class_for(values)

@@ -37,6 +37,12 @@ class UnknownOptionError(ConfigError, TypeError):
     """A configuration with an option that its method does not have."""
 
 
+class UnknownMethodError(ConfigError, KeyError):
+    """A configuration whose `peft_type` is missing or names no method; HF PEFT raises a KeyError there."""
+
+    __str__ = Exception.__str__  # a KeyError shows its message in quotes
+
+
 class OptionTypeError(ConfigError, TypeError):
     """A configuration with an option whose value has a wrong type."""
 
@@ -65,8 +71,10 @@ class LayerKindError(TargetError, TypeError):
     """An adapter of layers of a kind that a function does not fit."""
 
 
-class AdapterNameError(PeftError, ValueError):
-    """An adapter name that is in use, unknown or not allowed."""
+class AdapterNameError(PeftError, ValueError, KeyError):
+    """An adapter name that is in use, unknown or not allowed; HF PEFT raises a ValueError or a KeyError there."""
+
+    __str__ = Exception.__str__
 
 
 class CheckpointError(PeftError, ValueError):
@@ -87,6 +95,10 @@ class HotswapError(PeftError, ValueError, RuntimeError):
 
 class MergeError(PeftError, RuntimeError, ValueError):
     """A merge that would write wrong weights; the model is unchanged."""
+
+
+class PromptMergeError(MergeError, AttributeError):
+    """A merge of a prompt, which changes no weight; HF PEFT's models with prompts lack the methods of merging."""
 
 
 class TrainingError(PeftError, RuntimeError):

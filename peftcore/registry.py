@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from peftcore._util.both_libraries import refuse_hf_peft
 from peftcore._util.plugins import import_plugins
-from peftcore.errors import ConfigError, suggestion
+from peftcore.errors import ConfigError, UnknownMethodError, suggestion
 
 if TYPE_CHECKING:
     from peftcore.config import PeftConfig
@@ -132,13 +132,13 @@ def method_named(name: str) -> Method:
     """Return the method of this name.
 
     Raises:
-        ConfigError: For an unknown name. The message suggests a similar one.
+        UnknownMethodError: For an unknown name. The message suggests a similar one.
     """
     _discover()
     if name not in _methods and name in RENAMED:
-        raise ConfigError(f"HF PEFT has renamed {name}: {RENAMED[name]}")
+        raise UnknownMethodError(f"HF PEFT has renamed {name}: {RENAMED[name]}")
     if name not in _methods:
-        raise ConfigError(
+        raise UnknownMethodError(
             f"unknown adapter method {name!r}, which no installed package defines{suggestion(str(name), _methods)}"
         )
     return _methods[name]

@@ -19,6 +19,12 @@ __all__ = [
     "is_te_available",
     "is_torchao_available",
     "is_transformers_ge_v5",
+    "is_transformers_ge_v5_1_0",
+    "is_transformers_ge_v5_4_0",
+    "is_transformers_ge_v5_6_0",
+    "is_transformers_ge_v5_13_0",
+    "is_transformers_ge_v5_17_0",
+    "is_transformers_le_4_53",
     "is_xpu_available",
 ]
 
@@ -39,8 +45,16 @@ is_optimum_available = partial(_is_installed, "optimum")
 is_te_available = partial(_is_installed, "transformer_engine")
 is_torchao_available = partial(_is_installed, "torchao")
 
-is_transformers_ge_v5 = int(transformers.__version__.partition(".")[0]) >= 5
-"""True with transformers 5 or newer."""
+_TRANSFORMERS = tuple(int(number) for number in transformers.__version__.split(".")[:2])
+is_transformers_le_4_53 = _TRANSFORMERS < (4, 54)
+"""True with transformers 4.53 or older."""
+is_transformers_ge_v5 = _TRANSFORMERS >= (5, 0)
+"""True with transformers 5 or newer; each name below says its version."""
+is_transformers_ge_v5_1_0 = _TRANSFORMERS >= (5, 1)
+is_transformers_ge_v5_4_0 = _TRANSFORMERS >= (5, 4)
+is_transformers_ge_v5_6_0 = _TRANSFORMERS >= (5, 6)
+is_transformers_ge_v5_13_0 = _TRANSFORMERS >= (5, 13)
+is_transformers_ge_v5_17_0 = _TRANSFORMERS >= (5, 17)
 
 
 def is_xpu_available(check_device: bool = False) -> bool:

@@ -99,4 +99,8 @@ def create_riemannian_optimizer(
 
 
 def __getattr__(name: str) -> Any:
+    if name == "LoraFAOptimizer":  # for isinstance; create_lorafa_optimizer makes one
+        from peftcore.train.optimizers import LoraFa
+
+        return LoraFa
     return submodule(__name__, name) if is_submodule(__name__, name) else reexported(__name__, name)

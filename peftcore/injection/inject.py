@@ -246,7 +246,7 @@ def inject_adapter_in_model(
     if not isinstance(model, nn.Module):
         raise TypeError(f"inject_adapter_in_model needs the configuration first, then the model; got {model!r:.200}")
     if state_dict is not None:
-        peft_config = _with_targets_of(peft_config, state_dict, model)
+        peft_config = with_targets_of(peft_config, state_dict, model)
     forget_removed_adapters(model)
     creation = Creation(autocast_adapter_dtype=False, low_cpu_mem_usage=low_cpu_mem_usage)
     inject_untrained(model, peft_config, adapter_name, creation)
@@ -352,7 +352,7 @@ def _generators_kept(model: nn.Module) -> contextlib.AbstractContextManager[None
     return torch.random.fork_rng(devices, device_type="cuda")
 
 
-def _with_targets_of(config: PeftConfig, state_dict: Mapping[str, Tensor], model: nn.Module) -> PeftConfig:
+def with_targets_of(config: PeftConfig, state_dict: Mapping[str, Tensor], model: nn.Module) -> PeftConfig:
     """Return the configuration with the layers to which the keys of a state dict belong as its targets."""
     if not isinstance(config, TunerConfig):
         raise ConfigError(f"state_dict names layers, and {type(config).__name__} adapts none; leave it out")

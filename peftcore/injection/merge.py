@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
-from peftcore.errors import MergeError, RoutingError
+from peftcore.errors import MergeError, PromptMergeError, RoutingError
 from peftcore.injection.adapter_set import AdapterSet, adapter_set
 from peftcore.injection.inject import remove_wrappers
 from peftcore.layers.adapter_slot import AdapterSlot, with_trained_biases
@@ -125,7 +125,7 @@ def _checked_merges(
     adapters: AdapterSet, slots: Iterable[AdapterSlot], names: list[str], check_values: bool
 ) -> list[_LayerMerge]:
     if prompts := [name for name in names if name in adapters.prompts]:
-        raise MergeError(
+        raise PromptMergeError(
             f"{prompts} are prompts, which cannot be merged into weights, so nothing was merged; name only the others "
             "in adapter_names"
         )

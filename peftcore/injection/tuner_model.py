@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from peftcore.config import PeftConfig
 from peftcore.detection.model_kind import model_config_of
-from peftcore.errors import ConfigError, PeftError
+from peftcore.errors import AdapterNameError, ConfigError, PeftError
 from peftcore.injection import activation, inject, merge
 from peftcore.injection.adapter_set import adapter_set, shared_by
+from peftcore.injection.preparation import Creation
 from peftcore.layers.adapter_slot import AdapterSlot
 from peftcore.layers.peft_attributes import shared_tensor
 from peftcore.layers.trained_bias import TrainedBias
@@ -232,6 +233,41 @@ class TunerModel(metaclass=_OfTunerModels):
     def disable_adapter_layers(self) -> None:
         """Disable the active adapters, in every thread; see `PeftModel.disable_adapters`."""
         activation.switch_adapters(self.model, on=False)
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Add the adapter whose configuration a script has set: `base_model.peft_config["b"] = LoraConfig()`.
+
+        As in HF PEFT, the adapter is not active; call `set_adapter`. After an error the configuration is not set.
+
+        Args:
+            model: HF PEFT's `base_model.model`, the model itself.
+            adapter_name: the adapter's name.
+            autocast_adapter_dtype: see `PeftModel.add_adapter`.
+            low_cpu_mem_usage: see `PeftModel.add_adapter`.
+            state_dict: see `inject_adapter_in_model`.
+
+        Raises:
+            ConfigError: an option does not fit the model.
+            TargetError: no layer matches, or a matching layer cannot be adapted.
+            AdapterNameError: the name is not valid, has no configuration, or is that of a loaded adapter.
+        """
+        adapters = adapter_set(self.model)
+        adapters.require(adapter_name)
+        if adapter_name in adapters.kinds:
+            raise AdapterNameError(f"inject_adapter: adapter {adapter_name!r} is loaded already; take another name")
+        config = adapters.configs.pop(adapter_name)
+        creation = Creation(autocast_adapter_dtype=autocast_adapter_dtype, low_cpu_mem_usage=low_cpu_mem_usage)
+        if state_dict is not None:
+            config = inject.with_targets_of(config, state_dict, self.model)
+        inject.add_adapter(self.model, config, adapter_name, creation)
+        activation.set_requires_grad(self.model, adapter_name, False)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; see `PeftModel.delete_adapter`."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from peftcore.adapter import Adapter, Shared
 from peftcore.bases.plain import Conv1DWeight
 from peftcore.config import options_at
-from peftcore.errors import ConfigError, PeftError
+from peftcore.errors import AdapterNameError, ConfigError, PeftError
 from peftcore.layers.adapter_slot import AdapterSlot
 from peftcore.layers.factor_view import FactorView, factor_view
 from peftcore.layers.switching import MergingMethods
@@ -73,6 +73,7 @@ class PerAdapter(MutableMapping[str, Any]):
         elif not parameters and isinstance(vars(adapter).get(attribute), int | float | Tensor) and attribute != "rank":
             if attribute == "scaling":
                 _start_scaling(adapter)
+                value = value if adapter.scaling_unit == 1 else value / adapter.scaling_unit
             setattr(adapter, attribute, value)
         elif _is_dropout(adapter, self._attribute) and isinstance(value, nn.Dropout | nn.Identity):
             adapter._modules.pop("dropout", None)
@@ -173,12 +174,12 @@ def _parameters(adapter: Adapter, attribute: str) -> dict[str, str]:
 def _number(adapter: Adapter, attribute: str) -> Any:
     if attribute in _NUMBERS.values():
         return None  # HF PEFT's layers have the number under its other name only
-    value = getattr(adapter, _NUMBERS.get(attribute, attribute), None)
+    value = getattr(adapter, attribute, getattr(adapter, _NUMBERS.get(attribute, attribute), None))
     config, path = adapter.printed
     is_shown_tensor = attribute in _COMPUTED or attribute.startswith(_prefix(adapter))  # unilora_indices_A
-    is_shown_tensor = is_shown_tensor and isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
-    if isinstance(value, int | float) or is_shown_tensor:
-        return value
+    is_shown_tensor = is_shown_tensor and not isinstance(value, nn.Parameter)
+    if isinstance(value, int | float) or (isinstance(value, Tensor) and is_shown_tensor):
+        return value if attribute != "scaling" or adapter.scaling_unit == 1 else value * adapter.scaling_unit
     if not hasattr(config, attribute):
         attribute = attribute.removeprefix(_prefix(adapter))  # waveft_n_frequency
     if not hasattr(config, attribute) or attribute.startswith("_"):
@@ -365,11 +366,11 @@ class PeftLayerAttributes(MergingMethods):
             adapter: the adapter's name.
 
         Raises:
-            PeftError: the layer has no such adapter.
+            AdapterNameError: the layer has no such adapter.
             MergeError: the adapter cannot be expressed as a change of the weight.
         """
         if adapter not in self._slot.adapters:
-            raise PeftError(f"{self._slot.path} has no adapter {adapter!r}; it has {list(self._slot.adapters)}")
+            raise AdapterNameError(f"{self._slot.path} has no adapter {adapter!r}; it has {list(self._slot.adapters)}")
         part, base = self._slot.adapter(adapter), self._slot.base
         part.check_mergeable()
         if type(part).delta_weight is not Adapter.delta_weight or part.exact_factors() is not None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
-from peftcore.errors import AdapterNameError, ConfigError, MergeError
+from peftcore.errors import AdapterNameError, ConfigError, MergeError, PromptMergeError
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.merging.extra_modules import extra_modules_of
 from peftcore.merging.weight_changes import Change, change_of, check_replaceable
@@ -30,7 +30,7 @@ class Sources:
             raise AdapterNameError(f"an adapter named {new_name!r} exists already; delete it or take another name")
         for name in self.names:
             if name in self.set.prompts:
-                raise MergeError(f"adapter {name!r} is a prompt, which changes no weight; leave it out")
+                raise PromptMergeError(f"adapter {name!r} is a prompt, which changes no weight; leave it out")
         self.extra_modules = extra_modules_of(self.set, self.names)
         self.adapters = {name: self.set.of_method(name) for name in self.names}
         for name, by_path in self.adapters.items():

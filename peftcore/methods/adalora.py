@@ -175,7 +175,7 @@ class AdaLora(Adapter):
                 f"got {len(kept)}"
             )
         r = int(kept.sum())
-        self.scaling = scaling_of(config)
+        self.scaling, self.scaling_unit = scaling_of(config), _denominator(config)
         self.add_dropout()
         self.random = config.init_lora_weights is False
         self.lora_A_weight = nn.Parameter(torch.empty(r, base.in_features * math.prod(base.kernel)))
@@ -352,7 +352,11 @@ class AdaLora(Adapter):
 def scaling_of(config: AdaLoraConfig) -> float:
     """Return s = α/init_r, with PEFT's denominator."""
     alpha = config.lora_alpha if config.lora_alpha > 0 else float(config.init_r)
-    return alpha / (config.init_r + 1e-5)
+    return alpha / _denominator(config)
+
+
+def _denominator(config: AdaLoraConfig) -> float:
+    return config.init_r + 1e-5
 
 
 def _triplet_axis(key: str) -> int:

@@ -86,6 +86,16 @@ class BOFT(Adapter):
         self.boft_R = nn.Parameter(torch.empty(config.boft_n_butterfly_factor, number, size, size))
         self.boft_s = nn.Parameter(torch.empty((1, o) if base.kind == "conv" else (o, 1)))
 
+    @property
+    def boft_block_num(self) -> int:
+        """n, HF PEFT's attribute of the layer."""
+        return self.boft_R.shape[1]
+
+    @property
+    def boft_block_size(self) -> int:
+        """c, HF PEFT's attribute of the layer."""
+        return self.boft_R.shape[2]
+
     @torch.no_grad()
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.boft_R)

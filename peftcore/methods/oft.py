@@ -126,8 +126,13 @@ class OFT(Adapter):
         size = config.block_size(features, path)
         blocks = 1 if config.block_share else features // size
         self.oft_R = nn.Parameter(torch.empty(blocks, size * (size - 1) // 2))
-        self.size = size
+        self.r, self.size = features // size, size
         self.make_constants()
+
+    @property
+    def oft_block_size(self) -> int:
+        """b, HF PEFT's attribute of the layer."""
+        return self.size
 
     def make_constants(self) -> None:
         upper = torch.triu_indices(self.size, self.size, 1, device=self.oft_R.device)

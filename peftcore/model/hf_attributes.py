@@ -109,6 +109,7 @@ class _FromAdapters:
 
 _FROM_ADAPTERS = (
     _FromAdapters("prefix", lambda model: tuner_model(model).prefix),
+    _FromAdapters("special_peft_forward_args", lambda model: {"adapter_names", "alora_offsets"}),
     _FromAdapters("word_embeddings", _word_embeddings),
     *(_FromAdapters(name, partial(_shared, name=name)) for name in SHARED_TENSORS),
     *(_FromAdapters(name, partial(_method_of_view, name=name)) for name in _METHODS_OF_VIEWS),

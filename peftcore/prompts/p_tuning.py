@@ -59,6 +59,10 @@ class PTuning(VirtualTokens):
         d, h = self.width, config.encoder_hidden_size
         assert h is not None
         self.embedding = rows(torch.empty(self.total, d))
+        # HF PEFT's attributes of the encoder
+        self.token_dim = self.input_size = self.output_size = d
+        self.hidden_size, self.total_virtual_tokens = h, self.total
+        self.encoder_type = config.encoder_reparameterization_type
         self.lstm_head = None
         if config.encoder_reparameterization_type == "MLP":
             self.mlp_head = nn.Sequential(_linear(d, h), nn.ReLU(), _linear(h, h), nn.ReLU(), _linear(h, d))

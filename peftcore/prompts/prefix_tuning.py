@@ -57,6 +57,11 @@ class PrefixTuning(KeyValuePrefix):
         else:
             self.embedding = rows(torch.empty(self.count, self.size))
 
+    @property
+    def prefix_projection(self) -> bool:
+        """True while an MLP computes the prefix."""
+        return self.transform is not None
+
     @classmethod
     def completed(cls, config: PrefixTuningConfig, model: nn.Module) -> Any:
         filled = super().completed(config, model)

@@ -1,13 +1,20 @@
-"""A feature whose optional packages are missing is refused in one line that has the command."""
+"""Classes of errors, and the refusal of a feature whose optional packages are missing."""
 
 import importlib
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import peftcore
 from peftcore.errors import MissingExtraError, PeftError, require_extra
 from peftcore.methods.lora.variants.loftq import _quantised
+from tests.peftcore.support.lora_nets import llama
+
+LORA = peftcore.LoraConfig(target_modules=["q_proj"])
 
 
 def test_what_is_installed_is_not_imported() -> None:
@@ -52,3 +59,27 @@ def test_loftq_without_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         _quantised(torch.ones(4, 4), bits=4)
     assert torch.equal(_quantised(torch.ones(4, 4), bits=8), torch.ones(4, 4)), "int8 needs no package"
+
+
+def test_errors_are_also_of_the_classes_that_hf_peft_raises(tmp_path: Path) -> None:
+    prompt = peftcore.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    model, prompted = (peftcore.get_peft_model(llama(), one) for one in (LORA, prompt))
+    layer: Any = model.get_submodule("model.layers.0.self_attn.q_proj")
+    (tmp_path / "adapter_config.json").write_text('{"r": 8}')
+    mistakes: list[tuple[type[Exception], Callable[[], Any]]] = [
+        (KeyError, lambda: peftcore.get_peft_model_state_dict(model, adapter_name="no")),
+        (KeyError, lambda: peftcore.set_peft_model_state_dict(model, {}, adapter_name="no")),
+        (KeyError, lambda: layer.get_delta_weight("no")),
+        (KeyError, lambda: model.add_adapter("a.b", LORA)),
+        (ValueError, lambda: model.set_adapter("no")),
+        (KeyError, lambda: peftcore.get_peft_config({"peft_type": "NO"})),
+        (KeyError, lambda: peftcore.PeftConfig.from_pretrained(str(tmp_path))),
+        (AttributeError, lambda: prompted.merge_and_unload()),
+        (AttributeError, lambda: prompted.merge_adapter()),
+        (AttributeError, lambda: prompted.add_weighted_adapter(["default"], [1.0], "b")),
+    ]
+    for kind, mistake in mistakes:
+        with pytest.raises(PeftError) as refusal:
+            mistake()
+        assert isinstance(refusal.value, kind), refusal.value
+        assert str(refusal.value) == refusal.value.args[0], "a KeyError would be shown in quotes"

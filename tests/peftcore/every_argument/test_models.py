@@ -126,6 +126,23 @@ def test_new_adapters() -> None:
     assert {p.is_meta for n, p in view.named_parameters() if "lora_" in n} == {True}
 
 
+@checks("TunerModel.inject_adapter", "model adapter_name autocast_adapter_dtype low_cpu_mem_usage state_dict")
+def test_a_configuration_that_was_set_is_injected() -> None:
+    for autocast, low in ((True, False), (False, True)):
+        model = get_peft_model(Plain(torch.bfloat16), lora(), autocast_adapter_dtype=False)
+        model.base_model.peft_config["b"] = lora("1")
+        model.base_model.inject_adapter(model, "b", autocast_adapter_dtype=autocast, low_cpu_mem_usage=low)
+        tensors = tensors_of(model, "b").values()
+        assert {t.dtype for t in tensors} == {torch.float32 if autocast else torch.bfloat16}
+        assert {t.is_meta for t in tensors} == {low}
+    model = get_peft_model(Plain(), lora())
+    model.base_model.peft_config["b"] = lora("0")
+    state = {key.replace("0.", "1."): tensor for key, tensor in tensors_of(net()).items()}
+    with pytest.warns(RuntimeWarning, match="adapts the 1 layers that state_dict names"):
+        model.base_model.inject_adapter(model, "b", state_dict=state)
+    assert list(adapter_set(model).adapters("b")) == ["1"]
+
+
 @checks("_TaskClass.__call__", "model peft_config adapter_name kwargs")
 @checks("_Mixed.__call__", "model peft_config adapter_name")
 @checks("_Wrapper.__call__", "args kwargs")

@@ -1,6 +1,11 @@
 import pytest
 import torch
-from peftcore.optimizers import create_lorafa_optimizer, create_loraplus_optimizer, create_riemannian_optimizer
+from peftcore.optimizers import (
+    LoraFAOptimizer,
+    create_lorafa_optimizer,
+    create_loraplus_optimizer,
+    create_riemannian_optimizer,
+)
 from torch import nn
 
 from peftcore import ConfigError, LoraConfig, get_peft_model
@@ -21,7 +26,7 @@ def test_lora_fa_freezes_a_and_checks_the_stated_options(model: nn.Module) -> No
         create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-3)
     with pytest.raises(ConfigError, match="use_rslora=True"):
         create_lorafa_optimizer(model, r=2, lora_alpha=8, lr=1e-3, use_rslora=True)
-    create_lorafa_optimizer(model, r=2, lora_alpha=8, lr=1e-3)
+    assert isinstance(create_lorafa_optimizer(model, r=2, lora_alpha=8, lr=1e-3), LoraFAOptimizer)
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["0.lora_B.default.weight"]
 
 

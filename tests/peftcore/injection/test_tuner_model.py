@@ -13,7 +13,16 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
 import peftcore
-from peftcore import AdapterNameError, ConfigError, IA3Model, LoraConfig, LoraModel, PeftModel, get_peft_model
+from peftcore import (
+    AdapterNameError,
+    ConfigError,
+    IA3Model,
+    LoraConfig,
+    LoraModel,
+    PeftModel,
+    TargetError,
+    get_peft_model,
+)
 
 SIZES = {
     "vocab_size": 16,
@@ -267,3 +276,27 @@ def test_tensors_that_layers_share_are_attributes_as_in_peft(method: str, option
         _ = models[0].base_model.vera_C
     with pytest.raises(AttributeError, match="vera_C"):
         _ = models[0][0].vera_C
+
+
+@pytest.mark.parametrize("lib", [peftcore, peft])
+def test_a_configuration_that_a_script_sets_is_injected(lib: Any) -> None:
+    model = lib.get_peft_model(nn.Sequential(nn.Linear(4, 4)), lib.LoraConfig(target_modules=["0"]))
+    model.base_model.peft_config["b"] = lib.LoraConfig(target_modules=["0"], r=2)
+    model.base_model.inject_adapter(model.base_model.model, "b")
+    assert list(model.peft_config) == ["default", "b"] and model.active_adapters == ["default"]
+    assert dict(model.base_model.model[0].r) == {"default": 8, "b": 2}
+    assert {name.split(".")[-2] for name, one in model.named_parameters() if one.requires_grad} == {"default"}
+    model.set_adapter("b")
+    assert {name.split(".")[-2] for name, one in model.named_parameters() if one.requires_grad} == {"b"}
+
+
+def test_only_a_configuration_without_an_adapter_is_injected() -> None:
+    model: Any = get_peft_model(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"]))
+    with pytest.raises(AdapterNameError, match="'default' is loaded already; take another name"):
+        model.base_model.inject_adapter(model, "default")
+    with pytest.raises(AdapterNameError, match="Adapter b does not exist"):
+        model.base_model.inject_adapter(model, "b")
+    model.peft_config["b"] = LoraConfig(target_modules=["no"])
+    with pytest.raises(TargetError):
+        model.base_model.inject_adapter(model, "b")
+    assert list(model.peft_config) == ["default"]

@@ -340,3 +340,38 @@ def test_a_layer_says_whether_its_weight_is_transposed() -> None:
                 for library in (peftcore, peft)
             )
             assert ours[0].fan_in_fan_out is theirs.base_model.model[0].fan_in_fan_out is isinstance(layer, Conv1D)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "names"),
+    [
+        ("OFTConfig", {"r": 2, "oft_block_size": 0}, ("r", "oft_block_size")),
+        ("OFTConfig", {"r": 0, "oft_block_size": 3}, ("r", "oft_block_size")),
+        ("BOFTConfig", {"boft_block_size": 3}, ("boft_block_size", "boft_block_num")),
+        ("BOFTConfig", {"boft_block_size": 0, "boft_block_num": 3}, ("boft_block_size", "boft_block_num")),
+        (
+            "AdaLoraConfig",
+            {"init_r": 4, "target_r": 2, "lora_alpha": 6, "total_step": 9},
+            ("r", "scaling", "lora_alpha"),
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+def test_numbers_that_follow_from_the_layer_are_those_of_peft(config: str, options: Any, names: Any) -> None:
+    models = [
+        lib.get_peft_model(base(), getattr(lib, config)(target_modules=["1"], **options)) for lib in (peftcore, peft)
+    ]
+    ours, theirs = models[0][1], models[1].base_model.model[1]
+    for name in names:
+        assert dict(getattr(ours, name)) == pytest.approx(getattr(theirs, name), rel=1e-12), name
+
+
+def test_the_scaling_of_an_adalora_changes_its_output_as_in_peft() -> None:
+    options: Any = {"target_modules": ["1"], "init_r": 4, "target_r": 2, "total_step": 9, "init_lora_weights": False}
+    theirs: Any = peft.get_peft_model(base(), peft.AdaLoraConfig(**options))
+    ours: Any = peftcore.get_peft_model(base(), peftcore.AdaLoraConfig(**options))
+    peftcore.set_peft_model_state_dict(ours, peft.get_peft_model_state_dict(theirs))
+    x = torch.arange(4)
+    for layer in (ours[1], theirs.base_model.model[1]):
+        layer.scaling["default"] = 3.0
+    torch.testing.assert_close(ours(x), theirs(x))

@@ -99,3 +99,11 @@ def test_a_module_that_an_attribute_would_hide_is_refused(name: str) -> None:
     with pytest.raises(peftcore.ConfigError, match=f"Classifier has a module or a tensor named '{name}'"):
         peftcore.get_peft_model(model, config)
     assert isinstance(peftcore.inject_adapter_in_model(config, model)(torch.ones(1, 4)), torch.Tensor)
+
+
+def test_the_arguments_that_only_adapters_take_are_those_of_peft() -> None:
+    models: list[Any] = [
+        lib.get_peft_model(nn.Sequential(nn.Linear(2, 2)), lib.LoraConfig(target_modules=["0"]))
+        for lib in (peftcore, peft)
+    ]
+    assert models[0].special_peft_forward_args == models[1].special_peft_forward_args

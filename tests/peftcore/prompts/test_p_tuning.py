@@ -9,6 +9,7 @@ import torch
 from prompt_models import FAMILIES, attach, both_ways, build, call
 from torch import nn
 
+import peftcore
 from peftcore import PeftModel, get_peft_model
 from peftcore.errors import CheckpointError, ConfigError
 from peftcore.prompts.p_tuning import PromptEncoderConfig
@@ -103,3 +104,17 @@ def test_saving_another_adapter_over_it_takes_the_encoder_away(tmp_path: Path) -
 def test_configurations_that_cannot_be(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         PromptEncoderConfig(num_virtual_tokens=2, **options)
+
+
+@pytest.mark.filterwarnings("ignore")  # the oracle's own
+@pytest.mark.parametrize("kind", ["MLP", "LSTM"])
+def test_the_encoder_has_the_attributes_of_hf_peft(kind: str) -> None:
+    options: Any = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3, "encoder_hidden_size": 5}
+    options["encoder_reparameterization_type"] = kind
+    encoders = [
+        lib.get_peft_model(build("llama"), lib.PromptEncoderConfig(**options)).prompt_encoder["default"]
+        for lib in (peftcore, peft)
+    ]
+    for name in ("encoder_type", "token_dim", "input_size", "hidden_size", "output_size", "total_virtual_tokens"):
+        ours, theirs = (getattr(encoder, name) for encoder in encoders)
+        assert ours == theirs, name

@@ -8,6 +8,7 @@ import pytest
 import torch
 from prompt_models import FAMILIES, attach, both_ways, build
 
+import peftcore
 from peftcore import PeftModel, get_peft_model
 from peftcore.errors import CheckpointError, ConfigError
 from peftcore.prompts.prefix_tuning import PrefixTuningConfig
@@ -58,3 +59,12 @@ def test_peft_saves_no_encoder_to_train_on_with(tmp_path: Path) -> None:
 def test_configurations_that_cannot_be(options: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         PrefixTuningConfig(num_virtual_tokens=2, **options)
+
+
+@pytest.mark.filterwarnings("ignore")  # the oracle's own
+@pytest.mark.parametrize("projection", [True, False])
+def test_the_encoder_says_whether_it_projects_as_in_hf_peft(projection: bool) -> None:
+    options: Any = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3, "prefix_projection": projection}
+    for lib in (peftcore, peft):
+        model: Any = lib.get_peft_model(build("llama"), lib.PrefixTuningConfig(**options))
+        assert model.prompt_encoder["default"].prefix_projection is projection
