@@ -90,7 +90,8 @@ def hand_over() -> None:
 def _exit_as(code: int) -> NoReturn:
     """Exit with this code, or be killed by the signal of which it is the negative number."""
     if code < 0:
-        signal.signal(-code, signal.SIG_DFL)
+        if code != -signal.SIGKILL:  # which has no handler
+            signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     sys.exit(code)
 
@@ -154,12 +155,13 @@ def _serve(listener: socket.socket, environment: Mapping[str, str]) -> dict[str,
             if fork == 0:
                 for number, stream in enumerate(streams):
                     os.dup2(stream, number)
+                    os.close(stream)
+                return request
             for stream in streams:
                 os.close(stream)
-            if fork == 0:
-                return request
             if fork is not None:
-                connection.sendall(b"%d\n" % fork)
+                with suppress(OSError):  # the other side is gone, which the next line sees, too
+                    connection.sendall(b"%d\n" % fork)
                 connection.sendall(b"%d\n" % _exit_code(fork, [connection]))
 
 

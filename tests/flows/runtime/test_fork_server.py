@@ -53,7 +53,7 @@ what, *_ = [*sys.argv[1:], "end"]
 if what == "exit":
     sys.exit(int(sys.argv[2]))
 if what == "die":
-    os.kill(os.getpid(), signal.SIGSEGV)
+    os.kill(os.getpid(), int(sys.argv[2]))
 if what == "wait":
     signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path("saved").touch(), sys.exit(143)))
     pathlib.Path("ready").touch()
@@ -151,7 +151,9 @@ def test_the_projects_own_code_is_imported_in_the_fork(server: dict[str, str], f
     assert facts(folder)["is_fork"] and facts(folder)["code"] == str(folder / "flows" / "__init__.py")
 
 
-@pytest.mark.parametrize(("arguments", "code"), [(("exit", "3"), 3), (("die",), -signal.SIGSEGV)])
+@pytest.mark.parametrize(
+    ("arguments", "code"), [(("exit", "3"), 3), (("die", "11"), -signal.SIGSEGV), (("die", "9"), -signal.SIGKILL)]
+)
 def test_the_process_ends_as_its_fork(server: dict[str, str], folder: Path, arguments: Any, code: int) -> None:
     assert run(folder, server, *arguments) == code and facts(folder)["is_fork"]
 
