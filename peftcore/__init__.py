@@ -4,10 +4,12 @@ Each name is imported at its first use, so `import peftcore` costs no import of 
 third-party methods are names of this module as well.
 """
 
+import sys
 import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from peftcore._util.pickle_by_name import pickle_by_name
 from peftcore.hf_peft.alias import SUBMODULES, install_in_peftcore
 
 if TYPE_CHECKING:
@@ -648,6 +650,7 @@ __all__ = [
 
 
 install_in_peftcore()
+pickle_by_name(sys.modules[__name__])
 
 
 def _third_party_configs() -> dict[str, Any]:
