@@ -9,8 +9,8 @@ import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from peftcore._util.pickle_by_name import pickle_by_name
 from peftcore.hf_peft.alias import SUBMODULES, install_in_peftcore
+from peftcore.hf_peft.pickle_by_name import pickle_by_name
 
 if TYPE_CHECKING:
     from peftcore.bases import register_storage

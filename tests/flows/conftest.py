@@ -134,6 +134,7 @@ def forked_stages(forked_dvc: ForkedDvc, monkeypatch: pytest.MonkeyPatch) -> Non
     """Fork the commands of `run_stage` as well, for tests that are not about its process."""
     if sys.platform == "linux":
         monkeypatch.setattr(stage_process, "subprocess", forked_dvc.as_subprocess())
+        monkeypatch.setattr(stage_process, "LONGEST_ADDRESS", 0)  # no fork server: these stages import little
 
 
 @pytest.fixture(scope="session")

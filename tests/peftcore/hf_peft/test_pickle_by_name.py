@@ -7,14 +7,14 @@ from pkgutil import walk_packages
 from types import ModuleType
 from typing import Any
 
-import cloudpickle
-import dill
 import pytest
 from datasets.fingerprint import Hasher
 
 import peftcore
 from peftcore import hf_peft
 from peftcore.errors import MissingExtraError
+
+dill, cloudpickle = pytest.importorskip("dill"), pytest.importorskip("cloudpickle")
 
 
 def modules() -> list[ModuleType]:
