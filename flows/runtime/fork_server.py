@@ -1,9 +1,11 @@
 """A process that has imported PyTorch and Transformers, of which the stages of a run are forks.
 
-A stage spends 4 to 8 seconds on imports; a fork, which has them already, 0.3 to 0.8 (2 cores of an AMD EPYC). Three
-processes take part: a run starts the server (`flows.runtime.stage_process.forked_stages`); DVC starts
-`python -m flows.stages.NAME`, which asks the server for a fork that does its work, waits for it, and ends as the fork
-has ended (`hand_over`).
+Imports take 4 to 8 seconds of a stage's process and 0.3 to 0.8 of a fork, which has most of them already (2 cores of an
+AMD EPYC); whole stages take 2 to 6 seconds less.
+
+Three processes take part. A run starts the server (`flows.runtime.stage_process.forked_stages`). DVC starts
+`python -m flows.stages.NAME`, which asks the server for a fork, waits for it, and ends as the fork has ended
+(`hand_over`). The fork does the stage's work.
 
 A stage that gets no fork does its own imports, with the same results. That is so without a run (`dvc repro`), outside
 of Linux, where libraries do not support forks, and with an accelerator, because CUDA cannot be used in a fork. Modules

@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import torch
+from waiting import eventually, is_gone
 
 from flows.errors import StageError
 from flows.runtime import fork_server
@@ -72,20 +73,6 @@ with forked_stages(Path.cwd()):
     run_stage(Path.cwd(), "probe", 300)
 """
 ROOT = Path(__file__).parents[3]
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 120) -> bool:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.05)
-    return condition()
-
-
-def is_gone(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return True
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +145,7 @@ def test_the_process_ends_as_its_fork(server: dict[str, str], folder: Path, argu
     assert run(folder, server, *arguments) == code and facts(folder)["is_fork"]
 
 
-def test_a_stage_with_other_variables_or_another_python_imports_for_itself(
+def test_a_stage_with_other_variables_or_options_of_python_imports_for_itself(
     server: dict[str, str], folder: Path
 ) -> None:
     for environment, options in ((server | {"OMP_NUM_THREADS": "7"}, []), (server, ["-O"])):
@@ -245,7 +232,6 @@ def test_a_machine_with_an_accelerator_has_no_forks(monkeypatch: pytest.MonkeyPa
 
 
 def test_forks_that_hang_in_pytorch_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert fork_server._can_compute()
     monkeypatch.setattr(fork_server, "SECONDS_TO_COMPUTE", 0.2)
     monkeypatch.setattr(torch, "ones", lambda *_: time.sleep(60))
     assert not fork_server._can_compute()

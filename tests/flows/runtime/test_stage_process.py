@@ -7,11 +7,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import eventually, is_gone
 
 from flows.errors import BusyError, StageError, StageStopped
 from flows.runtime.processes import this_host
@@ -64,25 +65,10 @@ def driver(shell: None, root: Path) -> Iterator[subprocess.Popen[bytes]]:
         process.kill()
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 30) -> bool:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(0.05)
-    return condition()
-
-
 def stage_pid(root: Path) -> int:
     path = root / "stage.pid"
     assert eventually(lambda: path.exists() and path.read_text() != "")
     return int(path.read_text())
-
-
-def is_gone(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return True
-    return state == "Z"
 
 
 def test_a_stage_runs_once_and_again_only_by_force(root: Path) -> None:
