@@ -17,6 +17,8 @@ PAGES = [
     *(ROOT / folder / "README.md" for folder in ("benchmarks", "data", "peftcore/methods")),
     *sorted((ROOT / "examples").rglob("README.md")),
 ]
+PLACES = {"{rule.metric}": "METRIC", "{suite}": "NAME", "{task}": "NAME"}
+"""{part of a check's name in the source: its word in docs/promotion.md}"""
 HISTORY = DOCS / "mended-defects.md"
 """The record of an earlier state, which names files as they were then."""
 
@@ -50,6 +52,17 @@ def test_the_readme_is_short() -> None:
 def test_the_method_table_is_the_registrys() -> None:
     table = method_table()
     assert table in (DOCS / "methods.md").read_text(), f"put this table into docs/methods.md:\n{table}"
+
+
+def test_the_page_of_the_gate_lists_its_checks_in_order_and_all_pages_count_them() -> None:
+    source = (ROOT / "flows" / "gate" / "gate.py").read_text()
+    named = re.findall(r'(?:yield|name =) f?"([^"]+)"', source.partition("def _checks")[2])
+    checks = [re.sub(r"\{(?:rule\.metric|suite|task)\}", lambda m: PLACES[m[0]], name) for name in named]
+    table = (DOCS / "promotion.md").read_text().partition("| check | passes if")[2].partition("\n\n")[0]
+    cells = [row.split("|")[1].strip() for row in table.splitlines()[2:]]
+    assert ", ".join(cells) == ", ".join(checks)
+    for page in (README, (DOCS / "pipeline.md").read_text(), (DOCS / "promotion.md").read_text()):
+        assert re.findall(r"(\d+) checks", page) == [str(len(checks))]
 
 
 def test_every_dependency_has_its_reason() -> None:

@@ -1,7 +1,7 @@
 """The promotion gate: ordered checks of a candidate. A refusal names every check that failed.
 
-If the candidate's files differ from the registered ones, no further check is made, because all other checks read these
-files. All limits on the candidate's own figures are checked. The comparison with the champion, which may need a
+If one of the `DECISIVE` checks fails, such as that of the registered files, no further check is made, because all later
+checks read these files. All limits on the candidate's own figures are checked. The comparison with the champion, which may need a
 re-evaluation, is made only if the candidate is within those limits.
 
 The gate reads the candidate's adapter folder and changes nothing. Losses are losses of test rows: mean nats per
