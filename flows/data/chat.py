@@ -80,14 +80,17 @@ class ChatTokenizer:
         self._refuse_unseen(messages, whole, tools, since)
         turns = [self._turn(messages, index, whole, tools) for index in self._supervised(messages, since)]
         if not turns:
-            raise DataError("no token of it is supervised, because it has no assistant turn to train on")
+            raise DataError("it has no assistant turn to train on; give it an answer, or remove the row")
         ids, offsets = self._encode(whole, [start for start, _ in turns])
         labels, first, last = [IGNORED] * len(ids), 0, 0
         for start, stop in turns:
             inside = [i for i, (a, _) in enumerate(offsets) if start <= a < stop]
             ends = [i for i in inside if ids[i] == self.end]
             if not ends:
-                raise DataError("the chat template does not end all of its assistant turns alike")
+                raise DataError(
+                    f"the chat template ends one of its assistant turns without {self.tokenizer.decode([self.end])!r}; "
+                    "give data.chat_template one that ends all of them alike"
+                )
             first, last = inside[0], ends[-1]
             labels[first : last + 1] = ids[first : last + 1]
         start = turns[-1][0]
@@ -260,7 +263,10 @@ def render(
         RecursionError,
     ) as error:
         roles = ", ".join(message["role"] for message in messages)
-        raise DataError(f"the chat template refuses a chat of {roles}: {error}") from error
+        raise DataError(
+            f"the chat template refuses a chat of {roles}: {error}; give turns that it accepts, or another "
+            "data.chat_template"
+        ) from error
     assert isinstance(text, str)
     return text
 

@@ -138,7 +138,10 @@ class PreferenceEncoder(Encoder):
         one, other = (self.chats.tokenize([*example.prompt, *turns], example.tools, since) for turns in answers)
         start = _first_supervised(one)
         if one.input_ids[:start] != other.input_ids[: _first_supervised(other)]:
-            raise DataError("the chat template renders the prompt differently for chosen and rejected")
+            raise DataError(
+                "the chat template writes the prompt differently before chosen and before rejected; give "
+                "data.chat_template one whose prompt does not depend on the answer"
+            )
         decode = self.chats.tokenizer.decode
         prompt, chosen, rejected = (
             str(decode(ids)) for ids in (one.input_ids[:start], one.input_ids[start:-1], other.input_ids[start:-1])
@@ -184,7 +187,7 @@ class LabelledEncoder(Encoder):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, names: list[str]) -> None:
         if len(names) < 2:
-            raise DataError(f"all rows have the label {names[0]!r}; a classifier needs two")
+            raise DataError(f"all rows have the label {names[0]!r}; give rows of at least two labels")
         self.tokenizer = tokenizer
         self.special = tokenizer.all_special_tokens
         self.numbers = {name: number for number, name in enumerate(names)}
@@ -197,7 +200,7 @@ class LabelledEncoder(Encoder):
         ids = self.tokenizer(example.text)["input_ids"]
         assert isinstance(ids, list)
         if not ids:
-            raise DataError("its text has no tokens")
+            raise DataError("its text has no tokens; give it text, or remove the row")
         return TextTokens(example.text, ids, self.numbers[example.label], example.label)
 
     def shorten(self, example: Labelled, limit: int) -> Labelled | None:
@@ -225,7 +228,7 @@ class TaggedEncoder(Encoder):
         if not tokenizer.is_fast:
             raise DataError(f"{type(tokenizer).__name__} has no offsets; give a base with a tokenizer.json")
         if len(names) < 2:
-            raise DataError(f"all words have the tag {names[0]!r}; a token classifier needs two")
+            raise DataError(f"all words have the tag {names[0]!r}; give rows with at least two tags")
         self.tokenizer = tokenizer
         self.special = tokenizer.all_special_tokens
         self.numbers = {name: number for number, name in enumerate(names)}
@@ -305,7 +308,7 @@ class TranslationEncoder(Encoder):
             ids = self.tokenizer(**arguments)["input_ids"]
             assert isinstance(ids, list)
             if not ids:
-                raise DataError(f"its {name} has no tokens")
+                raise DataError(f"its {name} has no tokens; give it text, or remove the row")
             sides.append(ids)
         source, target = sides
         return TargetTokens(
@@ -356,7 +359,7 @@ class RetrievalEncoder(Encoder):
         ids = self.tokenizer(text)["input_ids"]
         assert isinstance(ids, list)
         if not ids:
-            raise DataError(f"the text {text!r:.40} has no tokens")
+            raise DataError(f"the text {text!r:.40} has no tokens; give it text, or remove the row")
         return ids
 
     def _cut(self, text: str, limit: int) -> str:
@@ -418,7 +421,7 @@ class DocumentEncoder(Encoder):
         while ids and offsets[-1][1] == 0:  # ends that the tokenizer adds
             ids, offsets = ids[:-1], offsets[:-1]
         if not ids:
-            raise DataError("its text has no tokens")
+            raise DataError("its text has no tokens; give it text, or remove the row")
         return [*ids, self.end], [*offsets, (len(text), len(text))]
 
     def _row(self, text: str, ids: list[int], offsets: list[tuple[int, int]], begin: int) -> Tokens:

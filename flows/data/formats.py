@@ -118,12 +118,14 @@ def preference(
     chosen, rejected = (_turns_of(row, column, "assistant", ignored) for column in ("chosen", "rejected"))
     if chosen[0]["role"] == "assistant" and rejected[0]["role"] == "assistant":
         if not prompt:
-            raise FaultyRow("it has no prompt, and chosen and rejected do not hold it")
+            raise FaultyRow("it has no prompt; give one, or begin chosen and rejected with the user's turns")
     else:
         common = _common(chosen, rejected)
         begins = [turn for turn in common if turn["role"] != "system"][: len(prompt)]
         if prompt not in (begins, common[: len(prompt)]):
-            raise FaultyRow("its chosen and rejected are whole chats that do not both begin with its prompt")
+            raise FaultyRow(
+                "its chosen and rejected are chats that do not both begin with its prompt; remove the prompt"
+            )
         prompt, chosen, rejected = common, chosen[len(common) :], rejected[len(common) :]
     prompt = [*_system(row, prompt), *prompt]
     for answer in (chosen, rejected):
@@ -159,7 +161,10 @@ def unpaired_preference(
     prompt = [*_system(row, prompt), *prompt]
     check_order([*prompt, *completion])
     if completion[0]["role"] != "assistant":
-        raise FaultyRow("its completion does not begin with an assistant turn")
+        raise FaultyRow(
+            f"its completion begins with a turn of the role {completion[0]['role']}, not assistant; move turns before "
+            "the answer into prompt"
+        )
     return prompt, completion, desirable
 
 
@@ -202,7 +207,7 @@ def tagged(row: dict[str, Any], scheme: str = "bio") -> tuple[list[str], list[st
     if len(words) != len(tags):
         raise FaultyRow(f"it has {len(words)} tokens and {len(tags)} tags; give one tag for each token")
     if not words:
-        raise FaultyRow("its tokens are empty")
+        raise FaultyRow("its tokens are empty; give it words and tags, or remove the row")
     for number, (word, tag) in enumerate(zip(words, tags, strict=True), start=1):
         if not word.strip():
             raise FaultyRow(f"its token {number} is empty or white space; remove it with its tag")
@@ -224,9 +229,9 @@ def _strings(row: dict[str, Any], column: str) -> list[str]:
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise FaultyRow(f"its {column} are no JSON list: {error}") from error
+            raise FaultyRow(f'its {column} are no JSON list ({error}); write them as ["one", "two"]') from error
     if not isinstance(value, list) or not all(isinstance(one, str | int) for one in value):
-        raise FaultyRow(f"its {column} are no list of texts")
+        raise FaultyRow(f'its {column} are {value!r:.80}; give a list of texts, such as ["one", "two"]')
     return [str(one) for one in value]
 
 
@@ -404,7 +409,7 @@ def _history(row: dict[str, Any]) -> list[Message]:
 
 def _pair(pair: Any) -> list[tuple[str, Any]]:
     if not isinstance(pair, list | tuple) or len(pair) != 2:
-        raise FaultyRow("its history is no list of [question, answer]")
+        raise FaultyRow(f"its history has {pair!r:.80}; give a list of pairs [question, answer]")
     return [("user", pair[0]), ("assistant", pair[1])]
 
 
@@ -423,7 +428,7 @@ def _system(row: dict[str, Any], turns: list[Message]) -> list[Message]:
 def _text(row: dict[str, Any], column: str) -> str:
     value = row[column]
     if value is None or (isinstance(value, str) and not value.strip()):
-        raise FaultyRow(f"its {column} is empty")
+        raise FaultyRow(f"its {column} is empty; give it text, or remove the row")
     if not isinstance(value, str):
         raise FaultyRow(f"its {column} is no text, but {value!r:.80}; write it as text")
     check_characters(value, f"its {column}")
@@ -439,7 +444,7 @@ def _turns_of(row: dict[str, Any], column: str, role: str, ignored: Collection[s
         value = [value]
     turns = list(read_turns(listed(value, f"its {column} is text, or"), ignored))
     if not turns:
-        raise FaultyRow(f"its {column} is empty")
+        raise FaultyRow(f"its {column} is empty; give it text, or remove the row")
     return turns
 
 

@@ -60,7 +60,7 @@ def read_turns(value: list[dict[str, Any]], ignored: Collection[str], first: int
         if calls and message.get("from") == "function_call":
             content = ""
         if not (content.strip() or role == "system" or calls):
-            raise FaultyRow(f"{subject} has no text as its content")
+            raise FaultyRow(f"{subject} has no text as its content; give it text, or remove the turn")
         check_characters(content, subject)
         turn: Message = {"role": role, "content": content}
         if calls:
@@ -92,11 +92,13 @@ def check_order(messages: list[Message]) -> None:
     """Raise FaultyRow if the order of the roles is no chat that ends with an answer."""
     roles = [message["role"] for message in messages]
     if "system" in roles[1:]:
-        raise FaultyRow("it has a system turn that is not the first")
+        raise FaultyRow("it has a system turn that is not the first; move it to the beginning, or remove it")
     if not roles or roles[-1] != "assistant":
-        raise FaultyRow("it has no completion: its last turn is not the assistant's")
+        raise FaultyRow(
+            "it has no completion: its last turn is not the assistant's; add the answer, or remove the turn"
+        )
     if "user" not in roles[: roles.index("assistant")]:
-        raise FaultyRow("it has no user turn before the assistant's first")
+        raise FaultyRow("it has no user turn before the assistant's first; add the question, or remove the row")
     for before, role in itertools.pairwise(roles):
         if role == "tool" and before not in ("assistant", "tool"):
             raise FaultyRow(f"it has a tool turn after one of {before}; a tool answers the assistant")

@@ -46,7 +46,7 @@ class AdapterModel:
     def predict(self, frame: Any, params: dict[str, Any] | None = None) -> list[str]:
         """Return the answers to the column `prompt` of a data frame. params: none are known."""
         if params:
-            raise ValueError(f"the model takes no parameters, got {', '.join(params)}")
+            raise ValueError(f"the model takes no parameters, got {', '.join(params)}; leave params out")
         system = [] if self._system is None else [{"role": "system", "content": self._system}]
         chats = [[*system, {"role": "user", "content": str(prompt)}] for prompt in frame["prompt"]]
         texts = [render(self._tokenizer, chat, generate=True) for chat in chats]

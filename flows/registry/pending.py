@@ -43,7 +43,10 @@ def judged_versions(registry: RegistryReader, remote: str) -> set[str]:
     try:
         lines = registry.git.run("ls-remote", "--", remote, f"{PREFIX}/{registry.name}/*").splitlines()
     except GitError as error:
-        raise RegistryError(f"the judged versions could not be read from {remote}: {error}") from error
+        raise RegistryError(
+            f"the judged versions could not be read from {remote} ({error}); check that this machine can reach the "
+            "remote"
+        ) from error
     return {line.split("\t", 1)[1] for line in lines}
 
 

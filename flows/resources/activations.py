@@ -163,7 +163,7 @@ def _explained(model: Any) -> Iterator[None]:
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException) as error:
         raise EstimateError(
             f"{type(model).__name__} needs the values of its tensors, so its activations cannot be simulated "
-            f"({str(error).splitlines()[0]})"
+            f"({str(error).splitlines()[0]}); measure the memory with a short run instead (train.max_steps: 2)"
         ) from error
 
 

@@ -39,7 +39,7 @@ def read(path: str) -> list[Run]:
         newest = api.runs("/".join(parts), per_page=50, order="-created_at", lazy=False)
         runs = [_run(run) for run, _ in zip(newest, range(RUNS), strict=False)]
     if not runs:
-        raise ReviewError(f"wandb:{path} has no run yet")
+        raise ReviewError(f"wandb:{path} has no run yet; `wandb sync FOLDER` uploads offline runs")
     return runs
 
 

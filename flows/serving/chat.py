@@ -55,7 +55,10 @@ def project_models(paths: Paths, params: Params, base: Path) -> Iterator[Models]
             version = versions[number]
             evaluated = ServedBase.of_record(registry.record(version))
             if not evaluated.is_same(loaded):
-                raise BaseModelError(f"{number} was evaluated on {evaluated}, and this is {loaded}")
+                raise BaseModelError(
+                    f"{number} was evaluated on {evaluated}, and this chat has loaded {loaded}; start `peftcore chat "
+                    f"{number}` to talk to it"
+                )
             store.register(number, adapter_files(paths, registry, version, folder))
             return number
 

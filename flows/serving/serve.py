@@ -119,7 +119,8 @@ def _load_base(options: ServeOptions) -> tuple[Any, Any, ServedBase | None]:
     paths, params = options.project
     if options.dtype != "auto":
         raise ConfigError(
-            f"--dtype {options.dtype}: with --watch, the base's dtype is that of the champion's evaluation"
+            f"--dtype {options.dtype}: with --watch, the base's dtype is that of the champion's evaluation; leave it "
+            "out"
         )
     registry = registry_of(params, paths.root)
     if options.git_remote is not None:

@@ -158,5 +158,7 @@ def load_given_base(folder: Path, dtype: str) -> tuple[Any, Any]:
     from flows.base.model import load_calibrated
 
     if dtype != "auto":
-        raise ConfigError(f"--dtype {dtype}: {folder} holds a calibrated base, which has the dtype of its calibration")
+        raise ConfigError(
+            f"--dtype {dtype}: {folder} holds a calibrated base, which has the dtype of its calibration; leave it out"
+        )
     return load_calibrated(folder), load_tokenizer(folder)

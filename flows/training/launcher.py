@@ -171,7 +171,10 @@ def joined(processes: int) -> Iterator[PartialState]:
     try:
         state = PartialState(cpu=not torch.cuda.is_available())
         if state.num_processes != processes:
-            raise StageError(f"started in {state.num_processes} processes, but the parameters say {processes}")
+            raise StageError(
+                f"the launcher started {state.num_processes} processes, but train.processes * train.nodes is "
+                f"{processes}; make both equal"
+            )
         if not state.is_main_process:
             for package in ("flows", "peftcore"):
                 logging.getLogger(package).setLevel(logging.ERROR)

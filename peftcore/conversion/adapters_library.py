@@ -68,18 +68,22 @@ def convert_adapters_directory(source: str | Path, directory: str | Path, model:
     try:
         described = parsed_json(read_limited(source / CONFIG_NAME, LARGEST_CONFIG))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{source / CONFIG_NAME} cannot be read: {error}") from error
+        raise CheckpointError(f"{source / CONFIG_NAME} cannot be read ({error}); save the adapter again") from error
     options = _checked_options(described, source)
     if is_encoder_decoder(model):
         raise ConfigError(
-            f"{type(model).__name__} has an encoder and a decoder; only models with one stack are converted"
+            f"{type(model).__name__} has an encoder and a decoder, and only adapters of models with one stack are "
+            "converted; go on with the library adapters, or train a new adapter with BottleneckConfig"
         )
     if not (source / WEIGHTS).is_file():
         raise CheckpointError(f"no {WEIGHTS} in {source}; save the adapter with use_safetensors=True")
     tensors = _renamed(parsed(read_file(source / WEIGHTS), source, WEIGHTS), described["name"], model)
     sizes = {len(tensor) for key, tensor in tensors.items() if key.endswith(".bottleneck_down")}
     if len(sizes) != 1:
-        raise ConfigError(f"{source}: the bottlenecks have sizes {sorted(sizes)}; only one size for all is converted")
+        raise ConfigError(
+            f"{source}: the bottlenecks have the sizes {sorted(sizes)}, and only one size for all is converted; train "
+            "a new adapter with BottleneckConfig(bottleneck_size=...)"
+        )
     config = BottleneckConfig(
         target_modules={key.removeprefix(PREFIX).rpartition(".")[0] for key in tensors},
         bottleneck_size=sizes.pop(),
@@ -96,7 +100,10 @@ def _checked_options(described: Any, source: Path) -> dict[str, Any]:
     """Return the options of `BottleneckConfig` for the description of an adapter; ConfigError if none fit."""
     values = described.get("config") if isinstance(described, dict) else None
     if not isinstance(values, dict) or not isinstance(described.get("name"), str):
-        raise ConfigError(f"{source / CONFIG_NAME} does not describe an adapter of the library adapters")
+        raise ConfigError(
+            f"{source / CONFIG_NAME} does not describe an adapter of the library adapters; give a directory that its "
+            "`save_adapter` wrote"
+        )
     for option, needed in _REQUIRED.items():
         if (value := values.get(option, needed)) != needed:
             raise ConfigError(
@@ -122,7 +129,8 @@ def _renamed(tensors: Mapping[str, Tensor], name: str, model: nn.Module) -> dict
         layer = layers.get((blocks.get(match[1], ""), "attention" in place)) if match else None
         if layer is None or part not in _KEYS:
             raise CheckpointError(
-                f"{key} belongs to no block of this {type(model).__name__}, or is no bottleneck adapter"
+                f"{key} belongs to no block of this {type(model).__name__}, or is no bottleneck adapter; give the base "
+                "model of the adapter"
             )
         renamed[f"{PREFIX}{layer}.{_KEYS[part]}"] = tensor
     return renamed

@@ -68,7 +68,10 @@ def model_config(source: nn.Module | str | Path, base: str | Path | None, lora: 
     if isinstance(source, nn.Module):
         config: Any = getattr(source, "config", None)
         if not hasattr(config, "model_type"):
-            raise ExportError(f"this {type(source).__name__} has no transformers configuration, which GGUF names need")
+            raise ExportError(
+                f"this {type(source).__name__} has no transformers configuration, from which the GGUF names follow; "
+                "give a model of transformers"
+            )
         return config
     from transformers import AutoConfig
 

@@ -43,7 +43,10 @@ def mapped_model(folder: Path, tensors: dict[str, Tensor]) -> Any:
                 raise ExportError(f"{folder} holds no {path}, which {name} needs; use merge_and_unload")
             continue
         if tensors[key].shape != parameter.shape:
-            raise ExportError(f"{folder}: {key} is {list(tensors[key].shape)}, in {name} {list(parameter.shape)}")
+            raise ExportError(
+                f"{folder}: {key} has the shape {list(tensors[key].shape)}, and {name} with this config.json has "
+                f"{list(parameter.shape)}; take another copy of the model"
+            )
         owner, _, leaf = path.rpartition(".")
         model.get_submodule(owner)._parameters[leaf] = nn.Parameter(tensors[key], requires_grad=False)
     model.tie_weights()

@@ -467,7 +467,9 @@ def _upload_explained(repo_id: str) -> Iterator[None]:
                 f"{repo_id}: {constants.ENDPOINT} refuses the upload (status {status}). Log in with `hf auth login`, "
                 "or give token=, with a token that may write to this repository"
             ) from error
-        raise CheckpointError(f"{repo_id}: the upload failed with status {status} ({error})") from error
+        raise CheckpointError(
+            f"{repo_id}: the upload failed with status {status} ({error}); run it again later"
+        ) from error
     except _connection_error() as error:
         raise CheckpointError(
             f"{repo_id}: the connection to {constants.ENDPOINT} failed ({error}); check the network and run it again"

@@ -109,11 +109,16 @@ def read_file(path: Path) -> memoryview:
             raise CheckpointError(f"{path} is not an ordinary file; take another copy")
         # a sparse file can claim terabytes
         if status.st_size > _machine_memory():
-            raise CheckpointError(f"{path} has {status.st_size:,} bytes, more than this machine's memory")
+            raise CheckpointError(
+                f"{path} has {status.st_size:,} bytes, more than this machine's memory; take another copy, or a larger "
+                "machine"
+            )
         try:
             content = _memory(status.st_size)
         except (OSError, ValueError, MemoryError) as error:
-            raise CheckpointError(f"{path}: not enough memory for {status.st_size:,} bytes ({error})") from error
+            raise CheckpointError(
+                f"{path}: not enough memory for {status.st_size:,} bytes ({error}); free some memory"
+            ) from error
         return content[: file.readinto(content)]
 
 
@@ -185,7 +190,9 @@ def parsed(content: memoryview, directory: Path, name: str = WEIGHTS_NAME) -> di
     path = directory / name
     length = int.from_bytes(content[:8], "little")
     if _LONGEST_HEADER < length <= len(content):
-        raise CheckpointError(f"{path} has a header of {length:,} bytes; the limit is {_LONGEST_HEADER:,}")
+        raise CheckpointError(
+            f"{path} has a header of {length:,} bytes, and at most {_LONGEST_HEADER:,} are read; take another copy"
+        )
     try:
         tensors = load(bytes(content))
         _refuse_repeated_names(content[8 : 8 + length])

@@ -126,14 +126,17 @@ def layout_of_metadata(value: Callable[[str], Any], tensors: Collection[str]) ->
     family = _BY_ARCHITECTURE.get(architecture)
     if family is None:
         raise ExportError(
-            f"GGUF architecture {architecture!r} is not supported; supported: {', '.join(sorted(_BY_ARCHITECTURE))}"
+            f"GGUF architecture {architecture!r} is not supported; supported: {', '.join(sorted(_BY_ARCHITECTURE))}; "
+            "for another one, save the model by save_pretrained and use llama.cpp's convert_hf_to_gguf.py"
         )
     heads = value(f"{architecture}.attention.head_count")
     keys = value(f"{architecture}.attention.head_count_kv") or heads
     blocks = value(f"{architecture}.block_count")
     for name, number in (("head_count", heads), ("head_count_kv", keys), ("block_count", blocks)):
         if not isinstance(number, int) or number < 1:
-            raise ExportError(f"{name} of this {architecture} file is {number!r}; a positive number is supported")
+            raise ExportError(
+                f"{name} of this {architecture} file is {number!r}, and must be one positive number; give another file"
+            )
     return _layout(family, blocks, heads, keys, f"{HEAD}.weight" not in tensors)
 
 

@@ -180,7 +180,10 @@ def _config(header: GgufHeader) -> Any:
         )
     except (KeyError, ValueError, TypeError, OSError, AttributeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise GgufError(f"{header.path}: its metadata describes no model that transformers knows ({reason})") from error
+        raise GgufError(
+            f"{header.path}: its metadata describes no model that transformers knows ({reason}); convert the model "
+            "again with a current llama.cpp"
+        ) from error
     # transformers takes these from the defaults of the configuration's class
     config.pad_token_id = header.metadata.get("tokenizer.ggml.padding_token_id")
     if (head := header.metadata.get(f"{architecture}.attention.key_length")) and hasattr(config, "head_dim"):
@@ -240,7 +243,8 @@ class _Loader:
         if unused := [name for name in self.header.tensors if name not in known]:
             raise GgufError(
                 f"{self.header.path} holds {', '.join(unused[:5])}, which {type(self.model).__name__} does not have; "
-                "its model is not supported"
+                "its model is not supported; AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=FILE) dequantises "
+                "it"
             )
 
     @torch.no_grad()

@@ -14,6 +14,7 @@ from torch import Tensor
 from peftcore.errors import GgufError
 
 FREQUENCIES = "rope_freqs.weight"
+_INSTEAD = "AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=FILE) loads the file dequantised"
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """The values of all published Llama 3 models; only `factor` differs between them."""
 
@@ -51,9 +52,13 @@ def rope_parameters(
     kind = value.get(f"{architecture}.rope.scaling.type", "none")
     rotated = value.get(f"{architecture}.rope.dimension_count", size)
     if rotated != size:
-        raise GgufError(f"{label} rotates {rotated} of {size} elements of a head; only whole heads are supported")
+        raise GgufError(
+            f"{label} rotates {rotated} of {size} elements of a head; only whole heads are supported. {_INSTEAD}"
+        )
     if kind not in ("none", "linear"):
-        raise GgufError(f"{label} scales its rotary embeddings by {kind!r}; supported: none, linear, llama3")
+        raise GgufError(
+            f"{label} scales its rotary embeddings by {kind!r}; supported: none, linear, llama3. {_INSTEAD}"
+        )
     if kind == "linear":
         return {**known, "rope_type": "linear", "factor": value[f"{architecture}.rope.scaling.factor"]}
     if factors is None:
@@ -61,5 +66,5 @@ def rope_parameters(
     found = {**known, **LLAMA3, "rope_type": "llama3", "factor": round(float(factors.max()), 3)}
     expected = llama3_factors(found, size)
     if factors.shape != expected.shape or not torch.allclose(factors, expected, rtol=1e-3):
-        raise GgufError(f"{label} holds {FREQUENCIES} other than Llama 3's, which is not supported")
+        raise GgufError(f"{label} holds {FREQUENCIES} other than Llama 3's, which are not supported. {_INSTEAD}")
     return found

@@ -207,7 +207,10 @@ def _layers(cache: Any) -> list[tuple[Tensor, Tensor]]:
     pairs = [(layer.keys, layer.values) for layer in layers] if layers is not None else [tuple(p)[:2] for p in cache]
     for number, pair in enumerate(pairs):
         if not all(isinstance(state, Tensor) for state in pair):
-            raise ConfigError(f"layer {number} of past_key_values has no keys and values, so no prefix can start at it")
+            raise ConfigError(
+                f"layer {number} of past_key_values has no keys and values, so no prefix can start at it; give the "
+                "cache of a model whose layers all have attention"
+            )
     return pairs
 
 

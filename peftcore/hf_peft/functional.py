@@ -74,7 +74,8 @@ def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", layer_
     names = {key for part in adapters.of_method(adapter_name).values() for key in part.checkpoint_keys().values()}
     if prefix and names and not any(name.startswith(prefix) for name in names):
         raise ConfigError(
-            f"delete_adapter: {adapter_name!r} has parameters {sorted(names)}, none with prefix {prefix!r}"
+            f"delete_adapter: {adapter_name!r} has parameters {sorted(names)}, none with prefix {prefix!r}; leave "
+            "prefix out"
         )
     activation.delete_adapter(model, adapter_name)
     return list(adapters.selection.active)

@@ -150,7 +150,10 @@ def _linear_targets(model: nn.Module, config: LoraConfig) -> dict[str, BaseWeigh
     bases = {path: base_weight(layer, path) for path, layer in layers.items()}
     linear = {path: base for path, base in bases.items() if base.kind == "linear"}
     if not linear:
-        raise ConfigError(f"target_modules match no linear layer, only {next(iter(bases.values())).kind} ones")
+        raise ConfigError(
+            f"target_modules match no linear layer, only {next(iter(bases.values())).kind} ones; name linear layers, "
+            "which alone have such a start"
+        )
     return linear
 
 
@@ -228,7 +231,7 @@ def _decomposed(
 ) -> corda.CordaEigens:
     weight = base.read_unmerged().float()
     if r > (most := min(weight.shape)):
-        raise ConfigError(f"preprocess_corda: r={r} at {path} exceeds the weight's {most} singular vectors")
+        raise ConfigError(f"preprocess_corda: r={r} at {path} exceeds the weight's {most} singular vectors; try {most}")
     return corda.eigens_of(weight, covariance.float(), r, options["corda_method"])
 
 

@@ -67,7 +67,10 @@ def replicate(model: nn.Module, ranges: Sequence[tuple[int, int]]) -> Replicatio
     path, blocks = _block_list(model)
     for start, end in ranges:
         if not 0 <= start < end <= len(blocks):
-            raise ConfigError(f"layer_replication: [{start}, {end}) is not a range of the model's {len(blocks)} blocks")
+            raise ConfigError(
+                f"layer_replication: ({start}, {end}) is not a range of the model's {len(blocks)} blocks; give pairs "
+                f"(start, end) with 0 <= start < end <= {len(blocks)}"
+            )
     parent_path, _, name = path.rpartition(".")
     config = getattr(model, "config", None)
     config = config if hasattr(config, "num_hidden_layers") else None
@@ -103,7 +106,8 @@ def _block_list(model: nn.Module) -> tuple[str, nn.ModuleList]:
     outermost = [(p, m) for p, m in fitting if not any(p.startswith(f"{other}.") for other, _ in fitting)]
     if len(outermost) != 1:
         raise TargetError(
-            f"layer_replication needs a model with one stack of blocks; {type(model).__name__} has {len(outermost)}"
+            f"layer_replication needs a model with one stack of blocks; {type(model).__name__} has {len(outermost)}; "
+            "leave the option out"
         )
     return outermost[0]
 

@@ -32,7 +32,10 @@ def composed_output(
     if route.uniform is not None:
         return call.output(route.uniform, x)
     if any(isinstance(value, Tensor) for value in (*args, *kwargs.values())):
-        raise RoutingError(f"{layer.path} is called with more tensors than its input, whose rows are unknown")
+        raise RoutingError(
+            f"{layer.path} is called with more tensors than its input, and it is unknown which rows these belong to; "
+            "leave this layer out of target_modules, or give all rows of a batch the same adapter"
+        )
     layer.check_rows(x, route)
     groups = route.groups(x)
     inputs = [x.index_select(0, rows) for _, rows in groups]

@@ -70,7 +70,10 @@ class Miss(Adapter):
                 f"try {math.gcd(i, o)}"
             )
         if self.variant == "mini" and o % config.mini_r:
-            raise ConfigError(f"MISS: mini_r must divide the {o} outputs of {path}, got {config.mini_r}")
+            raise ConfigError(
+                f"MISS: mini_r must divide the {o} outputs of {path}, got {config.mini_r}; try "
+                f"{math.gcd(o, config.mini_r)}"
+            )
         shape = {"bat": (o // r, r, r), "mini": (r, config.mini_r)}.get(str(self.variant), (r, o))
         self.miss_block = nn.Parameter(torch.empty(shape))
 

@@ -5,6 +5,7 @@ Shapes: o out_features; θ and α (o/2) for "road_1", one angle and scale a pair
 (2o) for "road_4", two an element, g for the cosines and then g for the sines of each group.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -54,7 +55,12 @@ class Road(Adapter):
         super().__init__(config, base, path)
         if base.out_features % config.group_size:
             raise ConfigError(
-                f"ROAD: group_size must divide the {base.out_features} outputs of {path}, got {config.group_size}"
+                f"ROAD: group_size must divide the {base.out_features} outputs of {path}, got {config.group_size}; "
+                + (
+                    f"try {fits}"
+                    if (fits := math.gcd(base.out_features, config.group_size)) > 1
+                    else "exclude the layer"
+                )
             )
         self.group = config.group_size
         self.variant, self.init = config.variant, config.init_weights

@@ -59,7 +59,10 @@ class KeyValuePrefix(PromptLearner):
             raise ConfigError("no layer of this model caches keys and values; use PromptTuningConfig")
         heads, width = max(shapes, key=lambda shape: shape[1])
         if any(shape[0] > heads for shape in shapes):
-            raise ConfigError(f"one prefix cannot fit these key/value shapes (heads, width): {sorted(set(shapes))}")
+            raise ConfigError(
+                f"one prefix cannot fit these key/value shapes (heads, width): {sorted(set(shapes))}; use "
+                "PromptTuningConfig"
+            )
         sizes = {"token_dim": heads * width, "num_attention_heads": heads, "num_layers": len(kv_shapes(model))}
         return dataclasses.replace(config, **{**model_sizes(config, model), **sizes})
 
@@ -164,7 +167,9 @@ class KeyValuePrefix(PromptLearner):
         if self.has_encoder():
             raise ConfigError("a prefix that a projection computes cannot be replaced; use prefix_projection=False")
         if tuple(prompt_embeddings.shape) != shape:
-            raise ConfigError(f"this prefix has the shape {shape}; got {tuple(prompt_embeddings.shape)}")
+            raise ConfigError(
+                f"prompt_embeddings must have the shape {shape} of this prefix; got {tuple(prompt_embeddings.shape)}"
+            )
         self.load_checkpoint_tensors({EMBEDDINGS: prompt_embeddings})
 
 

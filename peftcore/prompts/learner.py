@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from peftcore.config import TaskType, options_at
 from peftcore.errors import CheckpointError, ConfigError
+from peftcore.files import PROMPT_STATE
 
 EMBEDDINGS = "prompt_embeddings"
 """HF PEFT's checkpoint key of the computed prompt."""
@@ -243,13 +244,19 @@ class PromptLearner(nn.Module):
         state = {renamed.get(key, key): tensor for key, tensor in state.items()}
         current = self.state_dict()
         if {k: t.shape for k, t in current.items()} != {k: t.shape for k, t in state.items()}:
-            raise CheckpointError(f"the saved training state does not fit this {type(self).__name__} configuration")
+            raise CheckpointError(
+                f"{PROMPT_STATE} does not fit this {type(self).__name__} configuration; give the configuration that "
+                "was saved with it, or delete the file to use the prompt without training it further"
+            )
         before = {key: tensor.clone() for key, tensor in current.items()}
         self.load_state_dict(dict(state))
         computed, saved = self.checkpoint_tensors()[EMBEDDINGS], tensors[EMBEDDINGS]
         if (computed.cpu() - saved).abs().max() > 1e-2 * saved.abs().max():
             self.load_state_dict(before)
-            raise CheckpointError(f"the saved training state does not belong to the saved {EMBEDDINGS}")
+            raise CheckpointError(
+                f"{PROMPT_STATE} computes another prompt than the saved {EMBEDDINGS}, so they are of two adapters; "
+                "take another copy, or delete the file to use the prompt without training it further"
+            )
 
     # -- hooks of `peftcore.adapter.Adapter` that have no effect for prompts ---------------------------------
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from peftcore.errors import CheckpointError, ConfigError
+from peftcore.errors import CheckpointError, ConfigError, pickle_advice
 from peftcore.kernels.start_values import normal_
 from peftcore.prompts.learner import EMBEDDINGS, rows
 from peftcore.prompts.virtual_tokens import VirtualTokens
@@ -84,9 +84,7 @@ class MultitaskPromptTuning(VirtualTokens):
 
     def _start_from_source(self, path: Path) -> None:
         if path.suffix != ".safetensors":
-            raise ConfigError(
-                f"{path} is not a safetensors file; a pickle can run code when it is loaded: convert it first"
-            )
+            raise ConfigError(f"{path} is not a safetensors file; {pickle_advice(path.parent)}")
         try:
             source = load_file(path)
         except (OSError, SafetensorError) as error:
@@ -141,5 +139,7 @@ def _one_task(values: Tensor, task: int | None) -> Tensor:
     if task is None:
         return values.mean(0, keepdim=True)
     if not 0 <= task < len(values):
-        raise ConfigError(f"prompt_tuning_init_task={task}, but the source has tasks 0 to {len(values) - 1}")
+        raise ConfigError(
+            f"prompt_tuning_init_task={task}, but the source has the tasks 0 to {len(values) - 1}; give one of them"
+        )
     return values[task : task + 1]

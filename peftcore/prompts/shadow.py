@@ -358,7 +358,10 @@ def _mirror(config: ShadowConfig, decoder: PreTrainedModel) -> PreTrainedModel:
             continue
         name = next((name for name in _SIZES[option] if hasattr(smaller, name)), None)
         if name is None:
-            raise ConfigError(f"{option}: the configuration of {type(decoder).__name__} has none of {_SIZES[option]}")
+            raise ConfigError(
+                f"{option}: the configuration of {type(decoder).__name__} has none of {_SIZES[option]}; leave the "
+                "option out"
+            )
         setattr(smaller, name, size)
     layers = sizes["shadow_num_hidden_layers"]
     if (kinds := getattr(smaller, "layer_types", None)) is not None:
@@ -374,6 +377,7 @@ def _classifier(model: nn.Module) -> nn.Module:
     head = next((getattr(model, name) for name in ("score", "classifier") if hasattr(model, name)), None)
     if not isinstance(head, nn.Module):
         raise ConfigError(
-            f"task_type='SEQ_CLS' needs a head named score or classifier; {type(model).__name__} has none"
+            f"task_type='SEQ_CLS' needs a head named score or classifier; {type(model).__name__} has none; load the "
+            "base by AutoModelForSequenceClassification"
         )
     return head

@@ -47,7 +47,7 @@ class Entry:
         directory = self.fetch()
         config = self.config or PeftConfig.from_pretrained(directory)
         if change := _changes_the_base(config):
-            raise CheckpointError(f"{directory} {change}, which would affect every other adapter of the base")
+            raise CheckpointError(f"{directory} {change}, which would affect every other adapter of the base; merge it")
         if base is not None and config.base_model_name_or_path != base:
             raise CheckpointError(
                 f"{directory} was trained on {config.base_model_name_or_path!r}, and this store is for {base!r}; train "

@@ -107,9 +107,15 @@ class Fusion(nn.Module):
         fusion = cls(model, members, width)
         expected = fusion.state_dict()
         if wrong := sorted(expected.keys() ^ tensors.keys()):
-            raise CheckpointError(f"{path} was made for other layers: {wrong[0]} ({len(wrong)} in all)")
+            raise CheckpointError(
+                f"{path} was made for other layers: {wrong[0]} ({len(wrong)} in all); load the adapters that it was "
+                "made for, or train a new Fusion"
+            )
         if wrong := [name for name in expected if expected[name].shape != tensors[name].shape]:
-            raise CheckpointError(f"{path} was made for another base: {wrong[0]} is {list(tensors[wrong[0]].shape)}")
+            raise CheckpointError(
+                f"{path} was made for another base: {wrong[0]} is {list(tensors[wrong[0]].shape)}, and here "
+                f"{list(expected[wrong[0]].shape)}; load that base"
+            )
         fusion.load_state_dict(tensors)
         return fusion
 

@@ -56,7 +56,10 @@ class _Arrow:
             return cached[1]
         fingerprint, factors = Fingerprint([adapter]), adapter.low_rank()
         if factors is None or adapter.base.kind != "linear":
-            raise RoutingError(f"Arrow needs low-rank adapters; {type(adapter).__name__} at {path} is not low-rank")
+            raise RoutingError(
+                f"Arrow needs low-rank adapters of linear layers; {type(adapter).__name__} at {path} is none; leave it "
+                "out"
+            )
         direction = prototype(factors.a, factors.b)
         self.prototypes[adapter] = fingerprint, direction
         return direction

@@ -133,7 +133,9 @@ def test_a_server_and_a_chat_load_the_champions_base_from_the_cache(versions: Pa
         assert torch.equal(weight_of(model), weight_of(load_calibrated(at.calibrated)))
     with project_models(versions, params, versions.base) as (_, _, store, _, add):
         assert add("champion") == "v0.1.0" and store.names() == ["v0.1.0"]
-        with pytest.raises(BaseModelError, match=r"v0\.2\.0 was evaluated on base .* calibrated .* and this is base"):
+        with pytest.raises(
+            BaseModelError, match=r"v0\.2\.0 was evaluated on base .* calibrated .* this chat has loaded base"
+        ):
             add("v0.2.0")
 
 

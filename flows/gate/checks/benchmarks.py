@@ -52,7 +52,7 @@ def _of_champion(
         return None, why
     measured = champion.measured_benchmarks
     if measured is None:
-        return None, f"{why}, and gate.champion.reevaluate forbids a re-evaluation"
+        return None, f"{why}, and gate.champion.reevaluate is false"
     if name not in measured or measured[name]["identity"] != ours["identity"]:
         return None, f"{why}, and its files have changed since the candidate's evaluation"
     return measured[name]["adapter"], f"{why}, so it was re-evaluated"

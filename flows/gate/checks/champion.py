@@ -187,7 +187,10 @@ def metric_rows(candidate: Candidate, champion: Champion, metric: str) -> "tuple
         return ours, theirs, how
     measured = champion.on_candidate_rows
     if measured is None:
-        raise GateError(f"{champion.version} {why}, and gate.champion.reevaluate forbids a re-evaluation")
+        raise GateError(
+            f"{champion.version} {why}, and gate.champion.reevaluate is false; set it to true, so that the champion is "
+            "evaluated again"
+        )
     return ours, measured.rows, f"; {champion.version} {why}, so it was re-evaluated"
 
 
@@ -330,7 +333,7 @@ def _same_rows(candidate: Candidate, champion: Champion) -> "tuple[pyarrow.Table
     why = f"; the base's own losses differ by {apart:.3f} nats between the two evaluations (hardware or software)"
     theirs, ours = champion.on_candidate_rows, champion.candidate_on_own_rows
     if theirs is None or ours is None:
-        return candidate.rows, champion.rows, f"{why}, and gate.champion.reevaluate forbids a re-evaluation"
+        return candidate.rows, champion.rows, f"{why}, and gate.champion.reevaluate is false"
     table = ours.rows if ours.all_rows is None else ours.all_rows
     # re-evaluated losses come without slices; the registered rows have them
     return _with_slices(table, candidate.rows), theirs.rows, f"{why}, so both were re-evaluated here"

@@ -52,7 +52,7 @@ def _of_champion(champion: Champion, name: str, ours: Mapping[str, Any]) -> tupl
     why = "answered another version of the suite" if registered else "was evaluated without the suite"
     measured = champion.answered_suites
     if measured is None:
-        return None, f"{why} (gate.champion.reevaluate forbids a re-evaluation)"
+        return None, f"{why} (gate.champion.reevaluate is false)"
     if not is_same_suite(measured.get(name), ours):
         return None, f"{why}, and the files of the suite have changed since the candidate's evaluation"
     return measured[name], f" ({champion.version} {why}, so it was re-evaluated)"

@@ -273,7 +273,11 @@ class Lora(Adapter):
     def make_shared(cls, config: LoraConfig, bases: Mapping[str, BaseWeight]) -> Shared | None:
         shared = [state for v in config.variants() if (state := v.make_shared(config, bases)) is not None]
         if len(shared) > 1:
-            raise ConfigError("LORA: only one of the chosen variants can have state that all layers share")
+            names = ", ".join(variant.option for variant in config.variants())
+            raise ConfigError(
+                f"LORA: of the variants {names}, several have state that all layers share, and only one can; leave one "
+                "out"
+            )
         return shared[0] if shared else None
 
     @classmethod

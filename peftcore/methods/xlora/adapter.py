@@ -40,7 +40,10 @@ class XLora(Adapter):
     def default_targets(cls, config: XLoraConfig, model: nn.Module, layers: Mapping[str, nn.Module]) -> list[str]:
         found = {path: d for d in config.directories() for path in lora_paths(read_tensors(d), d)}
         if absent := sorted(found.keys() - layers.keys()):
-            raise TargetError(f"XLORA: {found[absent[0]]} adapts {absent[0]}, which is not in {type(model).__name__}")
+            raise TargetError(
+                f"XLORA: {found[absent[0]]} adapts {absent[0]}, which {type(model).__name__} does not have; give LoRAs "
+                "that were trained on this base"
+            )
         return [path for path in layers if path in found]
 
     @classmethod

@@ -40,7 +40,9 @@ def read_lora(directory: Path, bases: Mapping[str, BaseWeight]) -> dict[str, Any
     experts: dict[str, Any] = {}
     for path in lora_paths(tensors, directory):
         if path not in bases:
-            raise TargetError(f"XLORA: {directory} adapts {path}, which target_modules leave out; give none")
+            raise TargetError(
+                f"XLORA: {directory} adapts {path}, which target_modules leave out; leave target_modules out"
+            )
         with torch.device(bases[path].device):
             expert = method_of(config).adapter(config, bases[path], path)
             if not expert.is_additive:
@@ -49,13 +51,19 @@ def read_lora(directory: Path, bases: Mapping[str, BaseWeight]) -> dict[str, Any
         own = {suffix: tensors.get(f"{PREFIX}{path}.{suffix}") for suffix in expert.checkpoint_tensors()}
         wrong = [suffix for suffix, tensor in own.items() if tensor is None or not expert.fits(suffix, tensor)]
         if wrong or expert.start is not None:
-            raise CheckpointError(f"{directory} does not fit: {path}.{(wrong or ['init_lora_weights'])[0]}")
+            raise CheckpointError(
+                f"{directory} does not fit this model at {path}: {(wrong or ['init_lora_weights'])[0]} is absent or of "
+                "another shape; give a plain LoRA that was trained on this base"
+            )
         with torch.no_grad():
             expert.load_checkpoint_tensors(own)
         unused -= {f"{PREFIX}{path}.{suffix}" for suffix in own}
         experts[path] = expert
     if unused:
-        raise CheckpointError(f"{directory} does not fit: unexpected {min(unused)}")
+        raise CheckpointError(
+            f"{directory} holds {min(unused)}, which is no tensor of a plain LoRA; give a plain LoRA that was trained "
+            "on this base"
+        )
     return experts
 
 

@@ -99,7 +99,10 @@ class Mixture(Shared):
         states = getattr(output, "hidden_states", None)
         if not states or states[-1].shape[-1] != self.config.hidden_size:
             found = "no hidden_states" if not states else f"hidden states of size {states[-1].shape[-1]}"
-            raise ConfigError(f"XLORA: {type(model).__name__} gives {found}; hidden_size={self.config.hidden_size}")
+            raise ConfigError(
+                f"XLORA: hidden_size={self.config.hidden_size}, and {type(model).__name__} returns {found}; give the "
+                "model's own config.hidden_size"
+            )
         return states[-1]
 
     def record(self, scalings: Tensor) -> None:

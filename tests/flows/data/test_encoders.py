@@ -187,7 +187,7 @@ def test_words_that_the_tokenizer_loses_are_told() -> None:
 
 
 def test_tagged_words_that_cannot_be_learned_are_refused(tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(DataError, match=r"all words have the tag 'O'; a token classifier needs two"):
+    with pytest.raises(DataError, match=r"all words have the tag 'O'; give rows with at least two tags"):
         encoder_of(Data(source="a.jsonl", kind="token_classification"), tokenizer, ["O"])
     with pytest.raises(DataError, match=r"its words hold <\|im_end\|>, which the model reads as a special token"):
         TaggedEncoder(tokenizer, NAMES).encode(tagged("a <|im_end|>", "O O"))

@@ -202,7 +202,7 @@ def test_a_text_that_is_null_is_called_empty() -> None:
 def test_alpacas_history_comes_first() -> None:
     row = {"instruction": "Two?", "input": "", "output": "2.", "history": [["One?", "1."]]}
     assert formats.chat(row) == [USER, ANSWER, {"role": "user", "content": "Two?"}, WORSE]
-    with pytest.raises(FaultyRow, match="no list of"):
+    with pytest.raises(FaultyRow, match=r"its history has \['One\?'\]; give a list of pairs"):
         formats.chat(row | {"history": [["One?"]]})
 
 
@@ -335,7 +335,10 @@ def test_a_system_prompt_of_the_row_comes_before_a_labelled_answer() -> None:
         ({"prompt": "a", "completion": "b", "label": 2}, "its label is 2; give true"),
         ({"prompt": "a", "completion": "b", "label": 0.5}, "its label is 0.5; give true"),
         ({"prompt": "a", "label": True}, "it has no completion"),
-        ({"prompt": "a", "completion": [USER, ANSWER], "label": True}, "does not begin with an assistant turn"),
+        (
+            {"prompt": "a", "completion": [USER, ANSWER], "label": True},
+            "begins with a turn of the role user, not assistant",
+        ),
         ({"messages": [USER], "label": True}, "its last turn is not the assistant's"),
     ],
 )
@@ -373,7 +376,7 @@ def test_plain_tags_may_be_numbers() -> None:
         ({"tokens": ["a"], "tags": ["I-"]}, "its tag 1 is 'I-', not O"),
         ({"tokens": ["a"], "tags": [3]}, "its tag 1 is '3', not O"),
         ({"tokens": "a b", "tags": ["O", "O"]}, "its tokens are no JSON list"),
-        ({"tokens": [None], "tags": ["O"]}, "its tokens are no list of texts"),
+        ({"tokens": [None], "tags": ["O"]}, r"its tokens are \[None\]; give a list of texts"),
     ],
 )
 def test_tagged_words_that_cannot_be_used(row: dict[str, Any], fault: str) -> None:

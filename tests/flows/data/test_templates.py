@@ -49,7 +49,7 @@ def test_a_turn_that_is_not_to_be_trained_is_context(tokenizer: PreTrainedTokeni
 
 @pytest.mark.parametrize("supervise", ["all", "last"])
 def test_a_chat_of_which_nothing_is_to_be_trained_is_refused(tokenizer: Any, supervise: Any) -> None:
-    with pytest.raises(DataError, match="no token of it is supervised"):
+    with pytest.raises(DataError, match="it has no assistant turn to train on"):
         ChatTokenizer(tokenizer, supervise).tokenize([CHAT[0], CHAT[1] | {"train": False}])
 
 

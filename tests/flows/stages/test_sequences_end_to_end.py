@@ -156,7 +156,7 @@ def test_faulty_rows_are_told_together_and_nothing_is_written(paths: Paths, writ
     fetch.run(writing(), paths)
     rows = [task(1) | {"target": ""}, task(2), {"source": "a"}, {"target": "a"}, {"input": "a", "target": "b"}]
     (paths.root / "rows.jsonl").write_text("".join(json.dumps(row | {"book": "b"}) + "\n" for row in rows))
-    message = r"3 rows cannot be used.*\n.*:1: its target is empty\n.*:3: it has no target.*\n.*:4: it has no source"
+    message = r"3 rows cannot be used.*\n.*:1: its target is empty.*\n.*:3: it has no target.*\n.*:4: it has no source"
     with pytest.raises(DataError, match=message):
         prepare.run(writing(), paths)
     assert not paths.data.exists()

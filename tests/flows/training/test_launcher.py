@@ -114,7 +114,7 @@ def test_a_group_of_another_size_is_refused(tmp_path: Path, monkeypatch: pytest.
     with pytest.raises(SystemExit), joined(2):
         pytest.fail("a group of one is none of two")
     said = json.loads((tmp_path / "error.json").read_text())["message"]["message"]
-    assert said == "started in 1 processes, but the parameters say 2"
+    assert said == "the launcher started 1 processes, but train.processes * train.nodes is 2; make both equal"
 
 
 def test_a_process_that_is_stopped_while_it_says_why_leaves_nothing_half_said(

@@ -77,7 +77,7 @@ def test_directories_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     tensors = load_file(folder / "adapter.safetensors")
     key = next(key for key in tensors if key.endswith("down.0.weight"))
     save_file(tensors | {key: torch.zeros(5, 32)}, folder / "adapter.safetensors")
-    with pytest.raises(ConfigError, match=r"the bottlenecks have sizes \[3, 5\]"):
+    with pytest.raises(ConfigError, match=r"the bottlenecks have the sizes \[3, 5\]"):
         convert_adapters_directory(folder, out, model)
     save_file(
         tensors | {"layers.7.output_adapters.adapters.task.scaling": torch.ones(1)}, folder / "adapter.safetensors"

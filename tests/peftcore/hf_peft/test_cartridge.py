@@ -111,7 +111,7 @@ def test_the_named_adapter_starts_there_and_the_active_one_stays() -> None:
 def test_starts_that_cannot_be() -> None:
     model = get_peft_model(build("llama"), CartridgeConfig(**CAUSAL))
     start, cache = initialize_kv_prefix_from_past_key_values, cache_of_text()
-    with pytest.raises(ConfigError, match=r"this prefix has the shape \(4, 64\); got \(3, 64\)"):
+    with pytest.raises(ConfigError, match=r"must have the shape \(4, 64\) of this prefix; got \(3, 64\)"):
         start(model, past_key_values=cache, num_virtual_tokens=3)
     with pytest.raises(ConfigError, match="4 tokens needs as many entries in the cache; it has 2"):
         start(model, past_key_values=cache_of_text(IDS[:, :2]))

@@ -220,7 +220,7 @@ def test_a_prefix_can_be_replaced_and_another_shape_is_refused() -> None:
     values = torch.randn(3, 64)
     learner.load_prompt_embeddings(values)
     assert torch.equal(model.get_prompt_embedding_to_save("default"), values)
-    with pytest.raises(ConfigError, match=r"this prefix has the shape \(3, 64\); got \(2, 64\)"):
+    with pytest.raises(ConfigError, match=r"must have the shape \(3, 64\) of this prefix; got \(2, 64\)"):
         learner.load_prompt_embeddings(values[:2])
     model = get_peft_model(build("llama"), PrefixTuningConfig(**CAUSAL, prefix_projection=True))
     with pytest.raises(ConfigError, match="use prefix_projection=False"):

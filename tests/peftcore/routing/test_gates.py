@@ -58,7 +58,7 @@ def test_what_arrow_cannot_do_is_refused() -> None:
         arrow_gate(["a"], top_k=2)
     model = experts()
     model.add_adapter("ia3", IA3Config(target_modules=["0"], feedforward_modules=[]))
-    with pytest.raises(RoutingError, match="Arrow needs low-rank adapters; IA3 at 0 is not low-rank"):
+    with pytest.raises(RoutingError, match="Arrow needs low-rank adapters of linear layers; IA3 at 0 is none"):
         model(torch.randn(2, 12, dtype=torch.float64), adapter_names=arrow_gate(["a", "ia3"]))
 
 

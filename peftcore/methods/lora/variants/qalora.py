@@ -5,6 +5,7 @@ HF PEFT has this on GPTQ layers only, and ignores the option elsewhere; here it 
 Shapes: i in_features, r rank, g group size; A (r, i/g).
 """
 
+import math
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
@@ -34,7 +35,8 @@ class QaLora(Variant):
         group, inputs = lora.config.qalora_group_size, lora.base.in_features
         if inputs % group:
             raise ConfigError(
-                f"use_qalora: {path} has {inputs} inputs, which is not divisible by qalora_group_size={group}"
+                f"use_qalora: {path} has {inputs} inputs, which is not divisible by qalora_group_size={group}; try "
+                f"{math.gcd(inputs, group)}"
             )
 
     def reset_parameters(self, lora: "Lora") -> None:

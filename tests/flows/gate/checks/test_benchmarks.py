@@ -82,7 +82,7 @@ def test_a_champion_without_the_figures_is_measured(good: Candidate, registered:
     refused = judge(ours, theirs, max_benchmark_drop=0.05, **OPEN)
     assert f"v0.1.0 was evaluated {why}" in reason(refused) and "+0.3000" in reason(refused)
     forbidden = judge(ours, replace(theirs, reevaluate_benchmarks=None), max_benchmark_drop=0.05, **OPEN)
-    assert "gate.champion.reevaluate forbids a re-evaluation" in reason(forbidden)
+    assert "gate.champion.reevaluate is false" in reason(forbidden)
     other = replace(theirs, reevaluate_benchmarks=dict)
     assert "files have changed" in reason(judge(ours, other, max_benchmark_drop=0.05, **OPEN))
     unlimited = replace(theirs, reevaluate_benchmarks=lambda: pytest.fail("it was measured without a limit"))

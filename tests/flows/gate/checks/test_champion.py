@@ -248,7 +248,7 @@ def test_a_champion_of_other_hardware_or_software_is_measured_again_with_the_can
     assert judge(candidate, replace(champion, rows=with_base(there, 0.002))).passed, "rounding is no other condition"
     assert sorted(asked) == ["candidate", "champion"]
     passed = judge(candidate, replace(champion, reevaluate_champion=None, reevaluate_candidate=None))
-    assert passed.passed and "forbids a re-evaluation" in str(passed.as_dict())
+    assert passed.passed and "gate.champion.reevaluate is false" in str(passed.as_dict())
 
 
 def test_a_free_stage_has_nothing_to_compare_with(make: Callable[..., Candidate]) -> None:
@@ -329,7 +329,9 @@ def test_scores_that_cannot_be_compared_are_measured_again(
     if "rows" in changes:
         changes = {"rows": before.rows.slice(0, 39)}
     champion = scored_champion(before, **changes)
-    assert f"v0.1.0 {why}, and gate.champion.reevaluate forbids" in reason(bounded(candidate, champion))
+    assert f"v0.1.0 {why}, and gate.champion.reevaluate is false; set it to true" in reason(
+        bounded(candidate, champion)
+    )
     again = before.rows.drop_columns(["adapter_token_f1"]).append_column(
         "adapter_token_f1", pyarrow.array(numpy.full(40, 0.7))
     )

@@ -115,4 +115,4 @@ def test_a_champion_with_other_rows_or_answers_is_answered_again(good: Candidate
     shorter = against(good, scripted, max_new_tokens=8)
     refused = judge(replace(good, metrics=metrics), shorter, **RULE)
     assert "v0.1.0 wrote answers of at most 8 tokens, and the candidate 40" in reason(refused)
-    assert "gate.champion.reevaluate forbids a re-evaluation" in reason(refused)
+    assert "gate.champion.reevaluate is false" in reason(refused)

@@ -90,7 +90,7 @@ def test_a_champion_of_another_suite_answers_again(good: Candidate, registered: 
     assert report.passed
     assert why in check(report, NAME) and "so it was re-evaluated" in check(report, NAME)
     forbidden = judge(with_suites(good, WHY), replace(measured, reevaluate_suites=None), **OPEN)
-    assert "gate.champion.reevaluate forbids a re-evaluation" in reason(forbidden)
+    assert "gate.champion.reevaluate is false" in reason(forbidden)
     moved = replace(measured, reevaluate_suites=lambda: {"support": suite_result(WHY, {"content": "e" * 64})})
     assert "have changed since the candidate's evaluation" in reason(judge(with_suites(good, WHY), moved, **OPEN))
 
