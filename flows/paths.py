@@ -72,22 +72,22 @@ class Paths:
 
     @property
     def start_source(self) -> Path:
-        """Version of that adapter, or null."""
+        """File with the version that training continues from, or null."""
         return self.start / "source.json"
 
     @property
     def start_learned(self) -> Path:
-        """Question and answer of the rows that this adapter has learned (trained or validated on); may be absent."""
+        """Question and answer of the rows on which the version in `start` was trained or validated; may be absent."""
         return self.start / "learned.parquet"
 
     @property
     def start_adapter(self) -> Path:
-        """That version's adapter; absent if training starts anew."""
+        """Adapter of the version that training continues from; absent if training starts anew."""
         return self.start / "adapter"
 
     @property
     def start_calibrated(self) -> Path:
-        """That version's calibrated base; absent if that version was trained without calibration."""
+        """Calibrated base of the version that training continues from; absent if it was trained without calibration."""
         return self.start / "calibrated"
 
     @property
@@ -97,12 +97,12 @@ class Paths:
 
     @property
     def teacher_source(self) -> Path:
-        """Version of the teacher; absent if no version is the teacher."""
+        """File with the version that is the teacher (distillation); absent if no version is."""
         return self.start / "teacher.json"
 
     @property
     def teacher_adapter(self) -> Path:
-        """That version's adapter."""
+        """Adapter of the version that is the teacher."""
         return self.start / "teacher"
 
     @property

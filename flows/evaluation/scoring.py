@@ -109,7 +109,7 @@ def row_losses(
     """Return the loss of each row.
 
     A row's weight in the total loss is its number of supervised tokens, times the row's `weight` if there is one. The
-    output head runs at supervised positions only. What all rows begin with is computed once.
+    output head runs at supervised positions only. The tokens with which all rows begin are computed once.
 
     Args:
         model: A causal language model.
@@ -117,7 +117,7 @@ def row_losses(
         pad: Token id of padding.
         batch_size: Rows per forward pass.
         bar: Progress bar that counts rows.
-        prompts: Keeps the states of prompts for answers.
+        prompts: Store of the prompts' keys and values, from which answers are generated later; None: nothing is kept.
     """
     means, tokens = [0.0] * len(rows), [0] * len(rows)
     device = next(model.parameters()).device

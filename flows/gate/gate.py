@@ -1,8 +1,8 @@
 """The promotion gate: ordered checks of a candidate. A refusal names every check that failed.
 
 If one of the `DECISIVE` checks fails, such as that of the registered files, no further check is made, because all later
-checks read these files. All limits on the candidate's own figures are checked. The comparison with the champion, which may need a
-re-evaluation, is made only if the candidate is within those limits.
+checks depend on it. All limits on the candidate's own figures are checked. The comparison with the champion, which may
+need a re-evaluation, is made only if the candidate is within those limits.
 
 The gate reads the candidate's adapter folder and changes nothing. Losses are losses of test rows: mean nats per
 supervised token, or the unit of the objective.

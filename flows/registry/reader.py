@@ -42,13 +42,18 @@ _TAG = re.compile(
 
 @dataclass(frozen=True)
 class Version:
-    """A registered version. number: such as v0.1.0; created: seconds since 1970; message: the tag's message."""
+    """A registered version."""
 
     number: str
+    """Such as v0.1.0."""
     tag: str
+    """Name of the version's tag, such as tickets@v0.1.0."""
     commit: str
+    """Commit of the tag (40 hex digits)."""
     created: int
+    """Date of the tag (seconds since 1970)."""
     message: str
+    """The tag's message."""
 
     @property
     def content(self) -> str | None:
@@ -64,14 +69,20 @@ class Version:
 
 @dataclass(frozen=True)
 class Assignment:
-    """A stage that a version got. version: None if the commit no longer has a version of this name."""
+    """A stage that a version got."""
 
     stage: str
+    """Name of the stage, such as champion."""
     version: str | None
+    """Number of the version; None if the commit no longer has a version of this name."""
     commit: str
+    """Commit of the tag (40 hex digits)."""
     event: int
+    """GTO's number N of the event."""
     created: int
+    """Date of the tag (seconds since 1970)."""
     message: str
+    """The tag's message."""
 
 
 @dataclass(frozen=True)

@@ -107,9 +107,9 @@ class Git:
         return self.root / self.run("rev-parse", "--git-common-dir").strip()
 
     def main_top(self) -> Path:
-        """Return the top folder of the clone's main working tree; in a submodule, and beside a bare repository, `top`.
+        """Return the top folder of the clone's main working tree.
 
-        There git's folder is not in the main working tree.
+        Returns `top` in a submodule and beside a bare repository, whose git folders are in no working tree.
         """
         folder = self.common_folder().resolve()
         return folder.parent if folder.name == ".git" else self.top

@@ -45,7 +45,9 @@ logger = logging.getLogger(__name__)
 def start(run: Callable[["Params", Paths], Callable[[], None] | None]) -> NoReturn:
     """Run a stage in the current directory, which has params.yaml, and exit the process.
 
-    If no input has changed meanwhile, a function that `run` returns is called, to remove what only a repeat would need.
+    Args:
+        run: Does the stage's work. It may return a function that removes what only a second run would need; this
+            function is called if no input of the stage has changed meanwhile.
 
     Exit status: 0: done; 1 with one `error: ...` message on stderr: refused, disk full, or a missing permission; 130:
     Ctrl-C; 143: SIGTERM, after training has saved its state. Any other exception is a bug and keeps its traceback.

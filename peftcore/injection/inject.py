@@ -115,7 +115,7 @@ def commit_injection(
         keep_codes(module_index.modules.values())  # gradients flow through layers without adapters, too
     adapters.kinds[name] = method_of(injection.config).adapter
     if injection.adapters:
-        note_changed_base(adapters, name)
+        change_base_if_asked(adapters, name)
     arguments = adapters.kinds[name].forward_arguments(injection.config)
     if arguments is not None:  # a new dictionary, because a forward in another thread may iterate over the old one
         adapters.forward_arguments = {**adapters.forward_arguments, name: arguments}
@@ -128,8 +128,8 @@ def commit_injection(
     return adapters
 
 
-def note_changed_base(adapters: AdapterSet, name: str) -> None:
-    """Let an adapter change the base if its initialisation asks for it, and warn of several adapters on such a base.
+def change_base_if_asked(adapters: AdapterSet, name: str) -> None:
+    """Change base weights for good if the initialisation of an adapter asks for it; warn if there are other adapters.
 
     Args:
         adapters: the adapters of the model.

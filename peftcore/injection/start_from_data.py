@@ -103,7 +103,7 @@ def apply_start(model: nn.Module, name: str, config: LoraConfig, observer: Obser
             adapter.reset_variants()  # DoRA's lengths are those of the corrected weight
         if config.initialisation().subtracts:
             adapter.subtract_start()
-    inject.note_changed_base(adapter_set(model), name)
+    inject.change_base_if_asked(adapter_set(model), name)
 
 
 def _replace_adapter(model: nn.Module, name: str, config: LoraConfig) -> None:

@@ -73,9 +73,9 @@ def cayley(skew: Tensor) -> Tensor:
 
 
 def neumann(skew: Tensor, terms: int) -> Tensor:
-    """Return I + 2S + 2S² + … + Sᵐ, an approximation of (I + S)(I − S)⁻¹.
+    """Return I + 2S + 2S² + … + Sᵐ, an approximation of (I + S)(I − S)⁻¹ (OFTv2, arXiv:2506.19847).
 
-    As in HF PEFT, m = terms − 1, except that terms = 2 and terms = 3 give m = 1 and m = 3.
+    As in HF PEFT, m = terms − 1, except that terms = 3 gives m = 3, and terms = 2 gives I + 2S.
     """
     last = 1 if terms == 2 else max(terms - 1, 3)
     power = skew

@@ -18,7 +18,7 @@ from peftcore._util.per_thread import PerThread
 from peftcore.config import PromptLearningConfig, TaskType
 from peftcore.errors import ConfigError
 from peftcore.kernels.start_values import normal_
-from peftcore.prompts.learner import rows
+from peftcore.prompts.learner import embedding_of
 from peftcore.prompts.placement import mask_of, placement
 from peftcore.prompts.virtual_tokens import IGNORED, VirtualTokens
 from peftcore.prompts.vocabulary import embeddings_of
@@ -101,7 +101,7 @@ class Cpt(VirtualTokens):
     def __init__(self, config: CPTConfig, model: nn.Module):
         super().__init__(config, model)
         self.embedding = _Fixed(torch.empty(self.count, self.width))
-        self.delta_embedding: nn.Embedding | None = rows(torch.zeros(self.count, self.width))
+        self.delta_embedding: nn.Embedding | None = embedding_of(torch.zeros(self.count, self.width))
 
     @torch.no_grad()
     def reset_parameters(self, model: nn.Module) -> None:

@@ -22,8 +22,8 @@ EMBEDDINGS = "prompt_embeddings"
 """HF PEFT's checkpoint key of the computed prompt."""
 
 
-def rows(values: Tensor) -> nn.Embedding:
-    """Return a module whose `weight` (n, d) is a new parameter with these values."""
+def embedding_of(values: Tensor) -> nn.Embedding:
+    """Return an embedding whose `weight` (n, d) is a new parameter with these values, not a copy of them."""
     count, width = values.shape
     return nn.Embedding(count, width, _weight=values)
 

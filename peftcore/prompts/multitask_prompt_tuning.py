@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from peftcore.errors import CheckpointError, ConfigError, pickle_advice
 from peftcore.kernels.start_values import normal_
-from peftcore.prompts.learner import EMBEDDINGS, rows
+from peftcore.prompts.learner import EMBEDDINGS, embedding_of
 from peftcore.prompts.virtual_tokens import VirtualTokens
 from peftcore.prompts.vocabulary import VocabularyPromptConfig, initial_embeddings
 from peftcore.registry import register
@@ -67,7 +67,7 @@ class MultitaskPromptTuning(VirtualTokens):
     def __init__(self, config: MultitaskPromptTuningConfig, model: nn.Module):
         super().__init__(config, model)
         tasks, rank, width = config.num_tasks, config.num_ranks, self.width
-        self.embedding = rows(torch.empty(self.total, width))
+        self.embedding = embedding_of(torch.empty(self.total, width))
         self.prefix_task_cols = nn.Parameter(torch.empty(tasks, self.total, rank))
         self.prefix_task_rows = nn.Parameter(torch.empty(tasks, rank, width))
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peftcore.config import PromptLearningConfig
 from peftcore.kernels.start_values import module_, normal_, without_values
-from peftcore.prompts.learner import rows
+from peftcore.prompts.learner import embedding_of
 from peftcore.prompts.virtual_tokens import VirtualTokens
 from peftcore.registry import register
 
@@ -58,7 +58,7 @@ class PTuning(VirtualTokens):
         super().__init__(config, model)
         d, h = self.width, config.encoder_hidden_size
         assert h is not None
-        self.embedding = rows(torch.empty(self.total, d))
+        self.embedding = embedding_of(torch.empty(self.total, d))
         # HF PEFT's attributes of the encoder
         self.token_dim = self.input_size = self.output_size = d
         self.hidden_size, self.total_virtual_tokens = h, self.total
@@ -95,7 +95,7 @@ class PTuning(VirtualTokens):
 
     def drop_encoder(self, encoded: Tensor) -> None:
         self.lstm_head = self.mlp_head = None
-        self.embedding = rows(encoded.to(self.vectors)).requires_grad_(False)
+        self.embedding = embedding_of(encoded.to(self.vectors)).requires_grad_(False)
 
 
 def _linear(inputs: int, outputs: int) -> nn.Linear:

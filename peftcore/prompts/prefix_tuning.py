@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from peftcore.config import PromptLearningConfig
 from peftcore.kernels.start_values import module_, normal_, without_values
 from peftcore.prompts.key_value_prefix import KeyValuePrefix
-from peftcore.prompts.learner import rows
+from peftcore.prompts.learner import embedding_of
 from peftcore.registry import register
 
 
@@ -51,11 +51,11 @@ class PrefixTuning(KeyValuePrefix):
         assert width and hidden
         self.transform = None
         if config.prefix_projection:
-            self.embedding = rows(torch.empty(self.count, width))
+            self.embedding = embedding_of(torch.empty(self.count, width))
             down, up = (without_values(nn.Linear, *size) for size in ((width, hidden), (hidden, self.size)))
             self.transform = nn.Sequential(down, nn.Tanh(), up)
         else:
-            self.embedding = rows(torch.empty(self.count, self.size))
+            self.embedding = embedding_of(torch.empty(self.count, self.size))
 
     @property
     def prefix_projection(self) -> bool:
@@ -86,4 +86,4 @@ class PrefixTuning(KeyValuePrefix):
 
     def drop_encoder(self, encoded: Tensor) -> None:
         self.transform = None
-        self.embedding = rows(encoded.to(self.vectors)).requires_grad_(False)
+        self.embedding = embedding_of(encoded.to(self.vectors)).requires_grad_(False)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from peftcore.kernels.start_values import normal_
-from peftcore.prompts.learner import rows
+from peftcore.prompts.learner import embedding_of
 from peftcore.prompts.virtual_tokens import VirtualTokens
 from peftcore.prompts.vocabulary import VocabularyPromptConfig, initial_embeddings
 from peftcore.registry import register
@@ -27,7 +27,7 @@ class PromptTuning(VirtualTokens):
 
     def __init__(self, config: PromptTuningConfig, model: nn.Module):
         super().__init__(config, model)
-        self.embedding = rows(torch.empty(self.total, self.width))
+        self.embedding = embedding_of(torch.empty(self.total, self.width))
 
     @torch.no_grad()
     def reset_parameters(self, model: nn.Module) -> None:

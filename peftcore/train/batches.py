@@ -118,7 +118,7 @@ class PreferenceCollator(RightPaddingCollator):
     """Collator of P pairs into tensors (P, 2, T), the chosen answer before the rejected one.
 
     Rows: {"chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels"}, labels -100 on the prompt.
-    T: length of the longest answer with its prompt.
+    T: length of the longest answer with its prompt. The arguments are those of `RightPaddingCollator`.
     """
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -144,7 +144,8 @@ class UnpairedPreferenceCollator(RightPaddingCollator):
     are several rows. Rows that already have `mismatched_input_ids` and `mismatched_labels` keep them.
 
     Args:
-        max_length: Maximum tokens of such a row; the rest is cut off. None: no limit.
+        max_length: Maximum tokens of a prompt joined with another row's answer; the rest is cut off. None: no limit.
+        pad_token_id, multiple: See `RightPaddingCollator`.
     """
 
     max_length: int | None = None

@@ -16,6 +16,7 @@ from ruamel.yaml import YAML
 from docs_site.commands import command_line
 from flows.params import Params
 from flows.params.section import Section
+from flows.project.presets import TASKS, preset
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -168,6 +169,53 @@ def test_named_parameters_exist(page: Path) -> None:
             named += keys_of(values)
     files = re.compile(r".*\.(ya?ml|md|py|jsonl?|parquet)")
     assert not [name for name in named if not files.fullmatch(name) and not parameter_exists(name)]
+
+
+def merged(values: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
+    """Return nested mappings with the values of `others` in place of those of `values`."""
+    both = {**values, **others}
+    return {
+        k: merged(values[k], v) if isinstance(v, dict) and isinstance(values.get(k), dict) else v
+        for k, v in both.items()
+    }
+
+
+def projects() -> Iterator[dict[str, Any]]:
+    """Yield this repository's params.yaml, and the one of a new project of each task."""
+    demonstration = YAML(typ="safe").load((ROOT / "params.yaml").read_text())
+    yield demonstration
+    for task in TASKS:
+        values = merged(demonstration, {"data": {"source": "data/rows"}})
+        for key, value in preset(task, "cpu").items():
+            nested: Any = value
+            for part in reversed(key.split(".")):
+                nested = {part: nested}
+            values = merged(values, nested)
+        yield values
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "yaml")], ids=name_of)
+def test_values_of_parameters_are_valid_in_a_project(page: Path) -> None:
+    for text in blocks(page, "yaml"):
+        values = YAML(typ="safe").load(text)
+        if isinstance(values, dict) and values.keys() <= Params.model_fields.keys():
+            faults = [fault for project in projects() if (fault := invalid(merged(project, values)))]
+            # a rule may name a scorer or a divergence that another fragment of the page has
+            assert len(faults) <= len(TASKS) or any("nothing computes it" in fault for fault in faults), faults[0]
+
+
+def test_a_value_that_does_not_fit_is_noticed() -> None:
+    assert all(invalid(merged(project, {"gate": {"approvals": "two"}})) for project in projects())
+    assert not all(invalid(merged(project, {"gate": {"approvals": 2}})) for project in projects())
+
+
+def invalid(values: dict[str, Any]) -> str:
+    """Return the reason why these are no parameters of a run; "" if they are."""
+    try:
+        Params.model_validate(values)
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 def test_the_list_of_guides_has_all_of_them() -> None:
