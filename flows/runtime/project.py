@@ -274,10 +274,10 @@ def get_output(root: Path, commit: str, name: str, target: Path) -> None:
     from dvc_data.index import DataIndexDirError
 
     try:
-        with _without_warnings(), open_repo(root) as repo:
-            repo.fetch(targets=[str(root / name)], revs=[commit])
-            with repo.switch(commit):
-                download(repo.dvcfs, name, str(target))
+        # in the commit, whose top is /, the repository is another folder than on the disk
+        with _without_warnings(), open_repo(root) as repo, repo.switch(commit):
+            repo.fetch(targets=[f"{repo.root_dir}/{name}"])
+            download(repo.dvcfs, name, str(target))
     except (DvcException, DataIndexDirError, OSError) as error:
         raise _unavailable(name, commit, error.__cause__ or error) from error
 
