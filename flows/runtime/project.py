@@ -179,6 +179,22 @@ def _paths(entries: list[str | dict[str, Any]]) -> list[str]:
     return [entry if isinstance(entry, str) else next(iter(entry)) for entry in entries]
 
 
+def outputs_without_cache(root: Path, stage: str) -> list[str]:
+    """Return the outputs of a stage that has run which DVC's cache should have and does not.
+
+    DVC exits with 0 if it cannot copy a file of an output's folder to its cache, such as onto a full disk.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    try:
+        with _without_warnings(), Repo(str(root)) as repo:
+            outs = repo.stage.load_one(str(root / "dvc.yaml"), name=stage).outs
+            return [str(out) for out in outs if out.use_cache and out.changed_cache()]
+    except DvcException as error:
+        raise RepositoryError(f"{root / 'dvc.yaml'}: {error}") from error
+
+
 def changed_stages(root: Path, stages: Sequence[str] = ()) -> dict[str, list[str]]:
     """Return {stage: its changes since dvc.lock was written, in words}; {} if everything is up to date.
 
