@@ -160,3 +160,17 @@ def test_other_methods_of_a_subclass_are_its_own() -> None:
         assert model.base_model.layers() == "set"  # type: ignore[operator]
     finally:
         del peftcore.LoraModel.layers  # type: ignore[attr-defined]
+
+
+def test_what_ms_swift_sets_on_the_models_has_no_effect() -> None:
+    def hook(*args: Any) -> None:
+        raise AssertionError("it was called")
+
+    hook.__module__ = "swift.tuners.peft"
+    own: Any = peftcore.LoraModel
+    make = own._create_and_replace
+    own._create_and_replace = own._cast_adapter_dtype = hook
+    peftcore.AdaLoraModel.forward = hook  # type: ignore[method-assign]
+    assert isinstance(own(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"])), own)
+    with pytest.raises(PeftError, match=r"LoraModel\._create_and_replace makes layers of HF PEFT"):
+        make()
