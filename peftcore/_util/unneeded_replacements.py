@@ -2,11 +2,12 @@
 
 from typing import Any
 
-_LIBRARIES = ("swift.tuners.peft",)
+_LIBRARIES = ("axolotl.loaders.adapter", "swift.tuners.peft")
 """Modules whose functions replace methods of HF PEFT.
 
 ms-swift leaves out the output projection of `nn.MultiheadAttention`, reads shapes under DeepSpeed, moves AdaLoRA's
-tensors to one device, and applies its option `lora_dtype`, of which `peftcore.as_peft` warns.
+tensors to one device, and applies its option `lora_dtype`, of which `peftcore.as_peft` warns. Axolotl adapts the
+linear layer inside of Gemma 4's clipped layers if the targets name the clipped layers, which is an error here.
 """
 
 

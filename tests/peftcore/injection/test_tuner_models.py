@@ -162,11 +162,12 @@ def test_other_methods_of_a_subclass_are_its_own() -> None:
         del peftcore.LoraModel.layers  # type: ignore[attr-defined]
 
 
-def test_what_ms_swift_sets_on_the_models_has_no_effect() -> None:
+@pytest.mark.parametrize("library", ["axolotl.loaders.adapter", "swift.tuners.peft"])
+def test_what_a_library_sets_on_the_models_to_mend_hf_peft_has_no_effect(library: str) -> None:
     def hook(*args: Any) -> None:
         raise AssertionError("it was called")
 
-    hook.__module__ = "swift.tuners.peft"
+    hook.__module__ = library
     own: Any = peftcore.LoraModel
     make = own._create_and_replace
     own._create_and_replace = own._cast_adapter_dtype = hook
