@@ -153,7 +153,7 @@ def save_adapter(
         return
     with files_written_together(directory, owned=[PROMPT_STATE]) as fresh:
         save_file(tensors, fresh / WEIGHTS_NAME, metadata={"format": "pt"})
-        (fresh / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")
+        config.save_pretrained(fresh)  # a subclass may write further files
         if state:
             save_file(state, fresh / PROMPT_STATE, metadata={"format": "pt"})
         (fresh / MANIFEST).write_text(

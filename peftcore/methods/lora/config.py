@@ -133,6 +133,8 @@ class LoraConfig(TunerConfig):
             value = getattr(self, name)
             if pattern and isinstance(value, list | tuple) and len(value) == 2:
                 setattr(self, name, value[0])
+        if isinstance(options := cast(Any, self.runtime_config), dict):  # of `dataclasses.asdict`
+            self.runtime_config = LoraRuntimeConfig(**options)
         super().__post_init__()
         self._convert_options()
         if self.runtime_config.ephemeral_gpu_offload and not self.use_dora:
