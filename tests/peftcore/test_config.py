@@ -40,6 +40,30 @@ def test_an_unsupported_argument_of_hf_peft_is_an_error() -> None:
         peftcore.AdaLoraConfig(total_step=10, use_dora=True)  # type: ignore[call-arg]
 
 
+@pytest.mark.parametrize(
+    "name, options, beginning",
+    [
+        ("VeraConfig", {"save_projection": False}, "Specified to not save vera_A and vera_B"),
+        ("PveraConfig", {"save_projection": False}, "Specified to not save pvera_A and pvera_B"),
+        ("RandLoraConfig", {"save_projection": False}, "Specified to not save basis_A and basis_B"),
+        ("TinyLoraConfig", {"save_projection": False}, "Specified to not save projection tensors P"),
+        ("LoraConfig", {"init_lora_weights": "eva"}, "`init_lora_weights` is 'eva' but `eva_config` is not specified"),
+        ("LoraConfig", {"init_lora_weights": "corda"}, "`init_lora_weights` is 'corda' but `corda_config` is not"),
+    ],
+)
+def test_a_warning_of_hf_peft_begins_with_the_same_words(name: str, options: dict[str, Any], beginning: str) -> None:
+    for library in (peft, peftcore):
+        with pytest.warns(UserWarning, match=f"^{beginning}"):
+            getattr(library, name)(**options)
+
+
+@pytest.mark.filterwarnings("ignore:`init_lora_weights` is")
+@pytest.mark.parametrize("start", ["eva", "corda"])
+def test_the_defaults_of_a_start_from_data_are_saved(start: str) -> None:
+    ours, theirs = (library.LoraConfig(init_lora_weights=start).to_dict() for library in (peftcore, peft))
+    assert ours[f"{start}_config"] == theirs[f"{start}_config"]
+
+
 def test_the_signature_of_a_class_names_its_options() -> None:
     """Libraries look there whether an option exists, as in `"loftq_config" in str(inspect.signature(LoraConfig))`."""
     for config_class in hf_peft.PEFT_TYPE_TO_CONFIG_MAPPING.values():
