@@ -4,6 +4,7 @@ A misspelt keyword argument is an error with a suggestion. A key on disk that th
 warning. A key on disk that asks for unsupported mathematics is refused, because ignoring the key would change results.
 """
 
+import copy
 import dataclasses
 import importlib.metadata
 import inspect
@@ -248,6 +249,13 @@ class PeftConfig(SharedOptions, metaclass=_ConfigType):
         if self.task_type is not None:
             self.task_type = self.one_of("task_type", self.task_type, TaskType)
 
+    def __getattr__(self, name: str) -> Any:
+        """Return the value of an option of HF PEFT's class that has no effect here, such as `megatron_core`."""
+        without_effect = type(self).ignored_on_disk
+        if name not in without_effect:
+            raise AttributeError(f"{type(self).__name__} has no option {name!r}")
+        return copy.copy(without_effect[name])
+
     # -- hooks -----------------------------------------------------------------------------------------------
 
     @classmethod
@@ -416,15 +424,19 @@ class PeftConfig(SharedOptions, metaclass=_ConfigType):
     # -- JSON ------------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all fields and `peft_type` as JSON types; sets become sorted lists. Unknown keys stay in `extra`."""
+        """Return all fields and `peft_type` as JSON types; sets become sorted lists. Unknown keys stay in `extra`.
+
+        Options of HF PEFT that have no effect here are among them, with their defaults.
+        """
         names = [f.name for f in dataclasses.fields(self) if f.name not in ("extra", *self.not_saved)]
         values = {name: getattr(self, name) for name in names}
-        return {k: sorted(v) if isinstance(v, set | frozenset) else v for k, v in values.items()}
+        own = {k: sorted(v) if isinstance(v, set | frozenset) else v for k, v in values.items()}
+        return {**copy.deepcopy(type(self).ignored_on_disk), **own}
 
     def to_json(self) -> str:
         """Return the text of `adapter_config.json`, with the unknown keys that were read from disk."""
         values = {k: v for k, v in self.to_dict().items() if v is not None or k not in self.not_saved_if_none}
-        return json.dumps({**self.extra, **values}, indent=2, sort_keys=True) + "\n"
+        return json.dumps({**values, **self.extra}, indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], from_disk: bool = False) -> "PeftConfig":
@@ -461,7 +473,7 @@ class PeftConfig(SharedOptions, metaclass=_ConfigType):
         target._refuse_other_mathematics(extra)
         target.check_saved(values)
         config = target(**{k: v for k, v in values.items() if k in field_names})
-        config.extra = extra
+        config.extra = {key: value for key, value in extra.items() if key not in target.ignored_on_disk}
         return config
 
     @classmethod

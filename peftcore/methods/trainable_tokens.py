@@ -161,3 +161,9 @@ class TrainableTokens(Adapter):
 
     def repeated_keys(self) -> set[str]:
         return {"trainable_tokens_delta"} if self.follows else set()
+
+    def repeated_tensors(self) -> dict[str, Tensor]:
+        is_own_method = not self.disk_prefix  # HF PEFT repeats no rows of `trainable_token_indices`
+        return (
+            {"trainable_tokens_delta": self.trainable_tokens_delta.detach()} if self.follows and is_own_method else {}
+        )

@@ -1,7 +1,9 @@
 """Configurations on disk: what is damaged, unknown or foreign."""
 
+import copy
 import inspect
 import json
+import pickle
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -55,6 +57,22 @@ def test_a_warning_of_hf_peft_begins_with_the_same_words(name: str, options: dic
     for library in (peft, peftcore):
         with pytest.warns(UserWarning, match=f"^{beginning}"):
             getattr(library, name)(**options)
+
+
+@pytest.mark.parametrize("name, options", [("LoraConfig", {}), ("AdaLoraConfig", {"total_step": 10})])
+def test_options_of_hf_peft_without_effect_can_be_read_and_are_saved(
+    name: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    written = []
+    for library in (peft, peftcore):
+        config = getattr(library, name)(**options)
+        assert config.megatron_core == "megatron.core" and not getattr(config, "use_dora", False)
+        config.save_pretrained(tmp_path)
+        written.append(json.loads((tmp_path / "adapter_config.json").read_text()))
+    assert written[0] == written[1]
+    with pytest.raises(AttributeError, match="has no option 'no_such'"):
+        _ = config.no_such
+    assert pickle.loads(pickle.dumps(config)) == copy.deepcopy(config) == config
 
 
 @pytest.mark.filterwarnings("ignore:`init_lora_weights` is")
