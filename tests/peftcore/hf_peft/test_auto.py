@@ -95,7 +95,10 @@ def test_each_class_has_hf_pefts_task_and_loader() -> None:
     for kind in auto._CLASSES:
         theirs = getattr(peft, kind.__name__)
         assert theirs._target_class.__name__ == kind.model_class
-        assert peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING[kind.task_type] is theirs._target_peft_class
+        assert (
+            peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING[f"{kind.task_type and kind.task_type.value}"]
+            is theirs._target_peft_class
+        )
     assert len(auto._CLASSES) == 6
     assert auto.get_default_import_allowlist() == peft.auto.get_default_import_allowlist()
 
