@@ -406,7 +406,7 @@ class PeftConfig(SharedOptions, metaclass=_ConfigType):
             if not isinstance(value, int | float) or not 0 <= value < 1:
                 raise ConfigError(f"{type(self).__name__}: {name} must be at least 0 and below 1; got {value!r}")
 
-    def warn_of_unsaved(self, tensors: str, seed: str) -> None:
+    def _warn_of_unsaved(self, tensors: str, seed: str) -> None:
         """Warn if `save_projection` is False, as HF PEFT does.
 
         Args:
