@@ -164,7 +164,7 @@ def layers_of(model: nn.Module, adapter_name: str) -> dict[str, AdaLora]:
     adapters = adapter_set(model)
     adapters.require(adapter_name)
     if not isinstance(adapters.configs[adapter_name], AdaLoraConfig):
-        raise ConfigError(f"{adapter_name!r} is no AdaLoRA, but {adapters.configs[adapter_name].peft_type}")
+        raise ConfigError(f"{adapter_name!r} is no AdaLoRA, but {adapters.configs[adapter_name].method}")
     return cast(dict[str, AdaLora], adapters.of_method(adapter_name))
 
 

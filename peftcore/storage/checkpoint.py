@@ -74,7 +74,7 @@ _CARD = """\
 def adapter_tensors(model: nn.Module, name: str, save_embedding_layers: SaveEmbeddings = False) -> dict[str, Tensor]:
     """Return everything that is saved for one adapter: {PEFT's key: tensor}."""
     state = adapter_state_of(adapter_set(model), name)
-    return embeddings_to_save(model, state, name, save_embedding_layers) | state.tensors()
+    return embeddings_to_save(model, state, name, save_embedding_layers) | state.tensors() | state.repetitions()
 
 
 def adapter_state_dict(

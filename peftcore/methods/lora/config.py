@@ -145,7 +145,14 @@ class LoraConfig(TunerConfig):
         self.positive("r")
         self.probability("lora_dropout")
         self.one_of("bias", self.bias, ("none", "all", "lora_only"))
-        self.initialisation()
+        for name, defaults in self.initialisation().required_options.items():
+            if getattr(self, name) is None:
+                warnings.warn(
+                    f"`init_lora_weights` is {self.init_lora_weights!r} but `{name}` is not specified; it "
+                    f"is set to the defaults {defaults}",
+                    stacklevel=4,
+                )
+                setattr(self, name, dict(defaults))
         for start in ("loftq", "eva", "corda", "lora_ga"):
             if getattr(self, f"{start}_config") and str(self.init_lora_weights).lower() != start:
                 warnings.warn(

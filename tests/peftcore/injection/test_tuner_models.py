@@ -36,7 +36,7 @@ def test_a_class_is_of_the_method_that_has_its_name_in_hf_peft(name: str) -> Non
         (peftcore.HRAModel, peftcore.HRAConfig(r=2, target_modules=["0"])),
         (peftcore.LNTuningModel, peftcore.LNTuningConfig(target_modules=["1"])),
     ],
-    ids=lambda case: case.peft_type if isinstance(case, PeftConfig) else "",
+    ids=lambda case: case.method if isinstance(case, PeftConfig) else "",
 )
 def test_base_model_is_of_the_class_of_the_models_method(kind: type[TunerModel], config: PeftConfig) -> None:
     model = get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), config)
