@@ -243,7 +243,6 @@ REASONS = (
         "a saved adapter that lacks tensors is an error; `strict=False` warns",
     ),
     (r"does not match SHA256SUMS", "a weight file that was changed after it was saved is refused"),
-    (r"eva_init_but_not_eva_config", "the defaults of an option need no warning"),
     (r"scalings_are_tensors", "the modules inside of a layer have attributes of HF PEFT's layers as numbers"),
     (
         r"accepts no cache",

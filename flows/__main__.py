@@ -10,7 +10,6 @@ MODULES = (
     "accelerate",
     "bitsandbytes",
     "configobj",
-    "cronsim",
     "datasets",
     "datasketch",
     "dvc",

@@ -1,5 +1,7 @@
 """Paths that the pipeline reads and writes, relative to the root of the repository."""
 
+import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -244,3 +246,10 @@ class Paths:
     def checkpoints(self) -> Path:
         """Resumable state of training; not an output of DVC, because DVC deletes outputs before a stage starts."""
         return self.root / "checkpoints"
+
+
+def prepare_command(root: Path) -> str:
+    """Return the command that runs the stage prepare and those before it, as the user's folder needs it."""
+    if root.resolve() == Path.cwd():
+        return "dvc repro prepare"
+    return f"dvc repro {shlex.quote(os.path.relpath(root / 'dvc.yaml'))}:prepare"

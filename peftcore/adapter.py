@@ -520,6 +520,10 @@ class Adapter(_Constants):
         """Return key suffixes that a saved adapter may hold and that are ignored, because they repeat other tensors."""
         return set() if self.shared is None else set(self.shared.checkpoint_tensors())
 
+    def repeated_tensors(self) -> dict[str, Tensor]:
+        """Return {key suffix: tensor} of the `repeated_keys` that are saved, because HF PEFT misses them in a file."""
+        return {}
+
     def fits(self, key: str, tensor: Tensor) -> bool:
         """Return True if a saved tensor can be loaded.
 

@@ -17,6 +17,7 @@ import functools
 import importlib.metadata
 import runpy
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,12 +81,29 @@ def activate() -> None:
     set_start_subtraction("base")
     after_import("transformers.integrations.peft", "PeftAdapterMixin", _replace_methods)
     after_import("transformers.trainer", "Trainer", _teach_trainer)
+    after_import("swift.tuners.peft", "LoraConfig", _warn_of_dtype)
 
 
 def _teach_trainer(_module: Any) -> None:
     from peftcore.storage.trainer_checkpoints import teach_trainer  # here, because it imports torch
 
     teach_trainer()
+
+
+def _warn_of_dtype(module: Any) -> None:
+    """Warn of ms-swift's option `lora_dtype`, which it applies by replacing methods that peftcore never calls."""
+    check = module.LoraConfig.__post_init__
+
+    def __post_init__(self: Any) -> None:
+        check(self)
+        if self.lora_dtype not in (None, "float32"):
+            warnings.warn(
+                f"lora_dtype={self.lora_dtype!r} has no effect with peftcore, whose adapters are float32 and are cast "
+                "to the type of the activations; leave it out",
+                stacklevel=4,
+            )
+
+    module.LoraConfig.__post_init__ = __post_init__
 
 
 def _replace_methods(module: Any) -> None:

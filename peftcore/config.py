@@ -4,6 +4,7 @@ A misspelt keyword argument is an error with a suggestion. A key on disk that th
 warning. A key on disk that asks for unsupported mathematics is refused, because ignoring the key would change results.
 """
 
+import copy
 import dataclasses
 import importlib.metadata
 import inspect
@@ -13,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import Enum
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, Self, Union, get_args, get_origin
@@ -22,6 +23,7 @@ from peftcore._util.patterns import SEGMENTS, branches, compiled, is_suffix
 from peftcore.errors import (
     CheckpointError,
     ConfigError,
+    OptionChoiceError,
     OptionTypeError,
     UnknownMethodError,
     UnknownOptionError,
@@ -55,8 +57,8 @@ def first_match(pattern: dict[str, Any] | None, path: str, default: Any) -> Any:
     return next((value for key, value in pattern.items() if is_suffix(key, path)), default)
 
 
-class TaskType(StrEnum):
-    """Task of the adapted model, under PEFT's names."""
+class TaskType(str, Enum):
+    """Task of the adapted model, under PEFT's names. The text of a member is "TaskType.CAUSAL_LM", as in PEFT."""
 
     SEQ_CLS = "SEQ_CLS"
     SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
@@ -190,6 +192,8 @@ class PeftConfig(SharedOptions, metaclass=_ConfigType):
     code for single methods.
     """
 
+    method: ClassVar[str] = ""
+    """The value of `peft_type`, a plain string for messages: text of a `PeftType` is "PeftType.LORA"."""
     has_schedule: ClassVar[bool] = False
     """True if training follows a schedule over one whole run; a finished adapter then cannot be trained further."""
     ignored_on_disk: ClassVar[dict[str, Any]] = {}
@@ -236,7 +240,7 @@ class PeftConfig(SharedOptions, metaclass=_ConfigType):
         if self.peft_type not in ("", kind := type(self).peft_type):
             warnings.warn(
                 f"{type(self).__name__}: peft_type={self.peft_type!r} has no effect, because the class has the method "
-                f"{str(kind)!r}; leave it out",
+                f"{self.method!r}; leave it out",
                 stacklevel=4,
             )
         self.peft_type = kind
@@ -244,6 +248,13 @@ class PeftConfig(SharedOptions, metaclass=_ConfigType):
             self.peft_version = _format_version()
         if self.task_type is not None:
             self.task_type = self.one_of("task_type", self.task_type, TaskType)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the value of an option of HF PEFT's class that has no effect here, such as `megatron_core`."""
+        without_effect = type(self).ignored_on_disk
+        if name not in without_effect:
+            raise AttributeError(f"{type(self).__name__} has no option {name!r}")
+        return copy.copy(without_effect[name])
 
     # -- hooks -----------------------------------------------------------------------------------------------
 
@@ -372,19 +383,21 @@ class PeftConfig(SharedOptions, metaclass=_ConfigType):
         """Return `value` if it is one of `choices`.
 
         Raises:
-            ConfigError: For any other value; the message lists the choices.
+            OptionChoiceError: For any other value; the message lists the choices.
         """
         if value not in list(choices):
-            fits = ", ".join(repr(str(c)) for c in choices)
-            raise ConfigError(f"{type(self).__name__}: {name} must be one of {fits}; got {value!r}")
+            fits = ", ".join(repr(getattr(choice, "value", choice)) for choice in choices)
+            raise OptionChoiceError(f"{type(self).__name__}: {name} must be one of {fits}; got {value!r}")
         return TaskType(value) if choices is TaskType else value
 
     def positive(self, *names: str) -> None:
         """Raise ConfigError unless each named field is an integer of at least 1."""
         for name in names:
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"{type(self).__name__}: {name} must be a positive integer; got {value!r}; try 8")
+            is_integer = isinstance(value, int) and not isinstance(value, bool)
+            if not is_integer or value < 1:
+                error = ConfigError if is_integer else OptionTypeError
+                raise error(f"{type(self).__name__}: {name} must be a positive integer; got {value!r}; try 8")
 
     def probability(self, *names: str) -> None:
         """Raise ConfigError unless each named field is in [0, 1)."""
@@ -393,18 +406,37 @@ class PeftConfig(SharedOptions, metaclass=_ConfigType):
             if not isinstance(value, int | float) or not 0 <= value < 1:
                 raise ConfigError(f"{type(self).__name__}: {name} must be at least 0 and below 1; got {value!r}")
 
+    def _warn_of_unsaved(self, tensors: str, seed: str) -> None:
+        """Warn if `save_projection` is False, as HF PEFT does.
+
+        Args:
+            tensors: The tensors that are not saved then.
+            seed: Name of the option from which loading draws the tensors again.
+        """
+        if not vars(self)["save_projection"]:
+            warnings.warn(
+                f"Specified to not save {tensors}: loading draws them again from "
+                f"`config.{seed}`, and another version of PyTorch may draw other numbers; set `save_projection=True` "
+                "to save them",
+                stacklevel=5,
+            )
+
     # -- JSON ------------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all fields and `peft_type` as JSON types; sets become sorted lists. Unknown keys stay in `extra`."""
+        """Return all fields and `peft_type` as JSON types; sets become sorted lists. Unknown keys stay in `extra`.
+
+        Options of HF PEFT that have no effect here are among them, with their defaults.
+        """
         names = [f.name for f in dataclasses.fields(self) if f.name not in ("extra", *self.not_saved)]
         values = {name: getattr(self, name) for name in names}
-        return {k: sorted(v) if isinstance(v, set | frozenset) else v for k, v in values.items()}
+        own = {k: sorted(v) if isinstance(v, set | frozenset) else v for k, v in values.items()}
+        return {**copy.deepcopy(type(self).ignored_on_disk), **own}
 
     def to_json(self) -> str:
         """Return the text of `adapter_config.json`, with the unknown keys that were read from disk."""
         values = {k: v for k, v in self.to_dict().items() if v is not None or k not in self.not_saved_if_none}
-        return json.dumps({**self.extra, **values}, indent=2, sort_keys=True) + "\n"
+        return json.dumps({**values, **self.extra}, indent=2, sort_keys=True) + "\n"
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], from_disk: bool = False) -> "PeftConfig":
@@ -441,7 +473,7 @@ class PeftConfig(SharedOptions, metaclass=_ConfigType):
         target._refuse_other_mathematics(extra)
         target.check_saved(values)
         config = target(**{k: v for k, v in values.items() if k in field_names})
-        config.extra = extra
+        config.extra = {key: value for key, value in extra.items() if key not in target.ignored_on_disk}
         return config
 
     @classmethod
@@ -465,7 +497,7 @@ class PeftConfig(SharedOptions, metaclass=_ConfigType):
         for key, value in extra.items():
             if value and value != cls.ignored_on_disk.get(key, value):
                 raise ConfigError(
-                    f"{CONFIG_NAME}: {key}={value!r} is not supported by {cls.peft_type} here, and ignoring it would "
+                    f"{CONFIG_NAME}: {key}={value!r} is not supported by {cls.method} here, and ignoring it would "
                     "change the results; merge that adapter with the library that made it"
                 )
         if unknown := sorted(key for key, value in extra.items() if value and key not in cls.ignored_on_disk):

@@ -47,6 +47,14 @@ class OptionTypeError(ConfigError, TypeError):
     """A configuration with an option whose value has a wrong type."""
 
 
+class OptionChoiceError(ConfigError, NotImplementedError):
+    """An option with a value that is none of its choices; HF PEFT raises a NotImplementedError for an unknown bias."""
+
+
+class OptionRangeError(ConfigError, IndexError):
+    """An option with an index outside of the model: of a token, or of a block."""
+
+
 class ConversionError(ConfigError, TypeError):
     """An adapter that no LoRA can replace, or a model without such an adapter; nothing is changed."""
 
@@ -75,6 +83,10 @@ class AdapterNameError(PeftError, ValueError, KeyError):
     """An adapter name that is in use, unknown or not allowed; HF PEFT raises a ValueError or a KeyError there."""
 
     __str__ = Exception.__str__
+
+
+class NoAdaptersError(AdapterNameError, AttributeError):
+    """A model without adapters, given to a function for adapters; HF PEFT raises an AttributeError in some of them."""
 
 
 class CheckpointError(PeftError, ValueError):

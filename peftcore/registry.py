@@ -10,7 +10,7 @@ import inspect
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -26,8 +26,11 @@ ENTRY_POINTS = "peftcore.methods"
 Class = TypeVar("Class", bound=type[Any])
 
 
-class PeftType(StrEnum):
-    """Names of HF PEFT's methods on disk; `methods()` are those that exist here."""
+class PeftType(str, Enum):
+    """Names of HF PEFT's methods on disk; `methods()` are those that exist here.
+
+    As in HF PEFT, `str()` of a member is "PeftType.LORA", which scripts write into names of folders.
+    """
 
     PROMPT_TUNING = "PROMPT_TUNING"
     MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
@@ -97,7 +100,7 @@ def register(name: str, config: "type[PeftConfig]") -> Callable[[Class], Class]:
     """
 
     def add(adapter: Class) -> Class:
-        config.peft_type = PeftType.__members__.get(name, name)
+        config.peft_type, config.method = PeftType.__members__.get(name, name), name
         _methods[name] = Method(name, config, adapter)
         return adapter
 

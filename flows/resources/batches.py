@@ -9,7 +9,7 @@ import torch
 from flows.data.rows import read_rows
 from flows.errors import EstimateError
 from flows.params import Params
-from flows.paths import Paths, Split
+from flows.paths import Paths, Split, prepare_command
 from flows.training.run import optimizer_steps
 from peftcore import TrainingError
 from peftcore.train import LengthGroupedSampler, Packs, supervised_positions
@@ -90,8 +90,10 @@ def workload(params: Params, paths: Paths) -> Workload:
         EstimateError: The number of rows is unknown.
     """
     prepared = paths.split("train").exists() and paths.split("validation").exists()
-    train = _prepared(paths, "train") if prepared else _assumed(params, params.data.train_rows, "train_rows")
-    checked = _prepared(paths, "validation") if prepared else _assumed(params, params.data.validation_rows or 1, "")
+    train = _prepared(paths, "train") if prepared else _assumed(params, paths, params.data.train_rows, "train_rows")
+    checked = (
+        _prepared(paths, "validation") if prepared else _assumed(params, paths, params.data.validation_rows or 1, "")
+    )
     batches, steps = _training(params, train)
     at_once = 2 * params.train.batch_size
     evaluation = [BatchSize(tuple(checked[i : i + at_once]), True) for i in range(0, len(checked), at_once)]
@@ -119,9 +121,11 @@ def _prepared(paths: Paths, split: Split) -> list[RowSize]:
     ]
 
 
-def _assumed(params: Params, count: int | None, key: str) -> list[RowSize]:
+def _assumed(params: Params, paths: Paths, count: int | None, key: str) -> list[RowSize]:
     if count is None:
-        raise EstimateError(f"data.{key} is null and no rows are prepared; run `dvc repro prepare`, or give a number")
+        raise EstimateError(
+            f"data.{key} is null and no rows are prepared; run `{prepare_command(paths.root)}`, or give a number"
+        )
     return [RowSize(params.data.max_length, params.data.max_length - 1)] * count
 
 

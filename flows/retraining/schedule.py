@@ -63,16 +63,12 @@ def serve(paths: Paths, cron: str, timezone: str, push_to: str | None) -> None:
     # before the import of prefect, which reads it: without it, Prefect starts a temporary server beside this one
     url = os.environ["PREFECT_API_URL"] = os.environ.get("PREFECT_API_URL") or f"http://127.0.0.1:{_free_port()}/api"
     from prefect.client.schemas.schedules import CronSchedule
-    from pydantic import ValidationError
 
     try:
-        when = CronSchedule(cron=cron, timezone=timezone)
-        next_time(cron, timezone, datetime.now(UTC))  # Prefect also takes expressions such as @daily
+        next_time(cron, timezone, datetime.now(UTC))
     except ValueError as error:
-        faults = error.errors() if isinstance(error, ValidationError) else [{"msg": str(error)}]
-        reason = "; ".join(one["msg"].removeprefix("Value error, ") for one in faults)
         raise ParamsError(
-            f"--cron {cron!r} in --timezone {timezone!r}: {reason}; give five fields such as '0 3 * * 1' "
+            f"--cron {cron!r} in --timezone {timezone!r}: {error}; give five fields such as '0 3 * * 1' "
             "and a zone such as Europe/Berlin"
         ) from error
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
@@ -91,6 +87,7 @@ def serve(paths: Paths, cron: str, timezone: str, push_to: str | None) -> None:
             following,
         )
         try:
+            when = CronSchedule(cron=cron, timezone=timezone)
             options: dict[str, Any] = {"root": str(paths.root), "push_to": push_to}
             retrain.serve(
                 name="scheduled", schedules=[when], parameters=options, limit=1, pause_on_shutdown=False,

@@ -1,14 +1,14 @@
-"""Times of a cron expression, as Prefect computes them, without importing Prefect."""
+"""Times of a cron expression, computed by Prefect itself, so that they are those at which it starts a run."""
 
-from datetime import UTC, datetime
-from zoneinfo import ZoneInfo
+import asyncio
+from datetime import UTC, datetime, timedelta
 
 
 def next_time(cron: str, timezone: str, now: datetime) -> datetime:
     """Return the first time after `now`, in UTC.
 
-    As in Prefect, the expression is of the zone's wall clock. A time that daylight saving time skips is moved by the
-    skipped span (02:30 to 03:30), and of a time that comes twice only the first one counts.
+    The expression is of the zone's wall clock. A time that daylight saving time skips is moved by the skipped span
+    (02:30 to 03:30), and of a time that comes twice only the first one counts.
 
     Args:
         cron: Five fields, as in '0 3 * * 1'.
@@ -16,20 +16,21 @@ def next_time(cron: str, timezone: str, now: datetime) -> datetime:
         now: A time with its zone.
 
     Raises:
-        ValueError: The expression does not consist of five valid fields, or there is no such time zone.
+        ValueError: The expression does not consist of five valid fields, there is no such time zone, or no time fits.
     """
-    from cronsim import CronSim, CronSimError
+    from prefect._vendor.croniter import CroniterBadDateError
+    from prefect.server.schemas.schedules import CronSchedule
+    from pydantic import ValidationError
 
     if not timezone:
         raise ValueError("the time zone is empty")
-    zone = ZoneInfo(timezone)
-    fields = cron.split()
-    if len(fields) != 5:  # of six, Prefect takes the last one for the seconds, and cronsim the first one
-        raise ValueError(f"it has {len(fields)} fields")
-    # of a day of the month and one of the week, either one is enough; cronsim asks for both if one begins with *
-    fields[2], fields[4] = fields[2].replace("*/", "1-31/"), fields[4].replace("*/", "0-6/")
+    if (count := len(cron.split())) != 5:  # Prefect also takes @daily, and seconds as a sixth field
+        raise ValueError(f"it has {count} {'field' if count == 1 else 'fields'}")
     try:
-        times = CronSim(" ".join(fields), now.astimezone(zone).replace(tzinfo=None))
-    except CronSimError as error:
-        raise ValueError(str(error)) from error
-    return next(due for time in times if (due := time.replace(tzinfo=zone).astimezone(UTC)) > now)
+        schedule = CronSchedule(cron=cron, timezone=timezone)
+        dates = asyncio.run(schedule.get_dates(n=1, start=now.replace(microsecond=0) + timedelta(seconds=1)))
+    except ValidationError as error:
+        raise ValueError("; ".join(one["msg"].removeprefix("Value error, ") for one in error.errors())) from error
+    except CroniterBadDateError as error:
+        raise ValueError("no date fits all of its fields, so it would never start a retraining") from error
+    return datetime.fromtimestamp(dates[0].timestamp(), UTC)  # in place of Prefect's subclass of datetime

@@ -44,10 +44,12 @@ LIBRARIES = (
     "datasketch",
     "gguf",
     "rouge_score.rouge_scorer",
-    "wandb",
     "dvc.repo",
 )
-"""What takes most of the time of a stage's imports, beside PyTorch."""
+"""What takes most of the time of a stage's imports, beside PyTorch.
+
+None may make temporary files when it is imported, as W&B does: the first fork would remove those of all when it ends.
+"""
 
 OWN_VARIABLES = ("_", "DVC_ROOT", "OLDPWD", "PWD", "SHLVL", logs.STAGE, RUN)
 """Environment variables that differ between stages. Libraries may have read any other one when they were imported."""

@@ -32,10 +32,13 @@ DVC = (sys.executable, "-m", "dvc")
 _SUPPORT = "Having any troubles? Hit us up at https://dvc.org/support, we are always happy to help!"
 """Last line of some of DVC's messages."""
 _ADVICE = {
-    errno.EROFS: "DVC writes locks also for reading; work in a clone on a disk that can be written",
-    errno.ENOSPC: "free some space, such as by `peftcore registry gc`, and run it again; existing files are intact",
+    os.strerror(errno.EROFS): "DVC writes locks also for reading; work in a clone on a disk that can be written",
+    os.strerror(errno.ENOSPC): "free some space, such as by `peftcore registry gc`, and run it again; existing files "
+    "are intact",
+    # a full disk leaves an empty one
+    "dvc.lock'": "restore it by `git checkout dvc.lock`, or remove it if git does not have it, and run it again",
 }
-"""{system's error in a message of DVC: what to do}"""
+"""{text in a message of DVC: what to do}"""
 
 _PREFECT_ENVIRONMENT = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -138,9 +141,12 @@ def _dvc(root: Path, arguments: Sequence[str], databases: Path | None = None) ->
     done = subprocess.run(
         [*DVC, *arguments], cwd=root, env=environment, capture_output=True, encoding="utf-8", check=False
     )
-    message = (done.stderr.strip() or done.stdout.strip()).removesuffix(_SUPPORT).rstrip()
-    message += "".join(f"; {advice}" for number, advice in _ADVICE.items() if os.strerror(number) in message)
+    message = _with_advice((done.stderr.strip() or done.stdout.strip()).removesuffix(_SUPPORT).rstrip())
     return done.stdout, message if done.returncode else None
+
+
+def _with_advice(message: str) -> str:
+    return message + "".join(f"; {advice}" for text, advice in _ADVICE.items() if text in message)
 
 
 def stage_order(root: Path, output: Path | None = None) -> list[str]:
@@ -163,7 +169,7 @@ def stage_order(root: Path, output: Path | None = None) -> list[str]:
             # names, because DVC's addressing depends on the current folder
             return [str(stage.name) for stage in stages if isinstance(stage, PipelineStage)]
     except DvcException as error:
-        raise RepositoryError(f"{root / 'dvc.yaml'}: {error}") from error
+        raise RepositoryError(f"{root / 'dvc.yaml'}: {_with_advice(str(error))}") from error
 
 
 def missing_inputs(root: Path, stage: str) -> dict[str, str]:
@@ -177,6 +183,22 @@ def missing_inputs(root: Path, stage: str) -> dict[str, str]:
 def _paths(entries: list[str | dict[str, Any]]) -> list[str]:
     """Return the paths of a list of dvc.yaml, whose entries are paths or {path: options}."""
     return [entry if isinstance(entry, str) else next(iter(entry)) for entry in entries]
+
+
+def outputs_without_cache(root: Path, stage: str) -> list[str]:
+    """Return the outputs of a stage that has run which DVC's cache should have and does not.
+
+    DVC exits with 0 if it cannot copy a file of an output's folder to its cache, such as onto a full disk.
+    """
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    try:
+        with _without_warnings(), Repo(str(root)) as repo:
+            outs = repo.stage.load_one(str(root / "dvc.yaml"), name=stage).outs
+            return [str(out) for out in outs if out.use_cache and out.changed_cache()]
+    except DvcException as error:
+        raise RepositoryError(f"{root / 'dvc.yaml'}: {_with_advice(str(error))}") from error
 
 
 def changed_stages(root: Path, stages: Sequence[str] = ()) -> dict[str, list[str]]:
@@ -203,7 +225,7 @@ def changed_stages_beside(root: Path, running: str) -> dict[str, list[str]]:
                 if isinstance(stage, PipelineStage) and stage.name != running:
                     status |= {str(stage.name): changes for changes in stage.status(check_updates=True).values()}
     except DvcException as error:
-        raise RepositoryError(f"{root / 'dvc.yaml'}: {error}") from error
+        raise RepositoryError(f"{root / 'dvc.yaml'}: {_with_advice(str(error))}") from error
     return _changes(status)
 
 
@@ -225,9 +247,9 @@ def stage_states(root: Path) -> dict[str, list[str]]:
     lock = root / "dvc.lock"
     with ThreadPoolExecutor(1) as pool:
         changing = pool.submit(changed_stages, root)  # a process that takes a second, as the rest of this does
-        ran = YAML(typ="safe").load(lock)["stages"] if lock.exists() else {}
         order = stage_order(root)
         changed = changing.result()
+        ran = YAML(typ="safe").load(lock)["stages"] if lock.exists() else {}
     return {stage: changed.get(stage, []) if stage in ran else ["has not run yet"] for stage in order}
 
 
@@ -274,10 +296,10 @@ def get_output(root: Path, commit: str, name: str, target: Path) -> None:
     from dvc_data.index import DataIndexDirError
 
     try:
-        with _without_warnings(), open_repo(root) as repo:
-            repo.fetch(targets=[str(root / name)], revs=[commit])
-            with repo.switch(commit):
-                download(repo.dvcfs, name, str(target))
+        # in the commit, whose top is /, the repository is another folder than on the disk
+        with _without_warnings(), open_repo(root) as repo, repo.switch(commit):
+            repo.fetch(targets=[f"{repo.root_dir}/{name}"])
+            download(repo.dvcfs, name, str(target))
     except (DvcException, DataIndexDirError, OSError) as error:
         raise _unavailable(name, commit, error.__cause__ or error) from error
 

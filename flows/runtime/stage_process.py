@@ -20,7 +20,7 @@ from flows.runtime import logs
 from flows.runtime.fork_server import ADDRESS
 from flows.runtime.processes import die_with_parent, is_alive, this_host
 from flows.runtime.progress import RUN
-from flows.runtime.project import DVC, missing_inputs, stage_environment
+from flows.runtime.project import DVC, missing_inputs, outputs_without_cache, stage_environment
 from flows.runtime.stage_code import refresh
 from flows.runtime.temporary import temporary_folder
 
@@ -72,7 +72,7 @@ def run_stage(
 
     Raises:
         StageStopped: `should_stop` returned True.
-        StageError: The stage failed or exceeded the time limit.
+        StageError: The stage failed or exceeded the time limit, or DVC did not store its outputs.
         BusyError: A process of another machine is running a stage in this folder.
     """
     refresh(root)
@@ -126,6 +126,12 @@ def _run_stage(
             for name, earlier in missing_inputs(root, stage).items()
         )
         raise StageError(f"stage {stage} failed; its own message is above{missing}")
+    if "--no-commit" not in options and (lost := outputs_without_cache(root, stage)):
+        raise StageError(
+            f"stage {stage}: DVC did not store {', '.join(lost)} in its cache, for the reason above; on a full disk, "
+            f"free some space, such as by `peftcore registry gc`. `dvc commit --force {stage}` then stores what the "
+            "stage made"
+        )
 
 
 def environment_with_code(root: Path) -> dict[str, str]:

@@ -55,7 +55,7 @@ def _with_rows(config: PeftConfig, tokens: TokenRows | None) -> PeftConfig:
     name = "trainable_token_indices"
     if name not in {field.name for field in fields(config)}:
         raise StageError(
-            f"data.special_tokens: {config.peft_type} cannot train the embeddings of added tokens; give method.name "
+            f"data.special_tokens: {config.method} cannot train the embeddings of added tokens; give method.name "
             "lora, or remove the tokens"
         )
     if getattr(config, name) is not None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from flows.base.folder import load_tokenizer
 from flows.errors import DataError, StageError
 from flows.params import Data, Params
-from flows.paths import SPLITS, Paths
+from flows.paths import SPLITS, Paths, prepare_command
 from flows.validation import balance, contents, duplicates, lengths, masks, retrieval, tags, targets, template
 from flows.validation.findings import Finding, Findings
 from flows.validation.prepared import Prepared, read_prepared
@@ -98,7 +98,7 @@ def examine_folder(folder: Path, report: dict[str, Any], tokenizer: PreTrainedTo
 def read_report(paths: Paths) -> dict[str, Any]:
     """Return the prepare stage's report. Raises StageError if there is none."""
     if not paths.data_report.exists():
-        raise StageError(f"there is no {paths.data_report}; run `dvc repro prepare` first")
+        raise StageError(f"there is no {paths.data_report}; run `{prepare_command(paths.root)}` first")
     return json.loads(paths.data_report.read_text(encoding="utf-8"))
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from flows.errors import DataError, StageError
-from flows.paths import SPLITS, Paths
+from flows.paths import SPLITS, Paths, prepare_command
 from peftcore.files import sha256
 
 Severity = Literal["ok", "warning", "error"]
@@ -85,7 +85,7 @@ def require_valid(paths: Paths) -> Findings:
         StageError: Nothing was prepared, or a split changed after the checks.
     """
     if not paths.data_report.exists():
-        raise StageError(f"there is no {paths.data_report}; run `dvc repro prepare` first")
+        raise StageError(f"there is no {paths.data_report}; run `{prepare_command(paths.root)}` first")
     report = json.loads(paths.data_report.read_text(encoding="utf-8"))
     if "doctor" not in report:
         raise StageError(

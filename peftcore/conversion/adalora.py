@@ -31,7 +31,7 @@ def convert_directory_to_lora(source: str | Path, directory: str | Path) -> None
     layers = config.take_factors(tensors)
     if layers is None:
         raise ConfigError(
-            f"{source} holds a {config.peft_type} adapter; only ADALORA is converted to LORA without its model: load "
+            f"{source} holds a {config.method} adapter; only ADALORA is converted to LORA without its model: load "
             "it onto the model and use save_as_lora"
         )
     rest = {f"{PREFIX}{key}": tensor for key, tensor in tensors.items()}

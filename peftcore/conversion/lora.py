@@ -38,7 +38,7 @@ def lora_config(config: PeftConfig, layers: Mapping[str, Factors], rank: int | f
     targets = {path: own for path, own in layers.items() if own.rank}
     if not targets:
         raise ConfigError(
-            f"every layer of this {config.peft_type} adapter has rank 0, so no LoRA equals it; there is nothing to save"
+            f"every layer of this {config.method} adapter has rank 0, so no LoRA equals it; there is nothing to save"
         )
     bias = source.bias
     bias = "lora_only" if bias.endswith("_only") else bias

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcore.config import PeftConfig
+from peftcore.config import PeftConfig, TaskType
 from peftcore.conversion.layer_factors import exact_factors
 from peftcore.errors import CheckpointError, ConversionError, ExportError, MergeError
 from peftcore.files.tensors import PREFIX, read_tensors
@@ -79,7 +79,7 @@ def canonicalise(
         )
     layers = {path: padded(own, rank or most) for path, own in layers.items()}
     tensors = {path: (own.a[0].contiguous(), own.b[0].contiguous()) for path, own in layers.items()}
-    task = None if config.task_type is None else str(config.task_type)
+    task = None if config.task_type is None else TaskType(config.task_type).value
     base = config.base_model_name_or_path or getattr(source, "name_or_path", None) or None
     return CanonicalLora(tensors, rank or most, frozenset(embeddings), task, base, config.revision)
 
@@ -144,7 +144,7 @@ def _of_directory(config: PeftConfig, directory: Path) -> tuple[dict[str, Factor
     if layers is not None:
         return layers, set()
     if not isinstance(config, LoraConfig):
-        raise ExportError(f"{directory} holds a {config.peft_type} adapter. {_not_low_rank(config.peft_type)}")
+        raise ExportError(f"{directory} holds a {config.method} adapter. {_not_low_rank(config.method)}")
     if config.initialisation().subtracts or config.replaces_base:  # HF PEFT writes the factors, not the changed base
         raise ExportError(
             f"{directory}: init_lora_weights={config.init_lora_weights!r} subtracts a residual from the base; load "

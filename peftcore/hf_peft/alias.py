@@ -31,7 +31,8 @@ _PARTS = ("bnb", "config", "layer", "model", "utils")
 _OTHER_PLACES = {
     **dict.fromkeys((f"optimizers.{name}" for name in ("lorafa", "loraplus", "riemannian")), "optimizers"),
     **dict.fromkeys(
-        (f"tuners.lora.{name}" for name in (*_PARTS, "awq", "conversion", "eva", "gptq", "hqq")), "tuners.lora"
+        (f"tuners.lora.{name}" for name in (*_PARTS, "awq", "conversion", "eva", "gptq", "hqq", "tp_layer")),
+        "tuners.lora",
     ),
     "tuners.adalora.gptq": "tuners.adalora",
     "tuners.adamss.asa_callback": "tuners.asa_callback",

@@ -182,7 +182,7 @@ def compose_cartridge_adapters(
 def _cartridge_config(path: str | os.PathLike[str]) -> CartridgeConfig:
     config = PeftConfig.from_pretrained(str(path))
     if not isinstance(config, CartridgeConfig):
-        raise ConfigError(f"{path} holds an adapter of {config.peft_type}; only those of CARTRIDGE can be joined")
+        raise ConfigError(f"{path} holds an adapter of {config.method}; only those of CARTRIDGE can be joined")
     return config
 
 
@@ -194,7 +194,7 @@ def _prefix(model: Any, name: str | None) -> KeyValuePrefix:
     prefix = adapters.prompt(name)
     if not isinstance(prefix, KeyValuePrefix):
         raise ConfigError(
-            f"adapter {name!r} is of {adapters.configs[name].peft_type}, which has no prefix of keys and values; name "
+            f"adapter {name!r} is of {adapters.configs[name].method}, which has no prefix of keys and values; name "
             "one of CARTRIDGE or PREFIX_TUNING"
         )
     return prefix

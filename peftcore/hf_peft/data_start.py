@@ -102,7 +102,7 @@ def get_eva_state_dict(
     config: Any = peft_config or adapter_set(model).configs[adapter_name]
     if not isinstance(config, LoraConfig):
         raise ConfigError(f"get_eva_state_dict: EVA starts a LoRA; got {type(config).__name__}")
-    config = replace(config, init_lora_weights="eva")
+    config = replace(config, init_lora_weights="eva", eva_config=config.eva_config or {})
     adapters = prepare_injection(model, config, "eva_start", _WITHOUT_VALUES).adapters
     layers = {path: lora for path, lora in adapters.items() if isinstance(lora, Lora) and lora.base.kind == "linear"}
     observer = Eva(config, layers)

@@ -49,7 +49,7 @@ class _ByMethod(Mapping[Any, Any]):
         return {name: kind for name, kind in classes_by_name.items() if kind is not None}
 
     def __getitem__(self, name: str) -> Any:
-        return self._table()[str(name)]
+        return self._table()[name]
 
     def __iter__(self) -> Iterator[Any]:
         return iter(PeftType(name) if name in PeftType.__members__ else name for name in self._table())

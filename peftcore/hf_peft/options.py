@@ -4,7 +4,7 @@ Each object is a dictionary, the form that `LoraConfig` takes and saves, with it
 """
 
 import os
-from enum import StrEnum
+from enum import Enum
 from typing import Literal
 
 from peftcore.errors import ConfigError
@@ -113,7 +113,7 @@ class LoftQConfig(Options):
         super().__init__(loftq_bits=loftq_bits, loftq_iter=loftq_iter)
 
 
-class PromptTuningInit(StrEnum):
+class PromptTuningInit(str, Enum):
     """Starts of prompt tuning: the embeddings of a text, of sampled tokens of the vocabulary, or random numbers."""
 
     TEXT = "TEXT"
@@ -121,7 +121,7 @@ class PromptTuningInit(StrEnum):
     RANDOM = "RANDOM"
 
 
-class MultitaskPromptTuningInit(StrEnum):
+class MultitaskPromptTuningInit(str, Enum):
     """Starts of multitask prompt tuning; the last three read the prompts of trained source tasks."""
 
     TEXT = "TEXT"
@@ -131,7 +131,7 @@ class MultitaskPromptTuningInit(StrEnum):
     ONLY_SOURCE_SHARED = "ONLY_SOURCE_SHARED"
 
 
-class PromptEncoderReparameterizationType(StrEnum):
+class PromptEncoderReparameterizationType(str, Enum):
     """Networks that compute the prompt of P-tuning."""
 
     MLP = "MLP"

@@ -258,7 +258,7 @@ def refuse_prompts(method: str, config: Any) -> None:
     """
     if isinstance(config, PeftConfig) and issubclass(method_of(config).adapter, PromptLearner):
         raise ConfigError(
-            f"{method}: a plain model cannot have a prompt, got {config.peft_type}; {_FOR_PROMPTS[method]} in place"
+            f"{method}: a plain model cannot have a prompt, got {config.method}; {_FOR_PROMPTS[method]} in place"
         )
 
 

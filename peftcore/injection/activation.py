@@ -12,7 +12,7 @@ from peftcore.composition.route import Route
 from peftcore.errors import MergeError, RoutingError
 from peftcore.injection import inject
 from peftcore.injection.adapter_set import AdapterSet, adapter_set
-from peftcore.injection.merge import original_weights, unmerge_adapter
+from peftcore.injection.merge import original_weights, restore_unmerged
 
 _EXPERT = re.compile(r"(^|\.)experts?\.\d+(\.|$)")
 
@@ -36,7 +36,7 @@ def set_adapter(model: nn.Module, names: str | list[str], inference_mode: bool =
         warnings.warn(
             f"set_adapter: {list(adapters.merged)} were merged into the base, and are unmerged now", stacklevel=3
         )
-        unmerge_adapter(model)
+        restore_unmerged(model)
     adapters.train_active_only(not inference_mode)
 
 

@@ -10,7 +10,7 @@ from peftcore._util.both_libraries import refuse_layers_of_hf_peft
 from peftcore._util.per_thread import PerThread
 from peftcore.adapter import Adapter, Shared
 from peftcore.config import PeftConfig
-from peftcore.errors import AdapterNameError
+from peftcore.errors import AdapterNameError, NoAdaptersError
 from peftcore.injection.replication import Replication
 from peftcore.layers.active import Selection
 from peftcore.layers.adapter_slot import AdapterSlot
@@ -282,11 +282,11 @@ class AdapterSet:
             wrapper.use_selection(self.selection)
         self.selection.apart = [wrapper for wrapper in self.selection.apart if wrapper.selection is not self.selection]
 
-    def merge_slots(self, slots: Sequence[AdapterSlot], adapter_names: list[str] | None, safe_merge: bool) -> None:
+    def merge_slots(self, slots: Sequence[AdapterSlot], adapter_names: list[str] | None, safe_merge: bool) -> bool:
         """Merge adapters into the base weights of some slots; see `peftcore.injection.merge.merge_slots`."""
         from peftcore.injection.merge import merge_slots  # here, because that module imports this one
 
-        merge_slots(self, slots, adapter_names, safe_merge)
+        return merge_slots(self, slots, adapter_names, safe_merge)
 
     def unmerge_slots(self, slots: Sequence[AdapterSlot]) -> None:
         """Restore the unmerged weights of some slots."""
@@ -312,12 +312,12 @@ def adapter_set(model: nn.Module) -> AdapterSet:
     """Return the adapters of a model.
 
     Raises:
-        AdapterNameError: the model has none.
+        NoAdaptersError: the model has none.
     """
     adapters = model.__dict__.get(ATTRIBUTE)
     if adapters is None:
         refuse_layers_of_hf_peft(model.modules())
-        raise AdapterNameError(f"this {type(model).__name__} has no adapters; call get_peft_model first")
+        raise NoAdaptersError(f"this {type(model).__name__} has no adapters; call get_peft_model first")
     return adapters
 
 

@@ -6,9 +6,9 @@ is not wrapped. These scripts get a view: a second object that shares all attrib
 class has no attribute `model`. So a loop such as `while hasattr(m, "model"): m = m.model` ends.
 
 If the model has an attribute `model` of its own, `peft_model.model` stays that attribute, because transformers reads
-it. Its attribute `model` is then the view. Submodules and methods that only the whole model has, such as `lm_head` and
-`generate`, are attributes of it, too. A call of it returns hidden states; `peft_model.base_model.model` is the base
-model in every case.
+it. Its attribute `model` is then the view. What only the whole model has, such as `lm_head`, `generate` and attributes
+that a script has set, is an attribute of it, too. A call of it returns hidden states; `peft_model.base_model.model` is
+the base model in every case.
 """
 
 from functools import cache
@@ -34,14 +34,14 @@ def show_model(module: nn.Module, whole: nn.Module | None = None) -> None:
 
     Args:
         module: the module; only its class changes, and it refers to `whole`.
-        whole: the model that contains the module. Its other submodules, and the public attributes of its class, become
-            attributes of the module, unless the module has such an attribute.
+        whole: the model that contains the module. Its other submodules, and the public attributes that it and its class
+            have now, become attributes of the module, unless the module has such an attribute.
     """
     if hasattr(module, "model"):
         return
     names: set[str] = set()
     if whole is not None:
-        names = {name for name in (*whole._modules, *dir(type(whole))) if not name.startswith("_")}
+        names = {name for name in (*whole._modules, *vars(whole), *dir(type(whole))) if not name.startswith("_")}
         names -= {"model", *dir(module)}
         vars(module)[_WHOLE] = whole
     module.__class__ = _with_model(type(module), tuple(sorted(names)))

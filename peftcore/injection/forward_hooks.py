@@ -256,7 +256,7 @@ def _prepare_rows(
     kind, config = adapters.kinds[name], adapters.configs[name]
     if len({one for one in route.compositions if name in one.names()}) > 1:
         raise RoutingError(
-            f"{name!r} ({config.peft_type}) reads the rows of each call, so only one composition of a batch can have "
+            f"{name!r} ({config.method}) reads the rows of each call, so only one composition of a batch can have "
             "it; give its rows the same composition, or split the batch"
         )
     rows = route.rows_of(name)

@@ -55,7 +55,7 @@ def merge_adapter(
     """
     adapters = adapter_set(model)
     if not merge_slots(adapters, adapters.layers.values(), adapter_names, safe_merge, progressbar) and adapters.merged:
-        warnings.warn(f"merge_adapter changes nothing: {list(adapters.merged)} are merged already", stacklevel=4)
+        warnings.warn(f"All adapters are already merged: {', '.join(adapters.merged)}", stacklevel=4)
 
 
 @torch.no_grad()
@@ -98,6 +98,12 @@ def merge_slots(
                 "use the merged adapters; leave the route, or wait for its end"
             )
         merges = _checked_merges(adapters, slots, names, check_values=safe_merge)
+        if before := dict.fromkeys(name for merge in merges for name in merge.slot.merged_names):
+            added = dict.fromkeys(name for merge in merges for name in merge.adapters)
+            warnings.warn(
+                f"Already following adapters were merged: {', '.join(before)}. Now merged as well: {', '.join(added)}",
+                stacklevel=5,
+            )
         _write(merges, progressbar)
         merged = (name for merge in merges for name in merge.adapters)
         adapters.merged = tuple(dict.fromkeys((*adapters.merged, *merged)))
@@ -262,7 +268,17 @@ def _write_one(
 
 
 def unmerge_adapter(model: nn.Module) -> None:
-    """Restore the unmerged base weights, bit for bit; the active adapters are in effect again."""
+    """Restore the unmerged base weights, bit for bit; the active adapters are in effect again.
+
+    Warns if no adapter is merged.
+    """
+    if not adapter_set(model).merged:
+        warnings.warn("Already unmerged: no adapter is merged into the base, so nothing is changed", stacklevel=4)
+    restore_unmerged(model)
+
+
+def restore_unmerged(model: nn.Module) -> None:
+    """Restore the unmerged base weights; a model without merged adapters stays as it is."""
     adapters = adapter_set(model)
     unmerge_slots(adapters, _merged_slots(adapters))
 
@@ -303,7 +319,7 @@ def merged(model: nn.Module, adapter_names: str | list[str] | None = None, safe_
     try:
         yield
     finally:
-        unmerge_adapter(model)
+        restore_unmerged(model)
 
 
 def _merged_slots(adapters: AdapterSet) -> list[AdapterSlot]:
@@ -386,7 +402,7 @@ def unload(model: nn.Module) -> nn.Module:
     Returns:
         The model.
     """
-    unmerge_adapter(model)
+    restore_unmerged(model)
     remove_wrappers(model, keep_trained=False)
     return model
 

@@ -328,7 +328,7 @@ def _bases_of(kind: type[Adapter], config: TunerConfig, layer: nn.Module, path: 
     if bases[0].kind not in kind.layer_kinds:
         word = type(layer).__name__ if isinstance(layer, nn.MultiheadAttention) else bases[0].kind
         fits = ", ".join(sorted(kind.layer_kinds))
-        raise TargetError(f"{config.peft_type} does not adapt {word} layers such as {path}; it adapts {fits}")
+        raise TargetError(f"{config.method} does not adapt {word} layers such as {path}; it adapts {fits}")
     return bases
 
 
@@ -477,7 +477,7 @@ def warn_of_separated_ties(injection: Injection) -> None:
         advice = (
             "set ensure_weight_tying=True to change them in the same way"
             if "ensure_weight_tying" in type(config).__dataclass_fields__
-            else f"no implementation exists to tie the adapters of {config.peft_type}"
+            else f"no implementation exists to tie the adapters of {config.method}"
         )
         warnings.warn(
             f"{' and '.join(group)} share a weight, and the adapter changes {path} by itself, so that they are no "

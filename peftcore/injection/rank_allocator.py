@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from peftcore._util.unneeded_replacements import is_unneeded
 from peftcore.errors import ConfigError, OptionTypeError, PeftError
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.methods.adalora import AdaLora, AdaLoraConfig
@@ -22,6 +23,8 @@ class _Fixed(type):
     """Metaclass of a class whose methods cannot be replaced, because AdaLoRA's training would not call them."""
 
     def __setattr__(cls, name: str, value: Any) -> None:
+        if is_unneeded(value):
+            return
         raise PeftError(
             f"{cls.__name__}.{name} cannot be replaced, because peftcore's AdaLoRA does not call it; for another "
             "allocation, register a subclass of peftcore.methods.adalora.AdaLora with an on_step of its own"
@@ -161,7 +164,7 @@ def layers_of(model: nn.Module, adapter_name: str) -> dict[str, AdaLora]:
     adapters = adapter_set(model)
     adapters.require(adapter_name)
     if not isinstance(adapters.configs[adapter_name], AdaLoraConfig):
-        raise ConfigError(f"{adapter_name!r} is no AdaLoRA, but {adapters.configs[adapter_name].peft_type}")
+        raise ConfigError(f"{adapter_name!r} is no AdaLoRA, but {adapters.configs[adapter_name].method}")
     return cast(dict[str, AdaLora], adapters.of_method(adapter_name))
 
 

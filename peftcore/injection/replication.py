@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from peftcore.errors import ConfigError, TargetError
+from peftcore.errors import OptionRangeError, TargetError
 from peftcore.injection.module_index import ModuleIndex
 
 
@@ -61,13 +61,13 @@ def replicate(model: nn.Module, ranges: Sequence[tuple[int, int]]) -> Replicatio
         The state to undo the change.
 
     Raises:
-        ConfigError: a range is empty or outside of the model; nothing is changed.
+        OptionRangeError: a range is empty or outside of the model; nothing is changed.
         TargetError: the model does not have exactly one list of blocks; nothing is changed.
     """
     path, blocks = _block_list(model)
     for start, end in ranges:
         if not 0 <= start < end <= len(blocks):
-            raise ConfigError(
+            raise OptionRangeError(
                 f"layer_replication: ({start}, {end}) is not a range of the model's {len(blocks)} blocks; give pairs "
                 f"(start, end) with 0 <= start < end <= {len(blocks)}"
             )

@@ -212,7 +212,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     return TunerModelStatus(
         base_model_type=type(model).__name__ if has_tuner or isinstance(model, PreTrainedModel) else "other",
         adapter_model_type=_tuner_name(list(configs.values())) if has_tuner else "None",
-        peft_types={name: str(config.peft_type) for name, config in configs.items()},
+        peft_types={name: config.method for name, config in configs.items()},
         trainable_params=trainable,
         total_params=total,
         num_adapter_layers=len(layers),

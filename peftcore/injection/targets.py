@@ -269,7 +269,7 @@ def target_paths(module_index: ModuleIndex, config: TunerConfig) -> list[str]:
         architecture = detect(model)
         if not (names := architecture.targets_for(config.peft_type)):
             raise TargetError(
-                f"no default target modules are known for {config.peft_type} in {architecture.family}; give "
+                f"no default target modules are known for {config.method} in {architecture.family}; give "
                 f"target_modules, such as {ALL_LINEAR!r} or names among {_linear_names(modules)}"
             )
         if all(

@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from peftcore._util.unneeded_replacements import is_unneeded
 from peftcore.config import PeftConfig
 from peftcore.detection.model_kind import model_config_of
 from peftcore.errors import AdapterNameError, ConfigError, PeftError
@@ -28,6 +29,7 @@ _CHAINED = (
 )
 """Methods of nn.Module that return the module itself, here the view."""
 _NEVER_CALLED = (
+    "_cast_adapter_dtype",
     "_check_target_module_exists",
     "_create_and_replace",
     "_create_and_replace_parameter",
@@ -59,6 +61,10 @@ def parameter_prefix(peft_type: str) -> str:
     return _PREFIXES.get(peft_type, f"{peft_type.lower()}_")
 
 
+def _refuse_call(name: str, *args: Any, **kwargs: Any) -> None:
+    raise PeftError(f"{name} makes layers of HF PEFT, and cannot be called: get_peft_model makes those of peftcore")
+
+
 class _Prefix:
     """The attribute `prefix` of a `TunerModel` and of its class."""
 
@@ -74,8 +80,15 @@ class _OfTunerModels(type):
 
     def __setattr__(cls, name: str, value: Any) -> None:
         if name in _NEVER_CALLED:
+            if is_unneeded(value):
+                return
             raise PeftError(f"{cls.__name__}.{name} cannot be set: {_REASON}")
         super().__setattr__(name, value)
+
+    def __getattr__(cls, name: str) -> Any:
+        if name in _NEVER_CALLED:
+            return partial(_refuse_call, f"{cls.__name__}.{name}")
+        raise AttributeError(f"type object {cls.__name__!r} has no attribute {name!r}")
 
 
 class TunerModel(metaclass=_OfTunerModels):
@@ -116,7 +129,7 @@ class TunerModel(metaclass=_OfTunerModels):
         *,
         peft_config: PeftConfig | dict[str, PeftConfig] | None = None,
     ):
-        if own := [name for name in _NEVER_CALLED if getattr(type(self), name, None) is not vars(TunerModel).get(name)]:
+        if own := [name for name in _NEVER_CALLED if _defined(type(self), name) is not vars(TunerModel).get(name)]:
             raise PeftError(f"{type(self).__name__} cannot be made, because it defines {own[0]}: {_REASON}")
         if config is not None and peft_config is not None:
             raise ConfigError(f"{type(self).__name__}: config and peft_config are two names of one argument; give one")
@@ -360,6 +373,11 @@ class SharedTensors(Mapping[str, Tensor]):
 
     def __repr__(self) -> str:
         return f"{self._name}: {dict(self)!r}"
+
+
+def _defined(cls: type, name: str) -> Any:
+    """Return what a class or a base class of it defines under a name; None if nothing."""
+    return next((vars(base)[name] for base in cls.__mro__ if name in vars(base)), None)
 
 
 def _below(prefix: str) -> str:

@@ -4,6 +4,7 @@ As in HF PEFT, each method acts on one layer. Once all wrappers of a model have 
 enabled or all disabled, the model takes over this state.
 """
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -100,7 +101,7 @@ class SwitchingMethods:
             enabled: False disables them, and restores this layer's unmerged weight.
         """
         if not enabled:
-            self.unmerge()
+            self.restore_unmerged()
         self.selection.owner.switch_wrapper(self, switched_off=not enabled)
 
     def use_selection(self, selection: Any) -> None:
@@ -110,6 +111,9 @@ class SwitchingMethods:
             selection: the model's `Selection`, or a `LayerSelection` of this wrapper.
         """
         self.selection = selection
+
+    def restore_unmerged(self) -> None:
+        """Restore the unmerged weight; does nothing for a wrapper that has no base weight."""
 
     def unmerge(self) -> None:
         """Restore the unmerged weight; does nothing for a wrapper that has no base weight."""
@@ -159,11 +163,23 @@ class MergingMethods(SwitchingMethods):
             AdapterNameError: a name is not loaded.
         """
         names = list(self.selection.active) if adapter_names is None else adapter_names
-        self.selection.owner.merge_slots(self._slots(), names, safe_merge)
+        is_changed = self.selection.owner.merge_slots(self._slots(), names, safe_merge)
+        if not is_changed and self._has_merged():
+            warnings.warn(f"All adapters are already merged into {self._slots()[0].path}", stacklevel=2)
 
     def unmerge(self) -> None:
-        """Restore the unmerged weight of this layer, bit for bit."""
+        """Restore the unmerged weight of this layer, bit for bit; warns if no adapter is merged into it."""
+        if not self._has_merged():
+            warnings.warn(f"Already unmerged: no adapter is merged into {self._slots()[0].path}", stacklevel=2)
+        self.restore_unmerged()
+
+    def restore_unmerged(self) -> None:
+        """Restore the unmerged weight of this layer; a layer without merged adapters stays as it is."""
         self.selection.owner.unmerge_slots(self._slots())
+
+    def _has_merged(self) -> bool:
+        """Return True if an adapter is merged into a weight of this layer."""
+        return any(slot.merged_names for slot in self._slots())
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter of this layer alone; see `SwitchingMethods.delete_adapter`."""

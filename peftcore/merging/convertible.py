@@ -59,7 +59,7 @@ def _adapters_of(model: nn.Module) -> AdapterSet:
 def _check(model: nn.Module, adapters: AdapterSet, name: str) -> None:
     config = adapters.configs[name]
     if name in adapters.prompts:
-        raise ConversionError(f"{name!r} is a prompt ({config.peft_type}), which no LoRA can replace; use it as it is")
+        raise ConversionError(f"{name!r} is a prompt ({config.method}), which no LoRA can replace; use it as it is")
     if adapters.replication is not None:
         raise ConversionError("layer_replication adds layers to the model, which plain LoRA does not; merge it instead")
     try:
@@ -73,7 +73,7 @@ def _check(model: nn.Module, adapters: AdapterSet, name: str) -> None:
             )
         if adapter.bias_change() is not None:
             raise ConversionError(
-                f"{path}: {config.peft_type} changes the layer's bias too, which plain LoRA does not; merge the "
+                f"{path}: {config.method} changes the layer's bias too, which plain LoRA does not; merge the "
                 "adapter instead"
             )
     check_mergeable(model, [name])

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from peftcore.errors import ConfigError
+from peftcore.errors import ConfigError, OptionTypeError
 
 Sparsify = Literal["magnitude", "random", "row_rank", "outliers"]
 Weigh = Literal["given", "slerp", "stock"]
@@ -163,7 +163,8 @@ class Recipe:
 
 def check_density(option: str, density: float | None) -> None:
     """Raise ConfigError unless the density is in (0, 1]; `option` names it in the message."""
-    if not isinstance(density, int | float) or isinstance(density, bool) or not 0 < density <= 1:
-        raise ConfigError(
-            f"{option} must be above 0 and at most 1, the share of elements to keep; got {density!r}; try 0.2"
-        )
+    message = f"{option} must be above 0 and at most 1, the share of elements to keep; got {density!r}; try 0.2"
+    if not isinstance(density, int | float) or isinstance(density, bool):
+        raise OptionTypeError(message)
+    if not 0 < density <= 1:
+        raise ConfigError(message)

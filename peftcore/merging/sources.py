@@ -65,7 +65,7 @@ class Sources:
                 rank = 0 if adapter is None else adapter.change_rank
                 if rank is None:
                     raise ConfigError(
-                        f"adapter {name!r} ({self.config(name).peft_type}) has no rank that the new adapter could "
+                        f"adapter {name!r} ({self.config(name).method}) has no rank that the new adapter could "
                         "take; give a rank, such as 16"
                     )
                 ranks.append(rank)

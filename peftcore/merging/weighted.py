@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from peftcore.errors import ConfigError, suggestion
+from peftcore.errors import ConfigError, OptionChoiceError, suggestion
 from peftcore.kernels.factors import Factors, LowRankReport, inner, svd_of_factors
 from peftcore.merging.elementwise import merged_elements
 from peftcore.merging.ia3_vectors import add_ia3, all_ia3
@@ -110,7 +110,7 @@ def _recipe(kind: str, density: float | None, majority: str) -> Recipe:
     if kind not in KINDS:
         raise ConfigError(f"combination_type {kind!r} is unknown{suggestion(str(kind), list(KINDS))}")
     if majority not in SIGN_METHODS:
-        raise ConfigError(f"majority_sign_method must be 'total' or 'frequency'; got {majority!r}")
+        raise OptionChoiceError(f"majority_sign_method must be 'total' or 'frequency'; got {majority!r}")
     if kind in ("svd", "cat", "linear"):
         return Recipe()
     check_density(f"density for combination_type={kind!r}", density)

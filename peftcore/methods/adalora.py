@@ -109,7 +109,11 @@ class AdaLoraConfig(TunerConfig):
         self.probability("lora_dropout", "beta1", "beta2")
         self.one_of("bias", self.bias, ("none", "all", "lora_only"))
         if self.target_r > self.init_r:
-            raise ConfigError(f"AdaLoraConfig: target_r must not exceed init_r={self.init_r}; got {self.target_r}")
+            warnings.warn(
+                f"AdaLoraConfig: target_r={self.target_r} exceeds init_r={self.init_r}, so every layer keeps its "
+                f"{self.init_r} triplets; set init_r above target_r to let AdaLoRA allocate ranks",
+                stacklevel=4,
+            )
         if self.orth_reg_weight < 0:
             raise ConfigError(f"AdaLoraConfig: orth_reg_weight must not be negative; got {self.orth_reg_weight}")
         if self.total_step is not None and self.tinit + self.tfinal >= self.total_step:
@@ -142,7 +146,7 @@ class AdaLoraConfig(TunerConfig):
 
     def budget(self, step: int, layers: int) -> int:
         """Return the number of triplets kept in the whole model at `step` (from 1), for a number of adapted layers."""
-        start, end = self.init_r * layers, self.target_r * layers
+        start, end = self.init_r * layers, min(self.target_r, self.init_r) * layers
         if step <= self.tinit:
             return start
         if step >= self.final_step:

@@ -66,7 +66,11 @@ class HRA(Adapter):
         else:
             self.hra_u.copy_(kaiming_uniform_(torch.empty(rows, r // 2, device="cpu")).repeat_interleave(2, 1))
         if self.starts_at_base and not self.orthogonal and r % 2:
-            warnings.warn(f"HRA: an odd number of reflections never cancels, got r={r}; try {r + 1}", stacklevel=2)
+            warnings.warn(
+                f"The symmetric initialization can NOT be performed when r is odd: an odd number of HRA's reflections "
+                f"never cancels; got r={r}, try {r + 1}",
+                stacklevel=2,
+            )
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return (L, U), both (i·k, r), with H₁⋯H_r = I − L Uᵀ, in float32 or float64 even under autocast."""

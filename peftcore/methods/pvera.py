@@ -47,6 +47,7 @@ class PveraConfig(RandomProjectionConfig):
         self.positive("r")
         self.probability("pvera_dropout")
         self.one_of("bias", self.bias, ("none", "all", "pvera_only"))
+        self._warn_of_unsaved("pvera_A and pvera_B", "projection_prng_key")
 
 
 class Projections(Shared):

@@ -48,6 +48,7 @@ class RandLoraConfig(RandomProjectionConfig):
         self.positive("r")
         self.probability("randlora_dropout")
         self.one_of("bias", self.bias, ("none", "all", "randlora_only"))
+        self._warn_of_unsaved("basis_A and basis_B", "projection_prng_key")
 
 
 class Bases(Shared):

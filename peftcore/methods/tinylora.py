@@ -56,6 +56,7 @@ class TinyLoraConfig(TunerConfig):
         self.positive("r", "u")
         self.probability("tinylora_dropout")
         self.one_of("bias", self.bias, ("none", "all", "tinylora_only"))
+        self._warn_of_unsaved("projection tensors P", "projection_seed")
         if not 0 <= self.weight_tying <= 1:
             raise ConfigError(f"TinyLoraConfig: weight_tying must be from 0 to 1; got {self.weight_tying!r}")
         if self.init_weights not in (True, False, "uniform"):

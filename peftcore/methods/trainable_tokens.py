@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from peftcore.adapter import Adapter
 from peftcore.bases import BaseWeight
 from peftcore.config import TunerConfig
-from peftcore.errors import ConfigError, MergeError, TargetError
+from peftcore.errors import ConfigError, MergeError, OptionRangeError, TargetError
 from peftcore.registry import register
 
 
@@ -68,7 +68,7 @@ class TrainableTokens(Adapter):
         count = base.in_features if base.kind == "embedding" else base.out_features
         width = base.out_features if base.kind == "embedding" else base.in_features
         if max(config.token_indices) >= count:
-            raise ConfigError(
+            raise OptionRangeError(
                 f"TRAINABLE_TOKENS: token {max(config.token_indices)} is not among the {count} rows of {path}; "
                 "resize the embedding first, or leave it out"
             )
@@ -161,3 +161,9 @@ class TrainableTokens(Adapter):
 
     def repeated_keys(self) -> set[str]:
         return {"trainable_tokens_delta"} if self.follows else set()
+
+    def repeated_tensors(self) -> dict[str, Tensor]:
+        is_own_method = not self.disk_prefix  # HF PEFT repeats no rows of `trainable_token_indices`
+        return (
+            {"trainable_tokens_delta": self.trainable_tokens_delta.detach()} if self.follows and is_own_method else {}
+        )

@@ -40,6 +40,7 @@ class VeraConfig(RandomProjectionConfig):
         self.positive("r")
         self.probability("vera_dropout")
         self.one_of("bias", self.bias, ("none", "all", "vera_only"))
+        self._warn_of_unsaved("vera_A and vera_B", "projection_prng_key")
 
 
 class Projections(Shared):

@@ -120,7 +120,7 @@ class InspectionMethods(AdaptedModule):
         if max_cache_len is not None:
             raise ConfigError("get_prompt: max_cache_len must be None; caches get room for the prompt by themselves")
         adapters = adapter_set(self._module)
-        method = self.active_peft_config.peft_type
+        method = self.active_peft_config.method
         prompt = adapters.prompt(self.active_adapter)
         if prompt is None:
             raise ConfigError(
@@ -145,7 +145,7 @@ class InspectionMethods(AdaptedModule):
         tensors = {} if prompt is None else prompt.checkpoint_tensors()
         if "prompt_embeddings" not in tensors:
             raise ConfigError(
-                f"get_prompt_embedding_to_save: {adapter_name!r} is {self.peft_config[adapter_name].peft_type}, which "
+                f"get_prompt_embedding_to_save: {adapter_name!r} is {self.peft_config[adapter_name].method}, which "
                 "has no prompt embeddings; call get_adapter_state_dict for the tensors of any adapter"
             )
         return tensors["prompt_embeddings"]

@@ -246,7 +246,5 @@ def with_experts(
         return config
     saved = PeftConfig.from_pretrained(model_id, **options) if config is None else config
     if not hasattr(saved, "adapters"):
-        raise ConfigError(
-            f"{function}: adapters is an option of X-LoRA; the adapter is {saved.peft_type}, leave it out"
-        )
+        raise ConfigError(f"{function}: adapters is an option of X-LoRA; the adapter is {saved.method}, leave it out")
     return dataclasses.replace(saved, adapters=dict(experts))  # type: ignore[call-arg]

@@ -30,7 +30,7 @@ def chosen_blocks(config: TunerConfig, paths: Sequence[str]) -> list[int]:
     ]
     if not found:
         raise TargetError(
-            f"{config.peft_type} adapts whole blocks, and the options name none of {paths[0]} to {paths[-1]}; leave "
+            f"{config.method} adapts whole blocks, and the options name none of {paths[0]} to {paths[-1]}; leave "
             "out target_modules for all of them"
         )
     return found

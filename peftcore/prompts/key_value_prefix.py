@@ -50,7 +50,7 @@ class KeyValuePrefix(PromptLearner):
     def completed(cls, config: Any, model: nn.Module) -> Any:
         if not hasattr(model, "config") or cache_name(model) is None:
             raise ConfigError(
-                f"{type(model).__name__} accepts no cache, which {config.peft_type} needs; use PromptTuningConfig"
+                f"{type(model).__name__} accepts no cache, which {config.method} needs; use PromptTuningConfig"
             )
         if _checkpoints(model):
             raise ConfigError(_checkpointing(config))
@@ -189,7 +189,7 @@ def tokens_read(inputs: dict[str, Any], side: str) -> Tensor:
 def _checkpointing(config: Any) -> str:
     """Return the error for a model with activation checkpointing."""
     return (
-        f"{config.peft_type} does not work with gradient checkpointing: it needs a cache, which checkpointing "
+        f"{config.method} does not work with gradient checkpointing: it needs a cache, which checkpointing "
         "disables; turn checkpointing off (model.activation_checkpointing_disable()) or use PromptTuningConfig"
     )
 

@@ -49,7 +49,7 @@ class VirtualTokens(PromptLearner):
             width = model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
         except (AttributeError, NotImplementedError) as error:
             raise ConfigError(
-                f"{type(model).__name__} has no token embeddings (get_input_embeddings), which {config.peft_type} needs"
+                f"{type(model).__name__} has no token embeddings (get_input_embeddings), which {config.method} needs"
             ) from error
         if config.token_dim not in (None, width):
             raise ConfigError(
@@ -207,6 +207,6 @@ def _warn_of_sizes(config: Any, model: nn.Module) -> None:
         value = getattr(config, name)
         if value is not None and name in sizes and value != sizes[name]:
             warnings.warn(
-                f"{name}={value} has no effect on {config.peft_type}, whose prompt is at the embeddings; leave it out",
+                f"{name}={value} has no effect on {config.method}, whose prompt is at the embeddings; leave it out",
                 stacklevel=2,
             )

@@ -146,7 +146,7 @@ def check_servable(model: Any, adapter: str, loaded: str) -> None:
             adapters (Arrow).
     """
     adapters = adapter_set(model)
-    prompt, kind = adapters.prompt(loaded), adapters.configs[loaded].peft_type
+    prompt, kind = adapters.prompt(loaded), adapters.configs[loaded].method
     if prompt is not None and prompt.exclusive:
         raise BadRequestError(
             f"{adapter!r} cannot be served: {kind} adds virtual tokens before the text, which this server's cache does "

@@ -76,6 +76,11 @@ class AdapterState:
             tensors |= {f"{prefix}{key}": tensor for key, tensor in module.state_dict().items()}
         return tensors if self.prompt is None else tensors | self.prompt.checkpoint_tensors()
 
+    def repetitions(self) -> dict[str, Tensor]:
+        """Return {PEFT's key: copy of a tensor} of what PEFT saves a second time and asks for when it loads."""
+        repeated = ((prefix, adapter.repeated_tensors()) for prefix, adapter, _ in self.entries)
+        return {f"{prefix}{key}": tensor.clone() for prefix, tensors in repeated for key, tensor in tensors.items()}
+
     def optional(self) -> set[str]:
         """Return the keys that a directory may omit."""
         return set() if self.shared is None else {f"{SHARED_PREFIX}{name}" for name in self.shared.optional}

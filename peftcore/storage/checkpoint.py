@@ -74,7 +74,7 @@ _CARD = """\
 def adapter_tensors(model: nn.Module, name: str, save_embedding_layers: SaveEmbeddings = False) -> dict[str, Tensor]:
     """Return everything that is saved for one adapter: {PEFT's key: tensor}."""
     state = adapter_state_of(adapter_set(model), name)
-    return embeddings_to_save(model, state, name, save_embedding_layers) | state.tensors()
+    return embeddings_to_save(model, state, name, save_embedding_layers) | state.tensors() | state.repetitions()
 
 
 def adapter_state_dict(
@@ -153,7 +153,7 @@ def save_adapter(
         return
     with files_written_together(directory, owned=[PROMPT_STATE]) as fresh:
         save_file(tensors, fresh / WEIGHTS_NAME, metadata={"format": "pt"})
-        (fresh / CONFIG_NAME).write_text(config.to_json(), encoding="utf-8")
+        config.save_pretrained(fresh)  # a subclass may write further files
         if state:
             save_file(state, fresh / PROMPT_STATE, metadata={"format": "pt"})
         (fresh / MANIFEST).write_text(

@@ -245,8 +245,8 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
     for config in (config0, config1):
         if config.peft_type != "LORA":
             raise HotswapError(
-                f"only a LORA can take the place of a LORA without loading it anew; got {config0.peft_type} and "
-                f"{config1.peft_type}; use delete_adapter and load_adapter"
+                f"only a LORA can take the place of a LORA without loading it anew; got {config0.method} and "
+                f"{config1.method}; use delete_adapter and load_adapter"
             )
     old, new = cast(LoraConfig, config0), cast(LoraConfig, config1)
     for name in SAME_OPTIONS:

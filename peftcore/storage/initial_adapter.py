@@ -41,7 +41,7 @@ def start_subtracted(model: nn.Module, name: str, directory: str | os.PathLike[s
     if adapters.kinds[name] is not Lora or initial.peft_type != "LORA":
         raise ConfigError(
             "path_initial_model_for_weight_conversion: only a LORA has a start to subtract; got "
-            f"{adapters.configs[name].peft_type} and {initial.peft_type}"
+            f"{adapters.configs[name].method} and {initial.method}"
         )
     loras = cast(dict[str, Lora], adapters.of_method(name))
     if any(lora.start is not None for lora in loras.values()):

@@ -154,7 +154,7 @@ class Processes:
         adapters = adapter_set(model)
         changing = {name for name, kind in adapters.kinds.items() if issubclass(kind, Adapter) and _acts_on_step(kind)}
         if self.trainer.is_fsdp_enabled and changing:
-            methods = ", ".join(sorted(adapters.configs[name].peft_type for name in changing))
+            methods = ", ".join(sorted(adapters.configs[name].method for name in changing))
             raise TrainingError(
                 f"{methods} changes whole parameters between steps, but with FSDP each process holds only a part of "
                 "them; train it data parallel (DDP), or train another method sharded"

@@ -80,3 +80,47 @@ def test_a_launcher_that_runs_the_alias_is_not_refused(tmp_path: Path) -> None:
     script.write_text("import peft; print(peft.get_peft_model.__module__)")
     done = run("-m", "torch.distributed.run", "--nproc-per-node", "1", "-m", "peftcore.as_peft", script)
     assert done.stdout.startswith("peftcore."), done.stderr
+
+
+MS_SWIFT = """\
+from dataclasses import dataclass
+
+import peft
+from peft.tuners.adalora import AdaLoraModel, RankAllocator
+from peft.tuners.lora import Linear
+from peft.tuners.lora.tp_layer import LoraParallelLinear
+
+@dataclass
+class LoraConfig(peft.LoraConfig):
+    lora_dtype: str | None = None
+
+class Parallel(LoraParallelLinear):
+    pass
+
+def hook(*args, **kwargs):
+    raise AssertionError
+
+for model in (peft.LoraModel, peft.AdaLoraModel, peft.VeraModel, peft.BOFTModel, peft.FourierFTModel):
+    model._create_and_replace_origin = model._create_and_replace
+    model._create_and_replace = hook
+peft.LoraModel._cast_adapter_dtype_origin = peft.LoraModel._cast_adapter_dtype
+peft.LoraModel._cast_adapter_dtype = AdaLoraModel.forward = RankAllocator.mask_to_budget = hook
+"""
+"""What ms-swift 4.6 does to HF PEFT when it is imported."""
+
+
+def test_the_methods_that_ms_swift_replaces(tmp_path: Path) -> None:
+    (tmp_path / "swift" / "tuners").mkdir(parents=True)
+    (tmp_path / "swift" / "tuners" / "peft.py").write_text(MS_SWIFT)
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import peft, torch\nfrom swift.tuners.peft import LoraConfig\n"
+        "for dtype in (None, 'float32', 'bfloat16'):\n"
+        "    model = torch.nn.Sequential(torch.nn.Linear(4, 4))\n"
+        "    model = peft.get_peft_model(model, LoraConfig(r=2, target_modules=['0'], lora_dtype=dtype))\n"
+        "    print(model[0].lora_A['default'].weight.dtype)\n"
+    )
+    done = run(script)
+    assert done.stdout.split() == ["torch.float32"] * 3, done.stderr
+    assert done.stderr.count("has no effect with peftcore") == 1
+    assert "script.py:5: UserWarning: lora_dtype='bfloat16' has no effect" in done.stderr

@@ -1,7 +1,9 @@
 """Configurations on disk: what is damaged, unknown or foreign."""
 
+import copy
 import inspect
 import json
+import pickle
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,46 @@ def test_an_unsupported_argument_of_hf_peft_is_an_error() -> None:
         LoraConfig(megatron_config={"a": 1})  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="unknown option 'use_dora'"):
         peftcore.AdaLoraConfig(total_step=10, use_dora=True)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    "name, options, beginning",
+    [
+        ("VeraConfig", {"save_projection": False}, "Specified to not save vera_A and vera_B"),
+        ("PveraConfig", {"save_projection": False}, "Specified to not save pvera_A and pvera_B"),
+        ("RandLoraConfig", {"save_projection": False}, "Specified to not save basis_A and basis_B"),
+        ("TinyLoraConfig", {"save_projection": False}, "Specified to not save projection tensors P"),
+        ("LoraConfig", {"init_lora_weights": "eva"}, "`init_lora_weights` is 'eva' but `eva_config` is not specified"),
+        ("LoraConfig", {"init_lora_weights": "corda"}, "`init_lora_weights` is 'corda' but `corda_config` is not"),
+    ],
+)
+def test_a_warning_of_hf_peft_begins_with_the_same_words(name: str, options: dict[str, Any], beginning: str) -> None:
+    for library in (peft, peftcore):
+        with pytest.warns(UserWarning, match=f"^{beginning}"):
+            getattr(library, name)(**options)
+
+
+@pytest.mark.parametrize("name, options", [("LoraConfig", {}), ("AdaLoraConfig", {"total_step": 10})])
+def test_options_of_hf_peft_without_effect_can_be_read_and_are_saved(
+    name: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    written = []
+    for library in (peft, peftcore):
+        config = getattr(library, name)(**options)
+        assert config.megatron_core == "megatron.core" and not getattr(config, "use_dora", False)
+        config.save_pretrained(tmp_path)
+        written.append(json.loads((tmp_path / "adapter_config.json").read_text()))
+    assert written[0] == written[1]
+    with pytest.raises(AttributeError, match="has no option 'no_such'"):
+        _ = config.no_such
+    assert pickle.loads(pickle.dumps(config)) == copy.deepcopy(config) == config
+
+
+@pytest.mark.filterwarnings("ignore:`init_lora_weights` is")
+@pytest.mark.parametrize("start", ["eva", "corda"])
+def test_the_defaults_of_a_start_from_data_are_saved(start: str) -> None:
+    ours, theirs = (library.LoraConfig(init_lora_weights=start).to_dict() for library in (peftcore, peft))
+    assert ours[f"{start}_config"] == theirs[f"{start}_config"]
 
 
 def test_the_signature_of_a_class_names_its_options() -> None:

@@ -236,13 +236,14 @@ class Operations(RuleBasedStateMachine):
                 self.net.merge_adapter(chosen)
             return
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "merge_adapter changes nothing")
+            warnings.filterwarnings("ignore", "All adapters are already merged|Already following adapters")
             self.net.merge_adapter(chosen)
         self.merged += [name for name in chosen if name not in self.merged]
 
     @rule()
     def unmerge(self) -> None:
-        self.net.unmerge_adapter()
+        if adapter_set(self.net).merged:
+            self.net.unmerge_adapter()
         self.merged = []
 
     # -- changes of weights ----------------------------------------------------------------------------------------

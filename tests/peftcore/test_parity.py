@@ -93,7 +93,7 @@ def read_here(family: str, theirs: Any, tmp_path: Path, spread: float, **inputs:
     assert (expected - logits(family, build(family))).abs().max() > 1e-3
     hf.save_pretrained(tmp_path / "hf")
     here = PeftModel.from_pretrained(build(family), tmp_path / "hf")
-    method = here.peft_config["default"].peft_type
+    method = here.peft_config["default"].method
     agree(logits(family, here, **inputs), expected, method, family, made_by="peft")
 
 
@@ -103,7 +103,7 @@ def read_there(family: str, ours: Any, tmp_path: Path, spread: float, **inputs: 
     model.save_pretrained(tmp_path / "ours")
     there = peft.PeftModel.from_pretrained(build(family), tmp_path / "ours").eval()
     result, expected = logits(family, model, **inputs), logits(family, there, **inputs)
-    agree(result, expected, ours.peft_type, family, made_by="peftcore")
+    agree(result, expected, ours.method, family, made_by="peftcore")
 
 
 @pytest.mark.parametrize("family", FAMILIES)

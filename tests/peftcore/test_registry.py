@@ -1,16 +1,18 @@
 """Methods are found by themselves: those here, and those of another package through its entry point."""
 
 import dataclasses
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
 
 import peftcore
-from peftcore import ConfigError, LoraConfig, PeftType
+from peftcore import ConfigError, LoraConfig, PeftType, TaskType
 from peftcore.config import TunerConfig
 from peftcore.registry import method_named, method_of, method_table, methods, tuner_names
 
@@ -111,7 +113,7 @@ def test_an_unknown_method_is_named_with_a_suggestion() -> None:
 def test_each_method_of_hf_peft_is_here() -> None:
     """A new release of HF PEFT with another method fails here."""
     theirs = {kind.value for kind in peft.PeftType}
-    assert {str(PeftType(name)) for name in theirs} == theirs <= methods().keys()
+    assert {PeftType(name).value for name in theirs} == theirs <= methods().keys()
 
 
 @pytest.mark.parametrize("method", sorted(kind.value for kind in peft.PeftType))
@@ -124,3 +126,12 @@ def test_each_option_of_hf_peft_is_here_or_refused(method: str) -> None:
     for option in missing - {"runtime_config"}:
         with pytest.raises(ConfigError, match=rf"{option}.*would change the results"):
             ours.from_dict({"peft_type": method, option: "another value"}, from_disk=True)
+
+
+@pytest.mark.parametrize("ours, theirs", [(PeftType, peft.PeftType), (TaskType, peft.TaskType)])
+def test_the_text_of_an_enumeration_is_that_of_hf_peft(ours: Any, theirs: Any):
+    """Examples of HF PEFT name folders after it: f"{model}_{config.peft_type}_{config.task_type}"."""
+    for member in theirs:
+        same = ours(member.value)
+        assert (str(same), f"{same}", repr(same)) == (str(member), f"{member}", repr(member))
+        assert same == member.value and json.dumps(same) == json.dumps(member)

@@ -83,9 +83,12 @@ def check_adapters_to_merge(module: Any, adapter_names: Sequence[str] | None = N
     merged = list(module.merged_adapters)
     names = [name for name in adapter_names or module.active_adapters if name not in merged]
     if merged and names:
-        warnings.warn(f"{', '.join(merged)} are merged already; {', '.join(names)} are merged too", stacklevel=2)
+        warnings.warn(
+            f"Already following adapters were merged: {', '.join(merged)}. Now merged as well: {', '.join(names)}",
+            stacklevel=2,
+        )
     elif merged:
-        warnings.warn("all of these adapters are merged already", stacklevel=2)
+        warnings.warn("All adapters are already merged", stacklevel=2)
     return names
 
 

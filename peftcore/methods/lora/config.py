@@ -133,6 +133,8 @@ class LoraConfig(TunerConfig):
             value = getattr(self, name)
             if pattern and isinstance(value, list | tuple) and len(value) == 2:
                 setattr(self, name, value[0])
+        if isinstance(options := cast(Any, self.runtime_config), dict):  # of `dataclasses.asdict`
+            self.runtime_config = LoraRuntimeConfig(**options)
         super().__post_init__()
         self._convert_options()
         if self.runtime_config.ephemeral_gpu_offload and not self.use_dora:
@@ -143,7 +145,14 @@ class LoraConfig(TunerConfig):
         self.positive("r")
         self.probability("lora_dropout")
         self.one_of("bias", self.bias, ("none", "all", "lora_only"))
-        self.initialisation()
+        for name, defaults in self.initialisation().required_options.items():
+            if getattr(self, name) is None:
+                warnings.warn(
+                    f"`init_lora_weights` is {self.init_lora_weights!r} but `{name}` is not specified; it "
+                    f"is set to the defaults {defaults}",
+                    stacklevel=4,
+                )
+                setattr(self, name, dict(defaults))
         for start in ("loftq", "eva", "corda", "lora_ga"):
             if getattr(self, f"{start}_config") and str(self.init_lora_weights).lower() != start:
                 warnings.warn(

@@ -4,6 +4,7 @@ An initialisation sets A and B. It may also subtract the start s·B₀A₀ from 
 the base's own output, or replace the base weight (LoftQ).
 """
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -40,6 +41,9 @@ class Initialisation(Variant):
     """Class that computes the factors from data; `peftcore.initialize_from_data` runs it. None: no data needed."""
     prepared: ClassVar[str | None] = None
     """Attribute of a layer with what was computed from data before the adapter was made; deleted once it is used."""
+
+    required_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """{field of the configuration that this initialisation reads: its value, with a warning, if the user gives none}"""
 
     def prepared_for(self, lora: "Lora") -> Any:
         """Return what was computed for a layer from data before its adapter was made; None if nothing was."""

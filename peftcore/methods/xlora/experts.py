@@ -32,7 +32,7 @@ def read_lora(directory: Path, bases: Mapping[str, BaseWeight]) -> dict[str, Any
     config = PeftConfig.from_pretrained(directory)
     special = [option for option in NOT_PLAIN if getattr(config, option)]
     if config.peft_type != "LORA" or special or config.bias != "none":
-        why = ", ".join(special) or (config.peft_type if config.peft_type != "LORA" else "trained biases")
+        why = ", ".join(special) or (config.method if config.peft_type != "LORA" else "trained biases")
         raise ConfigError(f"XLORA mixes plain LoRAs; {directory} has {why}")
     tensors = read_tensors(directory)
     _check_embeddings(tensors, bases, directory)

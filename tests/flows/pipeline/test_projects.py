@@ -1,5 +1,6 @@
 """Several projects of one git repository: each with its own versions and champion, and one table and page over all."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -51,7 +52,9 @@ def test_a_version_s_commit_has_the_project_s_files_at_their_place(two_projects:
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_files_of_a_version_come_from_the_cache_or_the_remote(two_projects: tuple[Any, Any], cached: bool) -> None:
+def test_files_of_a_version_come_from_the_cache_or_the_remote(
+    two_projects: tuple[Any, Any], cached: bool, caplog: pytest.LogCaptureFixture
+) -> None:
     _, sql = two_projects
     sql.register(loss=2.5)
     (version,) = registry(sql).versions()
@@ -61,6 +64,9 @@ def test_files_of_a_version_come_from_the_cache_or_the_remote(two_projects: tupl
         shutil.rmtree(sql.root / ".dvc" / "cache")
     with files_at(sql.root, version.commit, ["artifacts/adapter"]) as folder:
         assert (folder / "artifacts" / "adapter" / "adapter_model.safetensors").read_bytes() == expected
+    assert "failed to collect" not in caplog.text
+    digest = hashlib.md5(expected).hexdigest()
+    assert (sql.root / ".dvc/cache/files/md5" / digest[:2] / digest[2:]).read_bytes() == expected
 
 
 def test_a_working_tree_is_the_project_s_folder_with_its_cache(two_projects: tuple[Any, Any]) -> None:

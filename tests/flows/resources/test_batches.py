@@ -28,7 +28,7 @@ def test_batches_are_the_trainers_own(paths: Paths) -> None:
 def test_rows_that_are_not_prepared_are_full(tmp_path: Path) -> None:
     work = workload(params(data={"train_rows": 10}), Paths(tmp_path))
     assert (work.prepared, work.largest.shape, work.optimizer_steps) == (False, (4, 320), 2)
-    with pytest.raises(EstimateError, match=r"train_rows is null .*run `dvc repro prepare`"):
+    with pytest.raises(EstimateError, match=r"train_rows is null .*run `dvc repro \S*prepare`"):
         workload(params(data={"train_rows": None}), Paths(tmp_path))
 
 

@@ -16,7 +16,8 @@ CHANGES = ["2026-03-28T23:00+00:00", "2026-10-24T22:00+00:00", "2026-10-25T00:59
     "cron",
     [
         *("30 2 * * *", "0 3 * * *", "0 2 * * 0", "20 2 * * *", "0 * * * *", "*/20 1-3 * * *"),
-        *("0 3 */2 * 1", "0 3 13 * */3", "0 3 1-7 * 1"),
+        *("0 3 */2 * 1", "0 3 13 * */3", "0 3 1-7 * 1", "0 3 * * sat-sun"),
+        *("0 3 ? * fri-mon", "0 3 l * *", "0 22-2 * * *"),
     ],
 )
 @pytest.mark.parametrize("timezone", ["Europe/Berlin", "Australia/Lord_Howe"])
@@ -44,8 +45,17 @@ def test_a_skipped_time_is_moved_and_a_repeated_one_counts_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cron", "timezone"), [("@daily", "UTC"), ("0 3 31 2 *", "UTC"), ("0 3 * * 1", ""), ("0 0 3 * * 1", "UTC")]
+    ("cron", "timezone", "message"),
+    [
+        ("@daily", "UTC", "1 field$"),
+        ("0 0 3 * * 1", "UTC", "6 fields"),
+        ("0 3 * * 1", "", "time zone is empty"),
+        ("0 3 * * 1", "Mars/Olympus", "timezone"),
+        ("0 3 * * 8", "UTC", "Invalid cron string"),
+        ("0 3 31 2 *", "UTC", "no date fits"),
+        ("0 0 30 2 1", "UTC", "no date fits"),  # Prefect never starts it, though February has Mondays
+    ],
 )
-def test_what_is_no_schedule_is_an_error(cron: str, timezone: str) -> None:
-    with pytest.raises(ValueError):
+def test_what_is_no_schedule_is_an_error(cron: str, timezone: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         next_time(cron, timezone, datetime(2026, 1, 1, tzinfo=UTC))

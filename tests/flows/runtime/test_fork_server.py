@@ -55,6 +55,11 @@ if what == "exit":
     sys.exit(int(sys.argv[2]))
 if what == "die":
     os.kill(os.getpid(), int(sys.argv[2]))
+if what == "table":
+    import wandb
+
+    with wandb.init(mode="offline", dir=".", settings=wandb.Settings(silent=True)) as run:
+        run.log({"rows": wandb.Table(columns=["text"], data=[[sys.argv[2]]])})
 if what == "wait":
     signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path("saved").touch(), sys.exit(143)))
     pathlib.Path("ready").touch()
@@ -136,6 +141,13 @@ def test_the_projects_own_code_is_imported_in_the_fork(server: dict[str, str], f
     shutil.copytree(ROOT / "flows", folder / "flows", ignore=shutil.ignore_patterns("__pycache__"))
     assert run(folder, server) == 0
     assert facts(folder)["is_fork"] and facts(folder)["code"] == str(folder / "flows" / "__init__.py")
+
+
+def test_each_stage_logs_a_table_to_wandb(server: dict[str, str], folder: Path) -> None:
+    for number in (1, 2):
+        assert run(folder, server, "table", f"row {number}") == 0
+        assert facts(folder)["is_fork"]
+        assert len(list(folder.glob("wandb/offline-run-*/files/media/table/*.json"))) == number
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,15 @@ from sql_urls import make_url
 
 from flows.errors import RepositoryError
 from flows.runtime import project as project_module
-from flows.runtime.project import changed_stages, dvc, files_at, find_root, set_prefect_environment, stage_order
+from flows.runtime.project import (
+    changed_stages,
+    dvc,
+    files_at,
+    find_root,
+    set_prefect_environment,
+    stage_order,
+    stage_states,
+)
 
 DIAMOND = """\
 stages:
@@ -69,6 +77,18 @@ def test_a_full_disk_in_dvcs_message_gets_advice(project: Any, monkeypatch: pyte
     monkeypatch.setattr(project_module.subprocess, "run", lambda *_, **__: done)
     with pytest.raises(RepositoryError, match="No space left on device; free some space, such as by"):
         dvc(project.root, "push")
+
+
+@pytest.mark.parametrize("text", ["", "stages: ["])
+def test_a_lock_file_that_a_full_disk_has_cut_is_named_with_what_to_do(project: Any, text: str) -> None:
+    project.git("add", "dvc.lock")
+    project.git("commit", "--quiet", "--message=Lock")
+    (project.root / "dvc.lock").write_text(text)
+    for look in (stage_states, changed_stages, stage_order):
+        with pytest.raises(RepositoryError, match=r"(?s)dvc\.lock.*; restore it by `git checkout dvc\.lock`"):
+            look(project.root)
+    project.git("checkout", "dvc.lock")
+    assert stage_states(project.root) == {"make": [], "register": ["has not run yet"]}
 
 
 def test_files_that_are_nowhere_are_named_alike_each_time(project: Any) -> None:

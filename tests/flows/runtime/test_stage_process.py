@@ -15,6 +15,7 @@ import pytest
 from waiting import eventually, is_gone
 
 from flows.errors import BusyError, StageError, StageStopped
+from flows.runtime import stage_process
 from flows.runtime.processes import this_host
 from flows.runtime.project import dvc
 from flows.runtime.stage_process import SECONDS_TO_NOTICE, SECONDS_TO_STOP, forget_dead_locks, run_stage
@@ -112,6 +113,29 @@ def test_a_stage_without_its_inputs_names_the_stage_that_writes_them(root: Path)
     )
     with pytest.raises(StageError, match=r"stage second failed.* out\.txt is missing, which stage first writes: run"):
         run_stage(root, "second", 60)
+
+
+LOSING_DVC = """\
+import pathlib, sys
+from dvc.cli import main
+status = main(sys.argv[1:])
+(stored,) = pathlib.Path(".dvc/cache").rglob("*9d65622d0e4e1c12e96c5edcd4c3")
+stored.unlink()
+sys.exit(status)
+"""
+"""DVC that exits with 0 though its cache lacks the file of an output's folder, as on a full disk."""
+
+
+def test_a_stage_whose_outputs_dvc_did_not_store_has_failed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (root / "dvc.yaml").write_text("stages: {wait: {cmd: mkdir out && echo whole > out/file, outs: [out]}}\n")
+    monkeypatch.setattr(stage_process, "DVC", (sys.executable, "-c", LOSING_DVC))
+    with pytest.raises(StageError, match=r"stage wait: DVC did not store out in its cache.*`dvc commit --force wait`"):
+        run_stage(root, "wait", 60)
+    monkeypatch.undo()
+    dvc(root, "commit", "--force", "wait")
+    written = (root / "out" / "file").stat().st_mtime_ns
+    run_stage(root, "wait", 60)
+    assert (root / "out" / "file").stat().st_mtime_ns == written, "it did not run again"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs PR_SET_PDEATHSIG")

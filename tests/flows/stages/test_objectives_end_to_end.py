@@ -278,7 +278,9 @@ def test_an_automatic_rank_is_for_chats(made: Callable[..., tuple[Params, Paths]
 
 
 def test_a_start_from_data_sees_the_chosen_answers(made: Callable[..., tuple[Params, Paths]]) -> None:
-    params, paths = made("dpo", method={"options": {"init_lora_weights": "eva"}}, train={"max_steps": 2})
+    params, paths = made(
+        "dpo", method={"options": {"init_lora_weights": "eva", "eva_config": {}}}, train={"max_steps": 2}
+    )
     train.run(params, paths)
     assert json.loads(paths.training_summary.read_text())["steps"] == 2
 

@@ -300,7 +300,7 @@ NONE: dict[str, Any] = {"r": None, "lora_alpha": None, "lora_dropout": None}
     "method",
     [
         {"name": "lora", "options": {"use_dora": True, "init_lora_weights": "pissa"}},
-        {"name": "lora", "r": 4, "options": {"init_lora_weights": "eva"}},
+        {"name": "lora", "r": 4, "options": {"init_lora_weights": "eva", "eva_config": {}}},
         {
             "name": "ia3",
             **NONE,

@@ -81,3 +81,12 @@ def test_before_prepare_it_says_what_to_run(root: Path) -> None:
     result = doctor()
     assert result.exit_code == 1
     assert "run `dvc repro prepare` first" in result.stderr
+
+
+def test_in_a_folder_of_the_project_the_command_to_run_names_its_pipeline(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (root / "artifacts" / "data" / "report.json").unlink()
+    (root / "my rows").mkdir()
+    monkeypatch.chdir(root / "my rows")
+    assert "run `dvc repro ../dvc.yaml:prepare` first" in doctor().stderr

@@ -224,7 +224,7 @@ def test_starts_from_data(function: Any, capfd: pytest.CaptureFixture[str]) -> N
         torch.manual_seed(0)
         model = get_peft_model(Plain(), lora("0"), "a")
         torch.manual_seed(0)
-        model.add_adapter("b", LoraConfig(r=2, target_modules=["0"], init_lora_weights="eva"))
+        model.add_adapter("b", LoraConfig(r=2, target_modules=["0"], init_lora_weights="eva", eva_config={}))
         function(model, **{batches: rows, "adapter_name": name, **options})
         return tensors_of(model, "b")
 

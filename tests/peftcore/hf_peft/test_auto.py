@@ -85,7 +85,7 @@ def test_the_class_that_the_configuration_names(tiny_base: Path, tmp_path: Path)
 def test_another_task_is_refused_with_the_class_to_use(tiny_base: Path, tmp_path: Path) -> None:
     adapter = saved(tiny_base, tmp_path / "adapter", task_type="CAUSAL_LM")
     for kind in (AutoPeftModel, peftcore.AutoPeftModelForSeq2SeqLM):
-        with pytest.raises(ConfigError, match="task_type CAUSAL_LM; use AutoPeftModelForCausalLM"):
+        with pytest.raises(ConfigError, match=r"task_type TaskType\.CAUSAL_LM; use AutoPeftModelForCausalLM"):
             kind.from_pretrained(adapter)
     with pytest.raises(OSError, match=r"call AutoPeftModel\.from_pretrained"):
         AutoPeftModel()
@@ -95,7 +95,10 @@ def test_each_class_has_hf_pefts_task_and_loader() -> None:
     for kind in auto._CLASSES:
         theirs = getattr(peft, kind.__name__)
         assert theirs._target_class.__name__ == kind.model_class
-        assert peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING[str(kind.task_type)] is theirs._target_peft_class
+        assert (
+            peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING[f"{kind.task_type and kind.task_type.value}"]
+            is theirs._target_peft_class
+        )
     assert len(auto._CLASSES) == 6
     assert auto.get_default_import_allowlist() == peft.auto.get_default_import_allowlist()
 

@@ -29,7 +29,7 @@ class Model(nn.Module):
 
 
 def eva() -> nn.Module:
-    return get_peft_model(Model(), LoraConfig(r=2, target_modules=["layer"], init_lora_weights="eva"))
+    return get_peft_model(Model(), LoraConfig(r=2, target_modules=["layer"], init_lora_weights="eva", eva_config={}))
 
 
 def test_eva_starts_from_batches() -> None:
@@ -42,7 +42,7 @@ def test_eva_starts_from_batches() -> None:
 
 def test_eva_starts_an_adapter_without_values_as_hf_pefts_guide_does() -> None:
     torch.manual_seed(1)
-    config = LoraConfig(r=2, target_modules=["layer"], init_lora_weights="eva")
+    config = LoraConfig(r=2, target_modules=["layer"], init_lora_weights="eva", eva_config={})
     base = Model()
     model, expected = get_peft_model(copy.deepcopy(base), config, low_cpu_mem_usage=True), get_peft_model(base, config)
     for one in (model, expected):
@@ -101,7 +101,7 @@ def test_the_directions_are_those_of_peft() -> None:
         prepare_layer_inputs_fn=None,
         show_progress_bar=False,
     )
-    ours = get_eva_state_dict(model, batches(), LoraConfig(**config), show_progress_bar=False)
+    ours = get_eva_state_dict(model, batches(), LoraConfig(**config, eva_config={}), show_progress_bar=False)
     torch.testing.assert_close((ours["layer"] @ theirs["layer"].float().T).abs(), torch.eye(2), atol=0.05, rtol=0)
 
 
@@ -150,7 +150,9 @@ def test_the_functions_that_are_the_default_can_be_given() -> None:
 def test_a_start_with_other_ranks_changes_the_ranks() -> None:
     torch.manual_seed(0)
     pair: Any = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4), nn.Linear(4, 3))
-    model: Any = get_peft_model(pair, LoraConfig(r=2, target_modules=["0", "1", "2"], init_lora_weights="eva"))
+    model: Any = get_peft_model(
+        pair, LoraConfig(r=2, target_modules=["0", "1", "2"], init_lora_weights="eva", eva_config={})
+    )
     kept = model[2].lora_A["default"].weight.clone()
     starts = {"base_model.model.0": torch.randn(3, 6), "base_model.model.1": torch.zeros(0, 5)}
     with pytest.warns(UserWarning, match="eva_state_dict has no 2; these layers get the usual start"):

@@ -18,7 +18,7 @@ from peftcore.registry import methods
 
 
 def test_each_method_has_its_classes_under_pefts_names() -> None:
-    assert {str(name) for name in PEFT_TYPE_TO_CONFIG_MAPPING} == set(methods())
+    assert set(PEFT_TYPE_TO_CONFIG_MAPPING) == set(methods())
     for theirs in peft.PeftType:
         name = theirs.value
         assert PEFT_TYPE_TO_CONFIG_MAPPING[name].__name__ == peft.PEFT_TYPE_TO_CONFIG_MAPPING[theirs].__name__
@@ -42,7 +42,7 @@ def test_a_table_takes_the_enumeration_and_its_text() -> None:
 
 
 def test_each_task_has_its_class() -> None:
-    assert {str(task) for task in MODEL_TYPE_TO_PEFT_MODEL_MAPPING} == set(peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING)
+    assert set(MODEL_TYPE_TO_PEFT_MODEL_MAPPING) == set(peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING)
 
 
 def test_a_dictionary_becomes_a_configuration() -> None:

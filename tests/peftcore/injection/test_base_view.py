@@ -118,3 +118,13 @@ def test_a_module_is_shown_and_hidden() -> None:
     hide_model(module)
     hide_model(module)
     assert type(module) is Net
+
+
+def test_an_attribute_that_a_script_has_set_on_the_model() -> None:
+    plain = llama()
+    plain.note = "mine"
+    model = get_peft_model(plain, LoraConfig(r=2, target_modules=["q_proj"]))
+    assert model.model.note == "mine" and "note" not in vars(model.model)
+    model.model.note = "other"
+    assert model.note == "other"
+    assert not hasattr(model.unload().model, "note")

@@ -48,9 +48,23 @@ def test_merging_what_is_merged_changes_nothing_and_warns() -> None:
     net = adapt(nn.Sequential(nn.Linear(12, 8)), "LORA", init_lora_weights=False)
     net.merge_adapter()
     weight = net[0].base_layer.weight.clone()
-    with pytest.warns(UserWarning, match="merged already"):
+    with pytest.warns(UserWarning, match="All adapters are already merged"):
         net.merge_adapter()
     assert torch.equal(net[0].base_layer.weight, weight)
+
+
+def test_unmerging_what_is_not_merged_and_merging_twice_warn_in_the_words_of_hf_peft() -> None:
+    """So that `warnings.filterwarnings("ignore", message="Already unmerged")` of a script still acts."""
+    net = adapt(nn.Sequential(nn.Linear(12, 8)), "LORA", init_lora_weights=False)
+    net.add_adapter("other", EXAMPLES["LORA"].make(target_modules=["0"]))
+    for unmerge in (net.unmerge_adapter, net[0].unmerge):
+        with pytest.warns(UserWarning, match="^Already unmerged"):
+            unmerge()
+    net.merge_adapter(["default"])
+    with pytest.warns(UserWarning, match="^Already following adapters were merged: default. Now merged as well: other"):
+        net.merge_adapter(["default", "other"])
+    with pytest.warns(UserWarning, match="^All adapters are already merged"):
+        net[0].merge()
 
 
 # -- types ---------------------------------------------------------------------------------------------------------
@@ -140,6 +154,7 @@ def two_layers() -> tuple[nn.Module, Any, torch.Tensor]:
     return base, net, torch.randn(3, 6)
 
 
+@pytest.mark.filterwarnings("ignore:Already following adapters were merged")
 @pytest.mark.parametrize("twin", [lambda net: net, copy.deepcopy, lambda net: pickle.loads(pickle.dumps(net))])
 def test_a_merged_model_and_its_copies_can_be_disabled_and_unmerged_on_their_own(twin: Callable[[Any], Any]) -> None:
     base, net, x = two_layers()
@@ -163,6 +178,7 @@ def test_a_merged_model_and_its_copies_can_be_disabled_and_unmerged_on_their_own
         torch.testing.assert_close(net(x), expected, rtol=0, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:Already following adapters were merged")
 @pytest.mark.parametrize("merged_before", [False, True])
 def test_an_error_in_the_middle_of_a_merge_puts_back_what_was_written(
     merged_before: bool, monkeypatch: pytest.MonkeyPatch

@@ -36,7 +36,7 @@ def test_a_class_is_of_the_method_that_has_its_name_in_hf_peft(name: str) -> Non
         (peftcore.HRAModel, peftcore.HRAConfig(r=2, target_modules=["0"])),
         (peftcore.LNTuningModel, peftcore.LNTuningConfig(target_modules=["1"])),
     ],
-    ids=lambda case: case.peft_type if isinstance(case, PeftConfig) else "",
+    ids=lambda case: case.method if isinstance(case, PeftConfig) else "",
 )
 def test_base_model_is_of_the_class_of_the_models_method(kind: type[TunerModel], config: PeftConfig) -> None:
     model = get_peft_model(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), config)
@@ -160,3 +160,18 @@ def test_other_methods_of_a_subclass_are_its_own() -> None:
         assert model.base_model.layers() == "set"  # type: ignore[operator]
     finally:
         del peftcore.LoraModel.layers  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("library", ["axolotl.loaders.adapter", "swift.tuners.peft"])
+def test_what_a_library_sets_on_the_models_to_mend_hf_peft_has_no_effect(library: str) -> None:
+    def hook(*args: Any) -> None:
+        raise AssertionError("it was called")
+
+    hook.__module__ = library
+    own: Any = peftcore.LoraModel
+    make = own._create_and_replace
+    own._create_and_replace = own._cast_adapter_dtype = hook
+    peftcore.AdaLoraModel.forward = hook  # type: ignore[method-assign]
+    assert isinstance(own(nn.Sequential(nn.Linear(4, 4)), LoraConfig(target_modules=["0"])), own)
+    with pytest.raises(PeftError, match=r"LoraModel\._create_and_replace makes layers of HF PEFT"):
+        make()

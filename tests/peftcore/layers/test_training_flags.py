@@ -108,7 +108,7 @@ def test_flags_are_those_of_peft(tmp_path: Any) -> None:
 
 
 def test_a_start_from_data_leaves_every_module_in_its_mode() -> None:
-    net = get_peft_model(base(), LoraConfig(r=2, target_modules=["0"], init_lora_weights="eva"))
+    net = get_peft_model(base(), LoraConfig(r=2, target_modules=["0"], init_lora_weights="eva", eva_config={}))
     before = {name: module.training for name, module in net.named_modules()}
     batches = [{"x": torch.randn(30, 12)} for _ in range(3)]
     initialize_from_data(net, batches, forward=lambda model, batch: model(batch["x"]), progress=False)

@@ -267,9 +267,13 @@ def test_training_state_resumes_the_allocator(stop: int, tmp_path: Any) -> None:
         )
 
 
+def test_a_target_above_the_start_keeps_every_triplet_as_hf_peft_does_without_allocation() -> None:
+    with pytest.warns(UserWarning, match="target_r=8 exceeds init_r=4"):
+        options = AdaLoraConfig(init_r=4, target_r=8, total_step=10)
+    assert {options.budget(step, 2) for step in range(11)} == {8}
+
+
 def test_impossible_options() -> None:
-    with pytest.raises(ConfigError, match="must not exceed init_r=4; got 8"):
-        AdaLoraConfig(init_r=4, target_r=8)
     with pytest.raises(ConfigError, match="below total_step=10"):
         AdaLoraConfig(tinit=5, tfinal=5, total_step=10)
     with pytest.raises(TrainingError, match="total_step"):

@@ -114,6 +114,7 @@ def test_a_copy_goes_on_drawing_where_the_original_is() -> None:
     assert all(torch.equal(twin(X), expected) for twin in twins)
 
 
+@pytest.mark.filterwarnings("ignore:Specified to not save")
 @pytest.mark.parametrize("save", [True, False])
 def test_a_directory_with_and_without_projections(save: bool, tmp_path: Path) -> None:
     model = net(save_projection=save, projection_prng_key=11).eval()
@@ -124,6 +125,7 @@ def test_a_directory_with_and_without_projections(save: bool, tmp_path: Path) ->
     assert torch.equal(PeftModel.from_pretrained(model.unload(), tmp_path)(X), expected)
 
 
+@pytest.mark.filterwarnings("ignore:Specified to not save")
 def test_missing_projections_are_an_error(tmp_path: Path) -> None:
     model = net(save_projection=False)
     model.save_pretrained(tmp_path)

@@ -101,6 +101,7 @@ def test_a_scaled_embedding_merges() -> None:
     torch.testing.assert_close(model(x), adapted, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.filterwarnings("ignore:Specified to not save")
 def test_the_directory_holds_what_is_needed(tmp_path: Path) -> None:
     model = net(3, u=3, weight_tying=1.0, save_projection=False, exclude_modules=["1"])
     randomise(model, 0.5)

@@ -6,6 +6,7 @@ import peft
 import pytest
 import torch
 from method_example import Example, randomise
+from safetensors.torch import load_file
 from torch import nn
 from transformers import GemmaConfig, GemmaForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -60,6 +61,9 @@ def test_a_tied_head_follows_and_another_does_not(tied: bool, tmp_path: Any) -> 
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(llama(tied), tmp_path)
     torch.testing.assert_close(loaded(TOKENS).logits, logits)
+    assert set(load_file(tmp_path / "adapter_model.safetensors")) == {
+        f"base_model.model.{path}.trainable_tokens_delta" for path in layers
+    }, "HF PEFT warns of a missing tensor unless each of the tied layers has its own"
     there = peft.PeftModel.from_pretrained(llama(tied), tmp_path).eval()
     torch.testing.assert_close(there(TOKENS).logits, logits, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(model.merge_and_unload()(TOKENS).logits, logits, rtol=1e-5, atol=1e-5)

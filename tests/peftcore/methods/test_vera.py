@@ -80,6 +80,7 @@ def test_the_key_alone_decides_the_projections() -> None:
     assert torch.equal(one, again) and not torch.equal(one, other)
 
 
+@pytest.mark.filterwarnings("ignore:Specified to not save")
 @pytest.mark.parametrize("save", [True, False])
 def test_a_directory_with_and_without_projections(save: bool, tmp_path: Path) -> None:
     model = net(save_projection=save, projection_prng_key=11)
@@ -92,6 +93,7 @@ def test_a_directory_with_and_without_projections(save: bool, tmp_path: Path) ->
     assert torch.equal(PeftModel.from_pretrained(model.unload(), tmp_path)(x), expected)
 
 
+@pytest.mark.filterwarnings("ignore:Specified to not save")
 def test_missing_projections_are_an_error(tmp_path: Path) -> None:
     model = net(save_projection=False)
     model.save_pretrained(tmp_path)

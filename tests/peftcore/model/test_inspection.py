@@ -70,11 +70,11 @@ def test_without_an_active_adapter_an_error_names_set_adapter(model: Any, read: 
         LoReftConfig(task_type="CAUSAL_LM"),
         ShadowConfig(task_type="CAUSAL_LM"),
     ],
-    ids=lambda config: config.peft_type,
+    ids=lambda config: config.method,
 )
 def test_a_prompt_without_embeddings_has_none_to_save(model: Any, config: Any) -> None:
     other = get_peft_model(model.unload(), config)
-    with pytest.raises(ConfigError, match=f"'default' is {config.peft_type}, which has no prompt embeddings"):
+    with pytest.raises(ConfigError, match=f"'default' is {config.method}, which has no prompt embeddings"):
         other.get_prompt_embedding_to_save("default")
     assert other.get_adapter_state_dict("default")
 

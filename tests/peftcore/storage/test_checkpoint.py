@@ -1,5 +1,6 @@
 """Adapter directories that are damaged, foreign or not whole, and names that would corrupt them."""
 
+import dataclasses
 import itertools
 import json
 import os
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from huggingface_hub import ModelCard
@@ -15,6 +17,7 @@ from peft import PeftModel as HfPeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import peftcore
 from peftcore import (
     AdapterNameError,
     CheckpointError,
@@ -353,3 +356,20 @@ def test_base_weights_of_a_targeted_embedding_are_read(tmp_path: Path) -> None:
     (tmp_path / "SHA256SUMS").unlink()
     loaded = PeftModel.from_pretrained(nn.Sequential(nn.Embedding(9, 6)), tmp_path)
     assert torch.equal(loaded(torch.arange(9)), torch.zeros(9, 6))
+
+
+@pytest.mark.parametrize("library", [peftcore, peft])
+def test_a_subclass_of_a_configuration_writes_its_own_file(library: Any, tmp_path: Path) -> None:
+    @dataclasses.dataclass
+    class Own(library.LoraConfig):
+        ratio: float = 1.0
+
+        def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+            fields = dataclasses.asdict(self)
+            (Path(save_directory) / "ratio.json").write_text(str(fields.pop("ratio")), encoding="utf-8")
+            library.LoraConfig(**fields).save_pretrained(save_directory, **kwargs)
+
+    library.get_peft_model(net(), Own(r=2, target_modules=["0"], ratio=4.0)).save_pretrained(tmp_path)
+    assert (tmp_path / "ratio.json").read_text(encoding="utf-8") == "4.0"
+    assert "ratio" not in json.loads((tmp_path / "adapter_config.json").read_text(encoding="utf-8"))
+    assert PeftModel.from_pretrained(net(), tmp_path).peft_config["default"].r == 2

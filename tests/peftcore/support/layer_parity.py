@@ -39,6 +39,6 @@ def agrees_with_peft(
         if how.get("merged"):
             hf.merge_adapter()
             there.merge_adapter()
-        agree(here(x), hf(x), ours.peft_type, type(layer).__name__, made_by="peft")
-        agree(own(x), there(x), ours.peft_type, type(layer).__name__, made_by="peftcore")
+        agree(here(x), hf(x), ours.method, type(layer).__name__, made_by="peft")
+        agree(own(x), there(x), ours.method, type(layer).__name__, made_by="peftcore")
         assert (hf(x) - net(x)).abs().max() > 1e-2

@@ -74,7 +74,7 @@ def examples() -> dict[str, Example]:
         spec.loader.exec_module(module)
         example = getattr(module, "EXAMPLE", None)
         if example is not None:
-            found[example.config.peft_type] = example
+            found[example.config.method] = example
     return found
 
 

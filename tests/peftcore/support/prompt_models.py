@@ -118,10 +118,10 @@ def both_ways(family: str, theirs: Any, ours: Any, folder: Path, spread: float =
     expected = call(family, hf, **inputs)
     plain = call(family, build(family), **{k: v for k, v in inputs.items() if k != "task_ids"})
     assert expected.shape != plain.shape or (expected - plain).abs().max() > 1e-3
-    agree(call(family, here, **inputs), expected, ours.peft_type, family, made_by="peft")
+    agree(call(family, here, **inputs), expected, ours.method, family, made_by="peft")
 
     model = attach(family, ours, spread)
     model.save_pretrained(folder / "ours")
     there = peft.PeftModel.from_pretrained(build(family), folder / "ours").eval()
     result, expected = call(family, model, **inputs), call(family, there, **inputs)
-    agree(result, expected, ours.peft_type, family, made_by="peftcore")
+    agree(result, expected, ours.method, family, made_by="peftcore")

@@ -38,6 +38,7 @@ Linear8bitLt = _CLASSES["Linear8bitLt"]
 AwqLoraLinear = _CLASSES["AwqLoraLinear"]
 GPTQLoraLinear = _CLASSES["GPTQLoraLinear"]
 HqqLoraLinear = _CLASSES["HqqLoraLinear"]
+LoraParallelLinear = layer_class("LoraParallelLinear", "LORA", lambda base: False)  # Megatron's layers are refused
 
 __all__ = [
     "ArrowConfig",
@@ -60,6 +61,7 @@ __all__ = [
     "LoraGAConfig",
     "LoraLayer",
     "LoraModel",
+    "LoraParallelLinear",
     "LoraRuntimeConfig",
     "MontecloraConfig",
     "ParamWrapper",

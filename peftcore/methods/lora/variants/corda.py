@@ -6,7 +6,7 @@ Shapes: i in_features, o out_features, r rank; C (i, i), W (o, i).
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -133,6 +133,7 @@ class CordaStart(Initialisation):
 
     names = ("corda",)
     observer = Corda
+    required_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {"corda_config": DEFAULTS}
     subtracts = True
     prepared = "eigens"
 

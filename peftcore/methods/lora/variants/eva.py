@@ -5,7 +5,7 @@ Shapes: n rows of x, i in_features, c components.
 """
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -150,6 +150,7 @@ class EvaStart(Initialisation):
 
     names = ("eva",)
     observer = Eva
+    required_options: ClassVar[Mapping[str, Mapping[str, Any]]] = {"eva_config": DEFAULTS}
 
     def initialise(self, lora: "Lora") -> None:
         draw_defaults(lora)  # A keeps these values until the data are there

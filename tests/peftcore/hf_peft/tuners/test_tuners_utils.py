@@ -127,9 +127,11 @@ def test_adapters_of_a_layer_that_are_not_merged_yet() -> None:
     layer = model.get_submodule("0")
     assert check_adapters_to_merge(layer) == ["default"]
     model.merge_adapter(["default"])
-    with pytest.warns(UserWarning, match="default are merged already; other are merged too"):
+    with pytest.warns(
+        UserWarning, match=r"Already following adapters were merged: default\. Now merged as well: other"
+    ):
         assert check_adapters_to_merge(layer, ["default", "other"]) == ["other"]
-    with pytest.warns(UserWarning, match="all of these adapters are merged already"):
+    with pytest.warns(UserWarning, match="All adapters are already merged"):
         assert check_adapters_to_merge(layer, ["default"]) == []
     with pytest.raises(TypeError, match="must be a list of names"):
         check_adapters_to_merge(layer, "default")

@@ -1,10 +1,13 @@
 """Which adapters an adapter store puts into one slot, and the options that are not saved."""
 
+import dataclasses
 from typing import Any
 
+import peft
 import pytest
 import torch
 
+import peftcore
 from peftcore import ConfigError, IA3Config, LoraConfig, LoraRuntimeConfig, PeftConfig
 
 PLAIN = {"r": 4, "target_modules": ["q_proj"]}
@@ -73,3 +76,10 @@ def test_a_rank_with_its_count_is_read_if_a_pattern_names_the_ranks() -> None:
     assert (config.r, config.lora_alpha) == (4, 32.0)
     with pytest.raises(ConfigError, match=r"r must be an integer; got \[4, 24\]"):
         LoraConfig(**given)
+
+
+@pytest.mark.parametrize("library", [peftcore, peft])
+def test_the_fields_of_a_configuration_make_another(library: Any) -> None:
+    fields = dataclasses.asdict(library.LoraConfig(r=2))
+    assert fields["runtime_config"] == {"ephemeral_gpu_offload": False}
+    assert dataclasses.asdict(library.LoraConfig(**fields)) == fields
