@@ -12,6 +12,7 @@ of Linux, where libraries do not support forks, and with an accelerator, because
 of this project are imported in the fork, so that it runs the code that its folder has by then.
 """
 
+import atexit
 import gc
 import importlib
 import json
@@ -30,7 +31,7 @@ from typing import Any, NoReturn
 from flows.runtime import logs
 from flows.runtime.processes import die_with_parent
 from flows.runtime.progress import RUN
-from flows.runtime.stage import set_quiet_environment
+from flows.runtime.stage import set_quiet_environment, spare_last_collection
 
 ADDRESS = "PEFTCORE_FORK_SERVER"
 """Environment variable with the path of the server's socket."""
@@ -120,6 +121,7 @@ def main(descriptor: int) -> None:
     for number, handler in handlers.items():
         signal.signal(number, handler)
     gc.enable()
+    atexit.register(spare_last_collection)
     _become(request)
     runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
 
