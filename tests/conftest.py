@@ -71,6 +71,11 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(youngest, middle, 100)  # full collections, a tenth of the time of small tests, are rarer
 
 
+def pytest_unconfigure() -> None:
+    """Let the end of Python collect all; otherwise Triton, of PyTorch's builds for GPUs, prints what it finds."""
+    gc.unfreeze()
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[object]:
     """Seed the random generators by the test's name, so that no test before it changes what it draws.

@@ -153,6 +153,7 @@ def serve(service: Service, host: str = "127.0.0.1", port: int = 8000, metrics_p
             sockets.append(stack.enter_context(_listening(host, metrics_port, "--metrics-port")))
         gc.collect()
         gc.freeze()  # looking at the objects of model and libraries again would hold up all answers for 0.25 s
+        stack.callback(gc.unfreeze)  # at the end of the process, Triton prints what it has made and was not collected
         Server(service, host, port, metrics_port).run(sockets)
 
 

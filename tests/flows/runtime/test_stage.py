@@ -207,6 +207,17 @@ def test_a_stages_objects_are_not_looked_at_again_when_it_ends(tmp_path: Path) -
     assert done.stdout.split() == ["True"], done.stderr
 
 
+def test_what_triton_has_made_is_collected_at_the_end() -> None:
+    """Triton prints hundreds of lines about what is left of it; here a module of that name stands for it."""
+    code = (
+        "import gc, sys; from flows.runtime.stage import spare_garbage_collection, spare_last_collection; "
+        "sys.modules['triton._C.libtriton'] = sys; spare_garbage_collection(); before = gc.get_freeze_count() > 0; "
+        "spare_last_collection(); print(before, gc.get_freeze_count())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["True", "0"], done.stderr
+
+
 @pytest.mark.faults("kill -9 of dvc, flow or stage")
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
 def test_a_stage_dies_with_its_parent(tmp_path: Path) -> None:
