@@ -6,7 +6,7 @@ from typing import Any
 from prefect import Task, flow
 from prefect.cache_policies import NO_CACHE
 
-from flows.pipeline.run import HOUR, PipelineResult, run_stages
+from flows.pipeline.work import HOUR, PipelineResult, run_stages
 
 
 @flow(name="pipeline", validate_parameters=False)

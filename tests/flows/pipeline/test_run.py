@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from flows.errors import GateError, RegistryError
-from flows.pipeline import flow, run
+from flows.pipeline import flow, run, work
 from flows.runtime import prefect_server
 from flows.runtime.last_run import last_run, running
 from flows.runtime.stage_process import run_stage
@@ -45,10 +45,10 @@ def test_what_could_not_be_registered_is_said_before_prefects_server_starts(
 def test_a_second_run_in_the_folder_is_told_of_the_first_one(project: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(project.root)
     code = (
-        "from flows.pipeline import run; from flows.runtime.last_run import recorded; from flows.paths import Paths\n"
+        "from flows.pipeline import work; from flows.runtime.last_run import recorded; from flows.paths import Paths\n"
     )
     code += "from pathlib import Path; root = Path.cwd()\n"
-    code += "with run._alone(root), recorded(Paths(root)) as record, record.at('train'): print(flush=True); input()"
+    code += "with work.alone(root), recorded(Paths(root)) as record, record.at('train'): print(flush=True); input()"
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as first:
         assert first.stdout is not None and first.stdout.readline()
         done = CliRunner().invoke(app, ["run"])
@@ -56,7 +56,7 @@ def test_a_second_run_in_the_folder_is_told_of_the_first_one(project: Any, monke
         assert f"error: a run (process {first.pid}, at train) is at work in {project.root}; wait for it" in done.stderr
         assert running(project.paths) is not None and last_run(project.paths) is None
         first.communicate(b"\n")
-    with run._alone(project.root):
+    with work.alone(project.root):
         pass
 
 
@@ -98,10 +98,10 @@ def test_a_refusal_is_no_trouble_of_prefects(project: Any, monkeypatch: pytest.M
 def test_a_run_with_nothing_changed_starts_no_stage_and_no_server(
     project: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run.run_stages(project.root, 60, None, lambda _, work: work)
+    work.run_stages(project.root, 60, None, lambda _, work: work)
     first = capsys.readouterr().out
     project.paths.review.unlink()
-    monkeypatch.setattr(run, "run_stage", lambda *_: pytest.fail("a stage was started"))
+    monkeypatch.setattr(work, "run_stage", lambda *_: pytest.fail("a stage was started"))
     monkeypatch.setattr(prefect_server, "tie_temporary_server", lambda: pytest.fail("a server was started"))
     outcome = run.run_pipeline(project.root)
     told = capsys.readouterr()
