@@ -44,7 +44,7 @@ def continue_adapter(params: Params, paths: Paths, model: Any, config: PeftConfi
     saved = PeftConfig.from_pretrained(paths.start_adapter)
     fields = FIELDS.get(params.method.name, {})
     shape = dict.fromkeys((*SHAPE, *(fields[option] for option in ("r", "lora_alpha") if option in fields)))
-    names = ["peft_type", "trainable_token_indices"] if params.method.r == "auto" else ["peft_type", *shape]
+    names = ["method", "trainable_token_indices"] if params.method.r == "auto" else ["method", *shape]
     pairs = {name: (getattr(saved, name, None), getattr(config, name, None)) for name in names}
     if different := {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}:
         listed = ", ".join(f"{name} {there} there and {here} here" for name, (there, here) in different.items())

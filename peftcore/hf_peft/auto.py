@@ -101,7 +101,8 @@ class _BaseAutoPeftModel:
         """Return the class that loads the base."""
         if config.task_type != cls.task_type and config.task_type is not None:
             fitting = next(kind.__name__ for kind in _CLASSES if kind.task_type == config.task_type)
-            raise ConfigError(f"{cls.__name__} does not load adapters of task_type {config.task_type}; use {fitting}")
+            given = TaskType(config.task_type).value
+            raise ConfigError(f"{cls.__name__} does not load adapters of task_type {given}; use {fitting}")
         if config.task_type is None and config.auto_mapping is not None:
             return _named_class(config.auto_mapping, allowlist)
         if not cls.model_class:

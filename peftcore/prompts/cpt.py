@@ -65,7 +65,7 @@ class CPTConfig(PromptLearningConfig):
         super().__post_init__()
         self.one_of("opt_weighted_loss_type", self.opt_weighted_loss_type, ("none", "decay"))
         if self.task_type not in (None, TaskType.CAUSAL_LM):
-            raise ConfigError(f"CPTConfig is for task_type='CAUSAL_LM'; got {self.task_type!r}")
+            raise ConfigError(f"CPTConfig is for task_type='CAUSAL_LM'; got {TaskType(self.task_type).value!r}")
         lengths = [len(self.cpt_token_ids), len(self.cpt_mask), len(self.cpt_tokens_type_mask)]
         if len(set(lengths)) > 1:
             raise ConfigError(

@@ -87,7 +87,8 @@ class ShadowConfig(TunerConfig):
                 f"'mirror', got {self.shadow_model!r}"
             )
         if self.task_type not in (None, TaskType.CAUSAL_LM, TaskType.SEQ_CLS):
-            raise ConfigError(f"ShadowConfig: task_type must be 'CAUSAL_LM' or 'SEQ_CLS'; got {self.task_type}")
+            given = TaskType(self.task_type).value
+            raise ConfigError(f"ShadowConfig: task_type must be 'CAUSAL_LM' or 'SEQ_CLS'; got {given!r}")
 
     def without_effect(self) -> dict[str, str]:
         unused = self.task_type is None and self.auxiliary_loss_weight != type(self).auxiliary_loss_weight

@@ -129,8 +129,8 @@ def check_reward_adapter(folder: Path) -> None:
     task = PeftConfig.from_pretrained(folder).task_type
     if task != TaskType.SEQ_CLS:
         raise ConfigError(
-            f"{folder} is an adapter for {task or 'no task'}, and a reward model is one for {TaskType.SEQ_CLS} with "
-            "one output; train it with RewardTrainer (train.objective: reward)"
+            f"{folder} is an adapter for {TaskType(task).value if task else 'no task'}, and a reward model is one for "
+            "SEQ_CLS with one output; train it with RewardTrainer (train.objective: reward)"
         )
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         heads = {name: file.get_slice(name).get_shape() for name in file.keys() if _HEAD.search(name)}  # noqa: SIM118

@@ -28,7 +28,9 @@ from peftcore import (
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.registry import methods
 
-pytestmark = pytest.mark.filterwarnings("ignore:BEFT.* has no bias")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:BEFT.* has no bias", "ignore:Already (following adapters were |un)merged:UserWarning"
+)
 
 
 def test_every_registered_method_has_an_example() -> None:

@@ -11,6 +11,8 @@ from peftcore import PeftModel, get_peft_model
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.registry import methods
 
+pytestmark = pytest.mark.filterwarnings("ignore:Already following adapters were merged:UserWarning")
+
 EXAMPLES = {
     method: example
     for method, example in examples().items()

@@ -10,6 +10,8 @@ from torch import nn
 from peftcore import LoraConfig, get_peft_model
 from peftcore.registry import methods
 
+pytestmark = pytest.mark.filterwarnings("ignore:Already following adapters were merged:UserWarning")
+
 EXAMPLES = {method: example for method, example in examples().items() if not example.whole_model and example.merges}
 VARIANTS = {
     "DoRA": {"use_dora": True},

@@ -12,6 +12,8 @@ from peftcore import ConfigError, LoraConfig, MergeError, PeftModel, get_peft_mo
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.injection.start_from_data import initialize_from_data
 
+pytestmark = pytest.mark.filterwarnings("ignore:.init_lora_weights. is:UserWarning")  # EVA or CorDA by defaults
+
 WEIGHTS_ALONE = ["gaussian", "orthogonal", "olora", "pissa", "pissa_niter_4", "loftq"]
 FROM_DATA = ["eva", "corda", "lora_ga"]
 STARTS = WEIGHTS_ALONE + FROM_DATA

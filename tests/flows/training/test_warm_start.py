@@ -64,7 +64,7 @@ def test_another_shape_or_scaling_is_refused_with_both_values(
 
 
 def test_another_method_is_refused(start: Paths) -> None:
-    with pytest.raises(StageError, match=r"peft_type LORA there and IA3 here, r 4 there and None here"):
+    with pytest.raises(StageError, match=r"method LORA there and IA3 here, r 4 there and None here"):
         continue_adapter(Params(), start, small_model(), IA3Config(target_modules=["0"], feedforward_modules=[]))
 
 

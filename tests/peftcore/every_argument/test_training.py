@@ -20,6 +20,8 @@ from peftcore import (
 )
 from peftcore.hf_peft import functional, optimizers
 
+pytestmark = pytest.mark.filterwarnings("ignore:.init_lora_weights. is:UserWarning")  # EVA or CorDA by defaults
+
 
 @checks("PeftModel.on_optimizer_step", "step optimizer")
 @checks("TunerModel.update_and_allocate", "global_step")

@@ -12,6 +12,8 @@ from peftcore import ConfigError, LoraConfig, PeftModel, get_peft_model
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.injection.start_from_data import initialize_from_data
 
+pytestmark = pytest.mark.filterwarnings("ignore:.init_lora_weights. is:UserWarning")  # EVA or CorDA by defaults
+
 
 @pytest.mark.parametrize(
     "start, options",

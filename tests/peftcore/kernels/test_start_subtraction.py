@@ -15,6 +15,8 @@ from torch import nn
 import peftcore
 from peftcore import CheckpointError, LoraConfig, PeftModel, get_peft_model, initialize_from_data, set_start_subtraction
 
+pytestmark = pytest.mark.filterwarnings("ignore:.init_lora_weights. is:UserWarning")  # EVA or CorDA by defaults
+
 X = torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
 STARTS = ["pissa", "olora", "corda"]
 

@@ -17,6 +17,8 @@ from peftcore.injection.adapter_set import adapter_set
 from peftcore.methods.boft import BOFTConfig
 from peftcore.methods.ia3 import IA3Config
 
+pytestmark = pytest.mark.filterwarnings("ignore:Already following adapters were merged:UserWarning")
+
 EXAMPLE = Example(
     BOFTConfig,
     options={"boft_block_size": 2, "boft_n_butterfly_factor": 2},

@@ -11,6 +11,8 @@ from torch import nn
 from peftcore import ConfigError, get_peft_model
 from peftcore.methods.deft import DeftConfig
 
+pytestmark = pytest.mark.filterwarnings("ignore:Already following adapters were merged:UserWarning")
+
 EXAMPLE = Example(
     DeftConfig,
     options={"r": 3},

@@ -287,7 +287,7 @@ def test_a_decoder_without_a_head_can_have_two() -> None:
         ({"shadow_dropout": 1.0}, "below 1; got 1.0"),
         ({"auxiliary_loss_weight": -0.1}, "auxiliary_loss_weight must be at least 0; got -0.1"),
         ({"shadow_model": "org/name"}, "shadow_model must be 'mirror', got 'org/name'"),
-        ({"task_type": "TOKEN_CLS"}, "task_type must be 'CAUSAL_LM' or 'SEQ_CLS'; got TaskType.TOKEN_CLS"),
+        ({"task_type": "TOKEN_CLS"}, "task_type must be 'CAUSAL_LM' or 'SEQ_CLS'; got 'TOKEN_CLS'"),
     ],
 )
 def test_impossible_options(options: dict[str, Any], words: str) -> None:

@@ -59,7 +59,7 @@ def test_an_adapter_with_another_head_is_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"classifier of 3 classes \(.*score.weight\), and a reward model has one"):
         RewardModel.from_pretrained(folder / "classifier", folder / "base")
     causal().save_pretrained(folder / "causal")
-    with pytest.raises(ConfigError, match=r"adapter for no task, and a reward model is one for TaskType\.SEQ_CLS"):
+    with pytest.raises(ConfigError, match=r"adapter for no task, and a reward model is one for SEQ_CLS"):
         check_reward_adapter(folder / "causal")
     get_peft_model(decoder(), LoraConfig(r=2, target_modules="all-linear")).save_pretrained(folder / "headless")
     config = folder / "headless" / "adapter_config.json"

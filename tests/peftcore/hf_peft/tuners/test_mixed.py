@@ -10,7 +10,7 @@ from peftcore.hf_peft.tuners import mixed
 
 
 def test_the_names_are_those_of_hf_peft() -> None:
-    assert [str(method) for method in mixed.COMPATIBLE_TUNER_TYPES] == [m.value for m in theirs.COMPATIBLE_TUNER_TYPES]
+    assert [method.value for method in mixed.COMPATIBLE_TUNER_TYPES] == [m.value for m in theirs.COMPATIBLE_TUNER_TYPES]
     assert mixed.PREFIXES == theirs.PREFIXES
     assert importlib.import_module("peftcore.tuners.mixed.model") is mixed
 

@@ -12,6 +12,8 @@ from peftcore.injection.adapter_set import adapter_set
 from peftcore.injection.start_from_data import initialize_from_data
 from peftcore.methods.lora.variants.eva import PrincipalComponents
 
+pytestmark = pytest.mark.filterwarnings("ignore:.init_lora_weights. is:UserWarning")  # EVA or CorDA by defaults
+
 
 def test_principal_components_are_those_of_all_rows_at_once() -> None:
     torch.manual_seed(0)
