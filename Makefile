@@ -67,13 +67,14 @@ format: install         ## format the code and fix lint errors
 
 install: $(STAMP)       ## create .venv with everything
 
-# a new pip resolves versions in a third of the time; it would compile 28,000 files one after the other, here all cores
-# do, and leave out what is imported seldom (the packages' tests, and models); files with syntax of other Pythons fail
+# A newer pip than Python's own resolves versions in a third of the time. pip compiles one file after the other, so all
+# cores do that here, without the packages' tests and transformers' models, most of which nobody imports. `|| true`:
+# some packages hold files for other versions of Python, which do not compile.
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed, $(PYTHON) is older or absent; use make PYTHON=/path/to/python3" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[dev]'
+	@PYTHONWARNINGS='ignore:Editable installation' $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[dev]'
 	@$(BIN)/python -m compileall -q -j 0 -x '/(tests|transformers/models)/' $(VENV)/lib >/dev/null || true
 	@touch $@
 

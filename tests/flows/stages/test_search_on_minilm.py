@@ -49,7 +49,6 @@ def params_of(task: Any, **changes: Any) -> Params:
 
 
 @pytest.mark.proof
-@pytest.mark.slow
 def test_an_adapter_finds_more_functions_than_its_base(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows.jsonl", learned=700, searched=220)
     params, paths = params_of("embeddings", **{"train.batch_size": 8, "train.max_steps": 24}), Paths(tmp_path)
