@@ -26,8 +26,10 @@ LEAST_ROWS = 8
 """Fewest rows for which it is; computing and checking it takes as long as two rows."""
 TOLERANCE, TOLERANCE_16_BITS = 1e-3, 0.1
 """Largest difference from the logits of a whole text that rounding explains, as a share of their norm."""
-_PADDING = 3
+_PADDING = 8
 """Tokens of padding between beginning and rest in the check, as the shorter prompts of a batch have."""
+_LAST = 16
+"""Last tokens of a text whose logits are compared: in bfloat16, rounding changes those of one token by up to 15 %."""
 
 
 class ModelAfterPrefix(nn.Module):
@@ -111,7 +113,7 @@ def model_after_prefix(model: Any, texts: Sequence[Sequence[int]], most: int) ->
     if length < LEAST_TOKENS:
         return None
     shortest = torch.tensor([list(min(texts, key=len))], device=model.device)
-    cache = getattr(model(input_ids=shortest[:, :length], use_cache=True, **_last_logits(model)), "cache", None)
+    cache = getattr(model(input_ids=shortest[:, :length], use_cache=True, **_last_logits(model, 1)), "cache", None)
     layers: list[Any] = cache.layers if isinstance(cache, DynamicCache) else []
     if not layers or any(type(layer) is not DynamicLayer or layer.get_seq_length() != length for layer in layers):
         return None  # a window, a recurrent state, or virtual tokens
@@ -126,19 +128,20 @@ def _common(texts: Sequence[Sequence[int]]) -> int:
     return next((i for i, pair in enumerate(zip(first, last, strict=False)) if pair[0] != pair[1]), len(first))
 
 
-def _last_logits(model: nn.Module) -> dict[str, int]:
-    """Return the argument with which a model computes the logits of the last token only; {} if it has none.
+def _last_logits(model: nn.Module, count: int) -> dict[str, int]:
+    """Return the argument with which a model computes the logits of the last tokens only; {} if it has none.
 
     The logits of a long prompt would take more memory than the rest of the forward.
     """
-    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    return {"logits_to_keep": count} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def _computes_the_same(after: ModelAfterPrefix, text: Tensor) -> bool:
-    """Return True if the last token of a text (1, P + T) has the same logits, up to rounding, after the prefix."""
+    """Return True if the last tokens of a text (1, P + T) have the same logits, up to rounding, after the prefix."""
     model: Any = after.module
-    options: dict[str, Any] = _last_logits(model)
     rest = text[:, after.length :]
+    count = min(_LAST, rest.shape[1])
+    options: dict[str, Any] = _last_logits(model, count)
     padded, mask = F.pad(rest, (_PADDING, 0)), F.pad(torch.ones_like(rest), (_PADDING, 0))
     positions: dict[str, Any] = {}
     if "position_ids" in inspect.signature(model.forward).parameters:
@@ -147,7 +150,7 @@ def _computes_the_same(after: ModelAfterPrefix, text: Tensor) -> bool:
         model(input_ids=text, attention_mask=torch.ones_like(text), use_cache=False, **options),
         after(padded, mask, **positions, **options),
     )
-    whole, resumed = (output.logits[0, -1].double() for output in outputs)
+    whole, resumed = (output.logits[0, -count:].double() for output in outputs)
     narrow = min(model.dtype.itemsize, outputs[0].logits.dtype.itemsize) < 4
     tolerance = TOLERANCE_16_BITS if narrow else TOLERANCE
-    return bool((whole - resumed).norm() <= tolerance * (whole - whole.mean()).norm())
+    return bool((whole - resumed).norm() <= tolerance * (whole - whole.mean(-1, keepdim=True)).norm())
