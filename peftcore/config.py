@@ -345,6 +345,9 @@ class PeftConfig(SharedOptions, metaclass=_ConfigType):
     def _check_types(self) -> None:
         for field_ in dataclasses.fields(self):
             value = getattr(self, field_.name)
+            if value is None and field_.type is bool:  # as HF PEFT reads it; Axolotl gives None for unset options
+                value = False
+                setattr(self, field_.name, value)
             if not _fits(value, field_.type):
                 raise OptionTypeError(
                     f"{type(self).__name__}: {field_.name} must be {_words_for(field_.type)}; got {value!r:.200}"

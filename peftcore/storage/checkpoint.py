@@ -7,7 +7,7 @@ on disk is `base_model.model.` + the module's path + the parameter, without the 
 import dataclasses
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,10 +71,25 @@ _CARD = """\
 # -- contents of a checkpoint -----------------------------------------------------------------------------------------
 
 
-def adapter_tensors(model: nn.Module, name: str, save_embedding_layers: SaveEmbeddings = False) -> dict[str, Tensor]:
-    """Return everything that is saved for one adapter: {PEFT's key: tensor}."""
+def adapter_tensors(
+    model: nn.Module,
+    name: str,
+    save_embedding_layers: SaveEmbeddings = False,
+    available: Container[str] | None = None,
+) -> dict[str, Tensor]:
+    """Return everything that is saved for one adapter: {PEFT's key: tensor}.
+
+    Args:
+        model: The model with the adapter.
+        name: The adapter's name.
+        save_embedding_layers: See `peftcore.storage.embedding_rows`.
+        available: Names of parameters; embeddings of the base that are not among them are left out. None: all.
+    """
     state = adapter_state_of(adapter_set(model), name)
-    return embeddings_to_save(model, state, name, save_embedding_layers) | state.tensors() | state.repetitions()
+    embeddings = embeddings_to_save(model, state, name, save_embedding_layers)
+    if available is not None:
+        embeddings = {key: tensor for key, tensor in embeddings.items() if key.removeprefix(PREFIX) in available}
+    return embeddings | state.tensors() | state.repetitions()
 
 
 def adapter_state_dict(
@@ -202,13 +217,13 @@ class _Reader(nn.Module):
         self._name = name
         self._embeddings: SaveEmbeddings = save_embedding_layers
 
-    def forward(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def forward(self, available: Container[str] | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         prompt = adapter_set(self.model).prompt(self._name)
-        tensors = adapter_tensors(self.model, self._name, self._embeddings)
+        tensors = adapter_tensors(self.model, self._name, self._embeddings, available)
         return tensors, {} if prompt is None else prompt.training_state()
 
     def with_values(self, state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the same tensors with the values of a state dict of the model."""
+        """Return the same tensors with the values of a state dict of the model, without embeddings that it lacks."""
         parameters = {name for name, _ in self.model.named_parameters()}
         trained = {id(p) for p in adapter_set(self.model).parameters(self._name)}
         needed = [name for name, parameter in self.model.named_parameters() if id(parameter) in trained]
@@ -218,7 +233,7 @@ class _Reader(nn.Module):
                 "parameters); give the result of the model's own state_dict(), or leave the argument out"
             )
         values = {f"model.{name}": tensor for name, tensor in state_dict.items() if name in parameters}
-        return torch.func.functional_call(self, values, ())
+        return torch.func.functional_call(self, values, (state_dict,))
 
 
 def update_model_card(model: nn.Module, directory: Path) -> None:

@@ -214,6 +214,15 @@ def test_options_of_later_versions_are_named_in_one_warning(tmp_path: Path) -> N
     assert len(warned) == 1
 
 
+def test_none_is_false_where_an_option_is_true_or_false(tmp_path: Path) -> None:
+    config = LoraConfig(target_modules=["0"], fan_in_fan_out=None, use_dora=None)  # type: ignore[arg-type]
+    assert config.fan_in_fan_out is False and config.use_dora is False
+    config.save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(path.read_text().replace('"fan_in_fan_out": false', '"fan_in_fan_out": null'))
+    assert PeftConfig.from_pretrained(tmp_path).fan_in_fan_out is False
+
+
 def test_needed_options_may_be_assigned_later() -> None:
     with pytest.raises(ConfigError, match="num_virtual_tokens must be a positive integer"):
         peftcore.get_peft_model(nn.Linear(2, 2), PromptTuningConfig())

@@ -4,6 +4,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -15,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import peftcore
 from peftcore import (
     CheckpointError,
     ConfigError,
@@ -128,6 +130,21 @@ def test_the_choice_means_what_it_means_in_peft(choice: Any, targets: str, folde
     ours.save_pretrained(tmp_path / "ours", save_embedding_layers=choice)
     keys, hf_keys = (load_file(tmp_path / who / "adapter_model.safetensors").keys() for who in ("ours", "theirs"))
     assert keys == hf_keys
+
+
+@pytest.mark.parametrize("choice", ["auto", True])
+def test_embeddings_that_a_given_state_dictionary_lacks_are_left_out(choice: Any, folder: Path, tmp_path: Path) -> None:
+    saved = {}
+    for library in (peftcore, peft):
+        config = library.LoraConfig(target_modules=["q_proj", "embed_tokens"])
+        model = library.get_peft_model(LlamaForCausalLM.from_pretrained(folder), config)
+        factors = {key: tensor for key, tensor in model.state_dict().items() if "lora_" in key}
+        given = {"factors": factors, "all": model.state_dict()}
+        for name, state_dict in given.items():
+            directory = tmp_path / library.__name__ / name
+            model.save_pretrained(directory, state_dict=state_dict, save_embedding_layers=choice)
+            saved[library, name] = load_file(directory / "adapter_model.safetensors").keys()
+    assert saved[peftcore, "factors"] == saved[peft, "factors"] < saved[peftcore, "all"] == saved[peft, "all"]
 
 
 def test_another_word_and_a_model_without_embeddings_are_refused(tmp_path: Path) -> None:
