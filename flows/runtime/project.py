@@ -293,14 +293,22 @@ def get_output(root: Path, commit: str, name: str, target: Path) -> None:
     # `dvc get` clones the folder that it is given, and this one is not the top of its git repository
     from dvc.exceptions import DvcException
     from dvc.fs import download
+    from dvc_data.hashfile.db import ObjectFormatError
     from dvc_data.index import DataIndexDirError
 
     try:
-        # in the commit, whose top is /, the repository is another folder than on the disk
         with _without_warnings(), open_repo(root) as repo, repo.switch(commit):
-            repo.fetch(targets=[f"{repo.root_dir}/{name}"])
+            # in the commit, whose top is /, the repository is another folder than on the disk
+            places = [f"{repo.root_dir}/{name}"]
+            repo.fetch(targets=places)
+            # DVC drops a damaged download from its cache without an error, and `download` would take it again
+            for objects in repo.used_objs(targets=places).values():
+                for one in objects:
+                    repo.cache.local.check(one.value)
             download(repo.dvcfs, name, str(target))
-    except (DvcException, DataIndexDirError, OSError) as error:
+    except FileNotFoundError as error:
+        raise _unavailable(name, commit, f"an object of the remote is damaged or absent: {error.filename}") from error
+    except (DvcException, DataIndexDirError, ObjectFormatError, OSError) as error:
         raise _unavailable(name, commit, error.__cause__ or error) from error
 
 
