@@ -72,6 +72,16 @@ def test_champion_and_newest_version_with_its_verdict(registered: Any) -> None:
     assert candidate["reason"] == "gain in loss: 0.200 nats, at least 0.5"
 
 
+def test_the_verdict_of_a_retraining_stays_when_later_ones_find_nothing_new(registered: Any) -> None:
+    promotion = {"version": "v0.1.0", "outcome": "refused", "report": {"reason": "EOS rate: 0.1, at least 0.9"}}
+    lines = [{"outcome": "kept", "promotion": promotion}, {"outcome": "unchanged", "promotion": None}]
+    registered.paths.retraining.mkdir(parents=True)
+    registered.paths.retraining_history.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = look(registered)
+    assert (found["candidate"]["verdict"], found["candidate"]["reason"]) == ("refused", "EOS rate: 0.1, at least 0.9")
+    assert found["retraining"]["last"]["outcome"] == "unchanged"
+
+
 def test_a_version_that_was_rolled_back_says_so(registered: Any) -> None:
     promote(registered.params, registered.paths)
     registered.register(loss=1.9, weight=2.0)
