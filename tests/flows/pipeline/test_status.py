@@ -46,6 +46,8 @@ def test_what_comes_next_follows_from_the_facts() -> None:
     changed = {"train": ["method.r"], "fetch": [], "evaluate": ["train"]}
     assert "runs train, evaluate again" in next_step(facts | {"candidate": version, "stages": changed})
     assert "review.html" in next_step(facts | {"candidate": version | {"verdict": "refused"}})
+    unapproved = version | {"verdict": "refused", "reason": "approval: 0 of 1; people other than ..."}
+    assert "`peftcore promote --version v0.1.0` judges it again" in next_step(facts | {"candidate": unapproved})
     assert "makes a new version" in next_step(facts | {"candidate": version | {"verdict": "rolled back"}})
     assert "serve --watch" in next_step(facts | {"candidate": version | {"verdict": "promoted"}})
     assert "wait" in next_step(facts | {"running": [{"what": "run"}]})
