@@ -222,7 +222,7 @@ def _hints(paths: Paths) -> Iterator[str]:
     if schedule and is_noted_alive(schedule) is False:
         yield f"the scheduler (process {schedule['pid']}) has ended; start `peftcore schedule` again"
     if left := len(leftovers(PREFIX)):
-        yield f"there are {left} working trees of killed processes; `peftcore registry gc` removes them"
+        yield f"working trees of killed processes: {left}; `peftcore registry gc` removes them"
 
 
 def _json(path: Path) -> Any:

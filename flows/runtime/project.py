@@ -295,7 +295,7 @@ def get_output(root: Path, commit: str, name: str, target: Path) -> None:
     # `dvc get` clones the folder that it is given, and this one is not the top of its git repository
     from dvc.exceptions import DvcException
     from dvc.fs import download
-    from dvc_data.hashfile.db import ObjectFormatError
+    from dvc_data.hashfile.db import ObjectFormatError  # pyright: ignore[reportPrivateImportUsage]
     from dvc_data.index import DataIndexDirError
 
     try:
