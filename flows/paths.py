@@ -250,6 +250,20 @@ class Paths:
 
 def prepare_command(root: Path) -> str:
     """Return the command that runs the stage prepare and those before it, as the user's folder needs it."""
-    if root.resolve() == Path.cwd():
-        return "dvc repro prepare"
-    return f"dvc repro {shlex.quote(os.path.relpath(root / 'dvc.yaml'))}:prepare"
+    return f"dvc repro {stage_from_here(root, 'prepare')}"
+
+
+def stage_from_here(root: Path, stage: str) -> str:
+    """Return a stage's address, as a command of DVC in the user's folder needs it."""
+    pipeline = from_here(root, "dvc.yaml")
+    return stage if pipeline == "dvc.yaml" else f"{pipeline}:{stage}"
+
+
+def from_here(root: Path, name: str) -> str:
+    """Return the path of a file or folder of the repository, as a command in the user's folder needs it.
+
+    A user who is neither in `root` nor above it has to go there first, so the path is that from `root`.
+    """
+    here, root = Path.cwd(), root.resolve()
+    is_near = here.is_relative_to(root) or root.is_relative_to(here)
+    return shlex.quote(os.path.relpath(root / name, here) if is_near else name)

@@ -20,7 +20,7 @@ def read_rows(path: Path, columns: list[str] | None = None, limit: int | None = 
         StageError: The split has no rows, or the file is absent or damaged.
     """
     if not path.exists():
-        raise StageError(f"there is no {path}; run `dvc repro prepare` first")
+        raise StageError(f"there is no {path}; run `peftcore stage prepare` first")
     try:
         rows = cast(list[Row], parquet.read_table(path, columns=columns).slice(0, limit).to_pylist())
     except (OSError, pyarrow.ArrowException) as error:

@@ -108,7 +108,7 @@ def promote(
         paths: the repository.
         version: the version's number; None is the version of the last run.
         dry_run: judge only.
-        push_to: a git remote that has to accept the promotion.
+        push_to: a git remote that has to accept the promotion; it also gets the tag of a refused version.
         again: judge the version even if it lost the stage, for example by a rollback.
 
     Raises:
@@ -318,6 +318,8 @@ def _decide(
         if not dry_run:
             key = [chosen.number, chosen.commit, stage, last_event, report.reason]
             announce(params, root, _event("refusal", promotion, previous, key))
+            if push_to is not None:
+                registry.push_version(push_to, chosen)  # other people look at it, and approve it
         return promotion
     if dry_run:
         return Promotion(registry.name, chosen.number, stage, "would promote", None, report)

@@ -52,7 +52,7 @@ def status(params: Params, paths: Paths) -> dict[str, Any]:
         "candidate": _candidate(registry, paths, params.gate.stage),
         "looks": _looks(registry, params),
         "retraining": {
-            "last": _last_retraining(paths),
+            "last": next(reversed(_retrainings(paths)), None),
             "schedule": _schedule(paths),
             "incoming": params.retrain.incoming,
         },
@@ -81,6 +81,8 @@ def next_step(facts: Mapping[str, Any]) -> str:
         return f"`peftcore run` runs {', '.join(changed)} again"
     if candidate["verdict"] == "promoted":
         return "`peftcore serve --watch` serves it, `peftcore chat` talks to it, `peftcore retrain` takes in new data"
+    if candidate["verdict"] == "refused" and (candidate.get("reason") or "").startswith("approval: "):  # nothing else
+        return f"once others have approved it, `peftcore promote --version {candidate['version']}` judges it again"
     if candidate["verdict"] == "refused":
         return f"{page} shows why; change params.yaml or the data, and `{again}`"
     if candidate["verdict"] == "rolled back":
@@ -134,7 +136,7 @@ def _candidate(registry: RegistryReader, paths: Paths, stage: str) -> dict[str, 
         return None
     newest = versions[-1]
     held = [stage for stage, holder in registry.stages().items() if holder.version == newest.number]
-    promotions = (_json(paths.promotion), (_last_retraining(paths) or {}).get("promotion"))
+    promotions = (_json(paths.promotion), *(entry.get("promotion") for entry in reversed(_retrainings(paths))))
     judged = next((one for one in promotions if one and one["version"] == newest.number), None)
     if not held and (lost := registry.withdrawn(stage).get(newest.number)):
         verdict, reason = "rolled back", lost
@@ -151,16 +153,12 @@ def _looks(registry: RegistryReader, params: Params) -> dict[str, Any] | None:
     return None if look is None else asdict(look) | {"in_words": look.in_words(params.gate.sequence)}
 
 
-def _last_retraining(paths: Paths) -> dict[str, Any] | None:
-    """Return the history's last complete line."""
+def _retrainings(paths: Paths) -> list[dict[str, Any]]:
+    """Return the history's complete lines, oldest first."""
     if not paths.retraining_history.exists():
-        return None
-    lines = [
-        line
-        for line in paths.retraining_history.read_text(encoding="utf-8").splitlines(keepends=True)
-        if line.endswith("\n")
-    ]
-    return json.loads(lines[-1]) if lines else None
+        return []
+    lines = paths.retraining_history.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _schedule(paths: Paths) -> dict[str, Any] | None:
@@ -224,7 +222,7 @@ def _hints(paths: Paths) -> Iterator[str]:
     if schedule and is_noted_alive(schedule) is False:
         yield f"the scheduler (process {schedule['pid']}) has ended; start `peftcore schedule` again"
     if left := len(leftovers(PREFIX)):
-        yield f"there are {left} working trees of killed processes; `peftcore registry gc` removes them"
+        yield f"working trees of killed processes: {left}; `peftcore registry gc` removes them"
 
 
 def _json(path: Path) -> Any:

@@ -2,6 +2,7 @@
 
 from flows.errors import ParamsError, RepositoryError
 from flows.params import Params
+from flows.paths import from_here
 from flows.registry.commit_params import PARAMS, committed_params
 from flows.runtime.git import Git, GitError
 
@@ -20,8 +21,8 @@ def head_params(git: Git) -> Params:
         return committed_params(git)
     except GitError as error:
         raise RepositoryError(
-            f"{PARAMS} is not committed, and a retraining uses committed files only; `git add {PARAMS}` and "
-            "`git commit`"
+            f"{PARAMS} is not committed, and a retraining uses committed files only; "
+            f"`git add {from_here(git.root, PARAMS)}` and `git commit`"
         ) from error
 
 

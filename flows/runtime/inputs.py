@@ -1,10 +1,10 @@
 """Detection of inputs that are in the working tree only. Commands that work on a commit do not see these inputs."""
 
-import shlex
 from collections.abc import Sequence
 from pathlib import PurePosixPath
 
 from flows.errors import DataError
+from flows.paths import from_here
 from flows.runtime.git import Git, GitError
 
 INPUTS = ("params.yaml", "dvc.yaml", "data", "flows", "peftcore", ".peftcore")
@@ -40,7 +40,7 @@ def unused_changes(git: Git, paths: Sequence[str] = INPUTS) -> str:
     if not changed:
         return ""
     more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
-    added = shlex.join(sorted({name.partition("/")[0] for name in changed}))
+    added = " ".join(from_here(git.root, name) for name in sorted({name.partition("/")[0] for name in changed}))
     return f"{', '.join(changed[:SHOWN])}{more} (`git add {added} && git commit` includes them)"
 
 
@@ -56,9 +56,11 @@ def check_source_is_tracked(git: Git, source: str, what: str, commit: str | None
     if source.startswith(("stdlib:", "hub:", "/", "~", "..")):
         return
     if not is_committed(git, source, commit):
+        path = from_here(git.root, source)
         raise DataError(
             f"data.source {source} is tracked neither by git nor by DVC, so {what} does not have it; "
-            f"`git add {source}`, or `dvc add {source}` and `git add {source}.dvc`, then `git commit`"
+            f"`git add {path}`, or `dvc add {path}` and `git add {from_here(git.root, f'{source}.dvc')}`, then "
+            "`git commit`"
         )
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ruamel.yaml import YAML
 
 from flows.errors import RepositoryError
+from flows.paths import from_here
 from flows.runtime.databases import sqlite_url
 from flows.runtime.git import environment_without_locations, git_output
 from flows.runtime.temporary import temporary_folder
@@ -36,9 +37,9 @@ _ADVICE = {
     os.strerror(errno.ENOSPC): "free some space, such as by `peftcore registry gc`, and run it again; existing files "
     "are intact",
     # a full disk leaves an empty one
-    "dvc.lock'": "restore it by `git checkout dvc.lock`, or remove it if git does not have it, and run it again",
+    "dvc.lock'": "restore it by `git checkout {lock}`, or remove it if git does not have it, and run it again",
 }
-"""{text in a message of DVC: what to do}"""
+"""{text in a message of DVC: what to do}; {lock} is the path of dvc.lock."""
 
 _PREFECT_ENVIRONMENT = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -141,12 +142,13 @@ def _dvc(root: Path, arguments: Sequence[str], databases: Path | None = None) ->
     done = subprocess.run(
         [*DVC, *arguments], cwd=root, env=environment, capture_output=True, encoding="utf-8", check=False
     )
-    message = _with_advice((done.stderr.strip() or done.stdout.strip()).removesuffix(_SUPPORT).rstrip())
+    message = _with_advice(root, (done.stderr.strip() or done.stdout.strip()).removesuffix(_SUPPORT).rstrip())
     return done.stdout, message if done.returncode else None
 
 
-def _with_advice(message: str) -> str:
-    return message + "".join(f"; {advice}" for text, advice in _ADVICE.items() if text in message)
+def _with_advice(root: Path, message: str) -> str:
+    lock = from_here(root, "dvc.lock")
+    return message + "".join(f"; {advice.format(lock=lock)}" for text, advice in _ADVICE.items() if text in message)
 
 
 def stage_order(root: Path, output: Path | None = None) -> list[str]:
@@ -169,7 +171,7 @@ def stage_order(root: Path, output: Path | None = None) -> list[str]:
             # names, because DVC's addressing depends on the current folder
             return [str(stage.name) for stage in stages if isinstance(stage, PipelineStage)]
     except DvcException as error:
-        raise RepositoryError(f"{root / 'dvc.yaml'}: {_with_advice(str(error))}") from error
+        raise RepositoryError(f"{root / 'dvc.yaml'}: {_with_advice(root, str(error))}") from error
 
 
 def missing_inputs(root: Path, stage: str) -> dict[str, str]:
@@ -198,7 +200,7 @@ def outputs_without_cache(root: Path, stage: str) -> list[str]:
             outs = repo.stage.load_one(str(root / "dvc.yaml"), name=stage).outs
             return [str(out) for out in outs if out.use_cache and out.changed_cache()]
     except DvcException as error:
-        raise RepositoryError(f"{root / 'dvc.yaml'}: {_with_advice(str(error))}") from error
+        raise RepositoryError(f"{root / 'dvc.yaml'}: {_with_advice(root, str(error))}") from error
 
 
 def changed_stages(root: Path, stages: Sequence[str] = ()) -> dict[str, list[str]]:
@@ -225,7 +227,7 @@ def changed_stages_beside(root: Path, running: str) -> dict[str, list[str]]:
                 if isinstance(stage, PipelineStage) and stage.name != running:
                     status |= {str(stage.name): changes for changes in stage.status(check_updates=True).values()}
     except DvcException as error:
-        raise RepositoryError(f"{root / 'dvc.yaml'}: {_with_advice(str(error))}") from error
+        raise RepositoryError(f"{root / 'dvc.yaml'}: {_with_advice(root, str(error))}") from error
     return _changes(status)
 
 
@@ -293,14 +295,22 @@ def get_output(root: Path, commit: str, name: str, target: Path) -> None:
     # `dvc get` clones the folder that it is given, and this one is not the top of its git repository
     from dvc.exceptions import DvcException
     from dvc.fs import download
+    from dvc_data.hashfile.db import ObjectFormatError  # pyright: ignore[reportPrivateImportUsage]
     from dvc_data.index import DataIndexDirError
 
     try:
-        # in the commit, whose top is /, the repository is another folder than on the disk
         with _without_warnings(), open_repo(root) as repo, repo.switch(commit):
-            repo.fetch(targets=[f"{repo.root_dir}/{name}"])
+            # in the commit, whose top is /, the repository is another folder than on the disk
+            places = [f"{repo.root_dir}/{name}"]
+            repo.fetch(targets=places)
+            # DVC drops a damaged download from its cache without an error, and `download` would take it again
+            for objects in repo.used_objs(targets=places).values():
+                for one in objects:
+                    repo.cache.local.check(one.value)
             download(repo.dvcfs, name, str(target))
-    except (DvcException, DataIndexDirError, OSError) as error:
+    except FileNotFoundError as error:
+        raise _unavailable(name, commit, f"an object of the remote is damaged or absent: {error.filename}") from error
+    except (DvcException, DataIndexDirError, ObjectFormatError, OSError) as error:
         raise _unavailable(name, commit, error.__cause__ or error) from error
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 
 from flows.errors import BusyError, RepositoryError, StageError, StageStopped
+from flows.paths import stage_from_here
 from flows.runtime import logs
 from flows.runtime.fork_server import ADDRESS
 from flows.runtime.processes import die_with_parent, is_alive, this_host
@@ -129,8 +130,8 @@ def _run_stage(
     if "--no-commit" not in options and (lost := outputs_without_cache(root, stage)):
         raise StageError(
             f"stage {stage}: DVC did not store {', '.join(lost)} in its cache, for the reason above; on a full disk, "
-            f"free some space, such as by `peftcore registry gc`. `dvc commit --force {stage}` then stores what the "
-            "stage made"
+            f"free some space, such as by `peftcore registry gc`. "
+            f"`dvc commit --force {stage_from_here(root, stage)}` then stores what the stage made"
         )
 
 

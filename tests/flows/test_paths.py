@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
+import pytest
 from ruamel.yaml import YAML
 
-from flows.paths import SPLITS, Paths
+from flows.paths import SPLITS, Paths, from_here, prepare_command, stage_from_here
 
 ROOT = Path(__file__).parents[2]
 
@@ -32,6 +33,22 @@ def test_no_two_names_are_one_path_and_all_are_below_the_root(tmp_path: Path) ->
 def test_asking_for_a_path_creates_nothing(tmp_path: Path) -> None:
     places(tmp_path / "project")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_commands_name_files_and_stages_from_the_users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "projects" / "mail"
+    (root / "my rows").mkdir(parents=True)
+    for folder, data, stage in (
+        (root, "data", "prepare"),
+        (root / "my rows", "../data", "../dvc.yaml:prepare"),
+        (tmp_path, "projects/mail/data", "projects/mail/dvc.yaml:prepare"),
+        (Path("/"), f"{root / 'data'}"[1:], f"{root / 'dvc.yaml'}"[1:] + ":prepare"),
+        (ROOT, "data", "prepare"),
+    ):
+        monkeypatch.chdir(folder)
+        assert (from_here(root, "data"), stage_from_here(root, "prepare")) == (data, stage)
+        assert prepare_command(root) == f"dvc repro {stage}"
+    assert from_here(root, "my rows") == "'my rows'"
 
 
 def test_each_output_of_a_stage_has_a_name() -> None:

@@ -4,10 +4,12 @@ import ast
 import importlib
 import importlib.metadata
 import inspect
+import signal
 from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 from flows.errors import StageError
 from flows.evaluation.scorers.texts import Score
@@ -114,25 +116,40 @@ def load_function(name: str, function: str, root: Path, entry: str) -> Callable[
     # not imported as a module: that would write compiled files into data/, on which stages depend
     program = compile(_parsed(entry, path), str(path), "exec")
     try:
-        exec(program, module.__dict__)
+        _without_exit(exec)(program, module.__dict__)
     except Exception as error:
         raise StageError(f"{entry}: {name} fails when it is imported: {type(error).__name__}: {error}") from error
     value = getattr(module, function, None)
     if not callable(value):
         callables = [key for key, one in vars(module).items() if callable(one) and not key.startswith("__")]
         raise _no_function(entry, name, function, callables)
-    return value
+    return _without_exit(value)
 
 
 def _installed(scorer: Scorer) -> Callable[..., Any]:
     (entry, *_) = importlib.metadata.entry_points(group=ENTRY_POINTS, name=scorer.scorer)
     try:
-        return cast(Callable[..., Any], entry.load())
+        return _without_exit(_without_exit(entry.load)())
     except Exception as error:
         raise StageError(
             f"{_entry(scorer)}: the installed scorer {scorer.scorer} ({entry.value}) cannot be loaded: "
             f"{type(error).__name__}: {error}"
         ) from error
+
+
+def _without_exit(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function, which raises RuntimeError where it would end the process by SystemExit."""
+
+    @wraps(function)
+    def call(*arguments: Any, **options: Any) -> Any:
+        try:
+            return function(*arguments, **options)
+        except SystemExit as error:
+            if error.code == 128 + signal.SIGTERM:  # the stage's own end, which may reach it here
+                raise
+            raise RuntimeError(f"it ends the process by sys.exit({error.code!r})") from error
+
+    return call
 
 
 def _no_function(entry: str, path: str, function: str, names: Sequence[str]) -> StageError:

@@ -21,7 +21,7 @@ def test_rows_come_in_order_with_the_columns_asked_for(tmp_path: Path) -> None:
 
 
 def test_no_file_or_no_rows_says_to_prepare(tmp_path: Path) -> None:
-    with pytest.raises(StageError, match="run `dvc repro prepare`"):
+    with pytest.raises(StageError, match="run `peftcore stage prepare`"):
         read_rows(tmp_path / "test.parquet")
     with pytest.raises(StageError, match="has no rows"):
         read_rows(write(tmp_path / "test.parquet", 0))

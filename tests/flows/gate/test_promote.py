@@ -182,6 +182,16 @@ def test_a_promotion_reads_the_tags_again_for_the_compare_and_swap_only(
     assert len(tag_reads) == 2, "the remote's tags were taken in, and the registry was read once after that"
 
 
+def test_a_refused_version_s_tag_is_pushed_so_that_others_can_approve_it(registered: Any) -> None:
+    remote = registered.root.with_name("shared.git")
+    registered.git("init", "--quiet", "--bare", str(remote))
+    params = registered.params.model_copy(update={"gate": registered.params.gate.model_copy(update={"approvals": 1})})
+    assert promote(params, registered.paths, dry_run=True, push_to=str(remote)).outcome == "refused"
+    assert registered.git("ls-remote", "--tags", str(remote)) == ""
+    assert promote(params, registered.paths, push_to=str(remote)).outcome == "refused"
+    assert "refs/tags/docstrings@v0.1.0\n" in registered.git("ls-remote", "--tags", str(remote))
+
+
 def test_whoever_is_second_loses(registered: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     registry = Registry(Git(registered.root), "docstrings")
     monkeypatch.setattr(

@@ -69,6 +69,23 @@ def test_files_of_a_version_come_from_the_cache_or_the_remote(
     assert (sql.root / ".dvc/cache/files/md5" / digest[:2] / digest[2:]).read_bytes() == expected
 
 
+def test_a_damaged_object_of_the_remote_is_refused(two_projects: tuple[Any, Any]) -> None:
+    _, sql = two_projects
+    sql.register(loss=2.5)
+    (version,) = registry(sql).versions()
+    digest = hashlib.md5((sql.paths.adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
+    shutil.rmtree(sql.root / ".dvc" / "cache")
+    damaged = sql.root / ".dvc-remote" / "files" / "md5" / digest[:2] / digest[2:]
+    damaged.chmod(0o644)
+    damaged.write_bytes(b"damaged")
+    for _ in range(2):
+        with (
+            pytest.raises(RepositoryError, match=f"object of the remote is damaged or absent: .*{digest[2:]}"),
+            files_at(sql.root, version.commit, ["artifacts/adapter"]),
+        ):
+            pass
+
+
 def test_a_working_tree_is_the_project_s_folder_with_its_cache(two_projects: tuple[Any, Any]) -> None:
     mail, _ = two_projects
     with worktree_at(mail.root, mail.git("rev-parse", "HEAD").strip()) as tree:

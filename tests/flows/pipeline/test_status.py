@@ -46,6 +46,8 @@ def test_what_comes_next_follows_from_the_facts() -> None:
     changed = {"train": ["method.r"], "fetch": [], "evaluate": ["train"]}
     assert "runs train, evaluate again" in next_step(facts | {"candidate": version, "stages": changed})
     assert "review.html" in next_step(facts | {"candidate": version | {"verdict": "refused"}})
+    unapproved = version | {"verdict": "refused", "reason": "approval: 0 of 1; people other than ..."}
+    assert "`peftcore promote --version v0.1.0` judges it again" in next_step(facts | {"candidate": unapproved})
     assert "makes a new version" in next_step(facts | {"candidate": version | {"verdict": "rolled back"}})
     assert "serve --watch" in next_step(facts | {"candidate": version | {"verdict": "promoted"}})
     assert "wait" in next_step(facts | {"running": [{"what": "run"}]})
@@ -70,6 +72,16 @@ def test_champion_and_newest_version_with_its_verdict(registered: Any) -> None:
     assert abs(datetime.fromisoformat(champion["since"]) - datetime.now(UTC)) < timedelta(minutes=5)
     assert (candidate["version"], candidate["verdict"]) == ("v0.1.1", "refused")
     assert candidate["reason"] == "gain in loss: 0.200 nats, at least 0.5"
+
+
+def test_the_verdict_of_a_retraining_stays_when_later_ones_find_nothing_new(registered: Any) -> None:
+    promotion = {"version": "v0.1.0", "outcome": "refused", "report": {"reason": "EOS rate: 0.1, at least 0.9"}}
+    lines = [{"outcome": "kept", "promotion": promotion}, {"outcome": "unchanged", "promotion": None}]
+    registered.paths.retraining.mkdir(parents=True)
+    registered.paths.retraining_history.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = look(registered)
+    assert (found["candidate"]["verdict"], found["candidate"]["reason"]) == ("refused", "EOS rate: 0.1, at least 0.9")
+    assert found["retraining"]["last"]["outcome"] == "unchanged"
 
 
 def test_a_version_that_was_rolled_back_says_so(registered: Any) -> None:

@@ -52,6 +52,8 @@ def test_a_skipped_time_is_moved_and_a_repeated_one_counts_once() -> None:
         ("0 3 * * 1", "", "time zone is empty"),
         ("0 3 * * 1", "Mars/Olympus", "timezone"),
         ("0 3 * * 8", "UTC", "Invalid cron string"),
+        ("R(0-3) 3 * * *", "UTC", "a field with R is random"),  # Prefect takes it
+        ("0 3 * * r", "UTC", "a field with R is random"),
         ("0 3 31 2 *", "UTC", "no date fits"),
         ("0 0 30 2 1", "UTC", "no date fits"),  # Prefect never starts it, though February has Mondays
     ],

@@ -22,11 +22,14 @@ def own(project: Any) -> Any:
     return project
 
 
-def test_what_is_not_committed_is_listed(own: Any) -> None:
+def test_what_is_not_committed_is_listed(own: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (own.root / "notes.txt").touch()
     assert unused_changes(Git(own.root)) == (
         "data/qa.jsonl, params.yaml (`git add data params.yaml && git commit` includes them)"
     )
+    monkeypatch.chdir(own.root / "data")
+    assert "(`git add . ../params.yaml && git commit`" in unused_changes(Git(own.root))
+    monkeypatch.chdir(own.root)
     assert unused_changes(Git(own.root), ["params.yaml"]).startswith("params.yaml (`git add params.yaml && ")
     for number in range(9):
         (own.root / "data" / f"{number}.jsonl").touch()

@@ -70,6 +70,7 @@ def test_a_check_runs_no_code_of_the_repository(root: Path) -> None:
         ),
         (scorer("refund"), "def refund(answer): ...", "which it does not take: too many positional"),
         (scorer("refund"), "1 / 0\ndef refund(): ...", "fails when it is imported: ZeroDivisionError"),
+        (scorer("refund"), "import sys\nsys.exit(3)", "imported: RuntimeError: it ends the process by"),
         (Scorer(scorer="length", options={"unit": "tokens"}), "", "length: unit is 'tokens'; give words or characters"),
         (Scorer(scorer="json_schema", options={"schema": "data/no.json"}), "", "No such file"),
     ],
@@ -78,6 +79,16 @@ def test_a_function_that_cannot_be_called_is_refused(root: Path, entry: Scorer, 
     (root / "data" / "my.py").write_text(content)
     with pytest.raises(StageError, match=message):
         load_scorer(entry, root)
+
+
+def test_an_exit_is_an_error_of_the_function_except_the_stage_s_own(root: Path) -> None:
+    content = "import sys\ndef end(prompt, answer, reference, row): sys.exit(row['status'])\n"
+    (root / "data" / "my.py").write_text(content)
+    score = load_scorer(scorer("end"), root)
+    with pytest.raises(RuntimeError, match=r"it ends the process by sys.exit\(0\)"):
+        score("", "", "", {"status": 0})
+    with pytest.raises(SystemExit):
+        score("", "", "", {"status": 143})  # SIGTERM, while the function runs
 
 
 def test_an_installed_scorer_is_found_by_its_name(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
