@@ -6,7 +6,6 @@ through entry points of the group `peftcore.methods`: the entry's name is the me
 
 import importlib
 import importlib.metadata
-import inspect
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -164,20 +163,12 @@ def method_of(config: "PeftConfig") -> Method:
     return method_named(name)
 
 
-def line_count(method: Method) -> int:
-    """Return the number of lines of the method's file, or of all files of its folder in `methods` (LoRA, X-LoRA)."""
-    file = Path(inspect.getfile(method.adapter))
-    has_folder = file.parent.parent == Path(__file__).parent / "methods"
-    files = file.parent.rglob("*.py") if has_folder else [file]
-    return sum(len(file.read_text(encoding="utf-8").splitlines()) for file in files)
-
-
 def method_table() -> str:
     """Return a Markdown table of the registered methods, the one in docs/methods.md."""
-    lines = ["| method | configuration | adapts | lines | equation and paper |", "|---|---|---|---|---|"]
+    lines = ["| method | configuration | adapts | equation and paper |", "|---|---|---|---|"]
     for method in methods().values():
         module = importlib.import_module(method.adapter.__module__)
         summary = (module.__doc__ or "").strip().splitlines()[0]
         kinds = ", ".join(sorted(method.adapter.layer_kinds))
-        lines.append(f"| {method.name} | `{method.config.__name__}` | {kinds} | {line_count(method)} | {summary} |")
+        lines.append(f"| {method.name} | `{method.config.__name__}` | {kinds} | {summary} |")
     return "\n".join(lines) + "\n"
