@@ -23,6 +23,8 @@ CHATML = (
 )
 
 
+NAMED_MARKS = ("slow", "proof")
+"""Marks that stand in the text of each file that has tests with them."""
 MANY_MODULES = 20
 _modules_at_freeze = 0
 
@@ -44,8 +46,20 @@ LONGEST_SLOW_FILES = (
 """Test files of `make slow` that take longest, below tests/. A file that began last would run alone at the end."""
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Let `make slow` and `make proof` import only files that name their mark: importing all takes half a minute."""
+    mark = config.option.markexpr
+    if mark not in NAMED_MARKS or collection_path.suffix != ".py":
+        return None
+    return None if f"mark.{mark}" in collection_path.read_text(encoding="utf-8") else True
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Put the longest files of `make slow` first."""
+    """Put the longest files of `make slow` first; check that a file names the marks that its tests have."""
+    for mark in NAMED_MARKS:
+        for path in {item.path for item in items if item.get_closest_marker(mark)}:
+            assert f"mark.{mark}" in path.read_text(encoding="utf-8"), f"{path}: make {mark} would not find mark.{mark}"
     if config.option.markexpr == "slow":
         folder = Path(__file__).parent
         ranks = {folder / name: rank for rank, name in enumerate(LONGEST_SLOW_FILES)}

@@ -13,6 +13,8 @@ LEAVE_OUT = {"test", "tests", "testing", "__pycache__"}
 PER_PACKAGE = 600
 """Sentences of a package at most, so that no package outweighs the others."""
 MARKUP = re.compile(r":(?P<role>class|func|meth):`~?(?P<name>[\w.]+)`|``(?P<code>[^`\n]{2,40})``")
+LIKELY = re.compile(rb":(class|func|meth):`|(?<!`)``(?!`)")
+"""What a file with such markup contains; the others need not be parsed, which takes most of the time."""
 TYPES = {"class": "CLASS", "func": "FUNCTION", "meth": "FUNCTION"}
 
 
@@ -21,8 +23,11 @@ def sentences(folder: Path) -> Iterator[tuple[str, str]]:
     for path in sorted(folder.rglob("*.py")):
         if LEAVE_OUT.intersection(path.relative_to(folder).parts[:-1]):
             continue
+        source = path.read_bytes()
+        if not LIKELY.search(source):
+            continue
         try:
-            tree = ast.parse(path.read_bytes())
+            tree = ast.parse(source)
         except SyntaxError:  # templates of code
             continue
         for node in ast.walk(tree):
@@ -58,7 +63,9 @@ for package in PACKAGES:
     spec = importlib.util.find_spec(package)
     assert spec is not None, f"{package} is not installed"
     for module, sentence in sentences(Path(str(spec.origin)).parent):
-        if (pair := tagged(sentence)) and " ".join(pair[0]) not in rows and found < PER_PACKAGE:
+        if found == PER_PACKAGE:
+            break
+        if (pair := tagged(sentence)) and " ".join(pair[0]) not in rows:
             rows[" ".join(pair[0])] = {"tokens": pair[0], "tags": pair[1], "module": module, "package": package}
             found += 1
 out = Path(__file__).parent / "data" / "references.jsonl"

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from peftcore import LoraConfig, cpu_decoding, get_peft_model
 from peftcore.compiled import attention, low_rank, norm, rotary
 from peftcore.compiled import library as library_module
-from peftcore.compiled.library import library
+from peftcore.compiled.library import library, library_file
 from peftcore.cpu_decoding import CompiledRMSNorm, use_compiled_code
 
 pytestmark = pytest.mark.skipif(not library(), reason="nothing is compiled here; the log says why")
@@ -30,6 +30,16 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     forget()
     yield tmp_path / "peftcore"
     forget()
+
+
+@pytest.fixture
+def compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A compiler that copies what the real one has made of the same files, half a second later."""
+    program = tmp_path / "compiler"
+    program.write_text(f'#!/bin/sh\nsleep 0.5\nwhile [ "$1" != -o ]; do shift; done\ncp "{library_file()}" "$2"\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("CC", str(program))
+    return program
 
 
 def forget() -> None:
@@ -49,21 +59,21 @@ def test_compiled_once(cache: Path) -> None:
     assert [one.stat().st_mtime_ns for one in cache.iterdir()] == [made]
 
 
-def test_cache_that_others_can_write_is_not_used(cache: Path) -> None:
-    library()
+def test_cache_that_others_can_write_is_not_used(compiler: Path, cache: Path) -> None:
+    assert library() is not None
     cache.chmod(0o777)
     library.cache_clear()
     assert library() is None
 
 
-def test_processes_at_once(cache: Path) -> None:
+def test_processes_at_once(compiler: Path, cache: Path) -> None:
     code = "from peftcore.compiled.library import library; print(library() is not None)"
     running = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(3)]
     assert [process.communicate()[0].strip() for process in running] == ["True"] * 3
     assert len(list(cache.iterdir())) == 1
 
 
-def test_another_processor_compiles_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_processor_compiles_again(compiler: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library()
     monkeypatch.setattr(library_module, "_processor", lambda: "another")
     library.cache_clear()
