@@ -73,7 +73,7 @@ def test_a_refusal_exits_with_3_and_its_reason_and_json_stays_json(here: Any, ca
     assert result.stderr == (
         "error: docstrings v0.1.0 is not promoted to champion: gain in loss: 1.100 nats, at least 2\n"
     )
-    assert "uncommitted rules, and CI by the committed: params.yaml (`git add params.yaml && " in caplog.text
+    assert "uncommitted rules, and CI by the committed: params.yaml (`git add ../params.yaml && " in caplog.text
 
 
 def test_an_unsigned_approval_is_said_to_prove_nothing(here: Any) -> None:
