@@ -172,6 +172,10 @@ class Git:
         options = ["--force", "--sparse"] if self._is_sparse() else ["--force"]
         self.run("add", *options, "--", *paths, **index)
 
+    def is_shallow(self) -> bool:
+        """Return True for a clone by `git clone --depth`, which lacks earlier commits and most tags."""
+        return self.run("rev-parse", "--is-shallow-repository").strip() == "true"
+
     def _is_sparse(self) -> bool:
         return self.run("config", "--type=bool", "--default=false", "--get", "core.sparseCheckout").strip() == "true"
 

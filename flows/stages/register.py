@@ -156,6 +156,14 @@ def next_number(registry: Registry, params: Params, paths: Paths, git: Git, lock
         RegistryError: The latest version has no usable record.
     """
     versions = registry.versions()
+    if not versions and git.is_shallow():
+        first = registry.version_tag(registry.next_number(minor=True))
+        logger.warning(
+            "this clone is shallow and has no tag of a version, so this is %s; if a git remote has versions, undo it by "
+            "`git tag --delete %s`, then `peftcore registry fetch REMOTE` and `peftcore stage register --force`",
+            first,
+            first,
+        )
     if not versions or versions[-1].content is None:
         return registry.next_number(minor=True)
     before = registry.record(versions[-1])

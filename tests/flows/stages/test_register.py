@@ -187,6 +187,22 @@ def test_a_version_registered_by_gto_is_stepped_over(project: Any) -> None:
         registry.record(registry.version("v1.0.0"))
 
 
+@pytest.mark.parametrize("shallow", [False, True])
+def test_the_first_version_of_a_shallow_clone_is_said(
+    project: Any, shallow: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    project.make()
+    if shallow:  # what `git clone --depth 1` writes
+        (project.root / ".git" / "shallow").write_text(project.git("rev-parse", "HEAD"))
+    project.register()
+    assert versions(project) == ["v0.1.0"]
+    assert ("`peftcore registry fetch REMOTE`" in caplog.text) == shallow
+    project.make(loss=2.5, weight=2.0)
+    caplog.clear()
+    project.register()
+    assert "REMOTE" not in caplog.text, "there is a version now"
+
+
 def test_a_version_names_the_runs_of_its_training_at_each_backend(project: Any) -> None:
     path = project.root / "source" / "training" / "summary.json"
     summary = json.loads(path.read_text()) | {"wandb_run_id": "w1", "tracking_runs": {"mlflow": "m1"}}
