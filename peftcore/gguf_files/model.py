@@ -8,6 +8,7 @@ As transformers does for bitsandbytes, embeddings, output head, norms and biases
 """
 
 import shutil
+import tempfile
 from collections.abc import Iterator
 from math import prod
 from pathlib import Path
@@ -25,7 +26,7 @@ from peftcore.bases.gguf import GgufLinear
 from peftcore.bases.gguf_blocks import FORMATS, BlockFormat
 from peftcore.errors import ExportError, GgufError
 from peftcore.files import file_written_atomically
-from peftcore.gguf_files.header import GgufHeader, GgufTensor, read_gguf_header
+from peftcore.gguf_files.header import GgufHeader, GgufTensor, read_gguf_header, write_without_vocabulary
 from peftcore.gguf_files.layout import HEAD, GgufLayout, layout_of_metadata
 from peftcore.gguf_files.rope import FREQUENCIES, rope_parameters
 
@@ -175,9 +176,11 @@ def _config(header: GgufHeader) -> Any:
             f"{', '.join(ARCHITECTURES)}; AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=FILE) dequantises it"
         )
     try:
-        config: Any = AutoConfig.from_pretrained(
-            header.path.parent, gguf_file=header.path.name, local_files_only=True, trust_remote_code=False
-        )
+        with tempfile.TemporaryDirectory() as folder:
+            write_without_vocabulary(header, Path(folder) / header.path.name)
+            config: Any = AutoConfig.from_pretrained(
+                folder, gguf_file=header.path.name, local_files_only=True, trust_remote_code=False
+            )
     except (KeyError, ValueError, TypeError, OSError, AttributeError, StrictDataclassError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise GgufError(

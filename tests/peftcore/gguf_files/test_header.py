@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from peftcore import GgufError
-from peftcore.gguf_files.header import read_gguf_header
+from peftcore.gguf_files.header import read_gguf_header, write_without_vocabulary
 
 
 @pytest.fixture
@@ -49,6 +49,33 @@ def test_metadata_and_places_are_those_of_the_reader(file: Path) -> None:
         entry = header.tensors[tensor.name]
         assert entry.shape == tuple(reversed(tensor.shape)) and entry.kind == tensor.tensor_type
         assert entry.offset == tensor.data_offset
+
+
+def test_a_copy_without_vocabulary_is_the_same_for_a_reader_of_metadata(file: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.gguf"
+    write_without_vocabulary(read_gguf_header(file), copy)
+    whole, bare = gguf.GGUFReader(file), gguf.GGUFReader(copy)
+    values = [{name: field.contents() for name, field in reader.fields.items()} for reader in (whole, bare)]
+    assert values[0].pop("tokenizer.ggml.tokens") == ["a", "bc"]
+    assert values[1].pop("llama.vocab_size") == 2, "what readers take from the tokens"
+    assert values[0].pop("GGUF.kv_count") == values[1].pop("GGUF.kv_count"), "one key less and one more"
+    assert values[0] == values[1] and values[0]["x.sizes"] == [3, 4]
+    tensors = [[(one.name, list(one.shape), one.tensor_type) for one in reader.tensors] for reader in (whole, bare)]
+    assert tensors[0] == tensors[1] and len(tensors[0]) == 2
+    assert copy.stat().st_size == file.stat().st_size
+
+
+def test_the_values_of_a_large_file_take_no_room_in_the_copy(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "large.gguf", "llama")
+    writer.add_vocab_size(7)
+    writer.add_tensor("one.weight", np.ones((1024, 1024), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    write_without_vocabulary(read_gguf_header(tmp_path / "large.gguf"), tmp_path / "copy.gguf")
+    assert (tmp_path / "copy.gguf").stat().st_blocks * 512 < 2**20 < (tmp_path / "copy.gguf").stat().st_size
+    assert gguf.GGUFReader(tmp_path / "copy.gguf").fields["llama.vocab_size"].contents() == 7
 
 
 def test_every_truncation_of_the_header_is_refused(file: Path, tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_a_head_for_classes_is_new_and_the_body_is_the_files(tmp_path: Path) -> 
 
 
 def test_a_type_that_is_not_supported_is_named_with_those_that_are() -> None:
-    header = gguf_model.GgufHeader(Path("x.gguf"), 100, {}, {})
+    header = gguf_model.GgufHeader(Path("x.gguf"), 100, {}, {}, {}, slice(0))
     with pytest.raises(GgufError, match=r"blk\.0 is of type Q2_K; supported: F32, F16, BF16, Q4_0, .*Q6_K"):
         gguf_model._check_tensor(header, "blk.0", GgufTensor((2, 256), 10, 0))
     with pytest.raises(GgufError, match="number 999"):
@@ -136,7 +136,7 @@ def test_a_type_that_is_not_supported_is_named_with_those_that_are() -> None:
 )
 def test_sizes_that_do_not_fit_are_refused(tensor: GgufTensor, message: str) -> None:
     with pytest.raises(GgufError, match=message):
-        gguf_model._check_tensor(gguf_model.GgufHeader(Path("x.gguf"), 100, {}, {}), "t", tensor)
+        gguf_model._check_tensor(gguf_model.GgufHeader(Path("x.gguf"), 100, {}, {}, {}, slice(0)), "t", tensor)
 
 
 def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
