@@ -19,8 +19,6 @@ PAGES = [
 ]
 PLACES = {"{rule.metric}": "METRIC", "{suite}": "NAME", "{task}": "NAME"}
 """{part of a check's name in the source: its word in docs/promotion.md}"""
-HISTORY = DOCS / "mended-defects.md"
-"""The record of an earlier state, which names files as they were then."""
 
 
 def page_name(page: Path) -> str:
@@ -93,7 +91,7 @@ def test_links_exist(page: Path) -> None:
             assert anchor in anchors(linked), f"{page.name} links to {target}, and {linked.name} has no such heading"
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page != HISTORY], ids=page_name)
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_named_files_and_programs_exist(page: Path) -> None:
     text = page.read_text()
     named = re.findall(r"(?<![\w./<-])(?:benchmarks|docs|flows|peftcore|tests)/[\w./-]*\w", text)

@@ -21,10 +21,9 @@ from flows.project.presets import TASKS, preset
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 GUIDES = sorted([*DOCS.glob("tutorial/*.md"), *DOCS.glob("how-to/*.md")])
-HISTORY = DOCS / "mended-defects.md"
 PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "data/README.md")),
-    *(page for page in sorted(DOCS.rglob("*.md")) if page != HISTORY),
+    *sorted(DOCS.rglob("*.md")),
     *sorted((ROOT / "examples").rglob("README.md")),
 ]
 LONG = ("calibrated-base", "merge-and-export", "qlora")
