@@ -81,7 +81,7 @@ def next_step(facts: Mapping[str, Any]) -> str:
         return f"`peftcore run` runs {', '.join(changed)} again"
     if candidate["verdict"] == "promoted":
         return "`peftcore serve --watch` serves it, `peftcore chat` talks to it, `peftcore retrain` takes in new data"
-    if candidate["verdict"] == "refused" and (candidate.get("reason") or "").startswith("approval: "):  # nothing else
+    if candidate["verdict"] == "refused" and (candidate.get("reason") or "").startswith("approval: "):  # the last check
         return f"once others have approved it, `peftcore promote --version {candidate['version']}` judges it again"
     if candidate["verdict"] == "refused":
         return f"{page} shows why; change params.yaml or the data, and `{again}`"

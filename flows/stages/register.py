@@ -159,8 +159,8 @@ def next_number(registry: Registry, params: Params, paths: Paths, git: Git, lock
     if not versions and git.is_shallow():
         first = registry.version_tag(registry.next_number(minor=True))
         logger.warning(
-            "this clone is shallow and has no tag of a version, so this is %s; if a git remote has versions, undo it "
-            "by `git tag --delete %s`, `peftcore registry fetch REMOTE` and `peftcore stage register --force`",
+            "this clone is shallow and has no tag of a version, so this run becomes %s; if a git remote has versions, "
+            "undo it by `git tag --delete %s`, `peftcore registry fetch REMOTE` and `peftcore stage register --force`",
             first,
             first,
         )

@@ -70,7 +70,7 @@ def write_without_vocabulary(header: GgufHeader, path: Path) -> None:
     """Write a file with the same metadata and tensors, but without the tokeniser's arrays and the tensors' values.
 
     In place of the values, the file has a hole, which takes no room on the disk. `GGUFReader`, by which transformers
-    reads metadata, takes 4 s for the arrays of 49,152 tokens.
+    reads metadata, takes 3.6 s for the arrays of 49,152 tokens.
     """
     places = {name: place for name, place in header.metadata_bytes.items() if name not in _VOCABULARY}
     size_key = f"{header.metadata.get('general.architecture')}.vocab_size"

@@ -175,18 +175,18 @@ def _config(header: GgufHeader) -> Any:
             f"{header.path}: a {architecture!r} file cannot be loaded with packed weights; supported: "
             f"{', '.join(ARCHITECTURES)}; AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=FILE) dequantises it"
         )
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            write_without_vocabulary(header, Path(folder) / header.path.name)
+    with tempfile.TemporaryDirectory() as folder:
+        write_without_vocabulary(header, Path(folder) / header.path.name)
+        try:
             config: Any = AutoConfig.from_pretrained(
                 folder, gguf_file=header.path.name, local_files_only=True, trust_remote_code=False
             )
-    except (KeyError, ValueError, TypeError, OSError, AttributeError, StrictDataclassError) as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise GgufError(
-            f"{header.path}: its metadata describes no model that transformers knows ({reason}); convert the model "
-            "again with a current llama.cpp"
-        ) from error
+        except (KeyError, ValueError, TypeError, OSError, AttributeError, StrictDataclassError) as error:
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise GgufError(
+                f"{header.path}: its metadata describes no model that transformers knows ({reason}); convert the model "
+                "again with a current llama.cpp"
+            ) from error
     # transformers takes these from the defaults of the configuration's class
     config.pad_token_id = header.metadata.get("tokenizer.ggml.padding_token_id")
     if (head := header.metadata.get(f"{architecture}.attention.key_length")) and hasattr(config, "head_dim"):

@@ -145,7 +145,7 @@ def _without_exit(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(*arguments, **options)
         except SystemExit as error:
-            if error.code == 128 + signal.SIGTERM:  # the stage's own end, which may reach it here
+            if error.code == 128 + signal.SIGTERM:  # SIGTERM, which ends the stage while the function runs
                 raise
             raise RuntimeError(f"it ends the process by sys.exit({error.code!r})") from error
 
