@@ -213,7 +213,10 @@ def test_the_champion_answers_the_suites_of_the_rules_in_a_process(weeks: Paths)
 
 
 @pytest.mark.slow
-def test_the_judge_compares_answers_to_prompts_that_the_champion_has_not_learned(weeks: Paths) -> None:
+def test_the_judge_compares_answers_to_prompts_that_the_champion_has_not_learned(
+    weeks: Paths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reevaluation, "_run", measure)  # in this process, which has imported everything
     (weeks.root / "data").mkdir(exist_ok=True)
     calls = weeks.root / "calls"
     (weeks.root / "data" / "judge.py").write_text(
