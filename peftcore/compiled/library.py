@@ -1,8 +1,8 @@
 """C code that is compiled when it is first needed.
 
 It needs a C compiler (`CC`, cc, gcc or clang) and takes a few seconds once; the result lies in
-`$XDG_CACHE_HOME/peftcore` (`~/.cache/peftcore`). Without a compiler, and with `PEFTCORE_COMPILE=0`, PyTorch's operations
-do the work. A wheel with compiled code would be needed for each system and version of Python.
+`$XDG_CACHE_HOME/peftcore` (`~/.cache/peftcore`). Without a compiler, and with `PEFTCORE_COMPILE=0`, PyTorch's
+operations do the work. A wheel with compiled code would be needed for each system and version of Python.
 """
 
 import ctypes
