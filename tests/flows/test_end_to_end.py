@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 SMALL = {
     "data": {"train_rows": 32, "validation_rows": 8, "test_rows": 8, "max_length": 128},
-    "method": {"target_modules": ["q_proj", "v_proj"]},  # a start at their quantisation error takes seconds
+    "method": {"target_modules": ["q_proj", "v_proj"]},  # for all layers, the start by QERA takes most of a minute
     "train": {"batch_size": 4, "gradient_accumulation": 1, "max_steps": 2, "evaluations": 1},
     "evaluate": {
         **{"rows": 8, "batch_size": 8, "generate_rows": 4, "max_new_tokens": 8, "samples": 2, "latency_rows": 1},

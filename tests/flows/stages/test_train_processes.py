@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from flows.params import Params
 from flows.paths import Paths
 from flows.stages import train
+from peftcore.train.checkpoints import checkpoints_in, step_of
 
 ROOT = Path(__file__).parents[3]
 SECONDS = 300
@@ -89,8 +90,8 @@ def kill_one(paths: Paths, params: Params, rank: int) -> str:
     """Kill one process of a run after its step 12; what the stage said as it ended."""
 
     def has_checkpoint() -> bool:  # of step 12, or of a later step, which replaces it
-        names = [sums.parent.name for sums in paths.checkpoints.glob("*/checkpoint-*/SHA256SUMS")]
-        return any(int(step[1]) >= 12 for name in names if (step := re.fullmatch(r"checkpoint-(\d+)", name)))
+        folders = [folder for run in paths.checkpoints.glob("*") for folder in checkpoints_in(run)]
+        return any(step_of(folder) >= 12 and (folder / "SHA256SUMS").exists() for folder in folders)
 
     stage = start(paths, params)
     wait_for(has_checkpoint)
