@@ -21,6 +21,7 @@ from typing import NamedTuple, cast
 
 import numpy
 from datasketch import MinHash, MinHashLSH
+from numpy.lib.stride_tricks import sliding_window_view
 
 from flows.data.canonical import canonical
 
@@ -159,19 +160,20 @@ def _words(text: str) -> numpy.ndarray:
 
 
 def _runs(words: numpy.ndarray) -> numpy.ndarray:
-    """Return the 64-bit hashes of a text's word runs, in order; a shorter text is one run."""
-    content, size = words.tobytes(), words.itemsize
-    starts = range(0, size * max(1, len(words) - WORDS + 1), size)
-    return numpy.frombuffer(b"".join(_digest(content[at : at + size * WORDS]) for at in starts), "<u8")
+    """Return the 64-bit hashes of a text's word runs, in order; a shorter text is one run.
+
+    The hash of a run w is Σ wᵢ·Bⁱ modulo 2⁶⁴.
+    """
+    length = min(WORDS, len(words))
+    if not length:
+        return numpy.zeros(1, numpy.uint64)
+    powers = numpy.cumprod(numpy.full(length, _BASE), dtype=numpy.uint64)
+    return sliding_window_view(words, length) @ powers
 
 
 @lru_cache(1 << 18)
 def _word_digest(word: str) -> bytes:
-    return _digest(word.encode())
-
-
-def _digest(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=8).digest()
+    return hashlib.blake2b(word.encode(), digest_size=8).digest()
 
 
 def _frame(texts: Sequence[numpy.ndarray]) -> numpy.ndarray:
