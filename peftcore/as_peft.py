@@ -144,7 +144,7 @@ _LLAMA_FACTORY = ("llamafactory-cli", "lmf", "llamafactory.cli")
 
 
 def _llama_factory_launches(arguments: Sequence[str]) -> bool:
-    """Return whether LLaMA-Factory's command would start `torchrun` with these arguments."""
+    """Return True if LLaMA-Factory's command would start `torchrun` with these arguments."""
     if list(arguments[:1]) != ["train"]:
         return False
     if os.getenv("FORCE_TORCHRUN", "0").lower() in ("true", "y", "1"):
