@@ -15,6 +15,7 @@ subtract their start from the base weight, as in HF PEFT; `peftcore.set_start_su
 import email.message
 import functools
 import importlib.metadata
+import os
 import runpy
 import sys
 import warnings
@@ -138,6 +139,19 @@ _LAUNCHERS = {
 """{script or module that runs another script in processes of their own: its command}"""
 _TRL = ("trl", "trl.cli", "trl.cli.main")
 """Scripts and modules of TRL's command, which runs `trl.scripts` by `accelerate launch`."""
+_LLAMA_FACTORY = ("llamafactory-cli", "lmf", "llamafactory.cli")
+"""Scripts and modules of LLaMA-Factory's command, whose `train` runs `torchrun` on several GPUs or if it is forced."""
+
+
+def _llama_factory_launches(arguments: Sequence[str]) -> bool:
+    """Return True if LLaMA-Factory's command would start `torchrun` with these arguments."""
+    if list(arguments[:1]) != ["train"]:
+        return False
+    if os.getenv("FORCE_TORCHRUN", "0").lower() in ("true", "y", "1"):
+        return True
+    import torch  # here, because the other programs need no count of GPUs
+
+    return torch.cuda.device_count() > 1
 
 
 def _refuse_launchers(program: str, arguments: Sequence[str]) -> None:
@@ -148,6 +162,9 @@ def _refuse_launchers(program: str, arguments: Sequence[str]) -> None:
         name = next((argument for argument in arguments if not argument.startswith("-")), "sft")
         command = f"python -m {_NAME} -m trl.scripts.{name.replace('-', '_')} ARGS..."
         command += f"\nor, with several processes: accelerate launch -m {_NAME} {command.partition(f'{_NAME} ')[2]}"
+    elif program in _LLAMA_FACTORY and _llama_factory_launches(arguments):
+        command = f"torchrun --nproc-per-node N -m {_NAME} -m llamafactory.launcher ARGS..."
+        command += "\nor, on one GPU: leave out FORCE_TORCHRUN, and set CUDA_VISIBLE_DEVICES to one GPU"
     elif program in _LAUNCHERS:
         command = f"{_LAUNCHERS[program]} OPTIONS... -m {_NAME} SCRIPT ARGS..."
     else:

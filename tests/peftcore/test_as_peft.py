@@ -74,6 +74,16 @@ def test_a_launcher_is_refused_with_the_right_command() -> None:
         assert "in another process" in message and right in message
 
 
+def test_llama_factory_is_refused_if_it_would_run_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_TORCHRUN", "1")
+    done = run("-m", "llamafactory.cli", "train", "train.yaml")
+    assert "torchrun --nproc-per-node N -m peftcore.as_peft -m llamafactory.launcher ARGS..." in done.stderr
+    for setting, arguments in (("1", ["export", "merge.yaml"]), ("0", ["train", "train.yaml"])):
+        monkeypatch.setenv("FORCE_TORCHRUN", setting)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        assert "in another process" not in run("-m", "llamafactory.cli", *arguments).stderr
+
+
 @pytest.mark.slow
 def test_a_launcher_that_runs_the_alias_is_not_refused(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
