@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeGuard
 
 from ruamel.yaml import YAML
 
@@ -157,42 +157,67 @@ def _path(module: str) -> Path | None:
     return next((file for file in candidates if file.is_file()), None)
 
 
-@cache
 def _tree(file: Path) -> ast.Module:
     return ast.parse(file.read_text(encoding="utf-8"))
 
 
 def _has_code(file: Path) -> bool:
     """Return False for a file with a docstring alone."""
-    body = _tree(file).body
-    return bool(body[1:] if ast.get_docstring(_tree(file)) is not None else body)
+    tree = _tree(file)
+    return bool(tree.body[1:] if ast.get_docstring(tree) is not None else tree.body)
 
 
 @cache
 def _imports(module: str) -> frozenset[str]:
     """Return the modules that `module` imports, at its top or inside of functions, and those that it names in text."""
     names = set[str]()
-    for node in _nodes(_tree(_file(module))):
+    for node in _statements(module).executed:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module is not None and _path(node.module) is not None:
             names |= {_home(node.module, alias.name) for alias in node.names} | {node.module}
-        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and "." in node.value and _path(node.value):
-            names |= _whole(node.value)  # a package that is scanned, or a module that a process runs
+        elif isinstance(node, str) and "." in node and _path(node):
+            names |= _whole(node)  # a package that is scanned, or a module that a process runs
     names = {name for name in names if _path(name) is not None}
     parents = {".".join(parts[:end]) for parts in (name.split(".") for name in names) for end in range(1, len(parts))}
     return frozenset((names | parents) - {module})
 
 
+class _Statements(NamedTuple):
+    executed: list[ast.Import | ast.ImportFrom | str]
+    """Imports and strings, wherever they stand."""
+    type_checked: list[ast.ImportFrom]
+    """Imports at the module's top for type checkers alone."""
+
+
+@cache
+def _statements(module: str) -> _Statements:
+    """Parse a module. The tree is not kept: those of all modules take seconds to delete when the process ends."""
+    tree = _tree(_file(module))
+    executed: list[ast.Import | ast.ImportFrom | str] = []
+    for node in _nodes(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            executed.append(node)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            executed.append(node.value)
+    checked = [node for branch in tree.body if _is_for_type_checkers(branch) for node in branch.body]
+    return _Statements(executed, [node for node in checked if isinstance(node, ast.ImportFrom)])
+
+
 def _nodes(tree: ast.AST) -> Iterator[ast.AST]:
     """Walk a syntax tree without the bodies of `if TYPE_CHECKING:`."""
-    for child in ast.iter_child_nodes(tree):
-        if isinstance(child, ast.If) and isinstance(child.test, ast.Name) and child.test.id == "TYPE_CHECKING":
-            for node in child.orelse:
-                yield from (node, *_nodes(node))
+    todo = [tree]
+    while todo:
+        node = todo.pop()
+        yield node
+        if _is_for_type_checkers(node):
+            todo += node.orelse
         else:
-            yield child
-            yield from _nodes(child)
+            todo += ast.iter_child_nodes(node)
+
+
+def _is_for_type_checkers(node: ast.AST) -> TypeGuard[ast.If]:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
 def _home(package: str, name: str) -> str:
@@ -205,13 +230,7 @@ def _home(package: str, name: str) -> str:
 @cache
 def _public_names(package: str) -> dict[str, str]:
     """Return {name: module} of the names that a package imports for type checkers alone, and loads on first use."""
-    checked = [
-        node
-        for branch in ast.walk(_tree(_file(package)))
-        if isinstance(branch, ast.If) and isinstance(branch.test, ast.Name) and branch.test.id == "TYPE_CHECKING"
-        for node in branch.body
-    ]
-    froms = [node for node in checked if isinstance(node, ast.ImportFrom) and node.module is not None]
+    froms = [node for node in _statements(package).type_checked if node.module is not None]
     return {alias.name: str(node.module) for node in froms for alias in node.names}
 
 
