@@ -73,11 +73,11 @@ def _by_prefect(root: Path, stage_timeout: float, push_to: str | None) -> Pipeli
     import httpx
 
     from flows.pipeline.flow import pipeline
-    from flows.runtime.prefect_server import tie_temporary_server
+    from flows.runtime.prefect_server import tied_temporary_server
 
     try:
-        tie_temporary_server()
-        return pipeline(root, stage_timeout, push_to)
+        with tied_temporary_server():
+            return pipeline(root, stage_timeout, push_to)
     except (RuntimeError, httpx.TransportError) as error:
         if not is_without_server(error):
             raise

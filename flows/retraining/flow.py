@@ -54,7 +54,7 @@ from flows.review.page import write_review
 from flows.runtime import logs
 from flows.runtime.git import Git
 from flows.runtime.inputs import unused_changes
-from flows.runtime.prefect_server import tie_temporary_server
+from flows.runtime.prefect_server import tied_temporary_server
 from flows.runtime.project import changed_stages, files_at, find_root, stage_order
 from flows.runtime.stage_process import forked_stages, run_stage
 from flows.webhooks import Event, try_to_announce, try_to_deliver
@@ -82,8 +82,8 @@ def run_retraining(root: Path, push_to: str | None = None, force: bool = False) 
     """Run `retrain`; without Prefect's server, or if it goes away, run the same work without Prefect."""
     Git(root)  # without a commit there is nothing to train on; before the server, whose start takes a while
     try:
-        tie_temporary_server()
-        return retrain(str(root), push_to, force)
+        with tied_temporary_server():
+            return retrain(str(root), push_to, force)
     except (RuntimeError, httpx.TransportError) as error:
         if not is_without_server(error):
             raise

@@ -29,6 +29,7 @@ from flows.retraining.tree import home
 from flows.runtime.cron import next_time
 from flows.runtime.git import Git
 from flows.runtime.locks import exclusive_if_free
+from flows.runtime.prefect_database import copy_empty_database, keep_empty_database
 from flows.runtime.processes import die_with_parent, this_host
 from flows.webhooks import Event, try_to_announce, try_to_deliver
 from peftcore.files import write_atomically
@@ -40,7 +41,7 @@ SECONDS_BETWEEN_DELIVERIES = 30.0
 SECONDS_BETWEEN_STARTS = 5.0
 """Seconds between the end of the server and its next start."""
 SECONDS_TO_START = 180.0
-"""Time limit for the server's start; the first start migrates the database."""
+"""Time limit for the server's start; the first start may migrate a database."""
 
 
 def serve(paths: Paths, cron: str, timezone: str, push_to: str | None) -> None:
@@ -143,9 +144,11 @@ def _server(paths: Paths, url: str) -> Iterator[None]:
     log = paths.root / ".prefect" / "server.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     log.unlink(missing_ok=True)
+    copy_empty_database()
     server = _Server(command, log)
     try:
         _wait(server.process, url, str(log))
+        keep_empty_database()
         threading.Thread(target=server.watch, daemon=True).start()
         yield
     finally:

@@ -7,10 +7,12 @@ server ends in the middle of work of its own, and its libraries log errors, such
 
 import logging
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+from flows.runtime.prefect_database import copy_empty_database, keep_empty_database
 from flows.runtime.processes import die_with_parent
 
 LIBRARY_LEVEL = {"PREFECT_LOGGING_ROOT_LEVEL": "CRITICAL"}
@@ -18,20 +20,25 @@ LIBRARY_LEVEL = {"PREFECT_LOGGING_ROOT_LEVEL": "CRITICAL"}
 logger = logging.getLogger(__name__)
 
 
-def tie_temporary_server() -> None:
-    """Make Prefect's temporary server ignore Ctrl-C and end with the thread that starts it.
+@contextmanager
+def tied_temporary_server() -> Iterator[None]:
+    """Make Prefect's temporary server, which a flow starts, ignore Ctrl-C and end with the thread that starts it.
 
     A configured server (PREFECT_API_URL) is left alone.
     """
     from prefect.settings import PREFECT_API_URL
 
     if PREFECT_API_URL.value() is not None:
+        yield
         return
-    logger.info("starting Prefect's server; its first start in a folder makes a database, which takes a while")
+    copy_empty_database()
+    logger.info("starting Prefect's server")
     from prefect.server.api import server
 
     # Prefect has no option for starting its server
     server.subprocess = SimpleNamespace(Popen=_start, TimeoutExpired=subprocess.TimeoutExpired)  # pyright: ignore
+    yield
+    keep_empty_database()
 
 
 def _start(args: list[str], env: Mapping[str, str] | None = None, **options: Any) -> subprocess.Popen[Any]:

@@ -14,7 +14,7 @@ from flows.params import check_overrides, load_params, parameter_sets, source_na
 from flows.paths import Paths
 from flows.runtime.git import Git
 from flows.runtime.inputs import check_source_is_tracked
-from flows.runtime.prefect_server import tie_temporary_server
+from flows.runtime.prefect_server import tied_temporary_server
 from flows.scaling.ranking import ranked, write_ranking
 from flows.scaling.trial import SweepSettings, Trial, run_trial, snapshot
 
@@ -48,8 +48,8 @@ def run_sweep(
     for source in source_names(load_params(Paths(root).params).data.model_dump()):
         check_source_is_tracked(Git(root), source, "a sweep, which works in copies of git's files,")
     settings = SweepSettings(root, snapshot(root), stage_timeout, limit)
-    tie_temporary_server()
-    trials = ranked(sweep.with_options(task_runner=_RUNNERS[runner](jobs))(settings, sets))
+    with tied_temporary_server():
+        trials = ranked(sweep.with_options(task_runner=_RUNNERS[runner](jobs))(settings, sets))
     write_ranking(Paths(root), trials)
     return trials
 

@@ -50,7 +50,7 @@ def test_without_a_commit_no_server_is_started(project: Any, monkeypatch: pytest
     shutil.rmtree(project.root / ".git")
     subprocess.run(["git", "init", "--quiet"], cwd=project.root, check=True)
     monkeypatch.chdir(project.root)
-    monkeypatch.setattr("flows.retraining.flow.tie_temporary_server", lambda: pytest.fail("the server was started"))
+    monkeypatch.setattr("flows.retraining.flow.tied_temporary_server", lambda: pytest.fail("the server was started"))
     done = CliRunner().invoke(app, ["retrain"])
     assert done.exit_code == 1 and "no git commit yet" in done.stderr, done.output
 

@@ -124,7 +124,7 @@ def retrain(clone: Path, forked_dvc: None, monkeypatch: pytest.MonkeyPatch) -> C
         assert done.exit_code in (0, 3), done.stderr
         return json.loads(done.stdout)
 
-    monkeypatch.setattr(flow, "tie_temporary_server", unreachable)
+    monkeypatch.setattr(flow, "tied_temporary_server", unreachable)
     monkeypatch.setattr(flow, "run_stage", run_stage)
     monkeypatch.setattr(flow, "measure_drift", lambda *_: DriftReport("v0.1.0", None, None, {}))
     monkeypatch.chdir(clone)

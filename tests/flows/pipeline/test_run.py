@@ -35,7 +35,7 @@ def test_what_could_not_be_registered_is_said_before_prefects_server_starts(
     project: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     project.paths.params.write_text(project.paths.params.read_text().replace("name: docstrings", "name: tickets"))
-    monkeypatch.setattr(prefect_server, "tie_temporary_server", lambda: pytest.fail("it was started"))
+    monkeypatch.setattr(prefect_server, "tied_temporary_server", lambda: pytest.fail("it was started"))
     with pytest.raises(
         RegistryError, match=r"project\.name is 'tickets', but `artifacts:` in dvc\.yaml has no 'tickets'"
     ):
@@ -102,7 +102,7 @@ def test_a_run_with_nothing_changed_starts_no_stage_and_no_server(
     first = capsys.readouterr().out
     project.paths.review.unlink()
     monkeypatch.setattr(work, "run_stage", lambda *_: pytest.fail("a stage was started"))
-    monkeypatch.setattr(prefect_server, "tie_temporary_server", lambda: pytest.fail("a server was started"))
+    monkeypatch.setattr(prefect_server, "tied_temporary_server", lambda: pytest.fail("a server was started"))
     outcome = run.run_pipeline(project.root)
     told = capsys.readouterr()
     assert told.err == "no stage has changed\n"

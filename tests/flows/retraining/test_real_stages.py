@@ -73,7 +73,7 @@ def retrain(clone: Path, forked_stages: None, monkeypatch: pytest.MonkeyPatch) -
         assert done.exit_code in (0, 3), done.stderr
         return json.loads(done.stdout)
 
-    monkeypatch.setattr(flow, "tie_temporary_server", unreachable)
+    monkeypatch.setattr(flow, "tied_temporary_server", unreachable)
     monkeypatch.chdir(clone)
     return command
 

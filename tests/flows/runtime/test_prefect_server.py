@@ -12,7 +12,7 @@ import pytest
 from prefect.server.api import server
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
-from flows.runtime.prefect_server import tie_temporary_server
+from flows.runtime.prefect_server import tied_temporary_server
 
 TELL = """\
 import ctypes, os
@@ -30,15 +30,14 @@ def untied(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_configured_server_is_left_alone() -> None:
-    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:4200/api"}):
-        tie_temporary_server()
-    assert server.subprocess is subprocess
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:4200/api"}), tied_temporary_server():
+        assert server.subprocess is subprocess
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
 def test_the_temporary_server_is_in_a_session_of_its_own_and_dies_with_its_parent() -> None:
-    with temporary_settings(restore_defaults={PREFECT_API_URL}):
-        tie_temporary_server()
+    with temporary_settings(restore_defaults={PREFECT_API_URL}), tied_temporary_server():
+        pass
     start: Any = server.subprocess.Popen
     with start([sys.executable, "-c", TELL], stdout=subprocess.PIPE, text=True) as process:
         session, asked = map(int, process.communicate()[0].split())
@@ -52,8 +51,8 @@ def test_errors_of_the_servers_libraries_are_not_logged() -> None:
         "import logging, prefect.logging.configuration as one; one.setup_logging(); loggers = map(logging.getLogger, "
         "('sqlalchemy.pool', 'prefect.server')); print(*(one.isEnabledFor(logging.ERROR) for one in loggers))"
     )
-    with temporary_settings(restore_defaults={PREFECT_API_URL}):
-        tie_temporary_server()
+    with temporary_settings(restore_defaults={PREFECT_API_URL}), tied_temporary_server():
+        pass
     start: Any = server.subprocess.Popen
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_LOGGING")}
     with start(args=[sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True) as process:
@@ -61,8 +60,8 @@ def test_errors_of_the_servers_libraries_are_not_logged() -> None:
 
 
 def test_prefect_still_finds_what_it_uses_of_the_module() -> None:
-    with temporary_settings(restore_defaults={PREFECT_API_URL}):
-        tie_temporary_server()
+    with temporary_settings(restore_defaults={PREFECT_API_URL}), tied_temporary_server():
+        pass
     used = set(re.findall(r"\bsubprocess\.(\w+)", inspect.getsource(server)))
     assert "Popen" in used
     assert [name for name in sorted(used) if not hasattr(server.subprocess, name)] == []

@@ -57,8 +57,9 @@ def adapter(paths: Paths) -> dict[str, torch.Tensor]:
     return load_file(paths.adapter / "adapter_model.safetensors")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["accelerate", "torchrun"])
+@pytest.mark.parametrize(
+    "launcher", [pytest.param("accelerate", marks=pytest.mark.slow), pytest.param("torchrun", marks=pytest.mark.proof)]
+)
 def test_two_processes_write_what_one_writes(
     prepared: Paths, tiny_params: Callable[..., Params], launcher: str
 ) -> None:
