@@ -26,7 +26,8 @@ CHATML = (
 NAMED_MARKS = ("slow", "proof")
 """Marks that stand in the text of each file that has tests with them."""
 MANY_MODULES = 20
-_modules_at_freeze = 0
+MANY_TESTS = 200
+_modules_at_freeze = _tests_since_freeze = 0
 
 
 LONGEST_SLOW_FILES = (
@@ -94,22 +95,25 @@ def pytest_unconfigure() -> None:
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[object]:
     """Seed the random generators by the test's name, so that no test before it changes what it draws.
 
-    Afterwards exempt what the test imported, if it imported many modules: transformers and DVC import theirs when used.
+    Exempt what is there afterwards if the test imported many modules, as transformers and DVC do when they are used, or
+    after many tests, because pytest and the libraries keep something of each.
     """
+    global _tests_since_freeze
     seed = zlib.crc32(item.nodeid.encode())
     random.seed(seed)
     torch.default_generator.manual_seed(seed)
     result = yield
-    if len(sys.modules) >= _modules_at_freeze + MANY_MODULES:
+    _tests_since_freeze += 1
+    if len(sys.modules) >= _modules_at_freeze + MANY_MODULES or _tests_since_freeze >= MANY_TESTS:
         _freeze()
     return result
 
 
 def _freeze() -> None:
-    global _modules_at_freeze
+    global _modules_at_freeze, _tests_since_freeze
     gc.collect()
     gc.freeze()
-    _modules_at_freeze = len(sys.modules)
+    _modules_at_freeze, _tests_since_freeze = len(sys.modules), 0
 
 
 @pytest.fixture

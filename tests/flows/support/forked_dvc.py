@@ -28,7 +28,7 @@ MODULES = (
     *("dvc.repo.metrics.show", "dvc.repo.open_repo", "dvc.repo.params.show", "dvc.repo.plots", "dvc.repo.stage"),
     *("dvc.repo.worktree", "dvc.utils.strictyaml", "dvc_http", "scmrepo.fs"),
     *("dvc_data.fs", "dvc_data.hashfile.status", "dvc_data.index.checkout", "dvc_data.index.fetch"),
-    *("dvc_data.index.push", "ruamel.yaml"),
+    *("dvc_data.index.push", "ruamel.yaml", "scmrepo.git.lfs"),
 )
 """Modules that DVC imports during a command; pygit2 reads the environment on import and is left out."""
 
