@@ -95,8 +95,8 @@ def pytest_unconfigure() -> None:
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[object]:
     """Seed the random generators by the test's name, so that no test before it changes what it draws.
 
-    Exempt what is there afterwards if the test imported many modules, as transformers and DVC do when they are used, or
-    after many tests, because pytest and the libraries keep something of each.
+    Afterwards exempt all objects from garbage collection if the test imported many modules, as transformers and DVC do
+    when they are used, or if many tests have run, because pytest and the libraries keep objects of each test.
     """
     global _tests_since_freeze
     seed = zlib.crc32(item.nodeid.encode())

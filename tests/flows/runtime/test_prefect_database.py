@@ -36,7 +36,7 @@ def in_folder(home: Path, function: Callable[[], None]) -> None:
 
 
 def content(database: Path) -> dict[str, list[Any]]:
-    """Return the rows of a database's tables that have some, and its schema."""
+    """Return the rows of each table that has rows, and the schema."""
     with closing(sqlite3.connect(database)) as connection:
         schema = connection.execute("SELECT type, name, sql FROM sqlite_master ORDER BY name").fetchall()
         tables = [name for kind, name, _ in schema if kind == "table"]
@@ -105,7 +105,7 @@ def test_a_database_that_another_process_makes_meanwhile_is_kept(
 def test_a_failure_is_a_warning_and_leaves_nothing(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / FILE).write_text("no database at all, but long enough to be looked at as one" * 9)
+    (tmp_path / FILE).write_text("no database at all, but long enough to be looked at as one" * 9, encoding="utf-8")
     in_folder(tmp_path, keep_empty_database)
     assert "is kept for the next folder's Prefect server: file is not a database" in caplog.text
     assert list(cache.iterdir()) == []

@@ -6,11 +6,13 @@ import re
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from prefect.server.api import server
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 
 from flows.runtime.prefect_server import tied_temporary_server
 
@@ -24,9 +26,12 @@ print(os.getsid(0), asked.value)
 
 
 @pytest.fixture(autouse=True)
-def untied(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prefect starts its server as it does by itself, before and after the test."""
+def untied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let Prefect start its server by itself, before and after the test, and write nothing to the home folder."""
     monkeypatch.setattr(server, "subprocess", subprocess)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with temporary_settings({PREFECT_HOME: tmp_path}):
+        yield
 
 
 def test_a_configured_server_is_left_alone() -> None:
