@@ -164,7 +164,7 @@ class SharedOptions:
 
 
 class _ConfigType(type):
-    """Class of the configuration classes: leaves out arguments of HF PEFT that have no effect."""
+    """Class of the configuration classes: leaves out arguments without effect, and knows HF PEFT's base classes."""
 
     if not TYPE_CHECKING:  # a type checker reads the arguments from the fields
 
@@ -183,6 +183,16 @@ class _ConfigType(type):
             init = inspect.signature(cls.__init__)
             return init.replace(parameters=list(init.parameters.values())[1:], return_annotation=cls)
 
+        def __instancecheck__(cls, instance: Any) -> bool:
+            return super().__instancecheck__(instance) or cls.__subclasscheck__(type(instance))
+
+        def __subclasscheck__(cls, subclass: type) -> bool:
+            """Return whether the class derives from this one, here or in HF PEFT (`derives_from`)."""
+            if super().__subclasscheck__(subclass):
+                return True
+            method = vars(cls).get("method", "")  # not that of a base class: a script's own subclass is another class
+            return method != "" and method == getattr(subclass, "derives_from", "")
+
 
 @dataclass
 class PeftConfig(SharedOptions, metaclass=_ConfigType):
@@ -194,6 +204,8 @@ class PeftConfig(SharedOptions, metaclass=_ConfigType):
 
     method: ClassVar[str] = ""
     """The value of `peft_type`, a plain string for messages: text of a `PeftType` is "PeftType.LORA"."""
+    derives_from: ClassVar[str] = ""
+    """Method from whose configuration class HF PEFT's class derives, so that `isinstance` answers as there."""
     has_schedule: ClassVar[bool] = False
     """True if training follows a schedule over one whole run; a finished adapter then cannot be trained further."""
     ignored_on_disk: ClassVar[dict[str, Any]] = {}

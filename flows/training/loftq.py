@@ -10,7 +10,7 @@ from typing import Any
 
 from flows.errors import StageError
 from flows.params import Params
-from peftcore import LoraConfig, PeftConfig, get_peft_model, replace_lora_weights_loftq
+from peftcore import AdaLoraConfig, LoraConfig, PeftConfig, get_peft_model, replace_lora_weights_loftq
 
 
 def attach_adapter(params: Params, model: Any, config: PeftConfig, original: Path) -> Any:
@@ -25,7 +25,8 @@ def attach_adapter(params: Params, model: Any, config: PeftConfig, original: Pat
     Raises:
         StageError: `loftq_config` does not fit the base's storage.
     """
-    if not isinstance(config, LoraConfig) or config.init_lora_weights != "loftq":
+    # isinstance takes AdaLoRA's configuration for LoRA's, as with HF PEFT
+    if not isinstance(config, LoraConfig) or isinstance(config, AdaLoraConfig) or config.init_lora_weights != "loftq":
         return get_peft_model(model, config)
     storage = params.quantization.storage
     if storage == "none":

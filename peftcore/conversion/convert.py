@@ -19,7 +19,7 @@ from peftcore.injection.adapter_set import adapter_set
 from peftcore.injection.inject import commit_injection
 from peftcore.injection.preparation import Creation, prepare_injection
 from peftcore.kernels.factors import Factors, LowRankReport
-from peftcore.methods.lora import Lora, LoraConfig
+from peftcore.methods.lora import Lora, LoraConfig, is_lora
 from peftcore.storage.adapter_state import AdapterState, adapter_state_of
 from peftcore.storage.embedding_rows import embeddings_to_save
 from peftcore.storage.state_dict import has_prefix
@@ -199,8 +199,8 @@ def _zero(factors: Factors) -> Factors:
 def _warn_of_plain_lora(model: nn.Module, name: str) -> None:
     adapters = adapter_set(model)
     config, layers = adapters.configs[name], adapters.adapters(name).values()
-    is_lora = isinstance(config, LoraConfig) and config.variants() == (config.initialisation(),)
-    if is_lora and all(isinstance(layer, Lora) and layer.start is None for layer in layers):
+    is_plain = is_lora(config) and config.variants() == (config.initialisation(),)
+    if is_plain and all(isinstance(layer, Lora) and layer.start is None for layer in layers):
         warnings.warn(
             f"adapter {name!r} is a plain LoRA already; its conversion is only needed to lower its rank", stacklevel=3
         )

@@ -22,7 +22,7 @@ from peftcore.files.tensors import PREFIX, read_tensors
 from peftcore.injection.adapter_set import adapter_set
 from peftcore.kernels.factors import Factors, padded
 from peftcore.merging.convertible import check_convertible
-from peftcore.methods.lora import LoraConfig
+from peftcore.methods.lora import LoraConfig, is_lora
 
 _EMBEDDING = ".lora_embedding_A"
 _TARGETED_ROWS, _ROWS = ".base_layer.weight", ("embed_tokens.weight", "lm_head.weight")
@@ -143,7 +143,7 @@ def _of_directory(config: PeftConfig, directory: Path) -> tuple[dict[str, Factor
     layers = config.take_factors({key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()})
     if layers is not None:
         return layers, set()
-    if not isinstance(config, LoraConfig):
+    if not is_lora(config):
         raise ExportError(f"{directory} holds a {config.method} adapter. {_not_low_rank(config.method)}")
     if config.initialisation().subtracts or config.replaces_base:  # HF PEFT writes the factors, not the changed base
         raise ExportError(

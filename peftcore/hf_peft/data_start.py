@@ -15,7 +15,7 @@ from peftcore.injection.adapter_set import ATTRIBUTE, adapter_set
 from peftcore.injection.observation import observe
 from peftcore.injection.preparation import Creation, prepare_injection
 from peftcore.injection.start_from_data import apply_start, initialize_from_data
-from peftcore.methods.lora import Lora, LoraConfig
+from peftcore.methods.lora import Lora, LoraConfig, is_lora
 from peftcore.methods.lora.variants.eva import Eva, EvaStateDict
 
 _WITHOUT_VALUES = Creation(low_cpu_mem_usage=True)
@@ -100,7 +100,7 @@ def get_eva_state_dict(
     if peft_config is None:
         adapter_set(model).require(adapter_name)
     config: Any = peft_config or adapter_set(model).configs[adapter_name]
-    if not isinstance(config, LoraConfig):
+    if not is_lora(config):
         raise ConfigError(f"get_eva_state_dict: EVA starts a LoRA; got {type(config).__name__}")
     config = replace(config, init_lora_weights="eva", eva_config=config.eva_config or {})
     adapters = prepare_injection(model, config, "eva_start", _WITHOUT_VALUES).adapters
@@ -116,7 +116,7 @@ def _start_from(model: nn.Module, eva_state_dict: Mapping[str, Tensor], adapter_
     adapters = adapter_set(model)
     adapters.require(adapter_name)
     config = adapters.configs[adapter_name]
-    if not isinstance(config, LoraConfig) or str(config.init_lora_weights).lower() != "eva":
+    if not is_lora(config) or str(config.init_lora_weights).lower() != "eva":
         raise ConfigError(f"initialize_lora_eva_weights: {adapter_name!r} is no LoRA with init_lora_weights='eva'")
     layers = cast(dict[str, Lora], adapters.of_method(adapter_name))
     starts = {name.removeprefix(PREFIX): start for name, start in eva_state_dict.items()}

@@ -24,7 +24,7 @@ class LoraModel(TunerModel):
     peft_type = "LORA"
 
 
-class AdaLoraModel(TunerModel):
+class AdaLoraModel(LoraModel):
     """View on a model with adapters, the first of which is of the method ADALORA."""
 
     peft_type = "ADALORA"

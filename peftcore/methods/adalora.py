@@ -36,6 +36,7 @@ _KEYS = {"lora_A_weight": "lora_A", "lora_B_weight": "lora_B", "lora_E_weight": 
 class AdaLoraConfig(TunerConfig):
     """AdaLoRA's options under PEFT's names; steps count optimiser steps."""
 
+    derives_from: ClassVar[str] = "LORA"
     ignored_on_disk: ClassVar[dict[str, Any]] = {
         "alora_invocation_tokens": None,
         "alpha_pattern": {},
@@ -104,6 +105,12 @@ class AdaLoraConfig(TunerConfig):
             warnings.warn(
                 f"AdaLoraConfig: r={self.r} has no effect; set init_r, the rank at the start, and target_r, the "
                 "average rank at the end",
+                stacklevel=4,
+            )
+        if isinstance(self.init_lora_weights, str):  # HF PEFT takes it, too, and starts as with True
+            warnings.warn(
+                f"AdaLoraConfig: init_lora_weights={self.init_lora_weights!r} has no effect, because AdaLoRA always "
+                "starts at zero; leave it out",
                 stacklevel=4,
             )
         self.probability("lora_dropout", "beta1", "beta2")

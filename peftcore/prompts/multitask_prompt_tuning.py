@@ -29,6 +29,7 @@ FROM_SOURCE = ("AVERAGE_SOURCE_TASKS", "EXACT_SOURCE_TASK", "ONLY_SOURCE_SHARED"
 class MultitaskPromptTuningConfig(VocabularyPromptConfig):
     """Options of multitask prompt tuning, with HF PEFT's names."""
 
+    derives_from: ClassVar[str] = "PROMPT_TUNING"
     initialisations: ClassVar[tuple[str, ...]] = ("RANDOM", "SAMPLE_VOCAB", "TEXT", *FROM_SOURCE)
 
     prompt_tuning_init_state_dict_path: str | None = None

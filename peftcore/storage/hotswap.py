@@ -21,7 +21,7 @@ from peftcore.files import hub
 from peftcore.files.tensors import is_sharded, read_tensors
 from peftcore.injection.adapter_set import AdapterSet, adapter_set
 from peftcore.injection.module_index import ModuleIndex
-from peftcore.methods.lora import Lora, LoraConfig
+from peftcore.methods.lora import Lora, LoraConfig, is_lora
 from peftcore.methods.lora.hotswap import check_rank, clear, enlarge, exchange, rank_of, use_tensor_scaling
 from peftcore.storage.adapter_state import AdapterState, adapter_state_of
 from peftcore.storage.checkpoint import renamed_since
@@ -80,7 +80,7 @@ def prepare_model_for_compiled_hotswap(
             another method.
         AdapterNameError: the model has no adapters.
     """
-    if config is not None and not isinstance(config, LoraConfig | Mapping):
+    if config is not None and not is_lora(config) and not isinstance(config, Mapping):
         raise HotswapError(
             "config must be a LoraConfig, or a mapping {name: configuration} such as model.peft_config; got "
             f"{type(config).__name__}"
@@ -109,8 +109,8 @@ def prepare_model_for_compiled_hotswap(
                 enlarge(lora, target_rank)
         _set_config(adapters, name, {path: (alpha, rank) for path, (rank, alpha) in alphas.items()})
     if target_rank is not None and config:
-        for own in [config] if isinstance(config, LoraConfig) else config.values():
-            if isinstance(own, LoraConfig):
+        for own in [config] if is_lora(config) else config.values():
+            if is_lora(own):
                 own.r = target_rank
                 own.rank_pattern = dict.fromkeys(own.rank_pattern or {}, target_rank)
 

@@ -4,7 +4,7 @@ Each variant (DoRA, aLoRA, PiSSA, ...) is one file of `variants/`. `peftcore/met
 """
 
 from peftcore.methods.lora.adapter import Lora
-from peftcore.methods.lora.config import LoraConfig, LoraRuntimeConfig
+from peftcore.methods.lora.config import LoraConfig, LoraRuntimeConfig, is_lora
 from peftcore.methods.lora.initialisation import Initialisation, WeightInitialisation
 from peftcore.methods.lora.variant import Variant, register_variant
 
@@ -15,5 +15,6 @@ __all__ = [
     "LoraRuntimeConfig",
     "Variant",
     "WeightInitialisation",
+    "is_lora",
     "register_variant",
 ]

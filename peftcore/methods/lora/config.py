@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, make_dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, TypeGuard, cast
 
 import torch
 
@@ -330,7 +330,12 @@ class LoraConfig(TunerConfig):
     def can_be_overwritten_by(self, other: PeftConfig) -> bool:
         if self.bias != "none" or self.modules_to_save or self.trainable_token_indices or self.layer_replication:
             return False
-        if not isinstance(other, LoraConfig) or not isinstance(self.init_lora_weights, bool):
+        if not is_lora(other) or not isinstance(self.init_lora_weights, bool):
             return False
         ours, theirs = self.to_dict(), other.to_dict()
         return all(ours[key] == theirs.get(key) for key in ours.keys() - _WITHOUT_EFFECT_ON_TENSORS)
+
+
+def is_lora(config: object) -> TypeGuard[LoraConfig]:
+    """Return whether an object has LoRA's own options; `isinstance` also accepts AdaLoRA's, as with HF PEFT."""
+    return LoraConfig in type(config).__mro__

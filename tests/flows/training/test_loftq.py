@@ -13,7 +13,7 @@ from flows.params import Params
 from flows.paths import Paths
 from flows.stages import train
 from flows.training.loftq import attach_adapter
-from peftcore import LoraConfig, PeftModel
+from peftcore import AdaLoraConfig, LoraConfig, PeftModel
 from peftcore.injection.adapter_set import adapter_set
 
 STANDING_STILL = {"max_steps": 1, "learning_rate": 1e-12, "evaluations": 1}
@@ -81,3 +81,11 @@ def test_the_adapter_starts_at_what_quantising_lost_in_the_outputs(prepared: Pat
     assert (corrected - expected).norm() < 0.9 * lost
     saved = json.loads((prepared.adapter / "adapter_config.json").read_text())
     assert saved["init_lora_weights"] is True
+
+
+def test_adalora_keeps_its_own_start(prepared: Paths) -> None:
+    params = Params.model_validate({"base": {"source": "path:a.gguf"}, "quantization": {"storage": "gguf"}})
+    with pytest.warns(UserWarning, match="init_lora_weights='loftq' has no effect"):
+        config = AdaLoraConfig(target_modules=["0"], total_step=9, init_lora_weights="loftq")
+    model = attach_adapter(params, torch.nn.Sequential(torch.nn.Linear(4, 4)), config, prepared.base)
+    assert not adapter_set(model).adapters("default")["0"].delta_weight().any()

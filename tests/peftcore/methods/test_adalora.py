@@ -282,7 +282,11 @@ def test_impossible_options() -> None:
         get_peft_model(nn.Sequential(nn.Conv2d(4, 4, 1, groups=2)), AdaLoraConfig(target_modules=["0"]))
 
 
-def test_the_rank_of_a_lora_has_no_effect_and_says_so() -> None:
+def test_options_of_lora_without_effect_say_so() -> None:
+    with pytest.warns(
+        UserWarning, match="init_lora_weights='pissa' has no effect, because AdaLoRA always starts at zero"
+    ):
+        AdaLoraConfig(init_lora_weights="pissa", total_step=9)
     with pytest.warns(UserWarning, match="r=10 has no effect; set init_r"):
         model = get_peft_model(nn.Sequential(nn.Linear(6, 6)), config(r=10, target_modules=["0"], init_r=3, target_r=2))
     adapter = adapter_set(model).adapters("default")["0"]
