@@ -190,7 +190,7 @@ class _ConfigType(type):
             """Return whether the class derives from this one, here or in HF PEFT (`derives_from`)."""
             if super().__subclasscheck__(subclass):
                 return True
-            method = vars(cls).get("method", "")  # not that of a base class: a script's own subclass is another class
+            method = vars(cls).get("method", "")  # a subclass that a script defines inherits it, so it has ""
             return method != "" and method == getattr(subclass, "derives_from", "")
 
 
@@ -205,7 +205,7 @@ class PeftConfig(SharedOptions, metaclass=_ConfigType):
     method: ClassVar[str] = ""
     """The value of `peft_type`, a plain string for messages: text of a `PeftType` is "PeftType.LORA"."""
     derives_from: ClassVar[str] = ""
-    """Method from whose configuration class HF PEFT's class derives, so that `isinstance` answers as there."""
+    """Method whose configuration class is the base class in HF PEFT; `isinstance` and `issubclass` answer as there."""
     has_schedule: ClassVar[bool] = False
     """True if training follows a schedule over one whole run; a finished adapter then cannot be trained further."""
     ignored_on_disk: ClassVar[dict[str, Any]] = {}

@@ -25,7 +25,7 @@ def attach_adapter(params: Params, model: Any, config: PeftConfig, original: Pat
     Raises:
         StageError: `loftq_config` does not fit the base's storage.
     """
-    # isinstance takes AdaLoRA's configuration for LoRA's, as with HF PEFT
+    # for isinstance, an AdaLoraConfig is a LoraConfig, as in HF PEFT
     if not isinstance(config, LoraConfig) or isinstance(config, AdaLoraConfig) or config.init_lora_weights != "loftq":
         return get_peft_model(model, config)
     storage = params.quantization.storage

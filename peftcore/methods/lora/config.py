@@ -337,5 +337,5 @@ class LoraConfig(TunerConfig):
 
 
 def is_lora(config: object) -> TypeGuard[LoraConfig]:
-    """Return whether an object has LoRA's own options; `isinstance` also accepts AdaLoRA's, as with HF PEFT."""
+    """Return whether `config` is a LoraConfig. An AdaLoraConfig is none here; for `isinstance` it is one."""
     return LoraConfig in type(config).__mro__
