@@ -8,6 +8,7 @@ import functools
 import inspect
 from collections.abc import Iterator
 from types import CodeType, FunctionType
+from typing import Any
 
 from torch import nn
 
@@ -15,9 +16,12 @@ _CALLS_NONE = "WavLMAttention"
 """Class that calls only one small layer, which scales relative positions and is not worth an adapter."""
 _CALLED_IF_QUANTIZED = {("FalconMambaMixer", "dt_proj"), ("JambaMambaMixer", "dt_proj")}
 """(class, child): the forward calls the child in a quantised model and reads its weight in any other model."""
-_TENSORS = {"weight", "bias"}
 _METADATA = {"dtype", "device", "shape", "data_ptr"}
 """Attributes of a weight that say nothing about its use."""
+_NOT_USES = {"bias", "kernel_size", "stride", "padding", "dilation", "groups"} | {
+    *("in_features", "out_features", "in_channels", "out_channels")
+}
+"""Attributes of a layer that say nothing about the use of its weight."""
 
 
 def calls_layer(parent: nn.Module, name: str) -> bool:
@@ -40,28 +44,41 @@ def calls_layer(parent: nn.Module, name: str) -> bool:
 @functools.lru_cache(maxsize=1024)
 def _only_reads(parent_class: type, name: str) -> bool:
     """Return True if a class's forward uses the weight of its child `name` and never the child itself."""
-    return {use for code in _forward_code(parent_class) for use in _uses(code, name)} == {"weight"}
+    functions = [f for f in _forward_functions(parent_class) if name in set(_names(f.__code__))]
+    uses = {use for f in functions for use in _uses(f.__code__, f.__globals__, ("attribute", name))}
+    return uses == {"weight"}
 
 
 @functools.lru_cache(maxsize=1024)
-def _forward_code(parent_class: type) -> tuple[CodeType, ...]:
-    """Return the code of a class's forward and of the methods that it reaches, those of base classes included.
+def _forward_functions(parent_class: type) -> tuple[FunctionType, ...]:
+    """Return a class's forward and the methods that it reaches, those of base classes included.
 
     Other methods say nothing about the forward: diffusers' attention concatenates weights in `fuse_projections`.
     """
     classes = [base for base in parent_class.__mro__ if base not in nn.Module.__mro__]
-    reached, waiting, codes = {"forward"}, ["forward"], []
+    reached, waiting, functions = {"forward"}, ["forward"], []
     while waiting:
         method = waiting.pop()
         for base in classes:
-            attribute = vars(base).get(method)
-            function = inspect.unwrap(attribute) if callable(attribute) else None
-            if isinstance(function, FunctionType):
-                codes.append(function.__code__)
+            function = _plain_function(vars(base).get(method))
+            if function is not None:
+                functions.append(function)
                 called = set(_names(function.__code__)) - reached
                 reached |= called
                 waiting += called
-    return tuple(codes)
+    return tuple(functions)
+
+
+def _plain_function(value: Any) -> FunctionType | None:
+    """Return the Python function behind a value; None if there is none.
+
+    With the package kernels, functions of transformers are modules whose forward calls the function `func`.
+    """
+    if isinstance(value, nn.Module):
+        forward = type(value).forward
+        value = inspect.getclosurevars(forward).nonlocals.get("func") if isinstance(forward, FunctionType) else None
+    function = inspect.unwrap(value) if callable(value) else None
+    return function if isinstance(function, FunctionType) else None
 
 
 def _names(code: CodeType) -> Iterator[str]:
@@ -72,22 +89,63 @@ def _names(code: CodeType) -> Iterator[str]:
             yield from _names(inner)
 
 
-def _uses(code: CodeType, name: str) -> Iterator[str]:
-    """Yield how code uses an attribute of this name: "weight" for the values of its weight, "layer" for anything else.
+def _uses(
+    code: CodeType, namespace: dict[str, Any], value: tuple[str, str], callers: frozenset[CodeType] = frozenset()
+) -> Iterator[str]:
+    """Yield how code uses a layer: "weight" for the values of its weight, "layer" for anything else.
 
-    Reads of the bias, and of metadata such as the weight's dtype, are left out.
+    Reads of the bias, of sizes, and of metadata such as the weight's dtype are left out. A layer that is the first
+    argument of a call is used as the called function uses its first parameter.
+
+    Args:
+        code: The code, with that of its inner functions.
+        namespace: The code's global variables.
+        value: What the layer is in the code: an ("attribute", name) of any object or a ("local", name) variable.
+        callers: Code that called this code with the layer.
     """
     for inner in code.co_consts:
         if isinstance(inner, CodeType):
-            yield from _uses(inner, name)
-    if name not in code.co_names:
-        return
-    steps = [(step.opname in ("LOAD_ATTR", "LOAD_METHOD"), step.argval) for step in dis.get_instructions(code)]
-    steps += [(False, None)] * 2
-    for (is_read, attribute), following, last in zip(steps, steps[1:], steps[2:], strict=False):
-        if not is_read or attribute != name:
-            continue
-        if not following[0] or following[1] not in _TENSORS:
+            yield from _uses(inner, namespace, value, callers)
+    steps = [("", None), ("", None), *_steps(code), ("", None), ("", None)]
+    for index, step in enumerate(steps):
+        if step == ("method", value[1]):
             yield "layer"
-        elif following[1] == "weight" and not (last[0] and last[1] in _METADATA):
-            yield "weight"
+        if step != value:
+            continue
+        following, last = steps[index + 1 : index + 3]
+        if following == ("attribute", "weight"):
+            if last[1] not in _METADATA:
+                yield "weight"
+        elif following[1] not in _NOT_USES:
+            # the object of an attribute is loaded just before the attribute
+            before = steps[index - (2 if value[0] == "attribute" else 1)]
+            is_argument = before[0] == "global" and following[0] not in ("attribute", "method", "called")
+            function = _plain_function(namespace.get(before[1])) if is_argument else None
+            if function is None or not function.__code__.co_argcount or function.__code__ in callers:
+                yield "layer"
+            else:
+                parameter = ("local", function.__code__.co_varnames[0])
+                yield from _uses(function.__code__, function.__globals__, parameter, callers | {code})
+
+
+def _steps(code: CodeType) -> Iterator[tuple[str, Any]]:
+    """Yield (kind, name) of code's instructions.
+
+    The kinds are "attribute"; "method", for an attribute that is called; "local"; "global"; "called", for the mark of a
+    call of the value before it; and "" for all others.
+    """
+    for step in dis.get_instructions(code):
+        if step.opname == "LOAD_METHOD" or (step.opname == "LOAD_ATTR" and "NULL|self" in step.argrepr):
+            yield "method", step.argval
+        elif step.opname == "LOAD_ATTR":
+            yield "attribute", step.argval
+        elif step.opname == "LOAD_GLOBAL":
+            yield "global", step.argval
+        elif "LOAD_FAST" in step.opname or step.opname == "LOAD_DEREF":
+            # Python 3.13 has instructions for two variables: of STORE_FAST_LOAD_FAST only the second is loaded
+            names = step.argval if isinstance(step.argval, tuple) else (step.argval,)
+            yield from (("local", name) for name in names[step.opname.startswith("STORE") :])
+        elif step.opname == "PUSH_NULL":
+            yield "called", None
+        elif step.opname != "CACHE":
+            yield "", None

@@ -21,6 +21,9 @@ SPARSE_OR_APPROXIMATE = frozenset(
 )
 """Families whose attention does not support a mask of token pairs: windows, hashes, low ranks, Fourier transforms."""
 
+RECURRENT = frozenset({"rwkv", "xlstm"})
+"""Families with a recurrent state that neither their layer types nor their classes name."""
+
 
 def find_trunk(model: nn.Module, tree: ModuleTree, roles: Roles, blocks: tuple[BlockList, ...]) -> BlockList | None:
     """Return the block list nearest to the token embedding in the module tree; a decoder before an encoder.
@@ -97,7 +100,8 @@ def is_packable(model: nn.Module, tree: ModuleTree, roles: Roles, trunk: BlockLi
     config = getattr(model, "config", None)
     if trunk is None or token_embedding(model, tree) is None or getattr(config, "is_encoder_decoder", False):
         return False
-    if getattr(model, "_is_stateful", False) or family in SPARSE_OR_APPROXIMATE:
+    # transformers before 5.25 sets `_is_stateful`, and so does the code of models on the hub
+    if getattr(model, "_is_stateful", False) or family in RECURRENT | SPARSE_OR_APPROXIMATE:
         return False
     if _names_recurrent_layers(text_config(model)):
         return False

@@ -47,6 +47,57 @@ def test_a_layer_is_read_only_where_no_method_uses_anything_but_its_weight() -> 
     assert [name for name in children if not calls_layer(Mixer(), name)] == ["read", "conv"]
 
 
+def convolve(layer: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x, layer.weight.to(x.dtype), layer.bias)
+
+
+def apply(layer: nn.Linear, x: Tensor) -> Tensor:
+    return layer(x)
+
+
+def kernel_function(func: Any) -> nn.Module:
+    """Wrap a function as the package kernels does."""
+
+    class Func(nn.Module):
+        def forward(self, *args: Any) -> Tensor:
+            return func(*args)
+
+    return Func()
+
+
+def weigh(x: Any) -> Tensor:
+    return x.weight
+
+
+convolve_by_kernel, apply_by_kernel = kernel_function(convolve), kernel_function(apply)
+
+
+def convolve_padded(layer: nn.Linear, x: Tensor) -> Tensor:
+    return convolve_by_kernel(layer, F.pad(x, (0, layer.in_features - x.shape[-1])))
+
+
+class Passing(nn.Module):
+    """Passes its children to functions, as the mixers of transformers 5.25 do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.read_by_kernel, self.read_deeper, self.called, self.called_by_kernel, self.inner = (
+            nn.Linear(4, 4) for _ in range(6)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = convolve(self.read, x)
+        x = convolve_by_kernel(self.read_by_kernel, x)
+        x = convolve_padded(self.read_deeper, x)
+        x = apply_by_kernel(self.called_by_kernel, apply(self.called, x))
+        return weigh(self.inner(x)) + self.inner.weight
+
+
+def test_a_layer_that_a_called_function_reads_is_read() -> None:
+    children = [name for name, _ in Passing().named_children()]
+    assert [name for name in children if not calls_layer(Passing(), name)] == ["read", "read_by_kernel", "read_deeper"]
+
+
 def call_query(attention: Any, x: Tensor) -> Tensor:
     return attention.to_q(x)
 
