@@ -61,6 +61,8 @@ def word_role(path: str) -> Role | None:
     """Return the role named by the last informative segment of a path: `self.query` → query; None if there is none."""
     for part in reversed(path.split(".")):
         words = words_of(part)
+        if {"q", "gate"} <= words:  # one projection for queries and their gates (MiniCPM5)
+            return "query"
         if NOT_CONTENT & words:
             return None
         roles: set[Role] = {_WORDS[word] for word in words if word in _WORDS}

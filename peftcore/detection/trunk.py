@@ -21,8 +21,8 @@ SPARSE_OR_APPROXIMATE = frozenset(
 )
 """Families whose attention does not support a mask of token pairs: windows, hashes, low ranks, Fourier transforms."""
 
-RECURRENT = frozenset({"rwkv", "xlstm"})
-"""Families with a recurrent state that neither their layer types nor their classes name."""
+STATEFUL = frozenset({"deepseek_v4", "rwkv", "xlstm"})
+"""Families with a state, recurrent or of compressed keys, that neither their layer types nor their classes name."""
 
 
 def find_trunk(model: nn.Module, tree: ModuleTree, roles: Roles, blocks: tuple[BlockList, ...]) -> BlockList | None:
@@ -101,7 +101,7 @@ def is_packable(model: nn.Module, tree: ModuleTree, roles: Roles, trunk: BlockLi
     if trunk is None or token_embedding(model, tree) is None or getattr(config, "is_encoder_decoder", False):
         return False
     # transformers before 5.25 sets `_is_stateful`, and so does the code of models on the hub
-    if getattr(model, "_is_stateful", False) or family in RECURRENT | SPARSE_OR_APPROXIMATE:
+    if getattr(model, "_is_stateful", False) or family in STATEFUL | SPARSE_OR_APPROXIMATE:
         return False
     if _names_recurrent_layers(text_config(model)):
         return False
