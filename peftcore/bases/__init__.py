@@ -7,7 +7,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peftcore.bases.base import BaseWeight
-from peftcore.bases.called_layers import calls_layer
+from peftcore.bases.called_layers import calls_layer, kernel_reads
 from peftcore.bases.compute_dtype import fast_dtype
 from peftcore.bases.dequantize import replace_quantized
 from peftcore.bases.gguf import GgufLinear
@@ -36,6 +36,7 @@ __all__ = [
     "has_uncast_inputs",
     "is_adaptable",
     "keep_quantized_weights_trainable",
+    "kernel_reads",
     "raw_projections",
     "refusal",
     "register_storage",

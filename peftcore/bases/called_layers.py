@@ -7,6 +7,7 @@ import dis
 import functools
 import inspect
 from collections.abc import Iterator
+from itertools import chain
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -16,6 +17,8 @@ _CALLS_NONE = "WavLMAttention"
 """Class that calls only one small layer, which scales relative positions and is not worth an adapter."""
 _CALLED_IF_QUANTIZED = {("FalconMambaMixer", "dt_proj"), ("JambaMambaMixer", "dt_proj")}
 """(class, child): the forward calls the child in a quantised model and reads its weight in any other model."""
+_READ_BY_KERNEL = frozenset({"MambaMixer", "FalconMambaMixer", "JambaMambaMixer"})
+"""Classes whose `x_proj` and `out_proj` the fused kernel `mamba_inner_fn` reads in training and never calls."""
 _METADATA = {"dtype", "device", "shape", "data_ptr"}
 """Attributes of a weight that say nothing about its use."""
 _NOT_USES = {"bias", "kernel_size", "stride", "padding", "dilation", "groups"} | {
@@ -39,6 +42,23 @@ def calls_layer(parent: nn.Module, name: str) -> bool:
     if any(base in classes and name == child for base, child in _CALLED_IF_QUANTIZED):
         return hasattr(getattr(parent, "config", None), "_is_quantized")
     return _CALLS_NONE not in classes and not _only_reads(type(parent), name)
+
+
+def kernel_reads(parent: nn.Module, name: str) -> bool:
+    """Return True if training on an accelerator may run a fused kernel that reads the child's weight.
+
+    transformers 5.25 fetches such kernels by default, earlier versions use them if the package mamba-ssm is installed.
+    With either, an adapter on the child would not be trained.
+
+    Args:
+        parent: The module.
+        name: The child's name in the module.
+    """
+    if name not in ("x_proj", "out_proj") or not any(base.__name__ in _READ_BY_KERNEL for base in type(parent).__mro__):
+        return False
+    layer = parent.get_submodule(name)
+    tensor = next(chain(layer.parameters(), layer.buffers()))  # GPTQ's weights are buffers
+    return tensor.device.type not in ("cpu", "meta")
 
 
 @functools.lru_cache(maxsize=1024)

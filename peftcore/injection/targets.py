@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from peftcore._util.patterns import matched
-from peftcore.bases import base_weight, calls_layer, is_adaptable, raw_projections
+from peftcore.bases import base_weight, calls_layer, is_adaptable, kernel_reads, raw_projections
 from peftcore.config import ALL_LINEAR, BLOCK, PromptLearningConfig, TaskType, TunerConfig
 from peftcore.detection import detect
 from peftcore.detection.defaults import GIVEN_TARGETS
@@ -347,10 +347,16 @@ def _check_kind(path: str, layer: nn.Module) -> None:
 
 
 def _check_called(module_index: ModuleIndex, targets: Iterable[str], is_saved: bool) -> None:
-    """Raise TargetError, or warn of a saved adapter, if the model reads the weight of a target and never calls it."""
+    """Raise TargetError, or warn of a saved adapter, if the model reads the weight of a target and never calls it.
+
+    Warn of targets that a fused kernel may skip in training.
+    """
+    skipped = set()
     for path in targets:
-        owner = module_index.parent(path)
-        if calls_layer(owner, path.rpartition(".")[2]):
+        owner, name = module_index.parent(path), path.rpartition(".")[2]
+        if calls_layer(owner, name):
+            if kernel_reads(owner, name):
+                skipped.add(name)
             continue
         message = f"{path} belongs to {type(owner).__name__}, whose forward reads the weight and never calls the layer"
         if not is_saved:
@@ -358,6 +364,13 @@ def _check_called(module_index: ModuleIndex, targets: Iterable[str], is_saved: b
                 f"{message}, so an adapter there would do nothing; exclude it, or name an nn.MultiheadAttention itself"
             )
         warnings.warn(f"{message}, so the adapter there has no effect before it is merged", stacklevel=2)
+    if skipped:
+        warnings.warn(
+            f"in training, a fused kernel may read the weights of {' and '.join(sorted(skipped))} in place of calling "
+            "the layers, and adapters there would not be trained; load the model with use_kernels=False and without "
+            "the package mamba-ssm, or exclude them",
+            stacklevel=2,
+        )
 
 
 def _nothing_matched(modules: Mapping[str, nn.Module], paths: list[str], config: TunerConfig) -> str:

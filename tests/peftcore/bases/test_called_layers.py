@@ -1,5 +1,6 @@
 """Layers whose weight a module reads: no adapter goes there, so that merging changes no output."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from peftcore import LoraConfig, PeftModel, get_peft_model
-from peftcore.bases import calls_layer
+from peftcore.bases import calls_layer, kernel_reads
 from peftcore.errors import TargetError
 
 
@@ -154,3 +155,19 @@ def test_a_saved_adapter_of_such_a_layer_loads_with_a_warning(tmp_path: Any, mon
     with pytest.warns(UserWarning, match="the adapter there has no effect before it is merged"):
         loaded = PeftModel.from_pretrained(tiny("mamba", "cpu"), tmp_path)
     assert loaded.peft_config["default"].target_modules == {"dt_proj"}
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_fused_kernel_reads_projections_of_mamba_on_a_gpu(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixer: Any = tiny("mamba", "cpu").get_submodule("backbone.layers.0.mixer")
+    for name in ("in_proj", "x_proj", "out_proj"):
+        weight: Any = SimpleNamespace(device=torch.device(device))
+        monkeypatch.setattr(mixer.get_submodule(name), "parameters", lambda weight=weight: iter([weight]))
+    read = [name for name in ("in_proj", "x_proj", "out_proj") if kernel_reads(mixer, name)]
+    assert read == ([] if device == "cpu" else ["x_proj", "out_proj"])
+
+
+def test_targets_that_a_fused_kernel_reads_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peftcore.injection.targets.kernel_reads", lambda parent, name: name == "x_proj")
+    with pytest.warns(UserWarning, match="a fused kernel may read the weights of x_proj in place of calling"):
+        get_peft_model(tiny("mamba"), LoraConfig(target_modules=["in_proj", "x_proj"]))
