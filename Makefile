@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(abspath $(VENV))/bin
 STAMP := $(VENV)/.installed
+# versions that the tests are known to pass with; empty installs the newest
+CONSTRAINTS ?= .ci/constraints.txt
 # the commands in dvc.yaml call `python`
 export PATH := $(BIN):$(PATH)
 # images often set it, but then each of hundreds of processes would compile the same files again
@@ -70,11 +72,11 @@ install: $(STAMP)       ## create .venv with everything
 # A newer pip than Python's own resolves versions in a third of the time. pip compiles one file after the other, so all
 # cores do that here, without the packages' tests and transformers' models, most of which nobody imports. `|| true`:
 # some packages hold files for other versions of Python, which do not compile.
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: Python 3.11 or newer is needed, $(PYTHON) is older or absent; use make PYTHON=/path/to/python3" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
-	@PYTHONWARNINGS='ignore:Editable installation' $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --editable '.[dev]'
+	@PYTHONWARNINGS='ignore:Editable installation' $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile $(addprefix --constraint=,$(CONSTRAINTS)) --editable '.[dev]'
 	@$(BIN)/python -m compileall -q -j 0 -x '/(tests|transformers/models)/' $(VENV)/lib >/dev/null || true
 	@touch $@
 

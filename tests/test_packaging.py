@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,20 @@ def test_every_extra_is_a_part_of_the_ones_above_it() -> None:
     extras = PROJECT["optional-dependencies"]
     assert "peftcore[export,quant,serve,train]" in extras["pipeline"]
     assert "peftcore[docs,pipeline,scorers,structured]" in extras["dev"] and "peftcore[pipeline]" in extras["scale"]
+
+
+def test_constraints_name_dependencies_in_versions_that_are_admitted() -> None:
+    lines = (ROOT / ".ci" / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pinned = {r.name: r for r in map(Requirement, (line for line in lines if not line.startswith("#")))}
+    assert list(pinned) == sorted(pinned, key=str.lower)
+    assert "torch" not in pinned
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"].values()
+    admitted = {r.name: r.specifier for r in map(Requirement, chain(project["dependencies"], *extras))}
+    for name, requirement in pinned.items():
+        (pin,) = requirement.specifier
+        assert pin.operator == "=="
+        assert admitted[name].contains(pin.version), name
 
 
 @pytest.mark.slow
