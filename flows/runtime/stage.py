@@ -114,8 +114,9 @@ def stage_name() -> str:
 
 def set_quiet_environment() -> None:
     """Set each variable of QUIET_ENVIRONMENT that is not set; outside a terminal, progress bars redraw rarely."""
-    # importing bitsandbytes warns of an optional inference kernel that training does not use
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    # importing bitsandbytes looks for an optional inference kernel on the hub, which training does not use, and warns
+    for name in ("bitsandbytes.backends.cpu.ops", "kernels._internals.hf_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     bars = {} if sys.stderr.isatty() else {"TQDM_MININTERVAL": "10"}
     for name, value in (QUIET_ENVIRONMENT | bars).items():
         os.environ.setdefault(name, value)

@@ -157,6 +157,13 @@ def test_importing_the_stages_sets_the_environment_before_anything_heavy() -> No
     assert done.stdout.split() == ["1", "set()"], done.stderr
 
 
+@pytest.mark.slow  # bitsandbytes imports torch and the package kernels
+def test_optional_kernels_of_bitsandbytes_are_not_mentioned() -> None:
+    program = "from flows.runtime.stage import set_quiet_environment as quiet; quiet(); import bitsandbytes"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_a_stage_without_torch_does_not_wait_for_it() -> None:
     code = (
         "import random, sys, flows.stages.register; from flows.runtime.stage import set_seed; set_seed(7); "
