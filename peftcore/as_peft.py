@@ -33,7 +33,7 @@ from peftcore.kernels.start_subtraction import set_start_subtraction
 _NAME = "peftcore.as_peft"
 """Name of this module, which is "__main__" if it runs."""
 _REPORTED_VERSION = "0.22.0"
-"""Version of the distribution `peft` in this process: the lowest that transformers 5.24 accepts.
+"""Version of the distribution `peft` in this process: the lowest that transformers 5.24 and 5.25 accept.
 
 `peft.__version__` is the version whose names and meanings peftcore has.
 """
